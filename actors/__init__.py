@@ -1,0 +1,15 @@
+"""Actors: who owns what.
+
+| actor | owns, nobody else writes or holds it | takes | asks | its failure |
+| --- | --- | --- | --- | --- |
+| Session | history, slab contents, eos ids, last-used time | Append, Generate, Info, Close, Evict | executor | this session |
+| ModelExecutor | engine, its thread, rows that wait | Forward | nobody | all: the tree ends |
+| SessionRegistry | ids to sessions, slab pools | (synchronous methods) | nobody | all: the tree ends |
+| Admission | permits, FIFO of waiters | (a context manager) | nobody | cannot fail |
+
+Asks go from a door to a session and from a session to the executor, never back, so nothing waits in a circle.
+"""
+
+from actors.tree import Events, Runtime, SessionHandle, open_runtime
+
+__all__ = ["Events", "Runtime", "SessionHandle", "open_runtime"]

@@ -1,0 +1,188 @@
+"""Ask and tell: the whole of the concurrency between actors.
+
+The asker owns the scope in which its answer is computed. When the asker is cancelled, so is the handler that works for it,
+at its next checkpoint; a door whose client leaves need do nothing else. The channel has no buffer: until a message is taken
+it lies with its asker, and an asker that leaves takes it along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
+
+import outcome
+import trio
+
+from runtime.errors import PerennialError, RequestError
+
+R = TypeVar("R")
+R_contra = TypeVar("R_contra", contravariant=True)
+
+
+class Message(Generic[R]):
+    """A request whose replies have type R. Subclasses are frozen dataclasses."""
+
+    __slots__ = ()
+
+
+class ActorStopped(Exception):
+    """The actor had ended before it took the message: nothing was done."""
+
+
+class ActorFailed(Exception):
+    """The actor took the message and ended without a last word."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Envelope(Generic[R]):
+    """A message, where its replies go, and the scope in which they are computed."""
+
+    message: Message[R]
+    replies: trio.MemorySendChannel[outcome.Maybe[R]]
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+    def begin(self) -> bool:
+        """Tells an asker `to the end` that its work begins now; False when it has left instead."""
+        try:
+            self.replies.send_nowait(outcome.Value(cast(R, None)))
+        except (trio.WouldBlock, trio.BrokenResourceError):
+            self.replies.close()
+            return False
+        return True
+
+    def finish(self, value: R) -> None:
+        """Answers an asker that waits to the end."""
+        with self.replies:
+            self.replies.send_nowait(outcome.Value(value))
+
+
+
+class Replies(Generic[R]):
+    """The asking end of a stream of replies."""
+
+    def __init__(self, channel: trio.MemoryReceiveChannel[outcome.Maybe[R]]) -> None:
+        self._channel = channel
+
+    async def receive(self) -> R:
+        """The next reply, or its error raised. Raises ActorFailed when the actor ended instead."""
+        try:
+            reply = await self._channel.receive()
+        except trio.EndOfChannel:
+            raise ActorFailed from None
+        return reply.unwrap()
+
+
+class Mailbox:
+    """The asking end of an actor."""
+
+    def __init__(self, channel: trio.MemorySendChannel[Envelope[Any]]) -> None:
+        self._channel = channel
+
+    async def ask(self, message: Message[R]) -> R:
+        """The one reply. Raises ActorStopped, ActorFailed, or what the actor answers with."""
+        async with self.stream(message) as replies:
+            return await replies.receive()
+
+    async def ask_to_the_end(self, message: Message[R]) -> R:
+        """As `ask`, but once begun it waits for the reply: the work writes into what the asker owns."""
+        async with self.stream(message) as replies:
+            await replies.receive()
+            with trio.CancelScope(shield=True):
+                reply = await replies.receive()
+            return reply
+
+    @asynccontextmanager
+    async def stream(self, message: Message[R]) -> AsyncIterator[Replies[R]]:
+        """Many replies. Leaving the block cancels the work. Raises ActorStopped."""
+        send, receive = trio.open_memory_channel[outcome.Maybe[R]](0)
+        envelope = Envelope(message, send)
+        with receive:
+            try:
+                try:
+                    await self._channel.send(envelope)
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    raise ActorStopped from None
+                yield Replies(receive)
+            finally:
+                envelope.scope.cancel()
+
+    def offer(self, message: Message[None]) -> bool:
+        """Hands over a message that wants no reply, if the actor waits at its inbox just now; says whether it did."""
+        send, receive = trio.open_memory_channel[outcome.Maybe[None]](1)
+        receive.close()
+        try:
+            self._channel.send_nowait(Envelope(message, send))
+        except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+            return False
+        return True
+
+
+class Reply(Protocol[R_contra]):
+    """Sends one reply to the asker, and returns once it has been taken."""
+
+    def __call__(self, value: R_contra, /) -> Awaitable[None]: ...
+
+
+Handler = Callable[[Message[Any], Reply[Any]], Awaitable[None]]
+
+
+class Inbox:
+    """The serving end of an actor. Leaving `with inbox:` tells everyone who waits that the actor has ended."""
+
+    def __init__(self, channel: trio.MemoryReceiveChannel[Envelope[Any]]) -> None:
+        self._channel = channel
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._channel.close()
+
+    async def take(self) -> Envelope[Any]:
+        """The next message, in the order in which askers came."""
+        return await self._channel.receive()
+
+    def take_waiting(self) -> list[Envelope[Any]]:
+        """Every message whose asker waits now."""
+        taken: list[Envelope[Any]] = []
+        try:
+            while True:
+                taken.append(self._channel.receive_nowait())
+        except trio.WouldBlock:
+            return taken
+
+    async def handle(self, envelope: Envelope[Any], handler: Handler) -> None:
+        """Runs `handler` in the asker's scope.
+
+        A RequestError goes to the asker, and the actor lives; any other PerennialError goes to the asker and on.
+        """
+        with envelope.replies, envelope.scope:
+
+            async def reply(value: Any) -> None:
+                await _send(envelope, outcome.Value(value))
+
+            try:
+                await handler(envelope.message, cast(Reply[Any], reply))
+            except PerennialError as error:
+                await _send(envelope, outcome.Error(error))
+                if not isinstance(error, RequestError):
+                    raise
+
+
+async def _send(envelope: Envelope[Any], reply: outcome.Maybe[Any]) -> None:
+    try:
+        await envelope.replies.send(reply)
+    except trio.BrokenResourceError:
+        # The asker has left, so its scope is cancelled, and this checkpoint says so.
+        await trio.lowlevel.checkpoint()
+
+
+def open_mailbox() -> tuple[Mailbox, Inbox]:
+    """The two ends of a new actor's mailbox."""
+    send, receive = trio.open_memory_channel[Envelope[Any]](0)
+    return Mailbox(send), Inbox(receive)

@@ -1,0 +1,239 @@
+"""The session actor: one long-lived conversation."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from array import array
+from enum import Enum
+from typing import Any, assert_never, cast
+
+import trio
+
+from actors.mailbox import ActorFailed, ActorStopped, Inbox, Mailbox, Message, Reply
+from actors.messages import (
+    Append,
+    Appended,
+    Close,
+    Evict,
+    Forward,
+    Generate,
+    Info,
+    SessionInfo,
+    SessionMessage,
+)
+from runtime.errors import EngineFailed, HistoryMismatch, InvalidRequest, InvariantViolation, SlabOverflow
+from runtime.events import Done, Event, HistoryTruncated, Overflow, Sampling, StopReason, Token
+from runtime.metrics import Metrics
+from runtime.rows import Row
+from runtime.slab import Slab
+
+MAX_APPEND_TOKENS = 2**20
+
+
+class Ending(Enum):
+    """How a session came to its end."""
+
+    CLOSED = "close"
+    IDLE = "ttl"
+    EVICTED = "lru"
+
+
+class Session:
+    """Holds the history and the slab; serves its mailbox in order, one message at a time."""
+
+    def __init__(
+        self,
+        slab: Slab,
+        inbox: Inbox,
+        executor: Mailbox,
+        metrics: Metrics,
+        *,
+        vocabulary: int,
+        eos_token_ids: frozenset[int],
+        overflow: Overflow,
+        idle_ttl_s: float,
+    ) -> None:
+        self._slab = slab
+        self._inbox = inbox
+        self._executor = executor
+        self._metrics = metrics
+        self._vocabulary = vocabulary
+        self._eos_token_ids = eos_token_ids
+        self._overflow = overflow
+        self._idle_ttl_s = idle_ttl_s
+        self._history = array("I")
+        self._digest = hashlib.blake2b()
+        self._fed = 0
+        self._ending: Ending | None = None
+        self._last_used = trio.current_time()
+        self._turn_began: float | None = None
+
+    @property
+    def history_length(self) -> int:
+        return len(self._history)
+
+    @property
+    def evicted_token_count(self) -> int:
+        """Tokens of the history that no later token can attend to."""
+        return max(0, len(self._history) - self._slab.spec.visible)
+
+    @property
+    def last_used(self) -> float:
+        """When the last append or generation ended, in trio's time."""
+        return self._last_used
+
+    async def run(self) -> Ending:
+        """Serves until closed or evicted. Raises InvariantViolation or EngineFailed when the session has failed."""
+        with self._inbox:
+            while self._ending is None:
+                with trio.CancelScope(deadline=self._last_used + self._idle_ttl_s) as idle:
+                    envelope = await self._inbox.take()
+                if idle.cancelled_caught:
+                    return Ending.IDLE
+                await self._inbox.handle(envelope, self._handle)
+        return self._ending
+
+    async def _handle(self, message: Message[Any], reply: Reply[Any]) -> None:
+        request = cast(SessionMessage, message)
+        match request:
+            case Append():
+                await reply(await self._append(request))
+            case Generate():
+                await self._generate(request, reply)
+            case Info():
+                await reply(self._info())
+            case Close():
+                self._ending = Ending.CLOSED
+                await reply(len(self._history))
+            case Evict():
+                self._ending = Ending.EVICTED
+            case _:
+                assert_never(request)
+
+    async def _append(self, request: Append) -> Appended:
+        # The tokens join the history at once, the slab as forwards run: an append that is cancelled half-way has
+        # happened, and the next request feeds what is left.
+        self._check_append(request)
+        if self._turn_began is None:
+            self._turn_began = trio.current_time()
+        self._commit(request.token_ids)
+        try:
+            await self._feed()
+        finally:
+            self._last_used = trio.current_time()
+        return Appended(len(self._history), self.evicted_token_count, self._digest.digest())
+
+    def _check_append(self, request: Append) -> None:
+        token_ids, expected = request.token_ids, request.expected_history_length
+        if expected is not None and expected != len(self._history):
+            raise HistoryMismatch(f"history_length is {len(self._history)}, not {expected}: append what is missing")
+        if len(token_ids) > MAX_APPEND_TOKENS:
+            raise InvalidRequest(f"one append takes {MAX_APPEND_TOKENS} tokens at most: split it", "token_ids")
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocabulary:
+            raise InvalidRequest(f"token ids must be from 0 to {self._vocabulary - 1}", "token_ids")
+        longest = self._slab.spec.visible
+        if self._overflow is Overflow.ERROR and len(self._history) + len(token_ids) > longest:
+            raise SlabOverflow(
+                f"{len(self._history)} tokens held and {len(token_ids)} more exceed sink + window = {longest}: "
+                "nothing was appended"
+            )
+
+    async def _generate(self, request: Generate, reply: Reply[Event]) -> None:
+        if request.max_tokens < 1:
+            raise InvalidRequest("max_tokens must be at least 1", "max_tokens")
+        if not self._history:
+            raise InvalidRequest("the session has no history: append tokens first")
+        began = trio.current_time()
+        turn_began = began if self._turn_began is None else self._turn_began
+        self._metrics.generate_prefill_tokens.observe(max(1, len(self._history) - self._fed))
+        if self.evicted_token_count:
+            await reply(HistoryTruncated(self.evicted_token_count))
+        first: float | None = None
+        count = 0
+        stop_reason = StopReason.MAX_TOKENS
+        last = began
+        try:
+            while count < request.max_tokens:
+                if self._overflow is Overflow.ERROR and len(self._history) >= self._slab.spec.visible:
+                    stop_reason = StopReason.TRUNCATED
+                    break
+                token_id = await self._feed_and_draw(request.sampling)
+                now = trio.current_time()
+                if first is None:
+                    first = now
+                    self._turn_began = None
+                    self._metrics.generate_prefill_duration_seconds.observe(now - began)
+                    self._metrics.time_to_first_token_seconds.observe(now - turn_began)
+                else:
+                    self._metrics.inter_token_seconds.observe(now - last)
+                last = now
+                # A token that its asker did not take is not part of the history.
+                await reply(Token(token_id))
+                self._commit((token_id,))
+                self._metrics.generated_tokens_total.inc()
+                count += 1
+                if token_id in self._eos_token_ids:
+                    stop_reason = StopReason.EOS
+                    break
+        finally:
+            self._last_used = trio.current_time()
+        ended = trio.current_time()
+        await reply(Done(stop_reason, count, (ended if first is None else first) - began, ended - began))
+
+    def _info(self) -> SessionInfo:
+        spec = self._slab.spec
+        return SessionInfo(
+            history_length=len(self._history),
+            kv_live_bytes=self._slab.live_bytes,
+            kv_ceiling_bytes=spec.ceiling_bytes,
+            evicted_token_count=self.evicted_token_count,
+            sink=spec.sink,
+            window=spec.window,
+            idle_seconds=trio.current_time() - self._last_used,
+            history_digest=self._digest.digest(),
+        )
+
+    def _commit(self, token_ids: tuple[int, ...]) -> None:
+        tokens = array("I", token_ids)
+        self._history += tokens
+        if sys.byteorder == "big":
+            tokens.byteswap()
+        self._digest.update(tokens.tobytes())
+
+    async def _feed(self) -> None:
+        """Brings the slab up to the history's end."""
+        while self._fed < len(self._history):
+            await self._forward(self._fed, None)
+
+    async def _feed_and_draw(self, sampling: Sampling) -> int:
+        """Brings the slab up to the history's end and returns the token drawn there."""
+        while True:
+            # The last token runs again where it has run before, now for its logits; it writes the same bits.
+            drawn = await self._forward(min(self._fed, len(self._history) - 1), sampling)
+            if drawn:
+                return drawn[0]
+
+    async def _forward(self, start: int, sampling: Sampling | None) -> tuple[int, ...]:
+        """Runs as many of the tokens from `start` as the executor takes into one forward."""
+        end = len(self._history)
+        tile = self._slab.spec.row_tile
+        rows = tuple(
+            Row(self._slab, position, self._history[position], sampling if position == end - 1 else None)
+            for position in range(start, min(end, start + tile))
+        )
+        before = self._slab.frontiers
+        try:
+            ran = await self._executor.ask_to_the_end(Forward(rows, is_prefill=len(rows) > 1 or sampling is None))
+        except (ActorStopped, ActorFailed):
+            raise EngineFailed("the engine has stopped") from None
+        self._fed = max(self._fed, start + ran.row_count)
+        self._check_invariants(before)
+        return ran.token_ids
+
+    def _check_invariants(self, before: tuple[int, ...]) -> None:
+        frontiers = self._slab.frontiers
+        if any(after < earlier for after, earlier in zip(frontiers, before, strict=True)):
+            raise InvariantViolation("INV-2: a position went back in the slab: the session has failed", "inv2")
+        if any(frontier != self._fed for frontier in frontiers):
+            raise InvariantViolation("INV-1: the slab's length is not the session's: the session has failed", "inv1")

@@ -1,0 +1,203 @@
+"""The tree of actors: start and stop order read as indentation. And the handles that users hold."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncIterator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+
+import trio
+
+from actors.admission import Admission
+from actors.executor import EngineThread, ModelExecutor
+from actors.mailbox import ActorFailed, ActorStopped, Mailbox, Replies, open_mailbox
+from actors.messages import Append, Appended, Close, Generate, Info, SessionInfo
+from actors.registry import SessionRegistry
+from runtime.engine import Engine, EngineFacts, load_engine
+from runtime.errors import SessionFailed, SessionNotFound
+from runtime.events import Done, Event, Overflow, Sampling
+from runtime.metrics import Metrics
+from runtime.models import find_model
+from runtime.settings import Settings
+from runtime.text import Text
+
+_log = logging.getLogger("perennial")
+
+
+class Events:
+    """The events of one generation: at most one HistoryTruncated, tokens, exactly one Done."""
+
+    def __init__(self, replies: Replies[Event]) -> None:
+        self._replies = replies
+        self._is_done = False
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        """The next event. Raises SessionFailed where the session ended before its last word."""
+        if self._is_done:
+            raise StopAsyncIteration
+        with _as_session_errors():
+            event = await self._replies.receive()
+        self._is_done = isinstance(event, Done)
+        return event
+
+
+class SessionHandle:
+    """A user's end of one session. Calls on one session are served in the order in which they come.
+
+    Every call raises SessionNotFound once the session was closed or evicted.
+    """
+
+    def __init__(self, session_id: str, mailbox: Mailbox) -> None:
+        self.id = session_id
+        self._mailbox = mailbox
+
+    async def append(self, token_ids: Iterable[int], expected_history_length: int | None = None) -> Appended:
+        """Adds to the history, and returns once the model has read it.
+
+        Raises InvalidRequest for an id outside the vocabulary, HistoryMismatch where the history is not of
+        `expected_history_length`, SlabOverflow where the session refuses to forget; then nothing was appended.
+        """
+        with _as_session_errors():
+            return await self._mailbox.ask(Append(tuple(token_ids), expected_history_length))
+
+    @asynccontextmanager
+    async def generate(
+        self,
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+    ) -> AsyncIterator[Events]:
+        """The events of a generation of at most `max_tokens`; leaving the block cancels the work.
+
+        Greedy unless `temperature` > 0; without a seed one is drawn. Raises InvalidRequest.
+        """
+        sampling = Sampling(temperature, top_p, top_k, secrets.randbits(64) if seed is None else seed)
+        with _as_session_errors():
+            stream = self._mailbox.stream(Generate(max_tokens, sampling))
+            replies = await stream.__aenter__()
+        async with _entered(stream):
+            yield Events(replies)
+
+    async def info(self) -> SessionInfo:
+        with _as_session_errors():
+            return await self._mailbox.ask(Info())
+
+    async def close(self) -> int:
+        """Ends the session and returns the length of its history."""
+        with _as_session_errors():
+            return await self._mailbox.ask(Close())
+
+
+@contextmanager
+def _as_session_errors() -> Iterator[None]:
+    try:
+        yield
+    except ActorStopped:
+        raise SessionNotFound("the session was closed or evicted") from None
+    except ActorFailed:
+        raise SessionFailed("the session has failed: make a new one and append its history again") from None
+
+
+class Runtime:
+    """An engine and its sessions; no network. Made by `open_runtime`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        facts: EngineFacts,
+        text: Text,
+        registry: SessionRegistry,
+        admission: Admission,
+        metrics: Metrics,
+    ) -> None:
+        self.settings = settings
+        self.facts = facts
+        self.text = text
+        self.metrics = metrics
+        self._registry = registry
+        self._admission = admission
+
+    async def create_session(
+        self, eos_token_ids: Iterable[int] = (), *, overflow: Overflow = Overflow.EVICT, label: str = ""
+    ) -> SessionHandle:
+        """A new long-lived session. Raises CapacityExhausted when every slab is held by a session at work."""
+        await trio.lowlevel.checkpoint()
+        return self.find_session(self._registry.create(frozenset(eos_token_ids), overflow, label))
+
+    def find_session(self, session_id: str) -> SessionHandle:
+        """The session with this id. Raises SessionNotFound."""
+        return SessionHandle(session_id, self._registry.find(session_id))
+
+    @asynccontextmanager
+    async def completion(self, eos_token_ids: Iterable[int], overflow: Overflow) -> AsyncIterator[SessionHandle]:
+        """A permit and a session for one completion; both are free again when the block ends. Raises Saturated."""
+        async with self._admission.permit():
+            session_id = self._registry.create_for_completion(frozenset(eos_token_ids), overflow)
+            session = self.find_session(session_id)
+            try:
+                yield session
+            finally:
+                # The block has left its append or generation, so the session is within one forward of its inbox.
+                with trio.CancelScope(shield=True):
+                    try:
+                        await session.close()
+                    except (SessionNotFound, SessionFailed):
+                        pass  # It has failed, and its slab is free already.
+
+
+@asynccontextmanager
+async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
+    """Loads the model and runs sessions until the block ends.
+
+    Raises InvalidSetting, ModelUnavailable or NotEnoughMemory.
+    """
+    metrics = Metrics()
+    directory = await trio.to_thread.run_sync(find_model, settings.model)
+    text = await trio.to_thread.run_sync(Text.load, directory)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine") as pool:
+        thread = EngineThread(pool)
+        engine = await thread.run(load_engine, settings, directory)
+        _log_start(settings, engine.facts)
+        async with open_sessions(settings, engine, thread, text, metrics) as runtime:
+            yield runtime
+
+
+@asynccontextmanager
+async def open_sessions(
+    settings: Settings, engine: Engine, thread: EngineThread, text: Text, metrics: Metrics
+) -> AsyncIterator[Runtime]:
+    """Executor, registry and admission over an engine that is loaded."""
+    asking, inbox = open_mailbox()
+    async with trio.open_nursery() as executor_nursery:
+        executor_nursery.start_soon(ModelExecutor(engine, thread, inbox, metrics).run)
+        async with trio.open_nursery() as session_nursery:
+            registry = SessionRegistry(
+                session_nursery,
+                asking,
+                metrics,
+                vocabulary=engine.facts.vocabulary,
+                idle_ttl_s=settings.idle_ttl_s,
+                long_lived=engine.new_pool(settings.capacity),
+                completions=engine.new_pool(settings.max_concurrent),
+            )
+            yield Runtime(settings, engine.facts, text, registry, Admission(settings, metrics), metrics)
+            session_nursery.cancel_scope.cancel()
+        executor_nursery.cancel_scope.cancel()
+
+
+def _log_start(settings: Settings, facts: EngineFacts) -> None:
+    slabs = settings.capacity + settings.max_concurrent
+    _log.info(
+        "model loaded model=%s architecture=%s device=%s dtype=%s row_tile=%d sink=%d window=%d "
+        "session_ceiling_bytes=%d slabs=%d all_slabs_ceiling_bytes=%d",
+        *(settings.model, facts.architecture, facts.device, facts.dtype, facts.row_tile),
+        *(facts.slab.sink, facts.slab.window, facts.slab.ceiling_bytes, slabs, slabs * facts.slab.ceiling_bytes),
+    )

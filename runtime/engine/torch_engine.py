@@ -1,0 +1,208 @@
+"""The torch engine: transformers' own model code, fed with row batches, attending over slabs."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from runtime.engine import EngineFacts
+from runtime.engine.attention import ATTENTION_NAME, padded, plan_forward, slab_attention
+from runtime.engine.probe import find_row_sizes
+from runtime.engine.rotary import ExactRotary
+from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory
+from runtime.rows import RowBatch
+from runtime.sampling import draw
+from runtime.settings import Settings
+from runtime.slab import SlabPool, SlabSpec
+
+# Those whose logits the test suite compares with transformers' own.
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+STRICT_ROW_TILE = 32
+FAST_ROW_TILE = 256
+FAST_SIZES = (8, 16, 32, 64, 128, 256)
+
+AttentionInterface.register(ATTENTION_NAME, slab_attention)
+
+
+class TorchEngine:
+    """A causal language model of one of `ARCHITECTURES` on one torch device."""
+
+    def __init__(self, model: PreTrainedModel, spec: SlabSpec, is_bit_exact: bool, sizes: tuple[int, ...]) -> None:
+        """`model` attends by `ATTENTION_NAME` and turns by an ExactRotary.
+
+        `sizes` are the ascending row counts that a forward is padded to, the last one the row tile.
+        """
+        decoder = model.get_decoder()
+        self._decoder = decoder
+        self._rotary: ExactRotary = decoder.rotary_emb
+        self._head = model.get_output_embeddings()
+        self._config: PreTrainedConfig = model.config
+        self._spec = spec
+        self._sizes = sizes
+        self._weights_bytes = sum(weight.nbytes for weight in model.parameters())
+        self._is_bit_exact = is_bit_exact
+
+    @classmethod
+    def load(cls, settings: Settings, directory: Path) -> TorchEngine:
+        """The engine for the model in `directory`, its row sizes proven on this machine under `strict`.
+
+        Raises InvalidSetting, ModelUnavailable or NotEnoughMemory.
+        """
+        config = _read_config(directory)
+        device = _choose_device(settings)
+        dtype = _choose_dtype(settings, device)
+        is_strict = settings.determinism == "strict"
+        spec = _slab_spec(config, settings, dtype, device, STRICT_ROW_TILE if is_strict else FAST_ROW_TILE)
+        _check_memory(config, settings, spec)
+        if device.type == "cpu":
+            torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
+        model = _load_model(directory, dtype).to(device)
+        if not is_strict:
+            return cls(model, spec, False, FAST_SIZES)
+        padded_to = partial(cls, model, spec, True)
+        sizes = find_row_sizes(padded_to, spec, config.vocab_size)
+        if sizes is None:
+            raise InvalidSetting(
+                f"determinism=strict cannot be had here: {settings.model} in {dtype} on {device.type} gives a row other "
+                "bits in other batches; set determinism=fast, or another dtype"
+            )
+        return padded_to(sizes)
+
+    @property
+    def facts(self) -> EngineFacts:
+        return EngineFacts(
+            backend="torch",
+            device=self._spec.device.type,
+            dtype=str(self._spec.dtype).removeprefix("torch."),
+            architecture=self._config.model_type,
+            vocabulary=self._config.vocab_size,
+            weights_bytes=self._weights_bytes,
+            row_tile=self._spec.row_tile,
+            is_bit_exact=self._is_bit_exact,
+            slab=self._spec,
+        )
+
+    def new_pool(self, count: int) -> SlabPool:
+        return SlabPool(self._spec, count)
+
+    def forward(self, batch: RowBatch) -> tuple[int, ...]:
+        drawn = [row for row in batch.rows if row.draw is not None]
+        logits = self.logits(batch)
+        return tuple(
+            draw(line, row.draw, row.position + 1) for row, line in zip(drawn, logits, strict=True) if row.draw
+        )
+
+    @torch.inference_mode()
+    def logits(self, batch: RowBatch) -> Tensor:
+        """Runs the batch and returns the logits of its rows with `draw`, [rows, vocabulary] float32, in row order."""
+        rows = batch.rows
+        assert 0 < len(rows) <= self._spec.row_tile
+        device = self._spec.device
+        filler = padded(len(rows), self._sizes) - len(rows)
+        hidden: Tensor = self._decoder(
+            input_ids=torch.tensor([[*(row.token_id for row in rows), *[0] * filler]], device=device),
+            position_ids=torch.tensor([[*(row.position for row in rows), *[0] * filler]], device=device),
+            use_cache=False,
+            plan=plan_forward(batch, self._sizes, self._rotary),
+        ).last_hidden_state[0]
+        wanted = [index for index, row in enumerate(rows) if row.draw is not None]
+        if not wanted:
+            return hidden.new_empty(0, self._config.vocab_size, dtype=torch.float32)
+        size = padded(len(wanted), self._sizes)
+        indices = torch.tensor([*wanted, *[wanted[-1]] * (size - len(wanted))], device=device)
+        return self._head(hidden.index_select(0, indices))[: len(wanted)].float()
+
+
+def _read_config(directory: Path) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelUnavailable(f"{directory} has no configuration that transformers can read: {_line(error)}") from error
+    if config.model_type not in ARCHITECTURES:
+        raise ModelUnavailable(
+            f"{directory} is of architecture {config.model_type!r}; this release runs {', '.join(ARCHITECTURES)}"
+        )
+    return config
+
+
+def _load_model(directory: Path, dtype: torch.dtype) -> Any:
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation=ATTENTION_NAME, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelUnavailable(f"the weights in {directory} cannot be loaded: {_line(error)}") from error
+    if report["missing_keys"]:
+        raise ModelUnavailable(f"the weights in {directory} lack {sorted(report['missing_keys'])[0]} and maybe more")
+    decoder = model.get_decoder()
+    decoder.rotary_emb = ExactRotary(decoder.rotary_emb)
+    return model.eval()
+
+
+def _choose_device(settings: Settings) -> torch.device:
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = settings.device
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
+    if not has[name]:
+        raise InvalidSetting(f"device={name} is not available here: this machine has {[k for k in has if has[k]]}")
+    return torch.device(name)
+
+
+def _choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    if settings.dtype != "auto":
+        chosen = getattr(torch, settings.dtype)
+        assert isinstance(chosen, torch.dtype)
+        return chosen
+    # Without hardware for it, bfloat16 on a CPU is emulated and slower than float32.
+    is_native = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 (torch has no public name)
+    return torch.bfloat16 if is_native else torch.float32
+
+
+def _slab_spec(
+    config: PreTrainedConfig, settings: Settings, dtype: torch.dtype, device: torch.device, row_tile: int
+) -> SlabSpec:
+    longest = config.max_position_embeddings
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        longest = min(longest, config.sliding_window)
+    if settings.sink >= longest:
+        raise InvalidSetting(f"sink must be less than the model's maximum context of {longest}, got {settings.sink}")
+    heads = config.num_attention_heads
+    return SlabSpec(
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        sink=settings.sink,
+        window=min(settings.window, longest - settings.sink),
+        row_tile=row_tile,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _check_memory(config: PreTrainedConfig, settings: Settings, spec: SlabSpec) -> None:
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    slabs = settings.capacity + settings.max_concurrent
+    needed = weights * spec.dtype.itemsize + slabs * spec.ceiling_bytes
+    free = torch.cuda.mem_get_info()[0] if spec.device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise NotEnoughMemory(
+            f"{needed / 2**30:.1f} GiB needed (weights {weights * spec.dtype.itemsize / 2**30:.1f}, {slabs} slabs of "
+            f"{spec.ceiling_bytes / 2**30:.2f}) and {free / 2**30:.1f} free: lower window, capacity or max_concurrent"
+        )
+
+
+def _line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,133 @@
+"""Every error that a user of Perennial can meet, with its gRPC code and HTTP status as data.
+
+A `StartError` stops the start. A `RequestError` is the answer to one request: the actor that raises it carries on.
+Every other `PerennialError` ends something: one session, or the engine and all that depends on it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PerennialError(Exception):
+    """One line that says what is wrong and what to do about it."""
+
+    grpc: ClassVar[str] = "INTERNAL"
+    http: ClassVar[int] = 500
+    code: ClassVar[str | None] = None
+
+
+class StartError(PerennialError):
+    """The server cannot start; nothing was served."""
+
+
+class InvalidSetting(StartError):
+    """A setting's value makes no sense; the message names the field and what it accepts."""
+
+
+class ModelUnavailable(StartError):
+    """The model's files are missing, or of a kind that no engine here can run."""
+
+
+class NotEnoughMemory(StartError):
+    """Weights and slabs together do not fit in this machine's memory."""
+
+
+class RequestError(PerennialError):
+    """This request cannot be served; nothing has changed."""
+
+
+class InvalidRequest(RequestError):
+    """A value in the request is out of its range. `param` names the field where one is to blame."""
+
+    grpc, http = "INVALID_ARGUMENT", 422
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class MalformedRequest(InvalidRequest):
+    """The request cannot be read, or asks for a combination that cannot be honoured."""
+
+    http = 400
+
+
+class Unauthenticated(RequestError):
+    """No key, or one that is not ours."""
+
+    grpc, http, code = "UNAUTHENTICATED", 401, "invalid_api_key"
+
+
+class SessionNotFound(RequestError):
+    """No session has this id: it never did, it was closed, or it was evicted."""
+
+    grpc, http = "NOT_FOUND", 404
+
+
+class ModelNotFound(RequestError):
+    """The request names a model that this server does not run."""
+
+    grpc, http, code = "NOT_FOUND", 404, "model_not_found"
+
+
+class HistoryMismatch(RequestError):
+    """`expected_history_length` is not the session's; the message says what is."""
+
+    grpc, http = "ABORTED", 409
+
+
+class SlabOverflow(RequestError):
+    """The tokens do not fit beside those held, and the session is to refuse rather than to forget."""
+
+    grpc, http, code = "OUT_OF_RANGE", 400, "context_length_exceeded"
+
+
+class PayloadTooLarge(RequestError):
+    """The request's body is over the limit."""
+
+    grpc, http = "RESOURCE_EXHAUSTED", 413
+
+
+class CapacityExhausted(RequestError):
+    """Every slab is held by a session at work."""
+
+    grpc, http = "RESOURCE_EXHAUSTED", 429
+
+
+class Saturated(CapacityExhausted):
+    """No permit for another completion, or none within the longest wait."""
+
+    code = "rate_limit_exceeded"
+
+
+class DeadlineExceeded(RequestError):
+    """The completion took longer than `request_timeout_s`."""
+
+    grpc, http, code = "DEADLINE_EXCEEDED", 504, "timeout"
+
+
+class NotServing(RequestError):
+    """The model is loading, or the server is draining."""
+
+    grpc, http = "UNAVAILABLE", 503
+
+
+class InvariantViolation(PerennialError):
+    """A counted invariant broke in this session, which has failed. `kind` is `inv1` or `inv2`."""
+
+    grpc = "FAILED_PRECONDITION"
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class SessionFailed(PerennialError):
+    """A fault of ours ended this session; others are not touched."""
+
+
+class EngineFailed(PerennialError):
+    """The engine stopped; the server is going down."""
+
+    grpc = "UNAVAILABLE"

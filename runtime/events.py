@@ -1,0 +1,74 @@
+"""What a generation is asked for and made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from runtime.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a token is drawn from logits: greedy unless `temperature` > 0; then `top_k`, `top_p` and `seed` apply.
+
+    `top_k` 0 keeps every token. Raises InvalidRequest naming the field that is out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):
+            raise InvalidRequest(f"temperature must be from 0 to 100, got {self.temperature}", "temperature")
+        if not 0.0 < self.top_p <= 1.0:
+            raise InvalidRequest(f"top_p must be over 0 and at most 1, got {self.top_p}", "top_p")
+        if self.top_k < 0:
+            raise InvalidRequest(f"top_k must be at least 0, got {self.top_k}", "top_k")
+        if not 0 <= self.seed < 2**64:
+            raise InvalidRequest(f"seed must be from 0 to 2**64 - 1, got {self.seed}", "seed")
+
+
+class StopReason(Enum):
+    """Why a generation ended."""
+
+    MAX_TOKENS = "max_tokens"
+    EOS = "eos"
+    TRUNCATED = "truncated"
+
+
+class Overflow(Enum):
+    """What a session does with tokens that its slab cannot hold beside the others."""
+
+    EVICT = "evict"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryTruncated:
+    """Comes first, and only when tokens of the history are out of the model's sight."""
+
+    dropped_token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token, already part of the history when the next event comes."""
+
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The last word of every generation. Durations in seconds; the prefill's runs up to the first token."""
+
+    stop_reason: StopReason
+    generated_token_count: int
+    prefill_duration_s: float
+    total_duration_s: float
+
+
+Event = HistoryTruncated | Token | Done

@@ -1,0 +1,61 @@
+"""Every metric of the contract, declared once, in a registry of its own for each runtime."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """Counters and histograms to add to; gauges that read their owner's state when asked."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, words: str, *labels: str) -> Counter:
+            return Counter(f"perennial_{name}", words, labels, registry=self.registry)
+
+        def gauge(name: str, words: str) -> Gauge:
+            return Gauge(f"perennial_{name}", words, registry=self.registry)
+
+        def histogram(name: str, words: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"perennial_{name}", words, labels, buckets=buckets, registry=self.registry)
+
+        self.session_active = gauge("session_active", "Sessions held, long-lived and HTTP")
+        self.session_total = counter("session_total", "Sessions ended, by how", "outcome")
+        self.session_evicted_total = counter("session_evicted_total", "Slabs taken back, by why", "reason")
+        self.session_kv_live_bytes = gauge("session_kv_live_bytes", "Bytes of live keys and values in all slabs")
+        self.session_history_tokens = gauge("session_history_tokens", "Tokens in all histories")
+        self.slab_in_use = gauge("slab_in_use", "Slabs held by sessions")
+        self.slab_total = gauge("slab_total", "Slabs there are")
+        self.generate_prefill_tokens = histogram(
+            "generate_prefill_tokens", "Tokens that a generation had to prefill first", _TOKENS
+        )
+        self.generate_prefill_duration_seconds = histogram(
+            "generate_prefill_duration_seconds", "From a generation's start to its first token", _SECONDS
+        )
+        self.time_to_first_token_seconds = histogram(
+            "time_to_first_token_seconds", "From the last append's start to the first token", _SECONDS
+        )
+        self.inter_token_seconds = histogram("inter_token_seconds", "From one token to the next", _SECONDS)
+        self.forward_duration_seconds = histogram("forward_duration_seconds", "One run of the model", _SECONDS)
+        self.forward_rows = histogram("forward_rows", "Rows in one run of the model", _ROWS)
+        self.generated_tokens_total = counter("generated_tokens_total", "Tokens generated")
+        self.cache_invariant_violations_total = counter(
+            "cache_invariant_violations_total", "Broken invariants", "kind"
+        )
+        self.admission_total = counter("admission_total", "HTTP completions that asked for a permit", "result")
+        self.admission_pending = gauge("admission_pending", "HTTP completions waiting for a permit")
+        self.http_requests_total = counter("http_requests_total", "HTTP requests", "method", "path", "status")
+        self.http_request_duration_seconds = histogram(
+            "http_request_duration_seconds", "HTTP requests, to the last byte", _SECONDS, "method", "path"
+        )
+        self.grpc_requests_total = counter("grpc_requests_total", "gRPC calls", "method", "code")
+        self.completions_total = counter("completions_total", "HTTP completions ended", "finish_reason")
+        self.proposed_tokens_total = counter("proposed_tokens_total", "Tokens that proposers suggested")
+        self.accepted_tokens_total = counter("accepted_tokens_total", "Suggested tokens that held")
+        for kind in ("inv1", "inv2"):
+            self.cache_invariant_violations_total.labels(kind)

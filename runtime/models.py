@@ -1,0 +1,41 @@
+"""From the name of a model to a directory that holds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+from runtime.errors import ModelUnavailable
+
+SEEDLING = "seedling"
+_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+
+
+def find_model(name: str) -> Path:
+    """The directory of a bundled model, a local path or a Hugging Face id, downloaded where it is not yet.
+
+    Raises ModelUnavailable.
+    """
+    if name == SEEDLING:
+        return Path(__file__).parent / SEEDLING
+    if Path(name).is_dir():
+        directory = Path(name)
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        directory = _download(name)
+    else:
+        raise ModelUnavailable(f"no model at {name!r}: give {SEEDLING!r}, a directory, or a Hugging Face id like org/name")
+    if not (directory / "config.json").is_file():
+        raise ModelUnavailable(f"{name!r} holds no config.json: it is not a model's directory")
+    return directory
+
+
+def _download(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
+    except HFValidationError as error:
+        raise ModelUnavailable(f"{name!r} is neither a directory nor a Hugging Face id") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelUnavailable(f"{name!r} is no directory here and cannot be downloaded: {reason}") from error

@@ -1,0 +1,46 @@
+"""Drawing tokens: a token is a function of the logits, the seed and its position, and of nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from runtime.events import Sampling
+
+
+def draw(logits: Tensor, sampling: Sampling, position: int) -> int:
+    """The token for `position` from its `logits` [vocabulary], float32.
+
+    Greedy at temperature 0, else by the Gumbel-max trick (arXiv 1411.0030) with noise keyed by seed and position: the
+    same token comes out whoever draws it and whenever.
+    """
+    if sampling.temperature == 0.0:
+        return int(logits.argmax())
+    scaled = logits.double() / sampling.temperature
+    noise = torch.from_numpy(gumbel_noise(sampling.seed, position, len(logits)))
+    return int((scaled.cpu() + noise).masked_fill(~kept(scaled.cpu(), sampling), -torch.inf).argmax())
+
+
+def kept(scaled: Tensor, sampling: Sampling) -> Tensor:
+    """Which tokens may be drawn, bool [vocabulary]: the `top_k` likeliest, then the fewest that reach `top_p`."""
+    count = len(scaled)
+    top_k = min(sampling.top_k or count, count)
+    if top_k == count and sampling.top_p == 1.0:
+        return torch.ones(count, dtype=torch.bool)
+    ordered, order = scaled.sort(descending=True, stable=True)
+    shares = torch.softmax(ordered[:top_k], dim=-1)
+    # A token is kept while those before it have not reached top_p, so the first always is.
+    before = shares.cumsum(dim=-1) - shares
+    chosen = order[:top_k][before < sampling.top_p]
+    return torch.zeros(count, dtype=torch.bool).index_fill_(0, chosen, True)
+
+
+def gumbel_noise(seed: int, position: int, count: int) -> NDArray[np.float64]:
+    """`count` standard Gumbel values from the counter-based generator Philox (doi 10.1145/2063384.2063405)."""
+    bits = np.random.Philox(key=np.array([seed, 0], np.uint64), counter=np.array([0, position, 0, 0], np.uint64))
+    uniform = np.random.Generator(bits).random(count)
+    with np.errstate(divide="ignore"):
+        noise: NDArray[np.float64] = -np.log(-np.log(uniform))
+    return noise

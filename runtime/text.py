@@ -1,0 +1,80 @@
+"""Text in and out of token ids: tokenizer, chat template, and a detokenizer that never emits half a character."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from runtime.errors import MalformedRequest, ModelUnavailable
+
+
+class Text:
+    """The tokenizer and chat template of one model."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: frozenset[int]) -> None:
+        """`tokenizer` must be a fast one; `eos_token_ids` end a turn of the assistant."""
+        self._tokenizer: Any = tokenizer
+        self._backend: Tokenizer = self._tokenizer.backend_tokenizer
+        self.eos_token_ids = eos_token_ids
+
+    @classmethod
+    def load(cls, directory: Path) -> Text:
+        """Raises ModelUnavailable where the directory has no fast tokenizer."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory)
+        except (OSError, ValueError, KeyError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ModelUnavailable(f"{directory} has no tokenizer that can be loaded: {reason}") from error
+        if not tokenizer.is_fast:
+            raise ModelUnavailable(f"the tokenizer in {directory} has no tokenizer.json: convert it to a fast one")
+        return cls(tokenizer, _eos_token_ids(directory, tokenizer))
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of plain text, special tokens in it included."""
+        token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return token_ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The tokens of a conversation, ready for the assistant's turn. Raises MalformedRequest if the template refuses."""
+        if not self._tokenizer.chat_template:
+            raise MalformedRequest("the model has no chat template: use the gRPC door, which takes token ids", "messages")
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise MalformedRequest(f"the chat template refuses these messages: {error}", "messages") from error
+        return self.encode(text)
+
+    def detokenizer(self) -> Detokenizer:
+        return Detokenizer(self._backend)
+
+
+class Detokenizer:
+    """Turns a stream of tokens into a stream of text, whole characters at a time, special tokens left out."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend = backend
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def feed(self, token_id: int) -> str:
+        """The text that is complete with this token and was not before; often empty inside a character."""
+        return self._stream.step(self._backend, token_id) or ""
+
+
+def _eos_token_ids(directory: Path, tokenizer: Any) -> frozenset[int]:
+    try:
+        eos = GenerationConfig.from_pretrained(directory).eos_token_id
+    except OSError:
+        eos = None
+    ids = eos if isinstance(eos, list) else [eos]
+    return frozenset(token_id for token_id in (*ids, tokenizer.eos_token_id) if token_id is not None)

@@ -1,0 +1,1 @@
+"""Makes seedling, the bundled test model: its corpus, its training, its card."""
