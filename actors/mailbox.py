@@ -43,21 +43,20 @@ class Envelope(Generic[R]):
     message: Message[R]
     replies: trio.MemorySendChannel[outcome.Maybe[R]]
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    begun: trio.Event = field(default_factory=trio.Event)
 
     def begin(self) -> bool:
-        """Tells an asker `to the end` that its work begins now; False when it has left instead."""
-        try:
-            self.replies.send_nowait(outcome.Value(cast(R, None)))
-        except (trio.WouldBlock, trio.BrokenResourceError):
+        """Tells an asker `to the end` that from now on it has to stay; False when it has left already."""
+        if self.scope.cancel_called:
             self.replies.close()
             return False
+        self.begun.set()
         return True
 
     def finish(self, value: R) -> None:
         """Answers an asker that waits to the end."""
         with self.replies:
             self.replies.send_nowait(outcome.Value(value))
-
 
 
 class Replies(Generic[R]):
@@ -88,16 +87,26 @@ class Mailbox:
 
     async def ask_to_the_end(self, message: Message[R]) -> R:
         """As `ask`, but once begun it waits for the reply: the work writes into what the asker owns."""
-        async with self.stream(message) as replies:
-            await replies.receive()
-            with trio.CancelScope(shield=True):
-                reply = await replies.receive()
-            return reply
+        async with self._sent(message, room_for_replies=1) as (envelope, channel):
+            try:
+                return await Replies(channel).receive()
+            finally:
+                if envelope.begun.is_set():
+                    with trio.CancelScope(shield=True):
+                        async for _ in channel:
+                            pass
 
     @asynccontextmanager
     async def stream(self, message: Message[R]) -> AsyncIterator[Replies[R]]:
         """Many replies. Leaving the block cancels the work. Raises ActorStopped."""
-        send, receive = trio.open_memory_channel[outcome.Maybe[R]](0)
+        async with self._sent(message, room_for_replies=0) as (_, channel):
+            yield Replies(channel)
+
+    @asynccontextmanager
+    async def _sent(
+        self, message: Message[R], room_for_replies: int
+    ) -> AsyncIterator[tuple[Envelope[R], trio.MemoryReceiveChannel[outcome.Maybe[R]]]]:
+        send, receive = trio.open_memory_channel[outcome.Maybe[R]](room_for_replies)
         envelope = Envelope(message, send)
         with receive:
             try:
@@ -105,7 +114,7 @@ class Mailbox:
                     await self._channel.send(envelope)
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
                     raise ActorStopped from None
-                yield Replies(receive)
+                yield envelope, receive
             finally:
                 envelope.scope.cancel()
 

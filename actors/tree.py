@@ -6,7 +6,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 import trio
 
@@ -80,10 +80,9 @@ class SessionHandle:
         Greedy unless `temperature` > 0; without a seed one is drawn. Raises InvalidRequest.
         """
         sampling = Sampling(temperature, top_p, top_k, secrets.randbits(64) if seed is None else seed)
-        with _as_session_errors():
-            stream = self._mailbox.stream(Generate(max_tokens, sampling))
-            replies = await stream.__aenter__()
-        async with _entered(stream):
+        async with AsyncExitStack() as stack:
+            with _as_session_errors():
+                replies = await stack.enter_async_context(self._mailbox.stream(Generate(max_tokens, sampling)))
             yield Events(replies)
 
     async def info(self) -> SessionInfo:
