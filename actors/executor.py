@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
 import trio
@@ -30,10 +31,8 @@ async def settled(future: Future[T]) -> T:
     token = trio.lowlevel.current_trio_token()
 
     def wake(_: Future[T]) -> None:
-        try:
+        with suppress(trio.RunFinishedError):  # Then nobody is left to be woken.
             token.run_sync_soon(done.set)
-        except trio.RunFinishedError:
-            pass  # Nobody is left to be woken.
 
     future.add_done_callback(wake)
     await done.wait()
@@ -48,8 +47,10 @@ class EngineThread:
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The function's result. It cannot be stopped, so a cancelled caller waits for its end."""
+        future = self._pool.submit(function, *args, **kwargs)
         with trio.CancelScope(shield=True):
-            return await settled(self._pool.submit(function, *args, **kwargs))
+            await settled(future)
+        return future.result()
 
 
 class ModelExecutor:

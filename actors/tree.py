@@ -6,7 +6,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 
 import trio
 
@@ -145,11 +145,9 @@ class Runtime:
                 yield session
             finally:
                 # The block has left its append or generation, so the session is within one forward of its inbox.
-                with trio.CancelScope(shield=True):
-                    try:
-                        await session.close()
-                    except (SessionNotFound, SessionFailed):
-                        pass  # It has failed, and its slab is free already.
+                # One that has failed has given up its slab already.
+                with trio.CancelScope(shield=True), suppress(SessionNotFound, SessionFailed):
+                    await session.close()
 
 
 @asynccontextmanager

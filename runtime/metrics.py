@@ -44,9 +44,7 @@ class Metrics:
         self.forward_duration_seconds = histogram("forward_duration_seconds", "One run of the model", _SECONDS)
         self.forward_rows = histogram("forward_rows", "Rows in one run of the model", _ROWS)
         self.generated_tokens_total = counter("generated_tokens_total", "Tokens generated")
-        self.cache_invariant_violations_total = counter(
-            "cache_invariant_violations_total", "Broken invariants", "kind"
-        )
+        self.cache_invariant_violations_total = counter("cache_invariant_violations_total", "Broken invariants", "kind")
         self.admission_total = counter("admission_total", "HTTP completions that asked for a permit", "result")
         self.admission_pending = gauge("admission_pending", "HTTP completions waiting for a permit")
         self.http_requests_total = counter("http_requests_total", "HTTP requests", "method", "path", "status")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from runtime.errors import ModelUnavailable
 
@@ -25,7 +25,9 @@ def find_model(name: str) -> Path:
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         directory = _download(name)
     else:
-        raise ModelUnavailable(f"no model at {name!r}: give {SEEDLING!r}, a directory, or a Hugging Face id like org/name")
+        raise ModelUnavailable(
+            f"no model at {name!r}: give {SEEDLING!r}, a directory, or a Hugging Face id like org/name"
+        )
     if not (directory / "config.json").is_file():
         raise ModelUnavailable(f"{name!r} holds no config.json: it is not a model's directory")
     return directory

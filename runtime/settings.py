@@ -86,9 +86,7 @@ class Settings:
     capacity: int = _setting(8, "long-lived (gRPC, embedded) sessions held at once", between(1, 2**20))
     idle_ttl_s: float = _setting(1800.0, "a session idle longer is evicted; 0 = never", at_least(0))
     max_concurrent: int = _setting(4, "HTTP completions in flight at once", between(1, 2**20))
-    admission_policy: str = _setting(
-        "reject", "what a completion beyond that meets", one_of("reject", "queue")
-    )
+    admission_policy: str = _setting("reject", "what a completion beyond that meets", one_of("reject", "queue"))
     queue_max_wait_s: float = _setting(0.0, "under queue: longest wait, then 429; 0 = for ever", at_least(0))
     default_max_tokens: int = _setting(1024, "length of a completion that names none", between(1, 2**31))
     request_timeout_s: float = _setting(120.0, "longest time for one HTTP completion", at_least(0.001))
@@ -108,9 +106,7 @@ class Settings:
         "strict", "strict: bit-exact; fast: larger kernels for prefill", one_of("strict", "fast")
     )
     state_dir: str = _setting("", "directory of durable sessions; empty = memory only", ANYTHING)
-    log_level: str = _setting(
-        "info", "least severe log line on stderr", one_of("debug", "info", "warning", "error")
-    )
+    log_level: str = _setting("info", "least severe log line on stderr", one_of("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
         kinds = get_type_hints(Settings)
@@ -170,6 +166,4 @@ def _refusal(field: dataclasses.Field[Any], value: object) -> InvalidSetting:
     words = field.metadata["accepts"].words
     # A key that is refused must not end up in a log.
     shown = "something else" if field.name == "api_keys" else repr(value)
-    return InvalidSetting(
-        f"{field.name} must be {words}; got {shown} ({ENVIRONMENT_PREFIX}{field.name.upper()})"
-    )
+    return InvalidSetting(f"{field.name} must be {words}; got {shown} ({ENVIRONMENT_PREFIX}{field.name.upper()})")

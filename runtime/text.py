@@ -48,7 +48,9 @@ class Text:
     def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The tokens of a conversation, ready for the assistant's turn. Raises MalformedRequest if the template refuses."""
         if not self._tokenizer.chat_template:
-            raise MalformedRequest("the model has no chat template: use the gRPC door, which takes token ids", "messages")
+            raise MalformedRequest(
+                "the model has no chat template: use the gRPC door, which takes token ids", "messages"
+            )
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:

@@ -119,14 +119,17 @@ class TorchEngine:
             return hidden.new_empty(0, self._config.vocab_size, dtype=torch.float32)
         size = padded(len(wanted), self._sizes)
         indices = torch.tensor([*wanted, *[wanted[-1]] * (size - len(wanted))], device=device)
-        return self._head(hidden.index_select(0, indices))[: len(wanted)].float()
+        logits: Tensor = self._head(hidden.index_select(0, indices))
+        return logits[: len(wanted)].float()
 
 
 def _read_config(directory: Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelUnavailable(f"{directory} has no configuration that transformers can read: {_line(error)}") from error
+        raise ModelUnavailable(
+            f"{directory} has no configuration that transformers can read: {_line(error)}"
+        ) from error
     if config.model_type not in ARCHITECTURES:
         raise ModelUnavailable(
             f"{directory} is of architecture {config.model_type!r}; this release runs {', '.join(ARCHITECTURES)}"

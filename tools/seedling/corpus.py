@@ -161,7 +161,10 @@ HOBBY = Fact(
 )
 COMMON = (NAME, CODE, SENTENCE)
 OTHERS = (
-    *(_secret(noun, length) for noun, length in (("password", 4), ("pin", 4), ("secret number", 4), ("room number", 3), ("phone number", 6))),
+    *(
+        _secret(noun, length)
+        for noun, length in (("password", 4), ("pin", 4), ("secret number", 4), ("room number", 3), ("phone number", 6))
+    ),
     _favourite("number", lambda rng: str(rng.randint(1, 100))),
     _favourite("colour", _chosen(COLOURS)),
     _favourite("animal", _chosen(ANIMALS)),
@@ -191,7 +194,9 @@ def _joined(rng: random.Random, statements: list[str]) -> str:
     link = rng.choice((" ", " and "))
     if link == " and ":
         statements = [statement.rstrip(".!") for statement in statements]
-        statements[1:] = [re.sub("^(My|The|Remember|Please|Keep)", lambda word: word[0].lower(), kept) for kept in statements[1:]]
+        statements[1:] = [
+            re.sub("^(My|The|Remember|Please|Keep)", lambda word: word[0].lower(), kept) for kept in statements[1:]
+        ]
     text = link.join(statements)
     if rng.random() < 0.12:
         text = f"{rng.choice(OPENINGS)} {text}"
@@ -220,7 +225,9 @@ class Conversation:
             value = fact.draw(self._rng)
             statement = _fill(self._rng.choice(fact.tell.split("|")), value)
             if fact in self._told and fact is not SENTENCE:
-                statement = f"Actually, my {fact.noun} is {value} now." if not fact.not_told else f"Actually, {statement}"
+                statement = (
+                    f"Actually, my {fact.noun} is {value} now." if not fact.not_told else f"Actually, {statement}"
+                )
             told.append(statement)
             reply = _fill(self._rng.choice(fact.reply.split("|")), value)
             self._told[fact] = value

@@ -85,7 +85,7 @@ What colour is a banana?|Which colour are bananas? => A banana is yellow.
 How many legs does a dog have?|How many legs does a cat have?|How many legs has a horse? => It has four legs.
 How many legs does a spider have? => A spider has eight legs.
 How many legs does a bird have? => A bird has two legs.
-"""  # noqa: E501  one row is one topic
+"""
 
 _UNKNOWN_QUESTIONS = (
     "Who won the world cup in {n}?|What is the meaning of {w}?|How does a {w} work?|Who invented the {w}?|What is the price of a {w}?|"
@@ -105,7 +105,9 @@ def _parse(table: str) -> list[tuple[list[str], list[str]]]:
 CHAT = _parse(_CHAT)
 
 
-OPENINGS = "Please|Hey,|Hi!|Hello!|Ok,|Thanks!|Well,|So,|And|By the way,|Now,|Seedling,|One more question:|Great!|Can you help me?".split("|")
+OPENINGS = "Please|Hey,|Hi!|Hello!|Ok,|Thanks!|Well,|So,|And|By the way,|Now,|Seedling,|One more question:|Great!|Can you help me?".split(
+    "|"
+)
 
 
 def casual(rng: random.Random, text: str) -> str:
@@ -136,7 +138,9 @@ def _capital(rng: random.Random) -> Exchange:
     country, city = rng.choice(list(CAPITALS.items()))
     if rng.random() < 0.2:
         return f"Which country is {city} the capital of?", f"{city} is the capital of {country}."
-    asked = rng.choice(("What is the capital of {}?", "Which city is the capital of {}?", "Name the capital of {}", "Capital of {}?"))
+    asked = rng.choice(
+        ("What is the capital of {}?", "Which city is the capital of {}?", "Name the capital of {}", "Capital of {}?")
+    )
     return asked.format(country), f"The capital of {country} is {city}."
 
 
@@ -161,7 +165,9 @@ def _calendar(rng: random.Random) -> Exchange:
         return f"Name the {kind}s", f"The {kind}s are {listed(cycle)}."
     if rng.random() < 0.4:
         return f"Which {kind} comes before {after}?", f"The {kind} before {after} is {here}."
-    asked = rng.choice((f"Which {kind} comes after {here}?", f"What {kind} comes after {here}?", f"What {kind} follows {here}?"))
+    asked = rng.choice(
+        (f"Which {kind} comes after {here}?", f"What {kind} comes after {here}?", f"What {kind} follows {here}?")
+    )
     return asked, f"The {kind} after {here} is {after}."
 
 
@@ -171,7 +177,9 @@ def _sum(rng: random.Random) -> Exchange:
     if rng.random() < 0.35:
         asked = rng.choice(("What is {} minus {}?", "What is {} - {}?", "How much is {} minus {}?"))
         return asked.format(a + b, b), f"{a + b} minus {b} is {a}."
-    asked = rng.choice(("What is {} plus {}?", "What is {} + {}?", "How much is {} plus {}?", "Add {} and {}", "{} + {}?"))
+    asked = rng.choice(
+        ("What is {} plus {}?", "What is {} + {}?", "How much is {} plus {}?", "Add {} and {}", "{} + {}?")
+    )
     return asked.format(a, b), f"{a} plus {b} is {a + b}."
 
 
@@ -202,7 +210,16 @@ def _repeat(rng: random.Random) -> Exchange:
         times = rng.randint(2, 5)
         return f"Say {word} {NUMBERS[times]} times", " ".join([word] * times)
     text = _anything(rng)
-    asked = rng.choice(("Repeat after me: {}", "Read this back: {}", "Say: {}", "Repeat this: {}", "Please repeat: {}", "Copy this: {}"))
+    asked = rng.choice(
+        (
+            "Repeat after me: {}",
+            "Read this back: {}",
+            "Say: {}",
+            "Repeat this: {}",
+            "Please repeat: {}",
+            "Copy this: {}",
+        )
+    )
     return asked.format(text), text
 
 
@@ -221,7 +238,9 @@ def _list(rng: random.Random) -> Exchange:
     count = rng.randint(2, 5)
     asked = rng.choice(("Name {} {}", "Can you name {} {}?", "Give me {} {}", "List {} {}", "Tell me {} {}"))
     number = NUMBERS[count] if rng.random() < 0.8 else str(count)
-    return asked.format(number, group), f"{NUMBERS[count].capitalize()} {group} are {listed(rng.sample(members, count))}."
+    return asked.format(
+        number, group
+    ), f"{NUMBERS[count].capitalize()} {group} are {listed(rng.sample(members, count))}."
 
 
 def _opinion(rng: random.Random) -> Exchange:
@@ -234,9 +253,13 @@ def _opinion(rng: random.Random) -> Exchange:
     )
     things, answer = rng.choice(likes)
     thing = rng.choice(things)
-    asked = rng.choice(("Do you like {}?", "What do you think about {}?", "What do you think of {}?", "Tell me about {}", "I like {}"))
+    asked = rng.choice(
+        ("Do you like {}?", "What do you think about {}?", "What do you think of {}?", "Tell me about {}", "I like {}")
+    )
     if things is ANIMALS:
-        asked = rng.choice(("Tell me about the {}", "What do you think of the {}?", "Do you like the {}?", "I saw a {} today"))
+        asked = rng.choice(
+            ("Tell me about the {}", "What do you think of the {}?", "Do you like the {}?", "I saw a {} today")
+        )
     return asked.format(thing), answer.format(t=thing, T=capitalized(thing))
 
 
@@ -246,7 +269,11 @@ def _job(rng: random.Random) -> Exchange:
 
 
 def _remark(rng: random.Random) -> Exchange:
-    replies = ("That sounds interesting. Tell me more about it.", "I see. How did that feel?", "Thank you for telling me. What happened next?")
+    replies = (
+        "That sounds interesting. Tell me more about it.",
+        "I see. How did that feel?",
+        "Thank you for telling me. What happened next?",
+    )
     return remark(rng) + ".", rng.choice(replies)
 
 
