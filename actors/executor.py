@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import ParamSpec, TypeVar
 
 import trio
@@ -102,18 +102,23 @@ class ModelExecutor:
 
     async def _forward(self, chosen: list[tuple[Envelope[Ran], tuple[Row, ...]]]) -> None:
         batch = RowBatch(tuple(row for _, rows in chosen for row in rows))
-        started = time.perf_counter()
-        try:
-            drawn = iter(await self._thread.run(self._engine.forward, batch))
-        except Exception as error:
+        with ExitStack() as stack:
+            # Those who wait to the end wait shielded: whatever happens here, none may be left without a word.
             for envelope, _ in chosen:
-                envelope.replies.close()
-            raise EngineFailed(f"the engine failed: {error}") from error
-        self._metrics.forward_duration_seconds.observe(time.perf_counter() - started)
-        self._metrics.forward_rows.observe(len(batch.rows))
-        for envelope, rows in chosen:
-            tokens = tuple(next(drawn) for row in rows if row.draw is not None)
-            envelope.finish(Ran(len(rows), tokens))
+                stack.enter_context(envelope.replies)
+            started = time.perf_counter()
+            try:
+                tokens = await self._thread.run(self._engine.forward, batch)
+            except Exception as error:
+                raise EngineFailed(f"the engine failed: {error}") from error
+            wanted = sum(row.draw is not None for row in batch.rows)
+            if len(tokens) != wanted:
+                raise EngineFailed(f"the engine failed: {len(tokens)} tokens drawn where {wanted} were asked for")
+            self._metrics.forward_duration_seconds.observe(time.perf_counter() - started)
+            self._metrics.forward_rows.observe(len(batch.rows))
+            drawn = iter(tokens)
+            for envelope, rows in chosen:
+                envelope.finish(Ran(len(rows), tuple(next(drawn) for row in rows if row.draw is not None)))
 
 
 def _forward_of(envelope: Envelope[Ran]) -> Forward:

@@ -90,11 +90,12 @@ class Mailbox:
         async with self._sent(message, room_for_replies=1) as (envelope, channel):
             try:
                 return await Replies(channel).receive()
-            finally:
-                if envelope.begun.is_set():
-                    with trio.CancelScope(shield=True):
-                        async for _ in channel:
-                            pass
+            except trio.Cancelled:
+                if not envelope.begun.is_set():
+                    raise
+                # What was begun has happened, so its asker must learn of it; its next checkpoint is cancelled again.
+                with trio.CancelScope(shield=True):
+                    return await Replies(channel).receive()
 
     @asynccontextmanager
     async def stream(self, message: Message[R]) -> AsyncIterator[Replies[R]]:
@@ -177,10 +178,14 @@ class Inbox:
 
             try:
                 await handler(envelope.message, cast(Reply[Any], reply))
-            except PerennialError as error:
+            except RequestError as error:
                 await _send(envelope, outcome.Error(error))
-                if not isinstance(error, RequestError):
-                    raise
+            except PerennialError as error:
+                try:
+                    await _send_last(envelope, outcome.Error(error))
+                finally:
+                    # The actor ends of it even when its asker leaves before it is told.
+                    raise error
 
 
 async def _send(envelope: Envelope[Any], reply: outcome.Maybe[Any]) -> None:
@@ -189,6 +194,16 @@ async def _send(envelope: Envelope[Any], reply: outcome.Maybe[Any]) -> None:
     except trio.BrokenResourceError:
         # The asker has left, so its scope is cancelled, and this checkpoint says so.
         await trio.lowlevel.checkpoint()
+
+
+async def _send_last(envelope: Envelope[Any], reply: outcome.Maybe[Any]) -> None:
+    try:
+        # Without a checkpoint where the asker waits: this actor may be cancelled already, for the tree may be ending.
+        envelope.replies.send_nowait(reply)
+    except trio.BrokenResourceError:
+        pass
+    except trio.WouldBlock:
+        await _send(envelope, reply)
 
 
 def open_mailbox() -> tuple[Mailbox, Inbox]:

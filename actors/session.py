@@ -28,7 +28,7 @@ from runtime.metrics import Metrics
 from runtime.rows import Row
 from runtime.slab import Slab
 
-MAX_APPEND_TOKENS = 2**20
+MAX_APPEND_TOKENS = 2**18
 
 
 class Ending(Enum):
@@ -147,13 +147,13 @@ class Session:
         began = trio.current_time()
         turn_began = began if self._turn_began is None else self._turn_began
         self._metrics.generate_prefill_tokens.observe(max(1, len(self._history) - self._fed))
-        if self.evicted_token_count:
-            await reply(HistoryTruncated(self.evicted_token_count))
         first: float | None = None
         count = 0
         stop_reason = StopReason.MAX_TOKENS
         last = began
         try:
+            if self.evicted_token_count:
+                await reply(HistoryTruncated(self.evicted_token_count))
             while count < request.max_tokens:
                 if self._overflow is Overflow.ERROR and len(self._history) >= self._slab.spec.visible:
                     stop_reason = StopReason.TRUNCATED
@@ -176,10 +176,10 @@ class Session:
                 if token_id in self._eos_token_ids:
                     stop_reason = StopReason.EOS
                     break
+            ended = trio.current_time()
+            await reply(Done(stop_reason, count, (ended if first is None else first) - began, ended - began))
         finally:
             self._last_used = trio.current_time()
-        ended = trio.current_time()
-        await reply(Done(stop_reason, count, (ended if first is None else first) - began, ended - began))
 
     def _info(self) -> SessionInfo:
         spec = self._slab.spec

@@ -90,9 +90,14 @@ class SessionHandle:
             return await self._mailbox.ask(Info())
 
     async def close(self) -> int:
-        """Ends the session and returns the length of its history."""
+        """Ends the session and returns the length of its history; by then its slab is free again."""
         with _as_session_errors():
-            return await self._mailbox.ask(Close())
+            async with self._mailbox.stream(Close()) as replies:
+                length = await replies.receive()
+                # After its answer the session runs to its end without a pause; only the stream's end tells that it has.
+                with suppress(ActorFailed):
+                    await replies.receive()
+                return length
 
 
 @contextmanager
@@ -151,12 +156,12 @@ class Runtime:
 
 
 @asynccontextmanager
-async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
-    """Loads the model and runs sessions until the block ends.
+async def open_runtime(settings: Settings, metrics: Metrics | None = None) -> AsyncIterator[Runtime]:
+    """Loads the model and runs sessions until the block ends, counting in `metrics`.
 
     Raises InvalidSetting, ModelUnavailable or NotEnoughMemory.
     """
-    metrics = Metrics()
+    metrics = metrics or Metrics()
     directory = await trio.to_thread.run_sync(find_model, settings.model)
     text = await trio.to_thread.run_sync(Text.load, directory)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine") as pool:
@@ -171,11 +176,14 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
 async def open_sessions(
     settings: Settings, engine: Engine, thread: EngineThread, text: Text, metrics: Metrics
 ) -> AsyncIterator[Runtime]:
-    """Executor, registry and admission over an engine that is loaded."""
+    """Executor, registry and admission over an engine that is loaded.
+
+    Raises EngineFailed where the engine fails, and what the block raises as it is, in no group.
+    """
     asking, inbox = open_mailbox()
-    async with trio.open_nursery() as executor_nursery:
+    async with _open_nursery() as executor_nursery:
         executor_nursery.start_soon(ModelExecutor(engine, thread, inbox, metrics).run)
-        async with trio.open_nursery() as session_nursery:
+        async with _open_nursery() as session_nursery:
             registry = SessionRegistry(
                 session_nursery,
                 asking,
@@ -188,6 +196,24 @@ async def open_sessions(
             yield Runtime(settings, engine.facts, text, registry, Admission(settings, metrics), metrics)
             session_nursery.cancel_scope.cancel()
         executor_nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _open_nursery() -> AsyncIterator[trio.Nursery]:
+    """A nursery that raises a lone error as it is: that there are nurseries here is no user's concern."""
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) > 1:
+            raise
+        error = group.exceptions[0]
+        context = error.__context__
+        try:
+            raise error
+        finally:
+            # The group holds the error, and is not what it came of.
+            error.__context__ = context
 
 
 def _log_start(settings: Settings, facts: EngineFacts) -> None:

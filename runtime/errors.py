@@ -65,7 +65,7 @@ class SessionNotFound(RequestError):
     grpc, http = "NOT_FOUND", 404
 
 
-class ModelNotFound(RequestError):
+class ModelNotFound(InvalidRequest):
     """The request names a model that this server does not run."""
 
     grpc, http, code = "NOT_FOUND", 404, "model_not_found"

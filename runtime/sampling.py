@@ -18,9 +18,11 @@ def draw(logits: Tensor, sampling: Sampling, position: int) -> int:
     """
     if sampling.temperature == 0.0:
         return int(logits.argmax())
-    scaled = logits.double() / sampling.temperature
+    exact = logits.cpu().double()
+    # From the largest down, so that no temperature is too low for the division.
+    scaled = (exact - exact.max()) / sampling.temperature
     noise = torch.from_numpy(gumbel_noise(sampling.seed, position, len(logits)))
-    return int((scaled.cpu() + noise).masked_fill(~kept(scaled.cpu(), sampling), -torch.inf).argmax())
+    return int((scaled + noise).masked_fill(~kept(scaled, sampling), -torch.inf).argmax())
 
 
 def kept(scaled: Tensor, sampling: Sampling) -> Tensor:

@@ -61,12 +61,15 @@ def _is_address(value: str) -> bool:
 ANYTHING = Accepts("any text", lambda _: True)
 NOT_EMPTY = Accepts("any text but the empty one", bool)
 ADDRESS = Accepts("HOST:PORT, or empty", lambda value: not value or _is_address(value))
-KEYS = Accepts("keys separated by commas", lambda keys: all(key and key.isascii() for key in keys))
+KEYS = Accepts(
+    "keys separated by commas", lambda keys: all(isinstance(key, str) and key and key.isascii() for key in keys)
+)
 FLAG = Accepts("true or false", lambda _: True)
 
 
 def _setting(default: Any, words: str, accepts: Accepts) -> Any:
-    return dataclasses.field(default=default, metadata={"help": words, "accepts": accepts})
+    # A key must not end up in a log, so the keys are not part of the representation.
+    return dataclasses.field(default=default, metadata={"help": words, "accepts": accepts}, repr=accepts is not KEYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,7 @@ class Settings:
             raise InvalidSetting(f"{name} must be HOST:PORT, got {address!r}") from error
         if not (is_loopback(host) or self.api_keys or self.allow_unauthenticated):
             raise InvalidSetting(
-                f"{name}={address} is open to other machines and no key protects it: "
+                f"{name}={address!r} is open to other machines and no key protects it: "
                 f"set api_keys ({ENVIRONMENT_PREFIX}API_KEYS) or allow_unauthenticated"
             )
 
@@ -164,6 +167,5 @@ def _read(field: dataclasses.Field[Any], text: str) -> Any:
 
 def _refusal(field: dataclasses.Field[Any], value: object) -> InvalidSetting:
     words = field.metadata["accepts"].words
-    # A key that is refused must not end up in a log.
-    shown = "something else" if field.name == "api_keys" else repr(value)
+    shown = repr(value) if field.repr else "something else"
     return InvalidSetting(f"{field.name} must be {words}; got {shown} ({ENVIRONMENT_PREFIX}{field.name.upper()})")

@@ -8,10 +8,12 @@ from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from runtime.errors import MalformedRequest, ModelUnavailable
+
+# Stands for an answer whose text does not matter.
+_MARK = "\u2234"
 
 
 class Text:
@@ -35,6 +37,17 @@ class Text:
             raise ModelUnavailable(f"the tokenizer in {directory} has no tokenizer.json: convert it to a fast one")
         return cls(tokenizer, _eos_token_ids(directory, tokenizer))
 
+    def _apply_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        if not self._tokenizer.chat_template:
+            raise MalformedRequest(
+                "the model has no chat template: use the gRPC door, which takes token ids", "messages"
+            )
+        try:
+            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise MalformedRequest(f"the chat template refuses these messages: {error}", "messages") from error
+        return text
+
     def encode(self, text: str) -> list[int]:
         """The tokens of plain text, special tokens in it included."""
         token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
@@ -47,15 +60,18 @@ class Text:
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The tokens of a conversation, ready for the assistant's turn. Raises MalformedRequest if the template refuses."""
-        if not self._tokenizer.chat_template:
-            raise MalformedRequest(
-                "the model has no chat template: use the gRPC door, which takes token ids", "messages"
-            )
-        try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise MalformedRequest(f"the chat template refuses these messages: {error}", "messages") from error
-        return self.encode(text)
+        return self.encode(self._apply_template(messages))
+
+    def render_next_turn(self, content: str, is_after_eos: bool) -> list[int]:
+        """The tokens that take a conversation from the end of the assistant's turn to its next, `content` between them.
+
+        `is_after_eos` says whether the history ends with an end-of-turn token. Raises MalformedRequest.
+        """
+        before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _MARK}]
+        text = self._apply_template([*before, {"role": "user", "content": content}])
+        rest = text[text.index(_MARK) + len(_MARK) :]
+        token_ids = self.encode(rest)
+        return token_ids[1:] if is_after_eos and token_ids[0] in self.eos_token_ids else token_ids
 
     def detokenizer(self) -> Detokenizer:
         return Detokenizer(self._backend)
@@ -66,11 +82,25 @@ class Detokenizer:
 
     def __init__(self, backend: Tokenizer) -> None:
         self._backend = backend
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._said: list[int] = []
+        self._held: list[int] = []
 
     def feed(self, token_id: int) -> str:
         """The text that is complete with this token and was not before; often empty inside a character."""
-        return self._stream.step(self._backend, token_id) or ""
+        self._held.append(token_id)
+        # The tokens of the last piece stand before those held: a decoder spells a token by what it follows.
+        before, text = self._decode(self._said), self._decode(self._said + self._held)
+        if text.endswith("\ufffd"):
+            return ""
+        # Bytes that are no text make some decoders spell the bytes before them anew; what was said stays said.
+        piece = text[len(before) :] if text.startswith(before) else self._decode(self._held)
+        if piece:
+            self._said, self._held = self._held, []
+        return piece
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text: str = self._backend.decode(token_ids, skip_special_tokens=True)
+        return text
 
 
 def _eos_token_ids(directory: Path, tokenizer: Any) -> frozenset[int]:

@@ -15,7 +15,8 @@ from runtime.slab import BUCKET_SLOTS, Slab, SlabPool, SlabSpec
 
 # Smallest padding first: fewer rows are wasted on a lone token. What fails is a kernel class of its own for few rows.
 CANDIDATES = ((8, 16, 32), (16, 32), (32,))
-_CUTS = ((1, 1, 2, 3, 5, 8, 12), (7, 7, 7, 7, 4), (13, 13, 6))
+_SMALL_CUT = (1, 1, 2, 3, 5, 8, 12)
+_CUTS_BESIDE_OTHERS = (_SMALL_CUT, (7, 7, 7, 7, 4), (13, 13, 6))
 _GREEDY = Sampling()
 
 
@@ -46,9 +47,10 @@ def is_bit_exact(engine: LogitsEngine, spec: SlabSpec, vocabulary: int) -> bool:
         beside = [choice.randrange(vocabulary) for _ in range(spec.row_tile)]
         rows = _rows(slab, first, tokens)
         whole = engine.logits(RowBatch(rows))
-        for cuts in _CUTS:
+        neighbours = _rows(neighbour, first // 2, beside)
+        for cuts, others in ((_SMALL_CUT, ()), *((cuts, neighbours) for cuts in _CUTS_BESIDE_OTHERS)):
             at = 0
-            for batch, count in _cut(rows, cuts, _rows(neighbour, first // 2, beside), choice):
+            for batch, count in _cut(rows, cuts, others, choice):
                 logits = engine.logits(batch)
                 mine = [index for index, row in enumerate(batch.rows) if row.slab is slab]
                 if not torch.equal(logits[mine], whole[at : at + count]):
@@ -64,11 +66,11 @@ def _rows(slab: Slab, start: int, tokens: list[int]) -> tuple[Row, ...]:
 def _cut(
     rows: tuple[Row, ...], cuts: tuple[int, ...], neighbours: tuple[Row, ...], choice: random.Random
 ) -> Iterator[tuple[RowBatch, int]]:
-    """Batches that hold `rows` cut by `cuts`, each with some of a neighbour's rows before or behind."""
+    """Batches that hold `rows` cut by `cuts`, each with some of the `neighbours`, a tile of them or none, at one side."""
     at = 0
     for count in cuts:
         mine = rows[at : at + count]
-        theirs = neighbours[: choice.randrange(len(neighbours) - count + 1)]
+        theirs = neighbours[: choice.randrange(len(neighbours) - count + 1)] if neighbours else ()
         yield RowBatch(theirs + mine if choice.random() < 0.5 else mine + theirs), count
         at += count
 

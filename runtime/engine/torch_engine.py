@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -29,6 +30,9 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 STRICT_ROW_TILE = 32
 FAST_ROW_TILE = 256
 FAST_SIZES = (8, 16, 32, 64, 128, 256)
+
+# What transformers raises over a config.json whose values make no sense.
+_CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, StrictDataclassError, TypeError, ValueError)
 
 AttentionInterface.register(ATTENTION_NAME, slab_attention)
 
@@ -61,8 +65,9 @@ class TorchEngine:
         device = _choose_device(settings)
         dtype = _choose_dtype(settings, device)
         is_strict = settings.determinism == "strict"
+        weights = _count_weights(config, directory)
         spec = _slab_spec(config, settings, dtype, device, STRICT_ROW_TILE if is_strict else FAST_ROW_TILE)
-        _check_memory(config, settings, spec)
+        _check_memory(weights, settings, spec)
         if device.type == "cpu":
             torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
         model = _load_model(directory, dtype).to(device)
@@ -126,7 +131,7 @@ class TorchEngine:
 def _read_config(directory: Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
+    except _CONFIG_ERRORS as error:
         raise ModelUnavailable(
             f"{directory} has no configuration that transformers can read: {_line(error)}"
         ) from error
@@ -135,6 +140,14 @@ def _read_config(directory: Path) -> PreTrainedConfig:
             f"{directory} is of architecture {config.model_type!r}; this release runs {', '.join(ARCHITECTURES)}"
         )
     return config
+
+
+def _count_weights(config: PreTrainedConfig, directory: Path) -> int:
+    try:
+        with torch.device("meta"):
+            return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    except _CONFIG_ERRORS as error:
+        raise ModelUnavailable(f"the configuration in {directory} makes no model: {_line(error)}") from error
 
 
 def _load_model(directory: Path, dtype: torch.dtype) -> Any:
@@ -194,9 +207,7 @@ def _slab_spec(
     )
 
 
-def _check_memory(config: PreTrainedConfig, settings: Settings, spec: SlabSpec) -> None:
-    with torch.device("meta"):
-        weights = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+def _check_memory(weights: int, settings: Settings, spec: SlabSpec) -> None:
     slabs = settings.capacity + settings.max_concurrent
     needed = weights * spec.dtype.itemsize + slabs * spec.ceiling_bytes
     free = torch.cuda.mem_get_info()[0] if spec.device.type == "cuda" else psutil.virtual_memory().available
@@ -208,4 +219,6 @@ def _check_memory(config: PreTrainedConfig, settings: Settings, spec: SlabSpec) 
 
 
 def _line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    words = next(iter(str(error).strip().splitlines()), "")
+    # Some errors say no more than a key.
+    return f"{type(error).__name__}: {words}" if isinstance(error, LookupError) else words or type(error).__name__

@@ -93,21 +93,15 @@ class Overflow(betterproto2.Enum):
 class AppendTokensRequest(betterproto2.Message):
     session_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
 
-    token_ids: "list[int]" = betterproto2.field(
-        2, betterproto2.TYPE_UINT32, repeated=True
-    )
+    token_ids: "list[int]" = betterproto2.field(2, betterproto2.TYPE_UINT32, repeated=True)
 
-    expected_history_length: "int | None" = betterproto2.field(
-        3, betterproto2.TYPE_UINT64, optional=True
-    )
+    expected_history_length: "int | None" = betterproto2.field(3, betterproto2.TYPE_UINT64, optional=True)
     """
     When set and not the session's, the append is refused with ABORTED: a retry cannot append twice.
     """
 
 
-default_message_pool.register_message(
-    "kakeya.v1", "AppendTokensRequest", AppendTokensRequest
-)
+default_message_pool.register_message("kakeya.v1", "AppendTokensRequest", AppendTokensRequest)
 
 
 @dataclass(eq=False, repr=False)
@@ -125,9 +119,7 @@ class AppendTokensResponse(betterproto2.Message):
     """
 
 
-default_message_pool.register_message(
-    "kakeya.v1", "AppendTokensResponse", AppendTokensResponse
-)
+default_message_pool.register_message("kakeya.v1", "AppendTokensResponse", AppendTokensResponse)
 
 
 @dataclass(eq=False, repr=False)
@@ -135,9 +127,7 @@ class CloseSessionRequest(betterproto2.Message):
     session_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
 
 
-default_message_pool.register_message(
-    "kakeya.v1", "CloseSessionRequest", CloseSessionRequest
-)
+default_message_pool.register_message("kakeya.v1", "CloseSessionRequest", CloseSessionRequest)
 
 
 @dataclass(eq=False, repr=False)
@@ -145,30 +135,22 @@ class CloseSessionResponse(betterproto2.Message):
     final_history_length: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
 
 
-default_message_pool.register_message(
-    "kakeya.v1", "CloseSessionResponse", CloseSessionResponse
-)
+default_message_pool.register_message("kakeya.v1", "CloseSessionResponse", CloseSessionResponse)
 
 
 @dataclass(eq=False, repr=False)
 class CreateSessionRequest(betterproto2.Message):
     client_label: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
 
-    eos_token_ids: "list[int]" = betterproto2.field(
-        2, betterproto2.TYPE_UINT32, repeated=True
-    )
+    eos_token_ids: "list[int]" = betterproto2.field(2, betterproto2.TYPE_UINT32, repeated=True)
     """
     Tokens that end a Generate.
     """
 
-    overflow: "Overflow" = betterproto2.field(
-        3, betterproto2.TYPE_ENUM, default_factory=lambda: Overflow(0)
-    )
+    overflow: "Overflow" = betterproto2.field(3, betterproto2.TYPE_ENUM, default_factory=lambda: Overflow(0))
 
 
-default_message_pool.register_message(
-    "kakeya.v1", "CreateSessionRequest", CreateSessionRequest
-)
+default_message_pool.register_message("kakeya.v1", "CreateSessionRequest", CreateSessionRequest)
 
 
 @dataclass(eq=False, repr=False)
@@ -176,9 +158,7 @@ class CreateSessionResponse(betterproto2.Message):
     session_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
 
 
-default_message_pool.register_message(
-    "kakeya.v1", "CreateSessionResponse", CreateSessionResponse
-)
+default_message_pool.register_message("kakeya.v1", "CreateSessionResponse", CreateSessionResponse)
 
 
 @dataclass(eq=False, repr=False)
@@ -208,16 +188,12 @@ class GenerateRequest(betterproto2.Message):
     Drawn by the server when absent.
     """
 
-    temperature: "float | None" = betterproto2.field(
-        4, betterproto2.TYPE_FLOAT, optional=True
-    )
+    temperature: "float | None" = betterproto2.field(4, betterproto2.TYPE_FLOAT, optional=True)
     """
     Greedy unless over 0.
     """
 
-    top_p: "float | None" = betterproto2.field(
-        5, betterproto2.TYPE_FLOAT, optional=True
-    )
+    top_p: "float | None" = betterproto2.field(5, betterproto2.TYPE_FLOAT, optional=True)
 
     top_k: "int | None" = betterproto2.field(6, betterproto2.TYPE_UINT32, optional=True)
     """
@@ -237,13 +213,9 @@ class GenerateResponse(betterproto2.Message):
         - payload:
     """
 
-    token_id: "int | None" = betterproto2.field(
-        1, betterproto2.TYPE_UINT32, optional=True, group="payload"
-    )
+    token_id: "int | None" = betterproto2.field(1, betterproto2.TYPE_UINT32, optional=True, group="payload")
 
-    done: "GenerateDone | None" = betterproto2.field(
-        2, betterproto2.TYPE_MESSAGE, optional=True, group="payload"
-    )
+    done: "GenerateDone | None" = betterproto2.field(2, betterproto2.TYPE_MESSAGE, optional=True, group="payload")
 
     truncated: "HistoryTruncated | None" = betterproto2.field(
         3, betterproto2.TYPE_MESSAGE, optional=True, group="payload"
@@ -258,9 +230,7 @@ class GetSessionInfoRequest(betterproto2.Message):
     session_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
 
 
-default_message_pool.register_message(
-    "kakeya.v1", "GetSessionInfoRequest", GetSessionInfoRequest
-)
+default_message_pool.register_message("kakeya.v1", "GetSessionInfoRequest", GetSessionInfoRequest)
 
 
 @dataclass(eq=False, repr=False)
@@ -272,13 +242,9 @@ class GetSessionInfoResponse(betterproto2.Message):
     Bytes of the keys and values that a next token may attend to.
     """
 
-    cache_invariant_inv1_violations: "int" = betterproto2.field(
-        3, betterproto2.TYPE_UINT64
-    )
+    cache_invariant_inv1_violations: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
 
-    cache_invariant_inv2_violations: "int" = betterproto2.field(
-        4, betterproto2.TYPE_UINT64
-    )
+    cache_invariant_inv2_violations: "int" = betterproto2.field(4, betterproto2.TYPE_UINT64)
 
     idle_seconds: "float" = betterproto2.field(5, betterproto2.TYPE_DOUBLE)
 
@@ -296,9 +262,7 @@ class GetSessionInfoResponse(betterproto2.Message):
     """
 
 
-default_message_pool.register_message(
-    "kakeya.v1", "GetSessionInfoResponse", GetSessionInfoResponse
-)
+default_message_pool.register_message("kakeya.v1", "GetSessionInfoResponse", GetSessionInfoResponse)
 
 
 @dataclass(eq=False, repr=False)
@@ -423,27 +387,21 @@ class RuntimeServiceBase(betterproto2_grpclib.ServiceBase):
     Long-lived sessions on one model: the server holds history and keys and values, a call brings only what is new.
     """
 
-    async def create_session(
-        self, message: "CreateSessionRequest"
-    ) -> "CreateSessionResponse":
+    async def create_session(self, message: "CreateSessionRequest") -> "CreateSessionResponse":
         """
         A session with a slab of its own. RESOURCE_EXHAUSTED when every slab is held by a session at work.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
-    async def append_tokens(
-        self, message: "AppendTokensRequest"
-    ) -> "AppendTokensResponse":
+    async def append_tokens(self, message: "AppendTokensRequest") -> "AppendTokensResponse":
         """
         Adds token ids to a history and returns once the model has read them.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
-    async def generate(
-        self, message: "GenerateRequest"
-    ) -> "AsyncIterator[GenerateResponse]":
+    async def generate(self, message: "GenerateRequest") -> "AsyncIterator[GenerateResponse]":
         """
         At most one `truncated`, then a `token_id` for each token, then one `done`.
         """
@@ -451,24 +409,19 @@ class RuntimeServiceBase(betterproto2_grpclib.ServiceBase):
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
         yield GenerateResponse()
 
-    async def close_session(
-        self, message: "CloseSessionRequest"
-    ) -> "CloseSessionResponse":
+    async def close_session(self, message: "CloseSessionRequest") -> "CloseSessionResponse":
         """
         Ends a session and frees its slab.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
-    async def get_session_info(
-        self, message: "GetSessionInfoRequest"
-    ) -> "GetSessionInfoResponse":
+    async def get_session_info(self, message: "GetSessionInfoRequest") -> "GetSessionInfoResponse":
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
     async def __rpc_create_session(
-        self,
-        stream: "grpclib.server.Stream[CreateSessionRequest, CreateSessionResponse]",
+        self, stream: "grpclib.server.Stream[CreateSessionRequest, CreateSessionResponse]"
     ) -> None:
         request = await stream.recv_message()
         assert request is not None
@@ -483,9 +436,7 @@ class RuntimeServiceBase(betterproto2_grpclib.ServiceBase):
         response = await self.append_tokens(request)
         await stream.send_message(response)
 
-    async def __rpc_generate(
-        self, stream: "grpclib.server.Stream[GenerateRequest, GenerateResponse]"
-    ) -> None:
+    async def __rpc_generate(self, stream: "grpclib.server.Stream[GenerateRequest, GenerateResponse]") -> None:
         request = await stream.recv_message()
         assert request is not None
         await self._call_rpc_handler_server_stream(
@@ -503,8 +454,7 @@ class RuntimeServiceBase(betterproto2_grpclib.ServiceBase):
         await stream.send_message(response)
 
     async def __rpc_get_session_info(
-        self,
-        stream: "grpclib.server.Stream[GetSessionInfoRequest, GetSessionInfoResponse]",
+        self, stream: "grpclib.server.Stream[GetSessionInfoRequest, GetSessionInfoResponse]"
     ) -> None:
         request = await stream.recv_message()
         assert request is not None

@@ -1,0 +1,19 @@
+"""Bearer keys, for both doors."""
+
+from __future__ import annotations
+
+import hmac
+
+from runtime.errors import Unauthenticated
+from runtime.settings import Settings
+
+
+def check_key(settings: Settings, authorization: str | None) -> None:
+    """Raises Unauthenticated unless `authorization` is `Bearer KEY` with one of the keys, or there are none."""
+    if not settings.api_keys:
+        return
+    scheme, _, given = (authorization or "").partition(" ")
+    # Every key is compared, in constant time, so that neither a prefix nor a place in the list can be guessed from it.
+    matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in settings.api_keys]
+    if scheme.lower() != "bearer" or not any(matches):
+        raise Unauthenticated("no valid key: send `authorization: Bearer KEY`")

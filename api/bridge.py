@@ -1,0 +1,92 @@
+"""The only file that knows two event loops: trio's, in which the server lives, and asyncio's, of others.
+
+Hypercorn's default worker class runs asyncio. There the server has a trio loop in a thread of its own, and every request
+crosses over. A guest run, trio on the worker's own loop, would save the crossing; but grpclib runs under trio as a guest of
+trio-asyncio, and an asyncio loop inside trio inside an asyncio loop on one thread is more than either promises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
+
+import sniffio
+import trio_asyncio
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+# With trio_asyncio imported, a new asyncio loop is made over trio, and so would be that of an asyncio server that hosts us.
+# Where a thread has set a policy, even the one that it had, trio_asyncio leaves it alone.
+asyncio.set_event_loop_policy(asyncio.get_event_loop_policy())
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
+TrioApplication = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+def _is_trio() -> bool:
+    return sniffio.current_async_library() == "trio"
+
+
+@asynccontextmanager
+async def asyncio_loop() -> AsyncIterator[None]:
+    """A loop for asyncio's libraries in the block: under trio a guest of it, else the one that runs."""
+    if _is_trio():
+        async with trio_asyncio.open_loop():
+            yield
+    else:
+        yield
+
+
+def from_asyncio(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+    """`function` of an asyncio library, to be awaited inside `asyncio_loop` from either kind of code."""
+    adapted: Callable[P, Awaitable[T]] = trio_asyncio.aio_as_trio(function) if _is_trio() else function
+    return adapted
+
+
+def for_asyncio(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+    """`function` written in trio, to be awaited by an asyncio library. When its task is cancelled, so is the function."""
+    adapted: Callable[P, Awaitable[T]] = trio_asyncio.trio_as_aio(function)
+    return adapted
+
+
+class EitherLoop:
+    """An ASGI application written for trio, served by a trio or by an asyncio server.
+
+    When the application returns from its lifespan, the server is told that the shutdown is complete.
+    """
+
+    def __init__(self, application: TrioApplication) -> None:
+        self._application = application
+        self._trio_thread: BlockingPortal | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+        elif _is_trio():
+            await self._application(scope, receive, send)
+        else:
+            await self._cross(scope, receive, send)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if _is_trio():
+            await self._application(scope, receive, send)
+        else:
+            with start_blocking_portal("trio", name="trio") as self._trio_thread:
+                await self._cross(scope, receive, send)
+        # Hypercorn cancels a lifespan that goes on after this, so it comes when the trio thread has ended.
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _cross(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Runs the application in the trio thread; cancellation crosses too, in both directions."""
+        assert self._trio_thread is not None, "an asyncio server has to start the lifespan first"
+        async with BlockingPortal() as here:
+            await self._trio_thread.call_async(
+                self._application, scope, partial(here.call_async, receive), partial(here.call_async, send)
+            )

@@ -1,0 +1,90 @@
+"""`perennial chat`: a conversation in the terminal, over gRPC, with a session that lives in a server."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import trio
+
+from api.client import ClientSession, connect
+from api.doors import serve
+from runtime.errors import RequestError
+from runtime.events import Done, HistoryTruncated, StopReason, Token
+from runtime.models import find_model
+from runtime.settings import Settings
+from runtime.text import Text
+
+
+async def chat(settings: Settings, connect_to: str | None, max_tokens: int, temperature: float) -> int:
+    """Talks until the input ends; returns the exit status.
+
+    Without `connect_to` it starts a server of its own, on a free port of this machine.
+    """
+    text = Text.load(find_model(settings.model))
+    async with (
+        _server(settings, connect_to) as (address, key),
+        connect(address, key=key) as client,
+        client.session(text.eos_token_ids, label="perennial chat") as session,
+    ):
+        info = await session.info()
+        print(
+            f"{settings.model} on {address} remembers the first {info.sink} and the last {info.window} tokens. "
+            "An empty line or Ctrl-D ends the chat."
+        )
+        await _converse(session, text, max_tokens, temperature)
+    return 0
+
+
+@asynccontextmanager
+async def _server(settings: Settings, connect_to: str | None) -> AsyncIterator[tuple[str, str]]:
+    """Address and key of a server for the block."""
+    key = next(iter(settings.api_keys), "")
+    if connect_to:
+        yield connect_to, key
+        return
+    quiet = replace(settings, grpc_bind="127.0.0.1:0", tls_cert="", tls_key="")
+    async with trio.open_nursery() as nursery:
+        addresses = await nursery.start(lambda task_status: serve(quiet, http_bind=None, task_status=task_status))
+        yield addresses.grpc, key
+        nursery.cancel_scope.cancel()
+
+
+async def _converse(session: ClientSession, text: Text, max_tokens: int, temperature: float) -> None:
+    turn = 0
+    is_after_eos = False
+    while line := await trio.to_thread.run_sync(_ask, abandon_on_cancel=True):
+        prompt = text.render_next_turn(line, is_after_eos) if turn else text.render([{"role": "user", "content": line}])
+        try:
+            await session.append(prompt)
+            is_after_eos = await _answer(session, text, max_tokens, temperature)
+        except RequestError as error:
+            print(f"perennial: {error}", file=sys.stderr)
+            return
+        turn += 1
+
+
+def _ask() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+async def _answer(session: ClientSession, text: Text, max_tokens: int, temperature: float) -> bool:
+    """Prints the answer as it comes; says whether it came to its own end."""
+    detokenizer = text.detokenizer()
+    stop_reason = StopReason.MAX_TOKENS
+    async with session.generate(max_tokens, temperature=temperature) as events:
+        async for event in events:
+            match event:
+                case Token(token_id):
+                    print(detokenizer.feed(token_id), end="", flush=True)
+                case HistoryTruncated(count):
+                    print(f"[{count} older tokens are out of sight]", file=sys.stderr)
+                case Done(reason):
+                    stop_reason = reason
+    print()
+    return stop_reason is StopReason.EOS

@@ -1,0 +1,100 @@
+"""The command `perennial`: serve, chat, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import trio
+
+from api.chat import chat
+from api.doctor import doctor
+from api.doors import DEFAULT_HTTP_BIND, serve
+from api.logs import configure_logging
+from api.server import bare_errors
+from runtime.errors import PerennialError
+from runtime.settings import ENVIRONMENT_PREFIX, Accepts, Settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status. An error of ours is one line on stderr and status 1."""
+    asked = _parser().parse_args(arguments)
+    try:
+        settings = _settings(asked)
+        configure_logging(settings.log_level)
+        with bare_errors():
+            return trio.run(partial(_COMMANDS[asked.command], settings, asked))
+    except PerennialError as error:
+        print(f"perennial: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+async def _serve(settings: Settings, asked: argparse.Namespace) -> int:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        await serve(settings, http_bind=asked.bind or None, shutdown_trigger=partial(anext, signals))
+    return 0
+
+
+async def _chat(settings: Settings, asked: argparse.Namespace) -> int:
+    return await chat(settings, connect_to=asked.connect, max_tokens=asked.max_tokens, temperature=asked.temperature)
+
+
+async def _doctor(settings: Settings, asked: argparse.Namespace) -> int:
+    return await doctor(settings)
+
+
+_COMMANDS = {"serve": _serve, "chat": _chat, "doctor": _doctor}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="perennial", description="A server for long-lived LLM sessions: hour four is as fast as minute zero."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    settings = argparse.ArgumentParser(add_help=False)
+    group = settings.add_argument_group("settings", f"each is an environment variable {ENVIRONMENT_PREFIX}<NAME> too")
+    for field in dataclasses.fields(Settings):
+        accepts: Accepts = field.metadata["accepts"]
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        words = f"{field.metadata['help']} (default: {default if default != '' else 'empty'})"
+        names = {f"--{field.name}": None, f"--{field.name.replace('_', '-')}": None}
+        group.add_argument(*names, dest=field.name, metavar=accepts.words, help=words.replace("%", "%%"))
+
+    serving = commands.add_parser("serve", parents=[settings], help="serve sessions through gRPC and HTTP")
+    serving.add_argument(
+        "--bind",
+        default=DEFAULT_HTTP_BIND,
+        metavar="HOST:PORT",
+        help="HTTP address; empty = no HTTP (default: %(default)s)",
+    )
+    chatting = commands.add_parser(
+        "chat", parents=[settings], help="talk to a model over a session that lives in a server"
+    )
+    chatting.add_argument(
+        "--connect", metavar="HOST:PORT", help="a gRPC server that runs already; without it one is started for the chat"
+    )
+    chatting.add_argument("--max-tokens", type=_positive, default=512, help="longest answer (default: %(default)s)")
+    chatting.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default: %(default)s)")
+    commands.add_parser(
+        "doctor", parents=[settings], help="say what this machine gives for a model, and prove bit-exactness"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 on, not {text!r}")
+    return int(text)
+
+
+def _settings(asked: argparse.Namespace) -> Settings:
+    names = {field.name for field in dataclasses.fields(Settings)}
+    flags = {name: value for name, value in vars(asked).items() if name in names and value is not None}
+    return Settings.from_environment(os.environ, flags)

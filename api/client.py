@@ -1,0 +1,224 @@
+"""A client of the gRPC door, for programs in trio and in asyncio alike.
+
+    async with connect("127.0.0.1:50051") as client:
+        async with client.session(eos_token_ids=[2]) as session:
+            await session.append([5, 6, 7])
+            async with session.generate(max_tokens=16) as events:
+                async for event in events:
+                    print(event)
+
+Events and errors are those of an embedded runtime.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import TypeVar
+
+import anyio
+from betterproto2 import Message
+from grpclib import GRPCError, Status
+from grpclib.client import Channel, Stream, UnaryStreamMethod, UnaryUnaryMethod
+from grpclib.exceptions import StreamTerminatedError
+
+from actors.messages import Appended, SessionInfo
+from api.bridge import asyncio_loop, from_asyncio
+from api.wire import SERVICE, appended_of, event_of, info_of
+from proto.kakeya.v1 import (
+    AppendTokensRequest,
+    AppendTokensResponse,
+    CloseSessionRequest,
+    CloseSessionResponse,
+    CreateSessionRequest,
+    CreateSessionResponse,
+    GenerateRequest,
+    GenerateResponse,
+    GetSessionInfoRequest,
+    GetSessionInfoResponse,
+)
+from proto.kakeya.v1 import Overflow as WireOverflow
+from runtime import events
+from runtime.errors import (
+    CapacityExhausted,
+    DeadlineExceeded,
+    HistoryMismatch,
+    InvalidRequest,
+    NotServing,
+    PerennialError,
+    SessionFailed,
+    SessionNotFound,
+    SlabOverflow,
+    Unauthenticated,
+)
+from runtime.settings import split_address
+
+Q = TypeVar("Q", bound=Message)
+A = TypeVar("A", bound=Message)
+
+_ERRORS: dict[Status, type[PerennialError]] = {
+    Status.INVALID_ARGUMENT: InvalidRequest,
+    Status.NOT_FOUND: SessionNotFound,
+    Status.ABORTED: HistoryMismatch,
+    Status.OUT_OF_RANGE: SlabOverflow,
+    Status.RESOURCE_EXHAUSTED: CapacityExhausted,
+    Status.DEADLINE_EXCEEDED: DeadlineExceeded,
+    Status.UNAUTHENTICATED: Unauthenticated,
+    Status.UNAVAILABLE: NotServing,
+}
+
+
+@asynccontextmanager
+async def connect(address: str, *, key: str = "", tls: ssl.SSLContext | None = None) -> AsyncIterator[Client]:
+    """A client of the server at `HOST:PORT`; its first call connects."""
+    host, port = split_address(address)
+    async with asyncio_loop():
+        channel = Channel(host, port, ssl=tls)
+        try:
+            yield Client(channel, key)
+        finally:
+            channel.close()
+
+
+class Client:
+    """Calls a server. Every call raises the PerennialError that the server answers with, or NotServing if none does."""
+
+    def __init__(self, channel: Channel, key: str) -> None:
+        self._channel = channel
+        self._metadata = {"authorization": f"Bearer {key}"} if key else {}
+
+    async def create_session(
+        self,
+        eos_token_ids: Iterable[int] = (),
+        *,
+        overflow: events.Overflow = events.Overflow.EVICT,
+        label: str = "",
+    ) -> ClientSession:
+        """A new session on the server, to be closed by the caller. Raises CapacityExhausted."""
+        request = CreateSessionRequest(
+            client_label=label, eos_token_ids=list(eos_token_ids), overflow=WireOverflow[overflow.name]
+        )
+        reply = await self.call("CreateSession", request, CreateSessionResponse)
+        return self.find_session(reply.session_id)
+
+    def find_session(self, session_id: str) -> ClientSession:
+        """The session with this id, which the first call looks for."""
+        return ClientSession(self, session_id)
+
+    @asynccontextmanager
+    async def session(
+        self,
+        eos_token_ids: Iterable[int] = (),
+        *,
+        overflow: events.Overflow = events.Overflow.EVICT,
+        label: str = "",
+    ) -> AsyncIterator[ClientSession]:
+        """A new session that is closed when the block ends. Raises CapacityExhausted."""
+        session = await self.create_session(eos_token_ids, overflow=overflow, label=label)
+        try:
+            yield session
+        finally:
+            with anyio.CancelScope(shield=True), suppress(SessionNotFound, SessionFailed, NotServing):
+                await session.close()
+
+    async def call(self, method: str, request: Q, answered: type[A]) -> A:
+        """The response of a unary method."""
+        wire: UnaryUnaryMethod[Q, A] = UnaryUnaryMethod(self._channel, f"/{SERVICE}/{method}", type(request), answered)
+        with _typed_errors():
+            return await from_asyncio(wire)(request, metadata=self._metadata)
+
+    @asynccontextmanager
+    async def stream(self, method: str, request: Q, answered: type[A]) -> AsyncIterator[Stream[Q, A]]:
+        """The responses of a streaming method; leaving the block cancels the call."""
+        wire: UnaryStreamMethod[Q, A] = UnaryStreamMethod(
+            self._channel, f"/{SERVICE}/{method}", type(request), answered
+        )
+        stream = wire.open(metadata=self._metadata)
+        with _typed_errors():
+            await from_asyncio(stream.__aenter__)()
+            error: BaseException | None = None
+            try:
+                await from_asyncio(stream.send_message)(request, end=True)
+                yield stream
+            except BaseException as raised:
+                error = raised
+                raise
+            finally:
+                # A stream that was not read to its end is reset here, also for a caller who is being cancelled.
+                with anyio.CancelScope(shield=True):
+                    await from_asyncio(stream.__aexit__)(type(error) if error else _Left, error or _Left(), None)
+
+
+class _Left(Exception):
+    """Tells grpclib that a stream is left where it stands, and not to be waited for."""
+
+
+class ClientSession:
+    """A session that lives on the server. After a lost connection, `Client.find_session(id)` finds it again."""
+
+    def __init__(self, client: Client, session_id: str) -> None:
+        self.id = session_id
+        self._client = client
+
+    async def append(self, token_ids: Iterable[int], expected_history_length: int | None = None) -> Appended:
+        """Adds to the history, and returns once the model has read it.
+
+        With `expected_history_length` a lost reply can be retried: HistoryMismatch says that it had been appended.
+        Raises InvalidRequest, HistoryMismatch, SlabOverflow, SessionNotFound.
+        """
+        request = AppendTokensRequest(self.id, list(token_ids), expected_history_length)
+        reply = await self._client.call("AppendTokens", request, AppendTokensResponse)
+        return appended_of(reply)
+
+    @asynccontextmanager
+    async def generate(
+        self,
+        max_tokens: int,
+        *,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> AsyncIterator[ClientEvents]:
+        """The events of a generation: HistoryTruncated at most once, Token by Token, Done. Leaving the block cancels it."""
+        request = GenerateRequest(self.id, max_tokens, seed, temperature, top_p, top_k)
+        async with self._client.stream("Generate", request, GenerateResponse) as stream:
+            yield ClientEvents(stream)
+
+    async def info(self) -> SessionInfo:
+        """What the server says of the session."""
+        reply = await self._client.call("GetSessionInfo", GetSessionInfoRequest(self.id), GetSessionInfoResponse)
+        return info_of(reply)
+
+    async def close(self) -> int:
+        """Ends the session and returns the length of its history."""
+        reply = await self._client.call("CloseSession", CloseSessionRequest(self.id), CloseSessionResponse)
+        return reply.final_history_length
+
+
+class ClientEvents:
+    """The events of one generation."""
+
+    def __init__(self, stream: Stream[GenerateRequest, GenerateResponse]) -> None:
+        self._receive = from_asyncio(stream.recv_message)
+
+    def __aiter__(self) -> AsyncIterator[events.Event]:
+        return self
+
+    async def __anext__(self) -> events.Event:
+        with _typed_errors():
+            frame = await self._receive()
+        if frame is None:
+            raise StopAsyncIteration
+        return event_of(frame)
+
+
+@contextmanager
+def _typed_errors() -> Iterator[None]:
+    try:
+        yield
+    except GRPCError as error:
+        raise _ERRORS.get(error.status, SessionFailed)(error.message or error.status.name) from None
+    except (StreamTerminatedError, OSError) as error:
+        raise NotServing(f"no answer from the server: {error}; is it running?") from None

@@ -1,0 +1,56 @@
+"""The runtime with both doors: start and stop order read as indentation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import trio
+
+from api.grpc import grpc_door
+from api.http import http_door
+from api.server import Server, bare_errors
+from runtime.settings import Settings
+
+DEFAULT_HTTP_BIND = "127.0.0.1:8000"
+
+_log = logging.getLogger("perennial.server")
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where a server listens: `http://HOST:PORT` and `HOST:PORT`; None for a door that is shut."""
+
+    http: str | None
+    grpc: str | None
+
+
+async def serve(
+    settings: Settings,
+    *,
+    http_bind: str | None = DEFAULT_HTTP_BIND,
+    shutdown_trigger: Callable[[], Awaitable[None]] = trio.sleep_forever,
+    task_status: trio.TaskStatus[Addresses] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serves sessions through gRPC and HTTP until cancelled, or until `shutdown_trigger` returns and calls have drained.
+
+    Started in a nursery, it gives its Addresses once the model is loaded; the doors open before that and say that it is
+    loading. Raises StartError or EngineFailed.
+    """
+    if http_bind:
+        settings.check_exposure(http_bind, "bind")
+    server = Server(settings)
+    with bare_errors():
+        async with trio.open_nursery() as runtime_nursery:
+            async with trio.open_nursery() as door_nursery:
+                grpc = await door_nursery.start(grpc_door, server) if settings.grpc_bind else None
+                http = await door_nursery.start(http_door, server, http_bind) if http_bind else None
+                await runtime_nursery.start(server.run)
+                addresses = Addresses(http, grpc)
+                _log.info("serving http=%s grpc=%s", addresses.http or "none", addresses.grpc or "none")
+                task_status.started(addresses)
+                await shutdown_trigger()
+                await server.drain()
+                door_nursery.cancel_scope.cancel()
+            runtime_nursery.cancel_scope.cancel()

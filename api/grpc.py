@@ -1,0 +1,205 @@
+"""The gRPC door: `kakeya.v1.RuntimeService`, handlers in trio over grpclib, which runs under trio-asyncio."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import trio
+from betterproto2 import Message
+from grpclib import GRPCError, Status
+from grpclib.const import Cardinality, Handler
+from grpclib.encoding.proto import ProtoCodec
+from grpclib.server import Server as GrpcServer
+from grpclib.server import Stream
+
+from actors import Runtime
+from api.auth import check_key
+from api.bridge import asyncio_loop, for_asyncio, from_asyncio
+from api.grpc_standard import HealthOf, with_standard_services
+from api.replies import as_grpc
+from api.server import Server
+from api.wire import SERVICE, appended_on_wire, frame_of, info_on_wire
+from proto.kakeya.v1 import (
+    AppendTokensRequest,
+    AppendTokensResponse,
+    CloseSessionRequest,
+    CloseSessionResponse,
+    CreateSessionRequest,
+    CreateSessionResponse,
+    GenerateRequest,
+    GenerateResponse,
+    GetSessionInfoRequest,
+    GetSessionInfoResponse,
+)
+from runtime import events
+from runtime.errors import InvalidRequest, InvalidSetting
+from runtime.settings import Settings, split_address
+
+# Room for the longest append that a session takes.
+MOST_MESSAGE_BYTES = 2 * 2**20
+# Parsing costs a few microseconds a token: longer messages are parsed off the event loop.
+_PARSED_AT_ONCE_BYTES = 16 * 2**10
+
+Q = TypeVar("Q", bound=Message)
+A = TypeVar("A", bound=Message)
+A_contra = TypeVar("A_contra", bound=Message, contravariant=True)
+
+
+class Send(Protocol[A_contra]):
+    """Sends one response, and returns once the transport takes more."""
+
+    def __call__(self, response: A_contra, /) -> Awaitable[None]: ...
+
+
+async def create_session(runtime: Runtime, request: CreateSessionRequest, send: Send[CreateSessionResponse]) -> None:
+    try:
+        overflow = list(events.Overflow)[request.overflow]
+    except IndexError:
+        raise InvalidRequest(f"overflow has no value {int(request.overflow)}", "overflow") from None
+    session = await runtime.create_session(request.eos_token_ids, overflow=overflow, label=request.client_label)
+    await send(CreateSessionResponse(session_id=session.id))
+
+
+async def append_tokens(runtime: Runtime, request: AppendTokensRequest, send: Send[AppendTokensResponse]) -> None:
+    session = runtime.find_session(request.session_id)
+    appended = await session.append(request.token_ids, request.expected_history_length)
+    await send(appended_on_wire(appended))
+
+
+async def generate(runtime: Runtime, request: GenerateRequest, send: Send[GenerateResponse]) -> None:
+    generation = runtime.find_session(request.session_id).generate(
+        request.max_tokens,
+        temperature=request.temperature or 0.0,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        top_k=request.top_k or 0,
+        seed=request.seed,
+    )
+    async with generation as stream:
+        async for event in stream:
+            await send(frame_of(event))
+
+
+async def close_session(runtime: Runtime, request: CloseSessionRequest, send: Send[CloseSessionResponse]) -> None:
+    length = await runtime.find_session(request.session_id).close()
+    await send(CloseSessionResponse(final_history_length=length))
+
+
+async def get_session_info(
+    runtime: Runtime, request: GetSessionInfoRequest, send: Send[GetSessionInfoResponse]
+) -> None:
+    await send(info_on_wire(await runtime.find_session(request.session_id).info()))
+
+
+class RuntimeService:
+    """What grpclib calls: finds the method, checks the key, counts the call and turns errors into statuses."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def __mapping__(self) -> dict[str, Handler]:
+        unary, stream = Cardinality.UNARY_UNARY, Cardinality.UNARY_STREAM
+        return dict(
+            (
+                self._method("CreateSession", unary, create_session, CreateSessionRequest, CreateSessionResponse),
+                self._method("AppendTokens", unary, append_tokens, AppendTokensRequest, AppendTokensResponse),
+                self._method("Generate", stream, generate, GenerateRequest, GenerateResponse),
+                self._method("CloseSession", unary, close_session, CloseSessionRequest, CloseSessionResponse),
+                self._method("GetSessionInfo", unary, get_session_info, GetSessionInfoRequest, GetSessionInfoResponse),
+            )
+        )
+
+    def _method(
+        self,
+        name: str,
+        cardinality: Cardinality,
+        method: Callable[[Runtime, Q, Send[A]], Awaitable[None]],
+        asked: type[Q],
+        answered: type[A],
+    ) -> tuple[str, Handler]:
+        async def answer(stream: Stream[bytes, A]) -> None:
+            authorization = stream.metadata.get("authorization") if stream.metadata else None
+            check_key(self._server.settings, str(authorization) if authorization else None)
+            with self._server.call() as runtime:
+                message = await _receive(stream)
+                parse = partial(asked.parse, message)
+                request = parse() if len(message) < _PARSED_AT_ONCE_BYTES else await trio.to_thread.run_sync(parse)
+                await method(runtime, request, from_asyncio(stream.send_message))
+
+        async def handle(stream: Stream[bytes, A]) -> None:
+            status = Status.CANCELLED
+            try:
+                await answer(stream)
+                status = Status.OK
+            except Exception as error:
+                told = as_grpc(error)
+                status = told.status
+                raise told from None
+            finally:
+                self._server.metrics.grpc_requests_total.labels(name, status.name).inc()
+
+        return f"/{SERVICE}/{name}", Handler(for_asyncio(handle), cardinality, bytes, answered)
+
+
+async def _receive(stream: Stream[bytes, Any]) -> bytes:
+    try:
+        message = await from_asyncio(stream.recv_message)()
+    except NotImplementedError:
+        raise GRPCError(Status.UNIMPLEMENTED, "compressed messages are not supported: send them as they are") from None
+    if message is None:
+        raise GRPCError(Status.INVALID_ARGUMENT, "the call brought no message")
+    return message
+
+
+class BoundedCodec(ProtoCodec):
+    """Refuses messages that are too long, and leaves those of our service to its handlers to parse."""
+
+    def decode(self, data: bytes, message_type: Any) -> Any:
+        if len(data) > MOST_MESSAGE_BYTES:
+            raise GRPCError(
+                Status.RESOURCE_EXHAUSTED, f"a message is {MOST_MESSAGE_BYTES} bytes at most: append in smaller pieces"
+            )
+        return data if message_type is bytes else super().decode(data, message_type)
+
+
+async def grpc_door(server: Server, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
+    """Serves gRPC on `grpc_bind` until cancelled. Started in a nursery, it gives `HOST:PORT`. Raises InvalidSetting."""
+    with _listening(server.settings.grpc_bind) as listener:
+        async with asyncio_loop():
+            service, health = RuntimeService(server), HealthOf(server)
+            grpc_server = GrpcServer(with_standard_services(service, health), codec=BoundedCodec())
+            await from_asyncio(grpc_server.start)(sock=listener, ssl=_tls(server.settings))
+            host, port = listener.getsockname()[:2]
+            task_status.started(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            try:
+                await health.follow()
+            finally:
+                grpc_server.close()
+                with trio.CancelScope(shield=True):
+                    await from_asyncio(grpc_server.wait_closed)()
+
+
+def _listening(address: str) -> socket.socket:
+    host, port = split_address(address)
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InvalidSetting(
+            f"grpc_bind={address} cannot be listened on: {reason}; choose another, port 0, or empty for no gRPC"
+        ) from error
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    if not settings.tls_cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.set_alpn_protocols(["h2"])
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidSetting(f"tls_cert and tls_key are no PEM pair that can be read: {error}") from error
+    return context

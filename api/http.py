@@ -1,0 +1,162 @@
+"""The HTTP door: routes, errors and the headers that say it is deprecated. `app` is for `hypercorn api.http:app`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio import serve as hypercorn_serve
+from hypercorn.typing import ASGISendCallable, ASGISendEvent, HTTPScope
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+from quart import Quart, Response, request
+from quart.wrappers import Request
+from quart_trio import QuartTrio
+from quart_trio.asgi import TrioASGIHTTPConnection
+from werkzeug.exceptions import RequestEntityTooLarge
+
+from api.answers import ServerSentEvents, whole_answer
+from api.auth import check_key
+from api.bridge import EitherLoop, TrioApplication
+from api.completions import open_completion
+from api.hosting import HostedApplication
+from api.replies import RETRY_AFTER_S, as_http
+from api.schemas import CompletionRequest, Health, Model, ModelList
+from api.server import Phase, Server
+from runtime.errors import ModelNotFound, PayloadTooLarge
+
+MOST_BODY_BYTES = 8 * 2**20
+MIGRATION_PAGE = "0008-session-bound-runtime-and-grpc-protocol.md"
+MIGRATION_PATH = f"/docs/adr/{MIGRATION_PAGE}"
+DEPRECATION = {
+    "Deprecation": "true",
+    "Sunset": "Wed, 31 Dec 2025 00:00:00 GMT",
+    "Link": f'<{MIGRATION_PATH}>; rel="successor-version"; type="text/markdown"',
+}
+# What a request counts as whose client left before it was answered.
+_CLIENT_LEFT = "499"
+# Where a request keeps what it holds until its end.
+_HELD = "perennial.held"
+
+
+def make_app(server: Server) -> QuartTrio:
+    """The HTTP door of `server` as an ASGI application for trio."""
+    app = QuartTrio("perennial", root_path=str(Path(__file__).parent))
+    app.config.update(RESPONSE_TIMEOUT=None, MAX_CONTENT_LENGTH=MOST_BODY_BYTES)
+    app.asgi_http_class = cast(type[Connection], partial(Connection, server))
+    started = int(time.time())
+
+    @app.before_request
+    async def authenticate() -> None:
+        if request.path.startswith("/v1/") and request.method != "OPTIONS":
+            check_key(server.settings, request.headers.get("Authorization"))
+
+    @app.after_request
+    async def deprecate(response: Response) -> Response:
+        response.headers.update(DEPRECATION)
+        return response
+
+    @app.errorhandler(Exception)
+    async def refuse(error: Exception) -> Response:
+        status, body, headers = as_http(error)
+        return _json(body, status, headers)
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        health = Health(status=server.phase.value, model=server.label)
+        return _json(health) if server.phase is Phase.SERVING else _json(health, 503, {"Retry-After": RETRY_AFTER_S})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(server.metrics.registry), content_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        with server.call():
+            return _json(ModelList(data=[Model(id=server.label, created=started)]))
+
+    @app.get(MIGRATION_PATH)
+    async def migration_page() -> Response:
+        page = await trio.Path(__file__).with_name(MIGRATION_PAGE).read_text()
+        return Response(page, content_type="text/markdown; charset=utf-8")
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions() -> Response:
+        held = _held_by(request)
+        runtime = held.enter_context(server.call())
+        asked = CompletionRequest.parse(await _body())
+        if asked.model != server.label:
+            raise ModelNotFound(f"no model {asked.model!r} here: GET /v1/models names the one there is", "model")
+        stream = await held.enter_async_context(open_completion(runtime, asked))
+        if not asked.stream:
+            return _json(await whole_answer(stream, server.label))
+        response = Response(content_type="text/event-stream; charset=utf-8", headers={"Cache-Control": "no-cache"})
+        response.response = ServerSentEvents(stream, server.label, asked.has_usage)
+        return response
+
+    return app
+
+
+async def http_door(server: Server, bind: str, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
+    """Serves HTTP on `bind` until cancelled. Started in a nursery, it gives the URL."""
+    config = Config()
+    config.bind = [bind]
+    config.errorlog = logging.getLogger("perennial.http")
+    async with trio.open_nursery() as nursery:
+        urls = await nursery.start(hypercorn_serve, make_app(server), config)
+        task_status.started(urls[0])
+
+
+def _json(body: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(body.model_dump_json(), status, headers, content_type="application/json")
+
+
+def _held_by(asked: Request) -> AsyncExitStack:
+    return cast(dict[str, AsyncExitStack], asked.scope)[_HELD]
+
+
+async def _body() -> bytes:
+    try:
+        return cast(bytes, await request.get_data(cache=False, as_text=False))
+    except RequestEntityTooLarge:
+        raise PayloadTooLarge(f"the body is over {MOST_BODY_BYTES} bytes: send less") from None
+
+
+class Connection(TrioASGIHTTPConnection):
+    """One request: what it holds until its last byte is sent or its client has left, and how it is counted."""
+
+    def __init__(self, server: Server, app: Quart, scope: HTTPScope) -> None:
+        super().__init__(app, scope)
+        self._server = server
+
+    async def handle_request(  # type: ignore[override] # quart-trio's has a nursery more than quart's.
+        self, nursery: trio.Nursery, request: Request, send: ASGISendCallable
+    ) -> None:
+        metrics = self._server.metrics
+        status = _CLIENT_LEFT
+
+        async def send_and_note(event: ASGISendEvent) -> None:
+            nonlocal status
+            if event["type"] == "http.response.start":
+                status = str(event["status"])
+            await send(event)
+
+        began = trio.current_time()
+        try:
+            async with AsyncExitStack() as held:
+                cast(dict[str, object], request.scope)[_HELD] = held
+                await super().handle_request(nursery, request, send_and_note)
+        finally:
+            path = request.url_rule.rule if request.url_rule else "unmatched"
+            metrics.http_requests_total.labels(request.method, path, status).inc()
+            metrics.http_request_duration_seconds.labels(request.method, path).observe(trio.current_time() - began)
+
+
+app = EitherLoop(HostedApplication(cast(Callable[[Server], TrioApplication], make_app)))

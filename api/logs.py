@@ -1,0 +1,23 @@
+"""One-line logs on stderr: time, level, where from, what. Never a prompt, a completion or a key."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+
+class OneLine(logging.Formatter):
+    """Puts a traceback, where there is one, on the same line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).replace("\n", " | ")
+
+
+def configure_logging(level: str) -> None:
+    """Sends what the server says to stderr from `level` on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logger = logging.getLogger("perennial")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level.upper())
+    logger.propagate = False

@@ -1,0 +1,55 @@
+"""From an error to the status and body of either door."""
+
+from __future__ import annotations
+
+import logging
+
+from grpclib import GRPCError, Status
+from werkzeug.exceptions import HTTPException
+
+from api.schemas import ErrorBody, ErrorReply
+from runtime.errors import InvalidRequest, PerennialError
+
+RETRY_AFTER_S = "1"
+
+_log = logging.getLogger("perennial.api")
+
+_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+_OURS = "a fault of the server ended this request: its log says more"
+
+
+def as_grpc(error: Exception) -> GRPCError:
+    """What a gRPC client is told. A fault that is not ours to name is logged and named INTERNAL."""
+    if isinstance(error, GRPCError):
+        return error
+    if isinstance(error, PerennialError):
+        return GRPCError(Status[error.grpc], str(error))
+    _log.error("call failed", exc_info=error)
+    return GRPCError(Status.INTERNAL, _OURS)
+
+
+def as_http(error: Exception) -> tuple[int, ErrorReply, dict[str, str]]:
+    """Status, body and headers that an HTTP client is told."""
+    param = error.param if isinstance(error, InvalidRequest) else None
+    code: str | None = None
+    headers = {}
+    if isinstance(error, PerennialError):
+        status, message, code = error.http, str(error), error.code
+    elif isinstance(error, HTTPException):
+        status, message = error.code or 500, error.description or error.name
+        headers = {name: value for name, value in error.get_headers() if name == "Allow"}
+    else:
+        _log.error("request failed", exc_info=error)
+        status, message = 500, _OURS
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if status in (429, 503):
+        headers["Retry-After"] = RETRY_AFTER_S
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return status, ErrorReply(error=ErrorBody(message=message, type=kind, param=param, code=code)), headers

@@ -1,0 +1,40 @@
+"""Ends a stream of text at the first of some stop strings, and never lets a part of one out."""
+
+from __future__ import annotations
+
+
+class StopStrings:
+    """Holds back the end of the text for as long as it may be the beginning of a stop string."""
+
+    def __init__(self, stops: list[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self._has_stopped = False
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether a stop string has come; what follows it is not text."""
+        return self._has_stopped
+
+    def feed(self, text: str) -> str:
+        """What may be sent now that `text` has come."""
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self._has_stopped = True
+            sent, self._held = self._held[: min(found)], ""
+            return sent
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        sent, self._held = self._held[:cut], self._held[cut:]
+        return sent
+
+    def end(self) -> str:
+        """What was held back, now that no more text comes."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _overlap(self, stop: str) -> int:
+        """The length of the longest beginning of `stop` that the held text ends with."""
+        lengths = range(min(len(stop) - 1, len(self._held)), 0, -1)
+        return next((length for length in lengths if self._held.endswith(stop[:length])), 0)

@@ -1,0 +1,92 @@
+"""Between the core's values and the messages of `kakeya.v1`: one table for the server and for its client."""
+
+from __future__ import annotations
+
+from actors.messages import Appended, SessionInfo
+from proto.kakeya.v1 import (
+    AppendTokensResponse,
+    GenerateDone,
+    GenerateDoneStopReason,
+    GenerateResponse,
+    GetSessionInfoResponse,
+    HistoryTruncated,
+)
+from runtime import events
+from runtime.errors import SessionFailed
+
+SERVICE = "kakeya.v1.RuntimeService"
+
+_STOP_REASONS = {
+    events.StopReason.MAX_TOKENS: GenerateDoneStopReason.MAX_TOKENS,
+    events.StopReason.EOS: GenerateDoneStopReason.EOS,
+    events.StopReason.TRUNCATED: GenerateDoneStopReason.TRUNCATED,
+}
+_REASONS = {on_wire: reason for reason, on_wire in _STOP_REASONS.items()}
+
+
+def frame_of(event: events.Event) -> GenerateResponse:
+    match event:
+        case events.Token(token_id):
+            return GenerateResponse(token_id=token_id)
+        case events.HistoryTruncated(count):
+            return GenerateResponse(truncated=HistoryTruncated(dropped_token_count=count))
+        case events.Done(stop_reason, count, prefill_duration_s, total_duration_s):
+            done = GenerateDone(
+                stop_reason=_STOP_REASONS[stop_reason],
+                generated_token_count=count,
+                prefill_duration_seconds=prefill_duration_s,
+                total_duration_seconds=total_duration_s,
+            )
+            return GenerateResponse(done=done)
+
+
+def event_of(frame: GenerateResponse) -> events.Event:
+    """Raises SessionFailed for a frame of a later version."""
+    match frame:
+        case GenerateResponse(token_id=int() as token_id):
+            return events.Token(token_id)
+        case GenerateResponse(truncated=HistoryTruncated(dropped_token_count=count)):
+            return events.HistoryTruncated(count)
+        case GenerateResponse(done=GenerateDone() as done) if done.stop_reason in _REASONS:
+            return events.Done(
+                _REASONS[done.stop_reason],
+                done.generated_token_count,
+                done.prefill_duration_seconds,
+                done.total_duration_seconds,
+            )
+        case _:
+            raise SessionFailed("the server sent an event that this client does not know: use a newer client")
+
+
+def appended_on_wire(appended: Appended) -> AppendTokensResponse:
+    return AppendTokensResponse(
+        history_length=appended.history_length,
+        evicted_token_count=appended.evicted_token_count,
+        history_digest=appended.history_digest,
+    )
+
+
+def appended_of(reply: AppendTokensResponse) -> Appended:
+    return Appended(reply.history_length, reply.evicted_token_count, reply.history_digest)
+
+
+# Fields of the same name and meaning on both sides. The invariants' counts are left at 0: a session with a broken one has
+# failed, and answers no more.
+_INFO_FIELDS = (
+    "history_length",
+    "kv_live_bytes",
+    "kv_ceiling_bytes",
+    "evicted_token_count",
+    "sink",
+    "window",
+    "idle_seconds",
+    "history_digest",
+)
+
+
+def info_on_wire(info: SessionInfo) -> GetSessionInfoResponse:
+    return GetSessionInfoResponse(**{name: getattr(info, name) for name in _INFO_FIELDS})
+
+
+def info_of(reply: GetSessionInfoResponse) -> SessionInfo:
+    return SessionInfo(**{name: getattr(reply, name) for name in _INFO_FIELDS})

@@ -1,0 +1,26 @@
+# Each line is what CI runs too; `just` alone lists them.
+set shell := ["bash", "-euo", "pipefail", "-c"]
+export PATH := env("VIRTUAL_ENV", justfile_directory() / ".venv") / "bin:" + env("PATH")
+
+_list:
+    @just --list
+
+# Lints, types and import rules.
+lint:
+    ruff check . && ruff format --check . && mypy && lint-imports
+
+# What a change should pass before each commit.
+check: lint
+    pytest -q -m "not door"
+
+# Every test; the same as the README's command.
+test:
+    pytest -q
+
+# Regenerates proto/ from runtime.proto.
+proto:
+    python -m grpc_tools.protoc -Iproto --python_betterproto2_out=proto --python_betterproto2_opt=client_generation=async,server_generation=async --descriptor_set_out=proto/kakeya/v1/runtime.binpb kakeya/v1/runtime.proto
+
+# Trains seedling anew, then measures it and writes its card.
+seedling:
+    python -m tools.seedling.train && python -m tools.seedling.card

@@ -1,0 +1,1 @@
+"""Oracles: slow, obviously right, and independent of the code that they judge."""

@@ -1,0 +1,113 @@
+"""Ways to bring a history into slabs, for tests of what comes out."""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from itertools import count, repeat
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runtime.engine.torch_engine import TorchEngine
+from runtime.events import Sampling
+from runtime.rows import Row, RowBatch
+from runtime.settings import Settings
+from runtime.slab import Slab
+
+GREEDY = Sampling()
+
+
+@cache
+def load(
+    directory: Path,
+    dtype: str = "float32",
+    *,
+    sink: int = 4,
+    window: int = 4092,
+    determinism: str = "strict",
+) -> TorchEngine:
+    """The engine of a model, loaded once for all tests that ask for the same."""
+    settings = Settings(dtype=dtype, device="cpu", sink=sink, window=window, determinism=determinism)
+    return TorchEngine.load(settings, directory)
+
+
+def random_tokens(length: int, vocabulary: int, seed: int = 0) -> list[int]:
+    choice = random.Random(seed)
+    return [choice.randrange(vocabulary) for _ in range(length)]
+
+
+def random_cut(longest: int, seed: int = 0) -> Iterator[int]:
+    choice = random.Random(seed)
+    return (choice.randint(1, longest) for _ in count())
+
+
+class BusyNeighbours:
+    """Sessions at work beside the one under test: each has rows in every forward, one or several, before or behind."""
+
+    def __init__(self, engine: TorchEngine, sessions: int, seed: int = 0) -> None:
+        pool = engine.new_pool(sessions)
+        self._vocabulary = engine.facts.vocabulary
+        self._tile = engine.facts.row_tile
+        self._choice = random.Random(seed)
+        # They are at different places: inside the window, at its edge and past it.
+        spec = engine.facts.slab
+        self._slabs = {pool.acquire(): index * spec.slots // 2 for index in range(sessions)}
+
+    def __len__(self) -> int:
+        return len(self._slabs)
+
+    def join(self, rows: tuple[Row, ...]) -> RowBatch:
+        """A batch of `rows` and the neighbours' next ones, no more than a tile."""
+        room = self._tile - len(rows) - len(self._slabs)
+        assert room >= 0
+        groups = [rows]
+        for slab, position in self._slabs.items():
+            length = 1 + self._choice.randint(0, min(room, 5))
+            room -= length - 1
+            groups.append(
+                tuple(
+                    Row(slab, position + offset, self._choice.randrange(self._vocabulary), GREEDY)
+                    for offset in range(length)
+                )
+            )
+            self._slabs[slab] += length
+        self._choice.shuffle(groups)
+        return RowBatch(tuple(row for group in groups for row in group))
+
+
+def batches(
+    slab: Slab,
+    tokens: Sequence[int],
+    cuts: Iterable[int],
+    start: int = 0,
+    neighbours: BusyNeighbours | None = None,
+    sampling: Sampling = GREEDY,
+) -> Iterator[RowBatch]:
+    """Forwards that bring `tokens` into `slab` from position `start` on, cut by `cuts`; every row draws."""
+    at = 0
+    for length in cuts:
+        if at == len(tokens):
+            return
+        rows = tuple(
+            Row(slab, start + at + offset, token, sampling) for offset, token in enumerate(tokens[at : at + length])
+        )
+        yield neighbours.join(rows) if neighbours else RowBatch(rows)
+        at += len(rows)
+
+
+def feed(
+    engine: TorchEngine,
+    slab: Slab,
+    tokens: Sequence[int],
+    cuts: Iterable[int] | None = None,
+    start: int = 0,
+    neighbours: BusyNeighbours | None = None,
+) -> Tensor:
+    """Logits [tokens, vocabulary] of the history fed; in forwards as large as they can be unless `cuts` are given."""
+    whole = repeat(engine.facts.row_tile)
+    logits = []
+    for batch in batches(slab, tokens, cuts or whole, start, neighbours):
+        mine = [index for index, row in enumerate(batch.rows) if row.slab is slab]
+        logits.append(engine.logits(batch)[mine])
+    return torch.cat(logits)

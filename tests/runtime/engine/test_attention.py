@@ -1,0 +1,154 @@
+"""Attention over slabs, by itself: against a loop over positions."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from runtime.engine.attention import padded, plan_forward, slab_attention
+from runtime.engine.rotary import ExactRotary, rotate
+from runtime.rows import Row, RowBatch
+from runtime.slab import Slab, SlabPool, SlabSpec
+from tests.reference.window import positions_seen
+
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
+SPEC = SlabSpec(
+    layers=2,
+    kv_heads=KV_HEADS,
+    head_dim=HEAD_DIM,
+    sink=2,
+    window=13,
+    row_tile=16,
+    dtype=torch.float32,
+    device=torch.device("cpu"),
+)
+SIZES = (8, 16)
+
+
+def a_rotary() -> ExactRotary:
+    original = nn.Module()
+    original.rope_type = "default"
+    original.register_buffer("inv_freq", 100.0 ** (-torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)))
+    return ExactRotary(original)
+
+
+class Layer(nn.Module):
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+
+class History:
+    """Random queries, keys and values of one session, not turned by position yet."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.queries = torch.randn(HEADS, length, HEAD_DIM, generator=generator)
+        self.keys = torch.randn(KV_HEADS, length, HEAD_DIM, generator=generator)
+        self.values = torch.randn(KV_HEADS, length, HEAD_DIM, generator=generator)
+
+    def expected(self, position: int) -> Tensor:
+        """The attention output at `position`, [heads, head_dim] float64, by a loop over what is seen."""
+        rotary = a_rotary()
+        output = torch.zeros(HEADS, HEAD_DIM, dtype=torch.float64)
+        seen = sorted(positions_seen(position, SPEC.sink, SPEC.window))
+        for head in range(HEADS):
+            kv_head = head * KV_HEADS // HEADS
+            scores = []
+            for other in seen:
+                place = min(position, SPEC.visible - 1) if other < SPEC.sink else position
+                cosines, sines = rotary.turn(torch.tensor([place - other]))
+                turned = rotate(self.queries[head, position].double(), cosines[0], sines[0])
+                scores.append(turned @ self.keys[kv_head, other].double() / math.sqrt(HEAD_DIM))
+            shares = torch.softmax(torch.stack(scores), dim=0)
+            output[head] = shares @ self.values[kv_head, seen].double()
+        return output
+
+
+def attend(batch: RowBatch, histories: dict[Slab, History], layer: int = 0) -> Tensor:
+    """The outputs [rows, heads, head_dim] of one layer for a batch whose rows come from `histories`."""
+    rotary = a_rotary()
+    rows = batch.rows
+    cosines, sines = rotary(torch.zeros(1), torch.tensor([row.position for row in rows]))
+    queries = torch.stack([histories[row.slab].queries[:, row.position] for row in rows], dim=1)
+    keys = torch.stack([histories[row.slab].keys[:, row.position] for row in rows], dim=1)
+    values = torch.stack([histories[row.slab].values[:, row.position] for row in rows], dim=1)
+    output, _ = slab_attention(
+        Layer(layer),
+        rotate(queries, cosines, sines).unsqueeze(0),
+        rotate(keys, cosines, sines).unsqueeze(0),
+        values.unsqueeze(0),
+        None,
+        scaling=1 / math.sqrt(HEAD_DIM),
+        plan=plan_forward(batch, SIZES, rotary),
+    )
+    return output[0]
+
+
+def rows_of(slab: Slab, start: int, stop: int) -> tuple[Row, ...]:
+    return tuple(Row(slab, position, 0) for position in range(start, stop))
+
+
+@pytest.mark.parametrize("tile", [1, 5, 16])
+def test_every_position_gets_what_a_loop_over_its_window_gives(tile: int) -> None:
+    history = History(80, seed=0)
+    slab = SlabPool(SPEC, 1).acquire()
+
+    outputs = [
+        attend(RowBatch(rows_of(slab, start, min(start + tile, 80))), {slab: history}) for start in range(0, 80, tile)
+    ]
+
+    expected = torch.stack([history.expected(position) for position in range(80)])
+    torch.testing.assert_close(torch.cat(outputs).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_sessions_in_one_batch_do_not_see_each_other() -> None:
+    pool = SlabPool(SPEC, 2)
+    histories = {pool.acquire(): History(40, seed) for seed in (1, 2)}
+    one, other = histories
+
+    for start in range(0, 40, 8):
+        batch = RowBatch(rows_of(one, start, start + 8) + rows_of(other, start, start + 8))
+        output = attend(batch, histories)
+
+    expected = torch.stack([history.expected(position) for history in histories.values() for position in range(32, 40)])
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_layers_keep_keys_and_values_of_their_own() -> None:
+    slab = SlabPool(SPEC, 1).acquire()
+    first, second = History(10, seed=1), History(10, seed=2)
+    attend(RowBatch(rows_of(slab, 0, 9)), {slab: first}, layer=0)
+    attend(RowBatch(rows_of(slab, 0, 9)), {slab: second}, layer=1)
+
+    output = attend(RowBatch(rows_of(slab, 9, 10)), {slab: first}, layer=0)
+
+    torch.testing.assert_close(output[0].double(), first.expected(9), rtol=0, atol=1e-5)
+
+
+def test_what_lies_in_hidden_slots_does_not_matter() -> None:
+    history = History(30, seed=0)
+    clean, used = (SlabPool(SPEC, 1).acquire() for _ in range(2))
+    for store in (used.keys, used.values):
+        store.normal_(std=1e4, generator=torch.Generator().manual_seed(3))
+
+    outputs = [attend(RowBatch(rows_of(slab, 0, 12)), {slab: history}) for slab in (clean, used)]
+
+    assert torch.equal(*outputs)
+
+
+def test_rows_beyond_the_batch_come_back_as_zeros() -> None:
+    slab = SlabPool(SPEC, 1).acquire()
+    plan = plan_forward(RowBatch(rows_of(slab, 0, 3)), SIZES, a_rotary())
+    query, key = torch.randn(1, HEADS, 8, HEAD_DIM), torch.randn(1, KV_HEADS, 8, HEAD_DIM)
+
+    output, _ = slab_attention(Layer(0), query, key, key, None, scaling=1.0, plan=plan)
+
+    assert not output[0, 3:].any()
+    assert slab.frontiers == (3, 0)
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 8), (8, 8), (9, 16), (16, 16)])
+def test_a_count_is_padded_to_the_next_size(count: int, size: int) -> None:
+    assert padded(count, SIZES) == size

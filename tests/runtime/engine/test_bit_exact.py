@@ -1,0 +1,190 @@
+"""Bit-exactness: a row's logits, and so its token, depend on its session alone, never on how forwards were cut."""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3Config
+
+from runtime.engine.torch_engine import TorchEngine
+from runtime.events import Sampling
+from runtime.rows import Row, RowBatch
+from runtime.slab import BUCKET_SLOTS
+from tests.conftest import save_random_model
+from tests.runtime.engine.feeding import (
+    GREEDY,
+    BusyNeighbours,
+    batches,
+    feed,
+    load,
+    random_cut,
+    random_tokens,
+)
+
+NEIGHBOURS = 7
+SAMPLED = Sampling(temperature=0.8, top_p=0.95, top_k=50, seed=2**63 + 11)
+# The shape of attention in Qwen3-0.6B; all else is small.
+HEADS_OF_06B = Qwen3Config(
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=1024,
+    eos_token_id=2,
+    bos_token_id=None,
+    pad_token_id=0,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.fixture(scope="module")
+def directories(seedling: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        "seedling": seedling,
+        "heads of 0.6B": save_random_model(HEADS_OF_06B, tmp_path_factory.mktemp("heads_of_06b")),
+    }
+
+
+@dataclass(frozen=True)
+class Case:
+    engine: TorchEngine
+    tokens: list[int]
+    whole: Tensor
+
+    def fed(self, cuts: Iterable[int], neighbours: BusyNeighbours | None = None) -> Tensor:
+        return feed(self.engine, self.engine.new_pool(1).acquire(), self.tokens, cuts, neighbours=neighbours)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(model, dtype) for model in ("seedling", "heads of 0.6B") for dtype in ("float32", "bfloat16")],
+    ids=" ".join,
+)
+def case(request: pytest.FixtureRequest, directories: dict[str, Path]) -> Case:
+    """A history three times as long as the window, and its logits when it is fed in one append."""
+    model, dtype = request.param
+    engine = load(directories[model], dtype, window=64)
+    tokens = random_tokens(3 * engine.facts.slab.window, engine.facts.vocabulary)
+    return Case(engine, tokens, feed(engine, engine.new_pool(1).acquire(), tokens))
+
+
+CUTS = {
+    "ones": lambda: repeat(1),
+    "sevens": lambda: repeat(7),
+    "a random cut": lambda: random_cut(32),
+}
+
+
+def test_the_engine_says_that_it_is_bit_exact(case: Case) -> None:
+    assert case.engine.facts.is_bit_exact
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_logits_are_the_same_bits_however_the_history_was_cut(case: Case, cuts: str) -> None:
+    assert torch.equal(case.fed(CUTS[cuts]()), case.whole)
+
+
+@pytest.mark.parametrize("cuts", ["sevens", "a random cut"])
+def test_logits_are_the_same_bits_beside_seven_busy_sessions(case: Case, cuts: str) -> None:
+    neighbours = BusyNeighbours(case.engine, NEIGHBOURS)
+    most = case.engine.facts.row_tile - NEIGHBOURS
+    chosen = {"sevens": repeat(7), "a random cut": random_cut(most, seed=1)}[cuts]
+
+    assert torch.equal(case.fed(chosen, neighbours), case.whole)
+
+
+def test_single_rows_are_the_same_bits_beside_seven_busy_sessions(case: Case) -> None:
+    at = 2 * case.engine.facts.slab.window
+    slab = case.engine.new_pool(1).acquire()
+    feed(case.engine, slab, case.tokens[:at])
+
+    logits = feed(
+        case.engine,
+        slab,
+        case.tokens[at:],
+        repeat(1),
+        start=at,
+        neighbours=BusyNeighbours(case.engine, NEIGHBOURS, seed=2),
+    )
+
+    assert torch.equal(logits, case.whole[at:])
+
+
+def test_logits_are_the_same_bits_whichever_other_rows_need_theirs(case: Case) -> None:
+    choice = random.Random(3)
+    slab = case.engine.new_pool(1).acquire()
+    for batch in batches(slab, case.tokens, random_cut(32, seed=4)):
+        rows = tuple(Row(row.slab, row.position, row.token_id, choice.choice([None, GREEDY])) for row in batch.rows)
+        wanted = [row.position for row in rows if row.draw]
+
+        assert torch.equal(case.engine.logits(RowBatch(rows)), case.whole[wanted])
+
+
+def generated(
+    case: Case, sampling: Sampling, cuts: Iterable[int], neighbours: BusyNeighbours | None, length: int = 24
+) -> list[int]:
+    """What a session generates after its history was fed by `cuts`."""
+    slab = case.engine.new_pool(1).acquire()
+    history = list(case.tokens)
+    for batch in batches(slab, history[:-1], cuts, neighbours=neighbours, sampling=sampling):
+        case.engine.forward(batch)
+    while len(history) < len(case.tokens) + length:
+        rows = (Row(slab, len(history) - 1, history[-1], sampling),)
+        batch = neighbours.join(rows) if neighbours else RowBatch(rows)
+        drawn = case.engine.forward(batch)
+        history.append(drawn[batch.rows.index(rows[0])])
+    return history[len(case.tokens) :]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_tokens_are_the_same_however_the_history_was_cut_and_whoever_runs_beside(
+    case: Case, sampling: Sampling
+) -> None:
+    alone = generated(case, sampling, repeat(32), None)
+    beside = generated(case, sampling, random_cut(20, seed=5), BusyNeighbours(case.engine, NEIGHBOURS, seed=6))
+
+    assert beside == alone
+
+
+def test_verifying_a_proposal_gives_the_same_bits_as_decoding(case: Case) -> None:
+    """Rows beyond the first wrong token are written, thrown away, and written anew."""
+    choice = random.Random(7)
+    slab = case.engine.new_pool(1).acquire()
+    at, logits = 0, []
+    while at < len(case.tokens):
+        right = choice.randint(1, 8)
+        proposal = case.tokens[at : at + right] + random_tokens(8 - right, 1024, seed=at)
+        found = feed(case.engine, slab, proposal, start=at)
+        logits.append(found[: min(right, len(case.tokens) - at)])
+        at += right
+
+    assert torch.equal(torch.cat(logits), case.whole)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", ["seedling", "heads of 0.6B"])
+def test_logits_are_the_same_bits_across_a_buckets_edge(directories: dict[str, Path], model: str, dtype: str) -> None:
+    engine = load(directories[model], dtype, window=280)
+    tokens = random_tokens(engine.facts.slab.slots + 40, engine.facts.vocabulary)
+    assert BUCKET_SLOTS < engine.facts.slab.visible < len(tokens)
+    pool = engine.new_pool(4)
+    whole = feed(engine, pool.acquire(), tokens)
+
+    sevens = feed(engine, pool.acquire(), tokens, repeat(7))
+    beside = feed(engine, pool.acquire(), tokens, random_cut(25), neighbours=BusyNeighbours(engine, NEIGHBOURS))
+    start = BUCKET_SLOTS - 20
+    slab = pool.acquire()
+    feed(engine, slab, tokens[:start])
+    ones = feed(engine, slab, tokens[start:], repeat(1), start=start)
+
+    assert torch.equal(sevens, whole)
+    assert torch.equal(beside, whole)
+    assert torch.equal(ones, whole[start:])

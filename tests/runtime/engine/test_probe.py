@@ -1,0 +1,130 @@
+"""The probe: it accepts an engine whose rows do not depend on the batch, and no other."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from runtime.engine.attention import padded
+from runtime.engine.probe import CANDIDATES, find_row_sizes, is_bit_exact
+from runtime.rows import Row, RowBatch
+from runtime.slab import SlabSpec
+
+VOCABULARY = 50
+SPEC = SlabSpec(
+    layers=2,
+    kv_heads=1,
+    head_dim=2,
+    sink=4,
+    window=300,
+    row_tile=32,
+    dtype=torch.float32,
+    device=torch.device("cpu"),
+)
+Error = Callable[[RowBatch, int], float]
+
+
+class OneLayerEngine:
+    """Writes each row's token into the slab and answers with a sum over it, which an error may disturb."""
+
+    def __init__(self, error: Error = lambda batch, index: 0.0) -> None:
+        self._error = error
+
+    def logits(self, batch: RowBatch) -> Tensor:
+        for row in batch.rows:
+            row.slab.keys[0, 0, row.slab.spec.slot(row.position), 0] = row.token_id
+        return torch.stack([self._line(row) + self._error(batch, index) for index, row in enumerate(batch.rows)])
+
+    def _line(self, row: Row) -> Tensor:
+        extent = row.slab.spec.extent(row.position)
+        visible = row.slab.spec.visible_slots(torch.tensor([row.position]), extent)[0]
+        return (row.slab.keys[0, 0, :extent, 0] * visible).sum() + torch.arange(VOCABULARY)
+
+
+LAST_BIT = 2.0**-10
+
+
+def by_size_of_batch(batch: RowBatch, index: int) -> float:
+    return LAST_BIT * (len(batch.rows) < 8)
+
+
+def by_place_in_batch(batch: RowBatch, index: int) -> float:
+    return LAST_BIT * (index % 2)
+
+
+def by_neighbours(batch: RowBatch, index: int) -> float:
+    return LAST_BIT * (len({id(row.slab) for row in batch.rows}) > 1)
+
+
+def by_size_past_the_window(batch: RowBatch, index: int) -> float:
+    return by_size_of_batch(batch, index) * (batch.rows[index].position >= SPEC.visible)
+
+
+def by_size_across_a_buckets_edge(batch: RowBatch, index: int) -> float:
+    return LAST_BIT * (len(batch.rows) < 16) * (batch.rows[index].position == 256)
+
+
+def by_being_alone(batch: RowBatch, index: int) -> float:
+    return LAST_BIT * (len(batch.rows) == 1)
+
+
+def test_an_engine_whose_rows_do_not_depend_on_the_batch_is_accepted() -> None:
+    assert is_bit_exact(OneLayerEngine(), SPEC, VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        by_size_of_batch,
+        by_place_in_batch,
+        by_neighbours,
+        by_size_past_the_window,
+        by_size_across_a_buckets_edge,
+        by_being_alone,
+    ],
+)
+def test_an_engine_whose_rows_depend_on_the_batch_is_refused(error: Error) -> None:
+    assert not is_bit_exact(OneLayerEngine(error), SPEC, VOCABULARY)
+
+
+def test_an_engine_that_lets_a_row_see_a_later_one_is_refused() -> None:
+    def by_what_comes_later(batch: RowBatch, index: int) -> float:
+        row = batch.rows[index]
+        return float(sum(other.token_id for other in batch.rows if other.slab is row.slab))
+
+    assert not is_bit_exact(OneLayerEngine(by_what_comes_later), SPEC, VOCABULARY)
+
+
+@pytest.mark.parametrize(("exact_from", "sizes"), [(8, (8, 16, 32)), (16, (16, 32)), (32, (32,)), (64, None)])
+def test_the_smallest_padding_that_holds_is_found(exact_from: int, sizes: tuple[int, ...] | None) -> None:
+    """Below some number of rows this machine's kernels are of another class."""
+
+    def engine_padded_to(candidate: tuple[int, ...]) -> OneLayerEngine:
+        def by_kernel(batch: RowBatch, index: int) -> float:
+            rows = padded(len(batch.rows), candidate)
+            return LAST_BIT * (index % 2) if rows < exact_from else 0.0
+
+        return OneLayerEngine(by_kernel)
+
+    assert find_row_sizes(engine_padded_to, SPEC, VOCABULARY) == sizes
+
+
+def test_every_candidate_ends_with_the_row_tile() -> None:
+    assert {sizes[-1] for sizes in CANDIDATES} == {SPEC.row_tile}
+
+
+@pytest.mark.parametrize(("sink", "window"), [(0, 1), (0, 16), (4, 2000)])
+def test_slabs_of_any_size_can_be_probed(sink: int, window: int) -> None:
+    spec = SlabSpec(
+        layers=2,
+        kv_heads=1,
+        head_dim=2,
+        sink=sink,
+        window=window,
+        row_tile=32,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+    assert is_bit_exact(OneLayerEngine(), spec, VOCABULARY)

@@ -1,0 +1,66 @@
+"""Row batches: how the rows of a forward are cut into pieces that attend alike."""
+
+from itertools import pairwise
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.rows import Row, RowBatch
+from runtime.slab import SlabPool, SlabSpec
+
+SPEC = SlabSpec(
+    layers=1,
+    kv_heads=1,
+    head_dim=1,
+    sink=4,
+    window=600,
+    row_tile=32,
+    dtype=torch.float32,
+    device=torch.device("cpu"),
+)
+# Bucket edges, the window's edge, and where extents end.
+STARTS = st.sampled_from([0, 240, 250, 256, 500, 590, 603, 604, 620, 5_000])
+SESSIONS = st.lists(st.tuples(STARTS, st.integers(1, 20)), min_size=1, max_size=6)
+
+
+def batch_of(sessions: list[tuple[int, int]]) -> RowBatch:
+    pool = SlabPool(SPEC, len(sessions))
+    return RowBatch(
+        tuple(
+            Row(slab, position, 0)
+            for slab, (start, length) in ((pool.acquire(), session) for session in sessions)
+            for position in range(start, start + length)
+        )
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(SESSIONS)
+def test_pieces_hold_every_row_once_and_in_order(sessions: list[tuple[int, int]]) -> None:
+    batch = batch_of(sessions)
+
+    covered = [index for piece in batch.pieces() for index in range(piece.start, piece.stop)]
+
+    assert covered == list(range(len(batch.rows)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(SESSIONS)
+def test_all_rows_of_a_piece_attend_alike(sessions: list[tuple[int, int]]) -> None:
+    batch = batch_of(sessions)
+
+    for piece in batch.pieces():
+        for row in batch.rows[piece.start : piece.stop]:
+            assert row.slab is piece.slab
+            assert SPEC.extent(row.position) == piece.extent
+            assert (row.position >= SPEC.visible) == piece.is_past_window
+
+
+@settings(max_examples=100, deadline=None)
+@given(SESSIONS)
+def test_rows_that_attend_alike_are_not_cut_apart(sessions: list[tuple[int, int]]) -> None:
+    pieces = batch_of(sessions).pieces()
+
+    for one, other in pairwise(pieces):
+        assert (one.slab, one.extent, one.is_past_window) != (other.slab, other.extent, other.is_past_window)

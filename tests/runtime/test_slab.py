@@ -1,0 +1,228 @@
+"""The slab: where tokens lie, which of them a query sees, and who holds it."""
+
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.errors import CapacityExhausted
+from runtime.slab import BUCKET_SLOTS, Slab, SlabPool, SlabSpec
+from tests.reference.window import positions_seen
+
+
+def spec_of(
+    sink: int, window: int, row_tile: int, *, layers: int = 1, kv_heads: int = 1, head_dim: int = 1
+) -> SlabSpec:
+    return SlabSpec(
+        layers=layers,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        sink=sink,
+        window=window,
+        row_tile=row_tile,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+
+SPECS = st.builds(spec_of, st.integers(0, 9), st.integers(1, 40), st.integers(1, 16))
+LONG_SPECS = st.builds(spec_of, st.integers(0, 9), st.integers(1, 1200), st.integers(1, 32))
+
+
+@st.composite
+def tiles(draw: st.DrawFn) -> tuple[SlabSpec, list[tuple[int, int]]]:
+    """A spec and writes (start, length) of at most a tile, some of which go back and rewrite what a tile wrote."""
+    spec = draw(SPECS)
+    written: list[tuple[int, int]] = []
+    frontier = 0
+    for _ in range(draw(st.integers(1, 30))):
+        start = frontier - draw(st.integers(0, min(frontier, spec.row_tile)))
+        length = draw(st.integers(1, spec.row_tile))
+        written.append((start, length))
+        frontier = max(frontier, start + length)
+    return spec, written
+
+
+def seen_by(spec: SlabSpec, position: int, held: dict[int, int]) -> list[int | None]:
+    """The positions that lie in the slots that a query at `position` attends to."""
+    extent = spec.extent(position)
+    visible = spec.visible_slots(torch.tensor([position]), extent)[0]
+    return [held.get(slot) for slot in visible.nonzero().flatten().tolist()]
+
+
+@settings(max_examples=150, deadline=None)
+@given(tiles())
+def test_a_query_sees_the_sink_and_the_window_and_nothing_else_whatever_was_written_when(
+    spec_and_tiles: tuple[SlabSpec, list[tuple[int, int]]],
+) -> None:
+    spec, written = spec_and_tiles
+    held: dict[int, int] = {}
+    for start, length in written:
+        tile = range(start, start + length)
+        # A forward writes all of its rows, and only then do they attend.
+        held |= {spec.slot(position): position for position in tile}
+        for position in tile:
+            assert sorted(seen_by(spec, position, held), key=repr) == sorted(
+                positions_seen(position, spec.sink, spec.window), key=repr
+            )
+
+
+@settings(max_examples=100, deadline=None)
+@given(SPECS, st.integers(0, 10**12))
+def test_a_query_sees_as_many_slots_far_out_as_the_window_has(spec: SlabSpec, beyond: int) -> None:
+    position = spec.visible + beyond
+
+    visible = spec.visible_slots(torch.tensor([position]), spec.extent(position))
+
+    expected = {spec.slot(seen) for seen in range(spec.sink)}
+    expected |= {spec.slot(seen) for seen in range(position - spec.window + 1, position + 1)}
+    assert set(visible[0].nonzero().flatten().tolist()) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(LONG_SPECS, st.integers(0, 5_000))
+def test_an_extent_holds_all_that_is_visible_in_whole_buckets(spec: SlabSpec, position: int) -> None:
+    extent = spec.extent(position)
+
+    assert max(spec.slot(seen) for seen in positions_seen(position, spec.sink, spec.window)) < extent
+    assert extent % BUCKET_SLOTS == 0 or extent == spec.slots
+
+
+@settings(max_examples=100, deadline=None)
+@given(LONG_SPECS, st.integers(0, 5_000))
+def test_an_extent_never_shrinks_and_never_exceeds_the_slab(spec: SlabSpec, position: int) -> None:
+    assert spec.extent(position) <= spec.extent(position + 1) <= spec.slots
+
+
+@settings(max_examples=100, deadline=None)
+@given(SPECS, st.integers(0, 10_000))
+def test_the_tokens_of_a_tile_and_of_its_windows_lie_in_slots_of_their_own(spec: SlabSpec, start: int) -> None:
+    tile = range(start, start + spec.row_tile)
+    needed = set(tile).union(*(positions_seen(position, spec.sink, spec.window) for position in tile))
+
+    assert len({spec.slot(position) for position in needed}) == len(needed)
+    assert all(0 <= spec.slot(position) < spec.slots for position in needed)
+
+
+def test_short_histories_cost_one_bucket_of_a_long_window() -> None:
+    spec = spec_of(4, 4092, 32)
+
+    assert [spec.extent(position) for position in (0, 255, 256, 511, 512)] == [256, 256, 512, 512, 768]
+
+
+def test_the_ceiling_counts_keys_and_values_of_every_slot_in_every_layer() -> None:
+    spec = spec_of(4, 60, 32, layers=3, kv_heads=2, head_dim=5)
+    pool = SlabPool(spec, 1)
+
+    slab = pool.acquire()
+
+    assert spec.ceiling_bytes == slab.keys.nbytes + slab.values.nbytes
+
+
+def written(slab: Slab, layer: int, start: int, count: int, value: float = 1.0) -> None:
+    spec = slab.spec
+    slots = torch.tensor([spec.slot(position) for position in range(start, start + count)])
+    rows = torch.full((spec.kv_heads, count, spec.head_dim), value)
+    slab.write(layer, slots, start + count, rows, -rows)
+
+
+def test_a_write_lands_in_its_slots_of_its_layer_and_nowhere_else() -> None:
+    spec = spec_of(2, 5, 3, layers=2, kv_heads=2, head_dim=4)
+    slab = SlabPool(spec, 1).acquire()
+
+    written(slab, layer=1, start=8, count=3, value=7.0)
+
+    expected = torch.zeros_like(slab.keys)
+    expected[1, :, [spec.slot(8), spec.slot(9), spec.slot(10)]] = 7.0
+    assert torch.equal(slab.keys, expected)
+    assert torch.equal(slab.values, -expected)
+
+
+def test_the_live_length_is_that_of_the_layer_that_has_fewest() -> None:
+    slab = SlabPool(spec_of(2, 50, 8, layers=2), 1).acquire()
+
+    written(slab, layer=0, start=0, count=8)
+    written(slab, layer=1, start=0, count=5)
+
+    assert (slab.frontiers, slab.live_length) == ((8, 5), 5)
+
+
+def test_a_rewritten_position_takes_no_more_room() -> None:
+    slab = SlabPool(spec_of(2, 50, 8), 1).acquire()
+    written(slab, layer=0, start=0, count=8)
+
+    written(slab, layer=0, start=4, count=2)
+
+    assert (slab.frontiers, slab.live_length) == ((8,), 8)
+
+
+def test_the_live_length_stops_at_sink_and_window() -> None:
+    spec = spec_of(2, 10, 8)
+    slab = SlabPool(spec, 1).acquire()
+
+    for start in range(0, 80, 8):
+        written(slab, layer=0, start=start, count=8)
+
+    assert (slab.live_length, slab.live_bytes) == (12, 12 * spec.token_bytes)
+
+
+def test_a_cleared_slab_holds_no_token() -> None:
+    slab = SlabPool(spec_of(2, 10, 8), 1).acquire()
+    written(slab, layer=0, start=0, count=8)
+
+    slab.clear()
+
+    assert (slab.frontiers, slab.live_length, slab.live_bytes) == ((0,), 0, 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 5), st.lists(st.one_of(st.just("acquire"), st.integers(0, 4)), max_size=40))
+def test_a_pool_lends_each_slab_to_one_at_a_time_and_refuses_when_none_is_free(
+    total: int, steps: list[str | int]
+) -> None:
+    pool = SlabPool(spec_of(1, 4, 4), total)
+    lent: list[Slab] = []
+
+    for step in steps:
+        if step == "acquire" and len(lent) < total:
+            slab = pool.acquire()
+            assert all(slab is not other for other in lent)
+            assert slab.live_length == 0
+            written(slab, layer=0, start=0, count=3)
+            lent.append(slab)
+        elif step == "acquire":
+            with pytest.raises(CapacityExhausted, match=f"all {total} slabs"):
+                pool.acquire()
+        elif isinstance(step, int) and step < len(lent):
+            pool.release(lent.pop(step))
+        assert (pool.in_use, pool.total) == (len(lent), total)
+
+
+def test_slabs_of_a_pool_share_no_slot() -> None:
+    pool = SlabPool(spec_of(1, 4, 4, layers=2, kv_heads=2, head_dim=3), 3)
+    slabs = list(acquired(pool))
+
+    for number, slab in enumerate(slabs):
+        slab.keys.fill_(number)
+        slab.values.fill_(-number)
+
+    assert [slab.keys.unique().tolist() for slab in slabs] == [[0], [1], [2]]
+    assert [slab.values.unique().tolist() for slab in slabs] == [[0], [-1], [-2]]
+
+
+def acquired(pool: SlabPool) -> Iterator[Slab]:
+    while pool.in_use < pool.total:
+        yield pool.acquire()
+
+
+def test_memory_is_taken_as_tokens_arrive_and_not_before() -> None:
+    spec = spec_of(4, 4092, 32, layers=16, kv_heads=8, head_dim=64)
+    before = psutil.Process().memory_info().rss
+
+    pool = SlabPool(spec, 4)
+    written(pool.acquire(), layer=0, start=0, count=32)
+
+    assert psutil.Process().memory_info().rss - before < spec.ceiling_bytes // 4

@@ -1,0 +1,262 @@
+"""Text: tokens and back, whole characters at a time, and the chat template."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from runtime.errors import MalformedRequest, ModelUnavailable
+from runtime.text import Text
+
+HALF = "\ufffd"
+FAMILY = "👩\u200d👩\u200d👧\u200d👦"
+WRITTEN = st.one_of(
+    st.text(),
+    st.lists(st.sampled_from([FAMILY, "🇺🇳", "e\u0301", "न", "ﷺ", HALF, " ", "\n", "<|im_end|>", "word"])).map("".join),
+)
+
+
+def save_byte_fallback_tokenizer(directory: Path) -> None:
+    """A tokenizer as Llama 2 and Mistral have it: words begin with a mark, what is no word is spelt in bytes."""
+    words = ["▁", *"helowrd.n't", "he", "ll", "hell", "hello", "▁hello", "▁w", "or"]
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("▁", "hello"), ("▁", "w"), ("o", "r")]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *dict.fromkeys(words)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def texts(seedling: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Text]:
+    directory = tmp_path_factory.mktemp("byte_fallback")
+    save_byte_fallback_tokenizer(directory)
+    return {"byte level": Text.load(seedling), "byte fallback": Text.load(directory)}
+
+
+each_kind = pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
+
+
+def pieces_of(text: Text, token_ids: list[int]) -> list[str]:
+    detokenizer = text.detokenizer()
+    return [detokenizer.feed(token_id) for token_id in token_ids]
+
+
+@each_kind
+@settings(max_examples=300, deadline=None)
+@given(written=WRITTEN)
+@example(written=FAMILY)
+@example(written=f"a{HALF}b")
+@example(written="  two  spaces \n\n")
+def test_pieces_make_the_text_that_all_tokens_make(texts: Mapping[str, Text], kind: str, written: str) -> None:
+    text = texts[kind]
+    token_ids = text.encode(written)
+
+    joined = "".join(pieces_of(text, token_ids))
+
+    # A character that looks like half of one is held back until another follows.
+    assert joined == text.decode(token_ids).rstrip(HALF)
+
+
+@each_kind
+@settings(max_examples=300, deadline=None)
+@given(written=WRITTEN.map(lambda text: text.replace(HALF, "")))
+@example(written=FAMILY)
+def test_no_piece_holds_half_a_character(texts: Mapping[str, Text], kind: str, written: str) -> None:
+    text = texts[kind]
+
+    assert not [piece for piece in pieces_of(text, text.encode(written)) if HALF in piece]
+
+
+@each_kind
+def test_a_character_comes_whole_with_the_last_of_its_tokens(texts: Mapping[str, Text], kind: str) -> None:
+    text = texts[kind]
+    token_ids = text.encode("👩")
+
+    pieces = pieces_of(text, token_ids)
+
+    assert len(token_ids) >= 4
+    assert [piece for piece in pieces if piece] == pieces[-1:] == ["👩"]
+
+
+@each_kind
+def test_a_character_cut_off_at_the_end_is_left_out(texts: Mapping[str, Text], kind: str) -> None:
+    text = texts[kind]
+
+    assert "".join(pieces_of(text, text.encode("so 👩")[:-1])) == "so "
+
+
+@settings(max_examples=300, deadline=None)
+@given(token_ids=st.lists(st.integers(0, 2047), max_size=30))
+def test_pieces_of_any_tokens_are_the_start_of_their_text(texts: Mapping[str, Text], token_ids: list[int]) -> None:
+    text = texts["byte level"]
+
+    joined = "".join(pieces_of(text, token_ids))
+
+    whole = text.decode(token_ids)
+    assert whole.startswith(joined)
+    assert not whole[len(joined) :].strip(HALF)
+
+
+@settings(max_examples=300, deadline=None)
+@given(token_ids=st.lists(st.integers(0, 258), max_size=30))
+@example(token_ids=[13, 131, 259])
+def test_bytes_that_are_no_text_do_not_stop_a_stream(texts: Mapping[str, Text], token_ids: list[int]) -> None:
+    text = texts["byte fallback"]
+
+    joined = "".join(pieces_of(text, [*token_ids, *text.encode("hello world")]))
+
+    assert joined.endswith("hello world")
+
+
+@settings(max_examples=200, deadline=None)
+@given(written=st.text())
+def test_text_survives_its_way_to_tokens_and_back(texts: Mapping[str, Text], written: str) -> None:
+    text = texts["byte level"]
+
+    assert text.decode(text.encode(written)) == written
+
+
+def test_special_tokens_in_text_are_single_tokens_that_have_no_text(texts: Mapping[str, Text]) -> None:
+    text = texts["byte level"]
+    token_ids = text.encode("<|im_end|>hello")
+
+    assert token_ids[0] in text.eos_token_ids
+    assert "".join(pieces_of(text, token_ids)) == text.decode(token_ids) == "hello"
+
+
+def test_two_streams_of_one_model_do_not_mix(texts: Mapping[str, Text]) -> None:
+    text = texts["byte level"]
+    one, other = text.detokenizer(), text.detokenizer()
+    token_ids = text.encode("👩")
+
+    fed = [(one.feed(token_id), other.feed(token_id)) for token_id in token_ids]
+
+    assert fed[-1] == ("👩", "👩")
+
+
+def copied(seedling: Path, to: Path, change: Callable[[Path], None]) -> Path:
+    shutil.copytree(seedling, to)
+    change(to)
+    return to
+
+
+def with_template(template: str) -> Callable[[Path], None]:
+    return lambda directory: (directory / "chat_template.jinja").write_text(template) and None
+
+
+TALK = [{"role": "user", "content": "Hi 👩"}]
+ANSWERED = [*TALK, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "  How?  "}]
+
+
+def test_a_conversation_is_rendered_up_to_the_assistants_turn(texts: Mapping[str, Text]) -> None:
+    text = texts["byte level"]
+
+    token_ids = text.render(TALK)
+
+    assert token_ids == text.encode("<|im_start|>user\nHi 👩<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_next_turn_continues_what_was_rendered_and_said(texts: Mapping[str, Text]) -> None:
+    text = texts["byte level"]
+    said = text.encode("Hello.")
+
+    going_on = text.render_next_turn("  How?  ", is_after_eos=False)
+
+    assert text.render(TALK) + said + going_on == text.render(ANSWERED)
+
+
+def test_the_next_turn_after_an_end_of_turn_does_not_end_it_again(texts: Mapping[str, Text]) -> None:
+    text = texts["byte level"]
+    said = text.encode("Hello.<|im_end|>")
+
+    going_on = text.render_next_turn("  How?  ", is_after_eos=True)
+
+    assert text.render(TALK) + said + going_on == text.render(ANSWERED)
+
+
+@pytest.mark.parametrize("content", ["  How?  ", "", " ", "∴", "a∴b"])
+def test_the_next_turn_works_with_a_template_that_trims(seedling: Path, tmp_path: Path, content: str) -> None:
+    template = (seedling / "chat_template.jinja").read_text().replace("message.content", "message.content | trim")
+    text = Text.load(copied(seedling, tmp_path / "model", with_template(template)))
+
+    going_on = text.render_next_turn(content, is_after_eos=False)
+
+    turn = f"<|im_end|>\n<|im_start|>user\n{content.strip()}<|im_end|>\n<|im_start|>assistant\n"
+    assert going_on == text.encode(turn)
+
+
+def test_a_role_that_the_template_does_not_know_is_refused(texts: Mapping[str, Text]) -> None:
+    with pytest.raises(MalformedRequest, match="unknown role: wizard") as caught:
+        texts["byte level"].render([{"role": "wizard", "content": "abracadabra"}])
+
+    assert caught.value.param == "messages"
+
+
+def test_a_model_without_a_chat_template_takes_no_messages(texts: Mapping[str, Text]) -> None:
+    with pytest.raises(MalformedRequest, match="no chat template"):
+        texts["byte fallback"].render(TALK)
+
+
+def test_the_tokens_that_end_a_turn_come_from_generation_config_and_tokenizer(seedling: Path, tmp_path: Path) -> None:
+    def with_more_ends(directory: Path) -> None:
+        file = directory / "generation_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [0, 5]}))
+
+    text = Text.load(copied(seedling, tmp_path / "model", with_more_ends))
+
+    assert text.eos_token_ids == {0, 2, 5}
+
+
+def without(*names: str) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        for name in names:
+            (directory / name).unlink()
+
+    return change
+
+
+def with_a_broken_tokenizer(directory: Path) -> None:
+    (directory / "tokenizer.json").write_text('{"version": "1.0", ')
+
+
+def with_a_tokenizer_of_another_shape(directory: Path) -> None:
+    (directory / "tokenizer.json").write_text('{"model": {"type": "Oracle"}}')
+
+
+def test_a_model_without_generation_config_ends_a_turn_by_the_tokenizer(seedling: Path, tmp_path: Path) -> None:
+    text = Text.load(copied(seedling, tmp_path / "model", without("generation_config.json")))
+
+    assert text.eos_token_ids == {2}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        without("tokenizer.json", "tokenizer_config.json"),
+        without("tokenizer.json"),
+        with_a_broken_tokenizer,
+        with_a_tokenizer_of_another_shape,
+    ],
+    ids=["no files", "no tokenizer.json", "broken", "another shape"],
+)
+def test_a_model_without_a_tokenizer_that_loads_is_unavailable_in_one_line(
+    seedling: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    directory = copied(seedling, tmp_path / "model", change)
+
+    with pytest.raises(ModelUnavailable, match="tokenizer") as caught:
+        Text.load(directory)
+
+    assert len(str(caught.value).splitlines()) == 1
