@@ -2,7 +2,7 @@
 
 | actor | owns, nobody else writes or holds it | takes | asks | its failure |
 | --- | --- | --- | --- | --- |
-| Session | history, slab contents, eos ids, last-used time | Append, Generate, Info, Close, Evict | executor | this session |
+| Session | history, slab contents, terms, journal, last-used time | its SessionMessages | executor | this session |
 | ModelExecutor | engine, its thread, rows that wait | Forward | nobody | all: the tree ends |
 | SessionRegistry | ids to sessions, slab pools | (synchronous methods) | nobody | all: the tree ends |
 | Admission | permits, FIFO of waiters | (a context manager) | nobody | cannot fail |

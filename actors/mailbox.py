@@ -89,13 +89,14 @@ class Mailbox:
         """As `ask`, but once begun it waits for the reply: the work writes into what the asker owns."""
         async with self._sent(message, room_for_replies=1) as (envelope, channel):
             try:
-                return await Replies(channel).receive()
+                reply = await Replies(channel).receive()
             except trio.Cancelled:
                 if not envelope.begun.is_set():
                     raise
                 # What was begun has happened, so its asker must learn of it; its next checkpoint is cancelled again.
                 with trio.CancelScope(shield=True):
-                    return await Replies(channel).receive()
+                    reply = await Replies(channel).receive()
+        return reply
 
     @asynccontextmanager
     async def stream(self, message: Message[R]) -> AsyncIterator[Replies[R]]:
@@ -171,6 +172,8 @@ class Inbox:
 
         A RequestError goes to the asker, and the actor lives; any other PerennialError goes to the asker and on.
         """
+        if not envelope.begin():
+            return
         with envelope.replies, envelope.scope:
 
             async def reply(value: Any) -> None:

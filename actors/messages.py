@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from actors.mailbox import Message
 from runtime.events import Event, Sampling
 from runtime.rows import Row
+from runtime.slab import Slab
+from runtime.snapshot import Terms
+
+Exported = TypeVar("Exported")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,26 @@ class SessionInfo:
     window: int
     idle_seconds: float
     history_digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSummary:
+    """What an operator sees of a session."""
+
+    label: str
+    history_length: int
+    evicted_token_count: int
+    kv_live_bytes: int
+    idle_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A snapshot that was written."""
+
+    snapshot_id: str
+    size_bytes: int
+    history_length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,4 +100,11 @@ class Forward(Message[Ran]):
     is_prefill: bool
 
 
-SessionMessage = Append | Generate | Info | Close | Evict
+@dataclass(frozen=True, slots=True)
+class Export(Message[Exported]):
+    """Runs `work` over the session's terms, slab and history, in a thread, while nothing else touches them."""
+
+    work: Callable[[Terms, Slab, array[int]], Exported]
+
+
+SessionMessage = Append | Generate | Info | Export[Any] | Close | Evict

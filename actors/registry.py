@@ -8,17 +8,22 @@ from __future__ import annotations
 import logging
 import math
 import secrets
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import trio
 
 from actors.mailbox import Mailbox, open_mailbox
-from actors.messages import Evict
+from actors.messages import Evict, SessionSummary
 from actors.session import Ending, Session
-from runtime.errors import CapacityExhausted, EngineFailed, InvariantViolation, SessionNotFound
-from runtime.events import Overflow
+from runtime.errors import CapacityExhausted, EngineFailed, InvariantViolation, SessionNotFound, SnapshotUnreadable
+from runtime.journal import Journal
 from runtime.metrics import Metrics
 from runtime.slab import Slab, SlabPool
+from runtime.snapshot import Terms
+from runtime.state import StateDirectory
 
 _log = logging.getLogger("perennial.registry")
 
@@ -29,7 +34,6 @@ class Entry:
     mailbox: Mailbox
     slab: Slab
     pool: SlabPool
-    label: str
 
 
 class SessionRegistry:
@@ -45,6 +49,7 @@ class SessionRegistry:
         idle_ttl_s: float,
         long_lived: SlabPool,
         completions: SlabPool,
+        state: StateDirectory | None = None,
     ) -> None:
         self._nursery = nursery
         self._executor = executor
@@ -53,6 +58,7 @@ class SessionRegistry:
         self._idle_ttl_s = idle_ttl_s or math.inf
         self._long_lived = long_lived
         self._completions = completions
+        self._state = state
         self._entries: dict[str, Entry] = {}
         metrics.slab_total.set(long_lived.total + completions.total)
         metrics.slab_in_use.set_function(lambda: long_lived.in_use + completions.in_use)
@@ -62,18 +68,79 @@ class SessionRegistry:
             lambda: sum(entry.session.history_length for entry in self._entries.values())
         )
 
-    def create(self, eos_token_ids: frozenset[int], overflow: Overflow, label: str) -> str:
+    def create(self, terms: Terms) -> str:
         """The id of a new long-lived session. When every slab is held, the one idle longest is evicted for it.
 
         Raises CapacityExhausted when all are at work.
         """
-        if self._long_lived.in_use == self._long_lived.total:
-            self._evict_one()
-        return self._open(self._long_lived, eos_token_ids, overflow, label, self._idle_ttl_s)
+        with self.free_slab() as slab:
+            return self.open(slab, terms)
 
-    def create_for_completion(self, eos_token_ids: frozenset[int], overflow: Overflow) -> str:
+    def create_for_completion(self, terms: Terms) -> str:
         """The id of a new session on a slab of the completions' own; it never evicts and is never evicted."""
-        return self._open(self._completions, eos_token_ids, overflow, "http", math.inf)
+        session_id = secrets.token_urlsafe(24)
+        self._start(session_id, self._completions, self._completions.acquire(), terms, math.inf)
+        return session_id
+
+    @contextmanager
+    def free_slab(self, beside: str | None = None) -> Iterator[Slab]:
+        """An empty slab to be filled and opened in the block, free again where the block raises.
+
+        For want of one, the session idle longest is evicted, but not the one with the id `beside`. Raises
+        CapacityExhausted.
+        """
+        if self._long_lived.in_use == self._long_lived.total:
+            self._evict_one(beside)
+        slab = self._long_lived.acquire()
+        try:
+            yield slab
+        except BaseException:
+            self._long_lived.release(slab)
+            raise
+
+    def open(self, slab: Slab, terms: Terms, history: array[int] | None = None) -> str:
+        """The id of a new long-lived session on a slab that has read `history` up to its frontier."""
+        session_id = secrets.token_urlsafe(24)
+        journal = self._state.new_journal(session_id, terms) if self._state else None
+        if journal is not None and history:
+            journal.record(0, history)
+        self._start(session_id, self._long_lived, slab, terms, self._idle_ttl_s, history, journal)
+        return session_id
+
+    def recover(self) -> None:
+        """Starts the sessions that an earlier server left on disk, the one used last first, as many as there are slabs."""
+        if self._state is None:
+            return
+        for session_id, journal in self._state.journals():
+            if self._long_lived.in_use == self._long_lived.total:
+                journal.delete()
+                _log.warning("session on disk evicted: capacity is %d", self._long_lived.total)
+                continue
+            slab = self._long_lived.acquire()
+            try:
+                history = journal.recover(slab)
+            except SnapshotUnreadable as error:
+                self._long_lived.release(slab)
+                journal.close()
+                self._state.set_aside(session_id, error)
+            else:
+                self._start(session_id, self._long_lived, slab, journal.terms, self._idle_ttl_s, history, journal)
+        _log.info("sessions recovered count=%d", len(self._entries))
+
+    def summaries(self) -> list[SessionSummary]:
+        """What an operator may know of every long-lived session; ids are for those who made them."""
+        now = trio.current_time()
+        return [
+            SessionSummary(
+                label=entry.session.terms.label,
+                history_length=entry.session.history_length,
+                evicted_token_count=entry.session.evicted_token_count,
+                kv_live_bytes=entry.slab.live_bytes,
+                idle_seconds=now - entry.session.last_used,
+            )
+            for entry in self._entries.values()
+            if entry.pool is self._long_lived
+        ]
 
     def find(self, session_id: str) -> Mailbox:
         """The mailbox of a session that lives. Raises SessionNotFound."""
@@ -82,10 +149,16 @@ class SessionRegistry:
             raise SessionNotFound("no session has this id: it was never made, was closed, or was evicted")
         return entry.mailbox
 
-    def _open(
-        self, pool: SlabPool, eos_token_ids: frozenset[int], overflow: Overflow, label: str, idle_ttl_s: float
-    ) -> str:
-        slab = pool.acquire()
+    def _start(
+        self,
+        session_id: str,
+        pool: SlabPool,
+        slab: Slab,
+        terms: Terms,
+        idle_ttl_s: float,
+        history: array[int] | None = None,
+        journal: Journal | None = None,
+    ) -> None:
         mailbox, inbox = open_mailbox()
         session = Session(
             slab,
@@ -93,18 +166,21 @@ class SessionRegistry:
             self._executor,
             self._metrics,
             vocabulary=self._vocabulary,
-            eos_token_ids=eos_token_ids,
-            overflow=overflow,
+            terms=terms,
             idle_ttl_s=idle_ttl_s,
+            history=history,
+            journal=journal,
         )
-        session_id = secrets.token_urlsafe(24)
-        self._entries[session_id] = Entry(session, mailbox, slab, pool, label)
-        self._nursery.start_soon(self._supervise, session_id)
-        return session_id
+        self._entries[session_id] = Entry(session, mailbox, slab, pool)
+        self._nursery.start_soon(self._supervise, session_id, session, journal)
 
-    def _evict_one(self) -> None:
+    def _evict_one(self, beside: str | None) -> None:
         """Ends the session that was used longest ago among those that wait at their inbox."""
-        held = [pair for pair in self._entries.items() if pair[1].pool is self._long_lived]
+        held = [
+            (session_id, entry)
+            for session_id, entry in self._entries.items()
+            if entry.pool is self._long_lived and session_id != beside
+        ]
         for session_id, entry in sorted(held, key=lambda pair: pair[1].session.last_used):
             if entry.mailbox.offer(Evict()):
                 self._remove(session_id)
@@ -117,10 +193,16 @@ class SessionRegistry:
         if entry is not None:
             entry.pool.release(entry.slab)
 
-    async def _supervise(self, session_id: str) -> None:
+    async def _supervise(self, session_id: str, session: Session, journal: Journal | None) -> None:
+        goes_on = False
         try:
-            ending = await self._entries[session_id].session.run()
+            ending = await session.run()
+        except trio.Cancelled:
+            goes_on = True
+            session.leave_slab_on_disk()
+            raise
         except EngineFailed:
+            goes_on = True
             self._metrics.session_total.labels("failed").inc()
         except Exception as error:
             if isinstance(error, InvariantViolation):
@@ -133,3 +215,8 @@ class SessionRegistry:
             self._metrics.session_evicted_total.labels(ending.value).inc()
         finally:
             self._remove(session_id)
+            if journal is not None:
+                if goes_on:
+                    journal.close()
+                else:
+                    journal.delete()

@@ -16,6 +16,7 @@ from actors.messages import (
     Appended,
     Close,
     Evict,
+    Export,
     Forward,
     Generate,
     Info,
@@ -24,9 +25,11 @@ from actors.messages import (
 )
 from runtime.errors import EngineFailed, HistoryMismatch, InvalidRequest, InvariantViolation, SlabOverflow
 from runtime.events import Done, Event, HistoryTruncated, Overflow, Sampling, StopReason, Token
+from runtime.journal import Journal
 from runtime.metrics import Metrics
 from runtime.rows import Row
 from runtime.slab import Slab
+from runtime.snapshot import Terms
 
 MAX_APPEND_TOKENS = 2**18
 
@@ -50,21 +53,25 @@ class Session:
         metrics: Metrics,
         *,
         vocabulary: int,
-        eos_token_ids: frozenset[int],
-        overflow: Overflow,
+        terms: Terms,
         idle_ttl_s: float,
+        history: array[int] | None = None,
+        journal: Journal | None = None,
     ) -> None:
+        """A `history` given is one that goes on: the slab has read it up to its frontier. A `journal` knows it already."""
         self._slab = slab
         self._inbox = inbox
         self._executor = executor
         self._metrics = metrics
         self._vocabulary = vocabulary
-        self._eos_token_ids = eos_token_ids
-        self._overflow = overflow
+        self._terms = terms
         self._idle_ttl_s = idle_ttl_s
+        self._journal = journal
         self._history = array("I")
         self._digest = hashlib.blake2b()
-        self._fed = 0
+        if history is not None:
+            self._commit(history)
+        self._fed = slab.frontier
         self._ending: Ending | None = None
         self._last_used = trio.current_time()
         self._turn_began: float | None = None
@@ -83,6 +90,20 @@ class Session:
         """When the last append or generation ended, in trio's time."""
         return self._last_used
 
+    @property
+    def terms(self) -> Terms:
+        return self._terms
+
+    def leave_slab_on_disk(self) -> None:
+        """Puts a durable session's slab beside its journal. Nothing may run for the session meanwhile."""
+        if self._journal is not None:
+            self._journal.record_slab(self._slab, self._history)
+
+    @property
+    def _is_slab_on_disk_old(self) -> bool:
+        """Whether a recovery would have to read as many tokens again as a slab holds."""
+        return self._journal is not None and self._fed - self._journal.slab_length >= self._slab.spec.visible
+
     async def run(self) -> Ending:
         """Serves until closed or evicted. Raises InvariantViolation or EngineFailed when the session has failed."""
         with self._inbox:
@@ -92,6 +113,8 @@ class Session:
                 if idle.cancelled_caught:
                     return Ending.IDLE
                 await self._inbox.handle(envelope, self._handle)
+                if self._is_slab_on_disk_old:
+                    await trio.to_thread.run_sync(self.leave_slab_on_disk)
         return self._ending
 
     async def _handle(self, message: Message[Any], reply: Reply[Any]) -> None:
@@ -103,6 +126,8 @@ class Session:
                 await self._generate(request, reply)
             case Info():
                 await reply(self._info())
+            case Export(work):
+                await reply(await trio.to_thread.run_sync(work, self._terms, self._slab, self._history))
             case Close():
                 self._ending = Ending.CLOSED
                 await reply(len(self._history))
@@ -117,7 +142,9 @@ class Session:
         self._check_append(request)
         if self._turn_began is None:
             self._turn_began = trio.current_time()
-        self._commit(request.token_ids)
+        tokens = array("I", request.token_ids)
+        self._record(tokens)
+        self._commit(tokens)
         try:
             await self._feed()
         finally:
@@ -133,7 +160,7 @@ class Session:
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocabulary:
             raise InvalidRequest(f"token ids must be from 0 to {self._vocabulary - 1}", "token_ids")
         longest = self._slab.spec.visible
-        if self._overflow is Overflow.ERROR and len(self._history) + len(token_ids) > longest:
+        if self._terms.overflow is Overflow.ERROR and len(self._history) + len(token_ids) > longest:
             raise SlabOverflow(
                 f"{len(self._history)} tokens held and {len(token_ids)} more exceed sink + window = {longest}: "
                 "nothing was appended"
@@ -155,7 +182,7 @@ class Session:
             if self.evicted_token_count:
                 await reply(HistoryTruncated(self.evicted_token_count))
             while count < request.max_tokens:
-                if self._overflow is Overflow.ERROR and len(self._history) >= self._slab.spec.visible:
+                if self._terms.overflow is Overflow.ERROR and len(self._history) >= self._slab.spec.visible:
                     stop_reason = StopReason.TRUNCATED
                     break
                 token_id = await self._feed_and_draw(request.sampling)
@@ -168,12 +195,10 @@ class Session:
                 else:
                     self._metrics.inter_token_seconds.observe(now - last)
                 last = now
-                # A token that its asker did not take is not part of the history.
-                await reply(Token(token_id))
-                self._commit((token_id,))
+                await self._hand_over(token_id, reply)
                 self._metrics.generated_tokens_total.inc()
                 count += 1
-                if token_id in self._eos_token_ids:
+                if token_id in self._terms.eos_token_ids:
                     stop_reason = StopReason.EOS
                     break
             ended = trio.current_time()
@@ -194,12 +219,28 @@ class Session:
             history_digest=self._digest.digest(),
         )
 
-    def _commit(self, token_ids: tuple[int, ...]) -> None:
-        tokens = array("I", token_ids)
+    async def _hand_over(self, token_id: int, reply: Reply[Event]) -> None:
+        """Gives the token to the asker, and to the history once it was taken."""
+        token = array("I", (token_id,))
+        self._record(token)
+        try:
+            await reply(Token(token_id))
+        except BaseException:
+            if self._journal is not None:
+                self._journal.take_back(len(self._history))
+            raise
+        self._commit(token)
+
+    def _record(self, tokens: array[int]) -> None:
+        if self._journal is not None:
+            self._journal.record(len(self._history), tokens)
+
+    def _commit(self, tokens: array[int]) -> None:
         self._history += tokens
+        little_endian = array("I", tokens)
         if sys.byteorder == "big":
-            tokens.byteswap()
-        self._digest.update(tokens.tobytes())
+            little_endian.byteswap()
+        self._digest.update(little_endian.tobytes())
 
     async def _feed(self) -> None:
         """Brings the slab up to the history's end."""

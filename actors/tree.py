@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import logging
 import secrets
+from array import array
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 
 import trio
 
 from actors.admission import Admission
 from actors.executor import EngineThread, ModelExecutor
 from actors.mailbox import ActorFailed, ActorStopped, Mailbox, Replies, open_mailbox
-from actors.messages import Append, Appended, Close, Generate, Info, SessionInfo
+from actors.messages import Append, Appended, Close, Export, Generate, Info, Saved, SessionInfo, SessionSummary
+from actors.nursery import open_nursery
 from actors.registry import SessionRegistry
 from runtime.engine import Engine, EngineFacts, load_engine
-from runtime.errors import SessionFailed, SessionNotFound
+from runtime.errors import CapacityExhausted, NotDurable, SessionFailed, SessionNotFound
 from runtime.events import Done, Event, Overflow, Sampling
 from runtime.metrics import Metrics
 from runtime.models import find_model
 from runtime.settings import Settings
+from runtime.slab import Slab
+from runtime.snapshot import Identity, Terms, fingerprint
+from runtime.state import StateDirectory
 from runtime.text import Text
 
 _log = logging.getLogger("perennial")
+
+# Scheduler passes in which a session that was made or answered just now comes to its inbox, where it can be evicted.
+_PASSES_TO_INBOX = 2
 
 
 class Events:
@@ -121,6 +129,7 @@ class Runtime:
         registry: SessionRegistry,
         admission: Admission,
         metrics: Metrics,
+        state: StateDirectory | None,
     ) -> None:
         self.settings = settings
         self.facts = facts
@@ -128,13 +137,66 @@ class Runtime:
         self.metrics = metrics
         self._registry = registry
         self._admission = admission
+        self._state = state
 
     async def create_session(
         self, eos_token_ids: Iterable[int] = (), *, overflow: Overflow = Overflow.EVICT, label: str = ""
     ) -> SessionHandle:
         """A new long-lived session. Raises CapacityExhausted when every slab is held by a session at work."""
+        terms = Terms(frozenset(eos_token_ids), overflow, label)
+        for _ in range(_PASSES_TO_INBOX):
+            await trio.lowlevel.checkpoint()
+            with suppress(CapacityExhausted):
+                return self.find_session(self._registry.create(terms))
         await trio.lowlevel.checkpoint()
-        return self.find_session(self._registry.create(frozenset(eos_token_ids), overflow, label))
+        return self.find_session(self._registry.create(terms))
+
+    async def fork_session(self, session_id: str) -> SessionHandle:
+        """A new session that goes on where this one stands, on a copy of its slab; no forward runs for it.
+
+        Raises SessionNotFound, CapacityExhausted.
+        """
+        mailbox = self._registry.find(session_id)
+        await trio.lowlevel.checkpoint()
+        with self._registry.free_slab(beside=session_id) as target, _as_session_errors():
+
+            def copy(terms: Terms, slab: Slab, history: array[int]) -> tuple[Terms, array[int]]:
+                target.copy_from(slab)
+                return terms, array("I", history)
+
+            # To the end, for the copy writes into a slab that is ours to give back.
+            terms, history = await mailbox.ask_to_the_end(Export(copy))
+            return self.find_session(self._registry.open(target, terms, history))
+
+    async def save_session(self, session_id: str) -> Saved:
+        """Writes a snapshot of the session under `state_dir`. Raises SessionNotFound, NotDurable, StorageFailed."""
+        state = self._durable()
+
+        def save(terms: Terms, slab: Slab, history: array[int]) -> Saved:
+            return Saved(*state.save(terms, slab, history), len(history))
+
+        with _as_session_errors():
+            return await self._registry.find(session_id).ask(Export(save))
+
+    async def restore_session(self, snapshot_id: str) -> SessionHandle:
+        """A new session that goes on where the saved one stood.
+
+        Raises NotDurable, SnapshotNotFound, SnapshotMismatch, SnapshotUnreadable, CapacityExhausted.
+        """
+        state = self._durable()
+        await trio.lowlevel.checkpoint()
+        with self._registry.free_slab() as slab:
+            terms, history = await trio.to_thread.run_sync(state.load, snapshot_id, slab)
+            return self.find_session(self._registry.open(slab, terms, history))
+
+    def list_sessions(self) -> list[SessionSummary]:
+        """What an operator may know of the long-lived sessions."""
+        return self._registry.summaries()
+
+    def _durable(self) -> StateDirectory:
+        if self._state is None:
+            raise NotDurable("the server keeps no sessions on disk: start it with state_dir")
+        return self._state
 
     def find_session(self, session_id: str) -> SessionHandle:
         """The session with this id. Raises SessionNotFound."""
@@ -144,7 +206,7 @@ class Runtime:
     async def completion(self, eos_token_ids: Iterable[int], overflow: Overflow) -> AsyncIterator[SessionHandle]:
         """A permit and a session for one completion; both are free again when the block ends. Raises Saturated."""
         async with self._admission.permit():
-            session_id = self._registry.create_for_completion(frozenset(eos_token_ids), overflow)
+            session_id = self._registry.create_for_completion(Terms(frozenset(eos_token_ids), overflow, "http"))
             session = self.find_session(session_id)
             try:
                 yield session
@@ -168,22 +230,32 @@ async def open_runtime(settings: Settings, metrics: Metrics | None = None) -> As
         thread = EngineThread(pool)
         engine = await thread.run(load_engine, settings, directory)
         _log_start(settings, engine.facts)
-        async with open_sessions(settings, engine, thread, text, metrics) as runtime:
-            yield runtime
+        with ExitStack() as stack:
+            state = None
+            if settings.state_dir:
+                identity = _identity(engine.facts, settings, await trio.to_thread.run_sync(fingerprint, directory))
+                state = stack.enter_context(StateDirectory.open(settings.state_dir, identity))
+            async with open_sessions(settings, engine, thread, text, metrics, state) as runtime:
+                yield runtime
 
 
 @asynccontextmanager
 async def open_sessions(
-    settings: Settings, engine: Engine, thread: EngineThread, text: Text, metrics: Metrics
+    settings: Settings,
+    engine: Engine,
+    thread: EngineThread,
+    text: Text,
+    metrics: Metrics,
+    state: StateDirectory | None = None,
 ) -> AsyncIterator[Runtime]:
     """Executor, registry and admission over an engine that is loaded.
 
     Raises EngineFailed where the engine fails, and what the block raises as it is, in no group.
     """
     asking, inbox = open_mailbox()
-    async with _open_nursery() as executor_nursery:
+    async with open_nursery() as executor_nursery:
         executor_nursery.start_soon(ModelExecutor(engine, thread, inbox, metrics).run)
-        async with _open_nursery() as session_nursery:
+        async with open_nursery() as session_nursery:
             registry = SessionRegistry(
                 session_nursery,
                 asking,
@@ -192,28 +264,17 @@ async def open_sessions(
                 idle_ttl_s=settings.idle_ttl_s,
                 long_lived=engine.new_pool(settings.capacity),
                 completions=engine.new_pool(settings.max_concurrent),
+                state=state,
             )
-            yield Runtime(settings, engine.facts, text, registry, Admission(settings, metrics), metrics)
+            registry.recover()
+            yield Runtime(settings, engine.facts, text, registry, Admission(settings, metrics), metrics, state)
             session_nursery.cancel_scope.cancel()
         executor_nursery.cancel_scope.cancel()
 
 
-@asynccontextmanager
-async def _open_nursery() -> AsyncIterator[trio.Nursery]:
-    """A nursery that raises a lone error as it is: that there are nurseries here is no user's concern."""
-    try:
-        async with trio.open_nursery() as nursery:
-            yield nursery
-    except BaseExceptionGroup as group:
-        if len(group.exceptions) > 1:
-            raise
-        error = group.exceptions[0]
-        context = error.__context__
-        try:
-            raise error
-        finally:
-            # The group holds the error, and is not what it came of.
-            error.__context__ = context
+def _identity(facts: EngineFacts, settings: Settings, model: str) -> Identity:
+    slab = facts.slab
+    return Identity(model, settings.weights, facts.dtype, slab.sink, slab.window, slab.ring)
 
 
 def _log_start(settings: Settings, facts: EngineFacts) -> None:

@@ -11,11 +11,13 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import sniffio
 import trio_asyncio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from actors.nursery import lone_errors
 
 # With trio_asyncio imported, a new asyncio loop is made over trio, and so would be that of an asyncio server that hosts us.
 # Where a thread has set a policy, even the one that it had, trio_asyncio leaves it alone.
@@ -34,20 +36,28 @@ def _is_trio() -> bool:
     return sniffio.current_async_library() == "trio"
 
 
+class FromAsyncio(Protocol):
+    """Makes a coroutine function of an asyncio library one to be awaited here."""
+
+    def __call__(self, function: Callable[P, Awaitable[T]], /) -> Callable[P, Awaitable[T]]: ...
+
+
 @asynccontextmanager
-async def asyncio_loop() -> AsyncIterator[None]:
-    """A loop for asyncio's libraries in the block: under trio a guest of it, else the one that runs."""
+async def asyncio_loop() -> AsyncIterator[FromAsyncio]:
+    """A loop for asyncio's libraries in the block, and the way to call them: a guest of trio, or asyncio's own loop.
+
+    The way is bound to the loop, so that every task can take it, and not only those that were started in the block.
+    """
     if _is_trio():
-        async with trio_asyncio.open_loop():
-            yield
+        with lone_errors():
+            async with trio_asyncio.open_loop() as loop:
+                yield partial(trio_asyncio.aio_as_trio, loop=loop)
     else:
-        yield
+        yield _unchanged
 
 
-def from_asyncio(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
-    """`function` of an asyncio library, to be awaited inside `asyncio_loop` from either kind of code."""
-    adapted: Callable[P, Awaitable[T]] = trio_asyncio.aio_as_trio(function) if _is_trio() else function
-    return adapted
+def _unchanged(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+    return function
 
 
 def for_asyncio(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:

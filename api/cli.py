@@ -12,11 +12,11 @@ from functools import partial
 
 import trio
 
+from actors.nursery import lone_errors
 from api.chat import chat
 from api.doctor import doctor
 from api.doors import DEFAULT_HTTP_BIND, serve
 from api.logs import configure_logging
-from api.server import bare_errors
 from runtime.errors import PerennialError
 from runtime.settings import ENVIRONMENT_PREFIX, Accepts, Settings
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = _settings(asked)
         configure_logging(settings.log_level)
-        with bare_errors():
+        with lone_errors():
             return trio.run(partial(_COMMANDS[asked.command], settings, asked))
     except PerennialError as error:
         print(f"perennial: {error}", file=sys.stderr)

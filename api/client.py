@@ -13,19 +13,19 @@ Events and errors are those of an embedded runtime.
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TypeVar
 
 import anyio
 from betterproto2 import Message
 from grpclib import GRPCError, Status
-from grpclib.client import Channel, Stream, UnaryStreamMethod, UnaryUnaryMethod
+from grpclib.client import Channel, UnaryStreamMethod, UnaryUnaryMethod
 from grpclib.exceptions import StreamTerminatedError
 
-from actors.messages import Appended, SessionInfo
-from api.bridge import asyncio_loop, from_asyncio
-from api.wire import SERVICE, appended_of, event_of, info_of
+from actors.messages import Appended, Saved, SessionInfo, SessionSummary
+from api.bridge import FromAsyncio, asyncio_loop
+from api.wire import SERVICE, appended_of, event_of, info_of, summary_of
 from proto.kakeya.v1 import (
     AppendTokensRequest,
     AppendTokensResponse,
@@ -33,10 +33,18 @@ from proto.kakeya.v1 import (
     CloseSessionResponse,
     CreateSessionRequest,
     CreateSessionResponse,
+    ForkSessionRequest,
+    ForkSessionResponse,
     GenerateRequest,
     GenerateResponse,
     GetSessionInfoRequest,
     GetSessionInfoResponse,
+    ListSessionsRequest,
+    ListSessionsResponse,
+    RestoreSessionRequest,
+    RestoreSessionResponse,
+    SaveSessionRequest,
+    SaveSessionResponse,
 )
 from proto.kakeya.v1 import Overflow as WireOverflow
 from runtime import events
@@ -50,6 +58,7 @@ from runtime.errors import (
     SessionFailed,
     SessionNotFound,
     SlabOverflow,
+    SnapshotMismatch,
     Unauthenticated,
 )
 from runtime.settings import split_address
@@ -63,6 +72,7 @@ _ERRORS: dict[Status, type[PerennialError]] = {
     Status.ABORTED: HistoryMismatch,
     Status.OUT_OF_RANGE: SlabOverflow,
     Status.RESOURCE_EXHAUSTED: CapacityExhausted,
+    Status.FAILED_PRECONDITION: SnapshotMismatch,
     Status.DEADLINE_EXCEEDED: DeadlineExceeded,
     Status.UNAUTHENTICATED: Unauthenticated,
     Status.UNAVAILABLE: NotServing,
@@ -73,10 +83,10 @@ _ERRORS: dict[Status, type[PerennialError]] = {
 async def connect(address: str, *, key: str = "", tls: ssl.SSLContext | None = None) -> AsyncIterator[Client]:
     """A client of the server at `HOST:PORT`; its first call connects."""
     host, port = split_address(address)
-    async with asyncio_loop():
+    async with asyncio_loop() as from_asyncio:
         channel = Channel(host, port, ssl=tls)
         try:
-            yield Client(channel, key)
+            yield Client(channel, key, from_asyncio)
         finally:
             channel.close()
 
@@ -84,8 +94,9 @@ async def connect(address: str, *, key: str = "", tls: ssl.SSLContext | None = N
 class Client:
     """Calls a server. Every call raises the PerennialError that the server answers with, or NotServing if none does."""
 
-    def __init__(self, channel: Channel, key: str) -> None:
+    def __init__(self, channel: Channel, key: str, from_asyncio: FromAsyncio) -> None:
         self._channel = channel
+        self._from_asyncio = from_asyncio
         self._metadata = {"authorization": f"Bearer {key}"} if key else {}
 
     async def create_session(
@@ -101,6 +112,16 @@ class Client:
         )
         reply = await self.call("CreateSession", request, CreateSessionResponse)
         return self.find_session(reply.session_id)
+
+    async def restore_session(self, snapshot_id: str) -> ClientSession:
+        """A new session that goes on where a saved one stood. Raises SessionNotFound, SnapshotMismatch."""
+        reply = await self.call("RestoreSession", RestoreSessionRequest(snapshot_id), RestoreSessionResponse)
+        return self.find_session(reply.session_id)
+
+    async def list_sessions(self) -> list[SessionSummary]:
+        """What the server says of all its sessions."""
+        reply = await self.call("ListSessions", ListSessionsRequest(), ListSessionsResponse)
+        return [summary_of(one) for one in reply.sessions]
 
     def find_session(self, session_id: str) -> ClientSession:
         """The session with this id, which the first call looks for."""
@@ -126,28 +147,31 @@ class Client:
         """The response of a unary method."""
         wire: UnaryUnaryMethod[Q, A] = UnaryUnaryMethod(self._channel, f"/{SERVICE}/{method}", type(request), answered)
         with _typed_errors():
-            return await from_asyncio(wire)(request, metadata=self._metadata)
+            return await self._from_asyncio(wire)(request, metadata=self._metadata)
 
     @asynccontextmanager
-    async def stream(self, method: str, request: Q, answered: type[A]) -> AsyncIterator[Stream[Q, A]]:
-        """The responses of a streaming method; leaving the block cancels the call."""
+    async def stream(
+        self, method: str, request: Q, answered: type[A]
+    ) -> AsyncIterator[Callable[[], Awaitable[A | None]]]:
+        """The next response of a streaming method, None at the end; leaving the block cancels the call."""
         wire: UnaryStreamMethod[Q, A] = UnaryStreamMethod(
             self._channel, f"/{SERVICE}/{method}", type(request), answered
         )
         stream = wire.open(metadata=self._metadata)
+        here = self._from_asyncio
         with _typed_errors():
-            await from_asyncio(stream.__aenter__)()
-            error: BaseException | None = None
+            await here(stream.__aenter__)()
+            error: BaseException = _Left()
             try:
-                await from_asyncio(stream.send_message)(request, end=True)
-                yield stream
+                await here(stream.send_message)(request, end=True)
+                yield here(stream.recv_message)
             except BaseException as raised:
                 error = raised
                 raise
             finally:
                 # A stream that was not read to its end is reset here, also for a caller who is being cancelled.
                 with anyio.CancelScope(shield=True):
-                    await from_asyncio(stream.__aexit__)(type(error) if error else _Left, error or _Left(), None)
+                    await here(stream.__aexit__)(type(error), error, None)
 
 
 class _Left(Exception):
@@ -183,13 +207,23 @@ class ClientSession:
     ) -> AsyncIterator[ClientEvents]:
         """The events of a generation: HistoryTruncated at most once, Token by Token, Done. Leaving the block cancels it."""
         request = GenerateRequest(self.id, max_tokens, seed, temperature, top_p, top_k)
-        async with self._client.stream("Generate", request, GenerateResponse) as stream:
-            yield ClientEvents(stream)
+        async with self._client.stream("Generate", request, GenerateResponse) as receive:
+            yield ClientEvents(receive)
 
     async def info(self) -> SessionInfo:
         """What the server says of the session."""
         reply = await self._client.call("GetSessionInfo", GetSessionInfoRequest(self.id), GetSessionInfoResponse)
         return info_of(reply)
+
+    async def fork(self) -> ClientSession:
+        """A new session that goes on where this one stands, to be closed by the caller. Raises CapacityExhausted."""
+        reply = await self._client.call("ForkSession", ForkSessionRequest(self.id), ForkSessionResponse)
+        return self._client.find_session(reply.session_id)
+
+    async def save(self) -> Saved:
+        """Leaves a snapshot on the server, for `Client.restore_session`. Raises SnapshotMismatch where it keeps none."""
+        reply = await self._client.call("SaveSession", SaveSessionRequest(self.id), SaveSessionResponse)
+        return Saved(reply.snapshot_id, reply.size_bytes, reply.history_length)
 
     async def close(self) -> int:
         """Ends the session and returns the length of its history."""
@@ -200,8 +234,8 @@ class ClientSession:
 class ClientEvents:
     """The events of one generation."""
 
-    def __init__(self, stream: Stream[GenerateRequest, GenerateResponse]) -> None:
-        self._receive = from_asyncio(stream.recv_message)
+    def __init__(self, receive: Callable[[], Awaitable[GenerateResponse | None]]) -> None:
+        self._receive = receive
 
     def __aiter__(self) -> AsyncIterator[events.Event]:
         return self

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import trio
 
+from actors.nursery import open_nursery
 from api.grpc import grpc_door
 from api.http import http_door
-from api.server import Server, bare_errors
+from api.server import Server
 from runtime.settings import Settings
 
 DEFAULT_HTTP_BIND = "127.0.0.1:8000"
@@ -41,16 +42,15 @@ async def serve(
     if http_bind:
         settings.check_exposure(http_bind, "bind")
     server = Server(settings)
-    with bare_errors():
-        async with trio.open_nursery() as runtime_nursery:
-            async with trio.open_nursery() as door_nursery:
-                grpc = await door_nursery.start(grpc_door, server) if settings.grpc_bind else None
-                http = await door_nursery.start(http_door, server, http_bind) if http_bind else None
-                await runtime_nursery.start(server.run)
-                addresses = Addresses(http, grpc)
-                _log.info("serving http=%s grpc=%s", addresses.http or "none", addresses.grpc or "none")
-                task_status.started(addresses)
-                await shutdown_trigger()
-                await server.drain()
-                door_nursery.cancel_scope.cancel()
-            runtime_nursery.cancel_scope.cancel()
+    async with open_nursery() as runtime_nursery:
+        async with open_nursery() as door_nursery:
+            grpc = await door_nursery.start(grpc_door, server) if settings.grpc_bind else None
+            http = await door_nursery.start(http_door, server, http_bind) if http_bind else None
+            await runtime_nursery.start(server.run)
+            addresses = Addresses(http, grpc)
+            _log.info("serving http=%s grpc=%s", addresses.http or "none", addresses.grpc or "none")
+            task_status.started(addresses)
+            await shutdown_trigger()
+            await server.drain()
+            door_nursery.cancel_scope.cancel()
+        runtime_nursery.cancel_scope.cancel()

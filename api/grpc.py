@@ -18,11 +18,11 @@ from grpclib.server import Stream
 
 from actors import Runtime
 from api.auth import check_key
-from api.bridge import asyncio_loop, for_asyncio, from_asyncio
+from api.bridge import FromAsyncio, asyncio_loop, for_asyncio
 from api.grpc_standard import HealthOf, with_standard_services
 from api.replies import as_grpc
 from api.server import Server
-from api.wire import SERVICE, appended_on_wire, frame_of, info_on_wire
+from api.wire import SERVICE, appended_on_wire, frame_of, info_on_wire, summary_on_wire
 from proto.kakeya.v1 import (
     AppendTokensRequest,
     AppendTokensResponse,
@@ -30,10 +30,18 @@ from proto.kakeya.v1 import (
     CloseSessionResponse,
     CreateSessionRequest,
     CreateSessionResponse,
+    ForkSessionRequest,
+    ForkSessionResponse,
     GenerateRequest,
     GenerateResponse,
     GetSessionInfoRequest,
     GetSessionInfoResponse,
+    ListSessionsRequest,
+    ListSessionsResponse,
+    RestoreSessionRequest,
+    RestoreSessionResponse,
+    SaveSessionRequest,
+    SaveSessionResponse,
 )
 from runtime import events
 from runtime.errors import InvalidRequest, InvalidSetting
@@ -94,11 +102,35 @@ async def get_session_info(
     await send(info_on_wire(await runtime.find_session(request.session_id).info()))
 
 
+async def fork_session(runtime: Runtime, request: ForkSessionRequest, send: Send[ForkSessionResponse]) -> None:
+    session = await runtime.fork_session(request.session_id)
+    await send(ForkSessionResponse(session_id=session.id))
+
+
+async def save_session(runtime: Runtime, request: SaveSessionRequest, send: Send[SaveSessionResponse]) -> None:
+    saved = await runtime.save_session(request.session_id)
+    await send(
+        SaveSessionResponse(
+            snapshot_id=saved.snapshot_id, size_bytes=saved.size_bytes, history_length=saved.history_length
+        )
+    )
+
+
+async def restore_session(runtime: Runtime, request: RestoreSessionRequest, send: Send[RestoreSessionResponse]) -> None:
+    session = await runtime.restore_session(request.snapshot_id)
+    await send(RestoreSessionResponse(session_id=session.id))
+
+
+async def list_sessions(runtime: Runtime, _: ListSessionsRequest, send: Send[ListSessionsResponse]) -> None:
+    await send(ListSessionsResponse(sessions=[summary_on_wire(one) for one in runtime.list_sessions()]))
+
+
 class RuntimeService:
     """What grpclib calls: finds the method, checks the key, counts the call and turns errors into statuses."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, from_asyncio: FromAsyncio) -> None:
         self._server = server
+        self._from_asyncio = from_asyncio
 
     def __mapping__(self) -> dict[str, Handler]:
         unary, stream = Cardinality.UNARY_UNARY, Cardinality.UNARY_STREAM
@@ -109,6 +141,10 @@ class RuntimeService:
                 self._method("Generate", stream, generate, GenerateRequest, GenerateResponse),
                 self._method("CloseSession", unary, close_session, CloseSessionRequest, CloseSessionResponse),
                 self._method("GetSessionInfo", unary, get_session_info, GetSessionInfoRequest, GetSessionInfoResponse),
+                self._method("ForkSession", unary, fork_session, ForkSessionRequest, ForkSessionResponse),
+                self._method("SaveSession", unary, save_session, SaveSessionRequest, SaveSessionResponse),
+                self._method("RestoreSession", unary, restore_session, RestoreSessionRequest, RestoreSessionResponse),
+                self._method("ListSessions", unary, list_sessions, ListSessionsRequest, ListSessionsResponse),
             )
         )
 
@@ -124,10 +160,10 @@ class RuntimeService:
             authorization = stream.metadata.get("authorization") if stream.metadata else None
             check_key(self._server.settings, str(authorization) if authorization else None)
             with self._server.call() as runtime:
-                message = await _receive(stream)
+                message = await self._receive(stream)
                 parse = partial(asked.parse, message)
                 request = parse() if len(message) < _PARSED_AT_ONCE_BYTES else await trio.to_thread.run_sync(parse)
-                await method(runtime, request, from_asyncio(stream.send_message))
+                await method(runtime, request, self._from_asyncio(stream.send_message))
 
         async def handle(stream: Stream[bytes, A]) -> None:
             status = Status.CANCELLED
@@ -143,15 +179,16 @@ class RuntimeService:
 
         return f"/{SERVICE}/{name}", Handler(for_asyncio(handle), cardinality, bytes, answered)
 
-
-async def _receive(stream: Stream[bytes, Any]) -> bytes:
-    try:
-        message = await from_asyncio(stream.recv_message)()
-    except NotImplementedError:
-        raise GRPCError(Status.UNIMPLEMENTED, "compressed messages are not supported: send them as they are") from None
-    if message is None:
-        raise GRPCError(Status.INVALID_ARGUMENT, "the call brought no message")
-    return message
+    async def _receive(self, stream: Stream[bytes, Any]) -> bytes:
+        try:
+            message = await self._from_asyncio(stream.recv_message)()
+        except NotImplementedError:
+            raise GRPCError(
+                Status.UNIMPLEMENTED, "compressed messages are not supported: send them as they are"
+            ) from None
+        if message is None:
+            raise GRPCError(Status.INVALID_ARGUMENT, "the call brought no message")
+        return message
 
 
 class BoundedCodec(ProtoCodec):
@@ -168,8 +205,8 @@ class BoundedCodec(ProtoCodec):
 async def grpc_door(server: Server, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
     """Serves gRPC on `grpc_bind` until cancelled. Started in a nursery, it gives `HOST:PORT`. Raises InvalidSetting."""
     with _listening(server.settings.grpc_bind) as listener:
-        async with asyncio_loop():
-            service, health = RuntimeService(server), HealthOf(server)
+        async with asyncio_loop() as from_asyncio:
+            service, health = RuntimeService(server, from_asyncio), HealthOf(server)
             grpc_server = GrpcServer(with_standard_services(service, health), codec=BoundedCodec())
             await from_asyncio(grpc_server.start)(sock=listener, ssl=_tls(server.settings))
             host, port = listener.getsockname()[:2]

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import NoReturn
 
-import trio
-
+from actors.nursery import open_nursery
 from api.bridge import Receive, Scope, Send, TrioApplication
 from api.grpc import grpc_door
 from api.logs import configure_logging
-from api.server import Server, bare_errors
+from api.server import Server
 from runtime.errors import EngineFailed, StartError
 from runtime.settings import Settings
 
@@ -49,18 +48,17 @@ class HostedApplication:
 
     async def _serve(self, server: Server, receive: Receive, send: Send) -> None:
         self._door = self._make_app(server)
-        with bare_errors():
-            async with trio.open_nursery() as runtime_nursery:
-                async with trio.open_nursery() as door_nursery:
-                    if server.settings.grpc_bind:
-                        address = await door_nursery.start(grpc_door, server)
-                        _log.info("serving grpc=%s", address)
-                    await send({"type": "lifespan.startup.complete"})
-                    runtime_nursery.start_soon(_run, server)
-                    await receive()
-                    await server.drain()
-                    door_nursery.cancel_scope.cancel()
-                runtime_nursery.cancel_scope.cancel()
+        async with open_nursery() as runtime_nursery:
+            async with open_nursery() as door_nursery:
+                if server.settings.grpc_bind:
+                    address = await door_nursery.start(grpc_door, server)
+                    _log.info("serving grpc=%s", address)
+                await send({"type": "lifespan.startup.complete"})
+                runtime_nursery.start_soon(_run, server)
+                await receive()
+                await server.drain()
+                door_nursery.cancel_scope.cancel()
+            runtime_nursery.cancel_scope.cancel()
 
 
 async def _run(server: Server) -> None:

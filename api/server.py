@@ -10,7 +10,7 @@ from enum import Enum
 import trio
 
 from actors import Runtime, open_runtime
-from runtime.errors import NotServing, PerennialError
+from runtime.errors import NotServing
 from runtime.metrics import Metrics
 from runtime.settings import Settings
 
@@ -61,12 +61,11 @@ class Server:
     async def run(self, *, task_status: trio.TaskStatus[Runtime] = trio.TASK_STATUS_IGNORED) -> None:
         """Loads the model and holds its sessions until cancelled. Raises StartError or EngineFailed."""
         try:
-            with bare_errors():
-                async with self._opening(self.settings, self.metrics) as runtime:
-                    self._runtime = runtime
-                    self._enter(Phase.SERVING)
-                    task_status.started(runtime)
-                    await trio.sleep_forever()
+            async with self._opening(self.settings, self.metrics) as runtime:
+                self._runtime = runtime
+                self._enter(Phase.SERVING)
+                task_status.started(runtime)
+                await trio.sleep_forever()
         finally:
             self._runtime = None
             self._enter(Phase.STOPPED)
@@ -96,17 +95,3 @@ class Server:
     def _enter(self, phase: Phase) -> None:
         self._phase = phase
         self._phase_waiters.unpark_all()
-
-
-@contextmanager
-def bare_errors() -> Iterator[None]:
-    """Lets one error of ours out of the exception groups that nurseries wrap it in, so that a caller can name its type."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-            error = error.exceptions[0]
-        if isinstance(error, PerennialError):
-            raise error from None
-        raise

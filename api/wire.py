@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.messages import Appended, SessionInfo
+from actors.messages import Appended, SessionInfo, SessionSummary
 from proto.kakeya.v1 import (
     AppendTokensResponse,
     GenerateDone,
@@ -10,6 +10,7 @@ from proto.kakeya.v1 import (
     GenerateResponse,
     GetSessionInfoResponse,
     HistoryTruncated,
+    ListSessionsResponseSession,
 )
 from runtime import events
 from runtime.errors import SessionFailed
@@ -90,3 +91,23 @@ def info_on_wire(info: SessionInfo) -> GetSessionInfoResponse:
 
 def info_of(reply: GetSessionInfoResponse) -> SessionInfo:
     return SessionInfo(**{name: getattr(reply, name) for name in _INFO_FIELDS})
+
+
+def summary_on_wire(summary: SessionSummary) -> ListSessionsResponseSession:
+    return ListSessionsResponseSession(
+        client_label=summary.label,
+        history_length=summary.history_length,
+        evicted_token_count=summary.evicted_token_count,
+        kv_live_bytes=summary.kv_live_bytes,
+        idle_seconds=summary.idle_seconds,
+    )
+
+
+def summary_of(wire: ListSessionsResponseSession) -> SessionSummary:
+    return SessionSummary(
+        label=wire.client_label,
+        history_length=wire.history_length,
+        evicted_token_count=wire.evicted_token_count,
+        kv_live_bytes=wire.kv_live_bytes,
+        idle_seconds=wire.idle_seconds,
+    )

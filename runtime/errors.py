@@ -83,6 +83,36 @@ class SlabOverflow(RequestError):
     grpc, http, code = "OUT_OF_RANGE", 400, "context_length_exceeded"
 
 
+class SnapshotNotFound(RequestError):
+    """No snapshot has this id."""
+
+    grpc, http = "NOT_FOUND", 404
+
+
+class SnapshotMismatch(RequestError):
+    """The snapshot's session cannot go on here bit for bit."""
+
+    grpc, http = "FAILED_PRECONDITION", 409
+
+
+class SnapshotUnreadable(RequestError):
+    """The file is damaged, or is not what it should be."""
+
+    grpc, http = "DATA_LOSS", 500
+
+
+class StorageFailed(RequestError):
+    """What was to be remembered cannot be written."""
+
+    grpc, http = "INTERNAL", 500
+
+
+class NotDurable(RequestError):
+    """The server has no directory to save sessions in."""
+
+    grpc, http = "FAILED_PRECONDITION", 409
+
+
 class PayloadTooLarge(RequestError):
     """The request's body is over the limit."""
 

@@ -94,9 +94,14 @@ class Slab:
         return tuple(self._frontiers)
 
     @property
+    def frontier(self) -> int:
+        """One more than the last position that every layer holds."""
+        return min(self._frontiers)
+
+    @property
     def live_length(self) -> int:
         """Tokens held that a later token may attend to, in the layer that has the fewest."""
-        return min(min(self._frontiers), self.spec.visible)
+        return min(self.frontier, self.spec.visible)
 
     @property
     def live_bytes(self) -> int:
@@ -107,6 +112,25 @@ class Slab:
         self.keys[layer].index_copy_(1, slots, keys)
         self.values[layer].index_copy_(1, slots, values)
         self._frontiers[layer] = max(self._frontiers[layer], end)
+
+    def copy_from(self, other: Slab) -> None:
+        """Holds from now on what `other`, of the same shape, holds."""
+        used = min(other.frontier, self.spec.slots)
+        self.fill(other.keys[:, :, :used], other.values[:, :, :used], other.frontier)
+
+    def fill(self, keys: Tensor, values: Tensor, frontier: int) -> None:
+        """Holds `keys` and `values` [L, G, slots, D], the first slots of a slab whose next position is `frontier`.
+
+        Raises ValueError, and is empty then, where they are of another shape or type than this slab.
+        """
+        used = min(frontier, self.spec.slots)
+        self.clear()
+        for store, given in ((self.keys, keys), (self.values, values)):
+            held = store[:, :, :used]
+            if given.shape != held.shape or given.dtype != held.dtype:
+                raise ValueError(f"keys and values are {given.dtype} {tuple(given.shape)}, not {tuple(held.shape)}")
+            held.copy_(given)
+        self._frontiers = [frontier] * self.spec.layers
 
     def clear(self) -> None:
         """Forgets every token. The bytes stay; no later query sees them."""

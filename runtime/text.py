@@ -35,6 +35,9 @@ class Text:
             raise ModelUnavailable(f"{directory} has no tokenizer that can be loaded: {reason}") from error
         if not tokenizer.is_fast:
             raise ModelUnavailable(f"the tokenizer in {directory} has no tokenizer.json: convert it to a fast one")
+        # For some architectures transformers makes up a tokenizer without words where the directory has none.
+        if not tokenizer.encode("a", add_special_tokens=False):
+            raise ModelUnavailable(f"{directory} has no tokenizer: add the model's tokenizer.json")
         return cls(tokenizer, _eos_token_ids(directory, tokenizer))
 
     def _apply_template(self, messages: Sequence[Mapping[str, Any]]) -> str:

@@ -55,8 +55,6 @@ def load_engine(settings: Settings, directory: Path) -> Engine:
         raise InvalidSetting(f"weights={settings.weights} is not available in this release: set weights to none")
     if settings.proposer != "none":
         raise InvalidSetting(f"proposer={settings.proposer} is not available in this release: set proposer to none")
-    if settings.state_dir:
-        raise InvalidSetting("state_dir is not available in this release: leave it empty")
     from runtime.engine.torch_engine import TorchEngine
 
     return TorchEngine.load(settings, directory)

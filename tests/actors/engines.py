@@ -26,6 +26,7 @@ from runtime.engine import EngineFacts
 from runtime.metrics import Metrics
 from runtime.rows import Row, RowBatch
 from runtime.slab import Slab, SlabPool, SlabSpec
+from runtime.state import StateDirectory
 from runtime.text import Text
 
 VOCABULARY = 100
@@ -182,11 +183,15 @@ def tiny_text() -> Text:
 
 
 @asynccontextmanager
-async def open_lab(engine: LedgerEngine, metrics: Metrics | None = None, **settings: Any) -> AsyncIterator[Runtime]:
+async def open_lab(
+    engine: LedgerEngine, metrics: Metrics | None = None, state: StateDirectory | None = None, **settings: Any
+) -> AsyncIterator[Runtime]:
     """A runtime on this engine; a forward that is held goes on when the block ends."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         chosen = Settings(**settings)
-        async with open_sessions(chosen, engine, EngineThread(pool), tiny_text(), metrics or Metrics()) as runtime:
+        async with open_sessions(
+            chosen, engine, EngineThread(pool), tiny_text(), metrics or Metrics(), state
+        ) as runtime:
             try:
                 yield runtime
             finally:

@@ -131,6 +131,14 @@ class TestCapacity:
                 assert sample(runtime.metrics, "slab_in_use") == 1
             assert await is_alive(neighbour)
 
+    async def test_sessions_made_just_now_make_room_too(self, engine: LedgerEngine) -> None:
+        async with open_lab(engine, capacity=2) as runtime:
+            async with trio.open_nursery() as creators:
+                for _ in range(4):
+                    creators.start_soon(runtime.create_session)
+            await wait_all_tasks_blocked()
+            assert sample(runtime.metrics, "session_evicted_total", reason="lru") == 2
+
     async def test_an_evicted_slab_starts_empty_with_its_next_session(self, engine: LedgerEngine) -> None:
         async with open_lab(engine, capacity=1) as runtime:
             first = await runtime.create_session()

@@ -10,6 +10,8 @@ __all__ = (
     "CloseSessionResponse",
     "CreateSessionRequest",
     "CreateSessionResponse",
+    "ForkSessionRequest",
+    "ForkSessionResponse",
     "GenerateDone",
     "GenerateDoneStopReason",
     "GenerateRequest",
@@ -17,9 +19,16 @@ __all__ = (
     "GetSessionInfoRequest",
     "GetSessionInfoResponse",
     "HistoryTruncated",
+    "ListSessionsRequest",
+    "ListSessionsResponse",
+    "ListSessionsResponseSession",
     "Overflow",
+    "RestoreSessionRequest",
+    "RestoreSessionResponse",
     "RuntimeServiceBase",
     "RuntimeServiceStub",
+    "SaveSessionRequest",
+    "SaveSessionResponse",
 )
 
 from collections.abc import AsyncIterator
@@ -162,6 +171,22 @@ default_message_pool.register_message("kakeya.v1", "CreateSessionResponse", Crea
 
 
 @dataclass(eq=False, repr=False)
+class ForkSessionRequest(betterproto2.Message):
+    session_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message("kakeya.v1", "ForkSessionRequest", ForkSessionRequest)
+
+
+@dataclass(eq=False, repr=False)
+class ForkSessionResponse(betterproto2.Message):
+    session_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message("kakeya.v1", "ForkSessionResponse", ForkSessionResponse)
+
+
+@dataclass(eq=False, repr=False)
 class GenerateDone(betterproto2.Message):
     stop_reason: "GenerateDoneStopReason" = betterproto2.field(
         1, betterproto2.TYPE_ENUM, default_factory=lambda: GenerateDoneStopReason(0)
@@ -273,6 +298,74 @@ class HistoryTruncated(betterproto2.Message):
 default_message_pool.register_message("kakeya.v1", "HistoryTruncated", HistoryTruncated)
 
 
+@dataclass(eq=False, repr=False)
+class ListSessionsRequest(betterproto2.Message):
+    pass
+
+
+default_message_pool.register_message("kakeya.v1", "ListSessionsRequest", ListSessionsRequest)
+
+
+@dataclass(eq=False, repr=False)
+class ListSessionsResponse(betterproto2.Message):
+    sessions: "list[ListSessionsResponseSession]" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, repeated=True)
+
+
+default_message_pool.register_message("kakeya.v1", "ListSessionsResponse", ListSessionsResponse)
+
+
+@dataclass(eq=False, repr=False)
+class ListSessionsResponseSession(betterproto2.Message):
+    client_label: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    history_length: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
+
+    evicted_token_count: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
+
+    kv_live_bytes: "int" = betterproto2.field(4, betterproto2.TYPE_UINT64)
+
+    idle_seconds: "float" = betterproto2.field(5, betterproto2.TYPE_DOUBLE)
+
+
+default_message_pool.register_message("kakeya.v1", "ListSessionsResponse.Session", ListSessionsResponseSession)
+
+
+@dataclass(eq=False, repr=False)
+class RestoreSessionRequest(betterproto2.Message):
+    snapshot_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message("kakeya.v1", "RestoreSessionRequest", RestoreSessionRequest)
+
+
+@dataclass(eq=False, repr=False)
+class RestoreSessionResponse(betterproto2.Message):
+    session_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message("kakeya.v1", "RestoreSessionResponse", RestoreSessionResponse)
+
+
+@dataclass(eq=False, repr=False)
+class SaveSessionRequest(betterproto2.Message):
+    session_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message("kakeya.v1", "SaveSessionRequest", SaveSessionRequest)
+
+
+@dataclass(eq=False, repr=False)
+class SaveSessionResponse(betterproto2.Message):
+    snapshot_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    size_bytes: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
+
+    history_length: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
+
+
+default_message_pool.register_message("kakeya.v1", "SaveSessionResponse", SaveSessionResponse)
+
+
 class RuntimeServiceStub(betterproto2_grpclib.ServiceStub):
     """
     Long-lived sessions on one model: the server holds history and keys and values, a call brings only what is new.
@@ -381,6 +474,94 @@ class RuntimeServiceStub(betterproto2_grpclib.ServiceStub):
             metadata=metadata,
         )
 
+    async def fork_session(
+        self,
+        message: "ForkSessionRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "ForkSessionResponse":
+        """
+        A new session with the same history and a copy of the slab; it goes on with the tokens that the original would give.
+        """
+
+        return await self._unary_unary(
+            "/kakeya.v1.RuntimeService/ForkSession",
+            message,
+            ForkSessionResponse,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def save_session(
+        self,
+        message: "SaveSessionRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "SaveSessionResponse":
+        """
+        Writes a snapshot of a session under the server's state_dir. FAILED_PRECONDITION where it has none.
+        """
+
+        return await self._unary_unary(
+            "/kakeya.v1.RuntimeService/SaveSession",
+            message,
+            SaveSessionResponse,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def restore_session(
+        self,
+        message: "RestoreSessionRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "RestoreSessionResponse":
+        """
+        A new session that goes on where a saved one stood. FAILED_PRECONDITION where model, weights, dtype, sink or window
+        are not those that the snapshot was made with.
+        """
+
+        return await self._unary_unary(
+            "/kakeya.v1.RuntimeService/RestoreSession",
+            message,
+            RestoreSessionResponse,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def list_sessions(
+        self,
+        message: "ListSessionsRequest | None" = None,
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "ListSessionsResponse":
+        """
+        What an operator may know of every session: not its id, which is for those who made it.
+        """
+
+        if message is None:
+            message = ListSessionsRequest()
+
+        return await self._unary_unary(
+            "/kakeya.v1.RuntimeService/ListSessions",
+            message,
+            ListSessionsResponse,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
 
 class RuntimeServiceBase(betterproto2_grpclib.ServiceBase):
     """
@@ -417,6 +598,35 @@ class RuntimeServiceBase(betterproto2_grpclib.ServiceBase):
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
     async def get_session_info(self, message: "GetSessionInfoRequest") -> "GetSessionInfoResponse":
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def fork_session(self, message: "ForkSessionRequest") -> "ForkSessionResponse":
+        """
+        A new session with the same history and a copy of the slab; it goes on with the tokens that the original would give.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def save_session(self, message: "SaveSessionRequest") -> "SaveSessionResponse":
+        """
+        Writes a snapshot of a session under the server's state_dir. FAILED_PRECONDITION where it has none.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def restore_session(self, message: "RestoreSessionRequest") -> "RestoreSessionResponse":
+        """
+        A new session that goes on where a saved one stood. FAILED_PRECONDITION where model, weights, dtype, sink or window
+        are not those that the snapshot was made with.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def list_sessions(self, message: "ListSessionsRequest") -> "ListSessionsResponse":
+        """
+        What an operator may know of every session: not its id, which is for those who made it.
+        """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
@@ -461,6 +671,38 @@ class RuntimeServiceBase(betterproto2_grpclib.ServiceBase):
         response = await self.get_session_info(request)
         await stream.send_message(response)
 
+    async def __rpc_fork_session(
+        self, stream: "grpclib.server.Stream[ForkSessionRequest, ForkSessionResponse]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.fork_session(request)
+        await stream.send_message(response)
+
+    async def __rpc_save_session(
+        self, stream: "grpclib.server.Stream[SaveSessionRequest, SaveSessionResponse]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.save_session(request)
+        await stream.send_message(response)
+
+    async def __rpc_restore_session(
+        self, stream: "grpclib.server.Stream[RestoreSessionRequest, RestoreSessionResponse]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.restore_session(request)
+        await stream.send_message(response)
+
+    async def __rpc_list_sessions(
+        self, stream: "grpclib.server.Stream[ListSessionsRequest, ListSessionsResponse]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.list_sessions(request)
+        await stream.send_message(response)
+
     def __mapping__(self) -> "dict[str, grpclib.const.Handler]":
         return {
             "/kakeya.v1.RuntimeService/CreateSession": grpclib.const.Handler(
@@ -492,5 +734,29 @@ class RuntimeServiceBase(betterproto2_grpclib.ServiceBase):
                 grpclib.const.Cardinality.UNARY_UNARY,
                 GetSessionInfoRequest,
                 GetSessionInfoResponse,
+            ),
+            "/kakeya.v1.RuntimeService/ForkSession": grpclib.const.Handler(
+                self.__rpc_fork_session,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                ForkSessionRequest,
+                ForkSessionResponse,
+            ),
+            "/kakeya.v1.RuntimeService/SaveSession": grpclib.const.Handler(
+                self.__rpc_save_session,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                SaveSessionRequest,
+                SaveSessionResponse,
+            ),
+            "/kakeya.v1.RuntimeService/RestoreSession": grpclib.const.Handler(
+                self.__rpc_restore_session,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                RestoreSessionRequest,
+                RestoreSessionResponse,
+            ),
+            "/kakeya.v1.RuntimeService/ListSessions": grpclib.const.Handler(
+                self.__rpc_list_sessions,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                ListSessionsRequest,
+                ListSessionsResponse,
             ),
         }

@@ -1,0 +1,128 @@
+"""The ownership table of `actors/__init__.py` against the code, by its syntax."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import actors
+from actors import messages
+
+DIRECTORY = Path(actors.__file__).parent
+
+# What each word in the table's column "owns" is in the code; whatever else an actor has, it was given at its start.
+OWNED: dict[str, dict[str, set[str]]] = {
+    "Session": {
+        "history": {"_history", "_digest", "_fed"},
+        "slab contents": {"_slab"},
+        "terms": {"_terms"},
+        "journal": {"_journal"},
+        "last-used time": {"_last_used", "_turn_began"},
+    },
+    "ModelExecutor": {
+        "engine": {"_engine"},
+        "its thread": {"_thread"},
+        "rows that wait": {"_waiting"},
+    },
+    "SessionRegistry": {
+        "ids to sessions": {"_entries"},
+        "slab pools": {"_long_lived", "_completions"},
+    },
+    "Admission": {"permits": {"_permits"}, "FIFO of waiters": {"_permits"}},
+}
+# Not state that anyone could want: how a session came to its end, and what Admission reads from its settings.
+INCIDENTAL = {"Session": {"_ending"}, "Admission": {"_longest_wait_s", "_results"}}
+
+
+def table() -> dict[str, dict[str, str]]:
+    """Each actor's row, by the names of the columns."""
+    assert actors.__doc__
+    lines = [line.strip("| ").split(" | ") for line in actors.__doc__.splitlines() if line.startswith("|")]
+    head, _, *rows = lines
+    return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+
+
+def classes() -> dict[str, ast.ClassDef]:
+    trees = [ast.parse(path.read_text()) for path in DIRECTORY.glob("*.py")]
+    return {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+
+def assigned_in_init(actor: ast.ClassDef) -> dict[str, ast.expr | None]:
+    """The attributes that `__init__` gives to `self`, each with its value."""
+    init = next(node for node in actor.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    found: dict[str, ast.expr | None] = {}
+    for node in ast.walk(init):
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Attribute):
+                    found[target.attr] = node.value
+    return found
+
+
+def assigned_anywhere(node: ast.AST) -> list[ast.Attribute]:
+    return [each for each in ast.walk(node) if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)]
+
+
+def test_the_table_names_every_actor_and_each_is_a_class() -> None:
+    assert table().keys() == OWNED.keys()
+    assert OWNED.keys() <= classes().keys()
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_an_actor_owns_what_the_table_says(name: str) -> None:
+    assert table()[name]["owns, nobody else writes or holds it"].split(", ") == list(OWNED[name])
+    owned = set().union(*OWNED[name].values())
+    assert owned <= assigned_in_init(classes()[name]).keys()
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_whatever_else_an_actor_has_was_given_to_it_and_is_never_replaced(name: str) -> None:
+    actor = classes()[name]
+    owned = set().union(*OWNED[name].values()) | INCIDENTAL.get(name, set())
+    given = {attribute: value for attribute, value in assigned_in_init(actor).items() if attribute not in owned}
+    made = [
+        attribute
+        for attribute, value in given.items()
+        # `x or default` of a parameter is still what was given.
+        if not isinstance(value.values[0] if isinstance(value, ast.BoolOp) else value, ast.Name)
+    ]
+    replaced = [each.attr for each in assigned_anywhere(actor) if each.attr in given]
+    assert made == []
+    assert sorted(replaced) == sorted(given)
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_an_actor_gets_all_its_attributes_at_its_start(name: str) -> None:
+    actor = classes()[name]
+    assert {each.attr for each in assigned_anywhere(actor)} == assigned_in_init(actor).keys()
+
+
+@pytest.mark.parametrize("path", sorted(DIRECTORY.glob("*.py")), ids=lambda path: path.stem)
+def test_nobody_assigns_an_attribute_of_another_object(path: Path) -> None:
+    foreign = [
+        ast.unparse(each)
+        for each in assigned_anywhere(ast.parse(path.read_text()))
+        # An error's context is Python's own bookkeeping.
+        if not (isinstance(each.value, ast.Name) and each.value.id == "self") and each.attr != "__context__"
+    ]
+    assert foreign == []
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_only_an_actor_whose_row_says_so_asks_another(name: str) -> None:
+    calls = [node.func for node in ast.walk(classes()[name]) if isinstance(node, ast.Call)]
+    asks = {func.attr for func in calls if isinstance(func, ast.Attribute)} & {"ask", "ask_to_the_end", "stream"}
+    assert bool(asks) == (table()[name]["asks"] != "nobody")
+
+
+def test_each_message_is_taken_by_one_actor_of_the_table() -> None:
+    tree = ast.parse(Path(messages.__file__).read_text())
+    made = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).startswith("Message[") for base in node.bases)
+    }
+    taken = [word for row in table().values() for word in row["takes"].split(", ") if not word.startswith("(")]
+    assert sorted(taken) == sorted(made)
