@@ -24,3 +24,7 @@ proto:
 # Trains seedling anew, then measures it and writes its card.
 seedling:
     python -m tools.seedling.train && python -m tools.seedling.card
+
+# Measures whether turns stay flat, on the bundled model; nothing else should run.
+bench:
+    python -m bench flatness

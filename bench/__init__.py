@@ -1,0 +1,1 @@
+"""Benchmarks: each scenario is a module with `run`, and `perennial bench` lists them."""

@@ -1,0 +1,39 @@
+"""`python -m bench SCENARIO`: runs a scenario, prints its figures, and writes them to `bench/results/`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+import trio
+
+from bench import flatness
+from runtime.settings import Settings
+
+RESULTS = Path(__file__).parent / "results"
+SCENARIOS = {"flatness": flatness.run}
+
+
+def main() -> None:
+    """Settings of the servers come from the environment, as everywhere."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("scenario", choices=SCENARIOS)
+    parser.add_argument("--name", help="name of the result's file (default: the scenario's)")
+    asked = parser.parse_args()
+    settings = Settings.from_environment(os.environ)
+    figures = trio.run(partial(SCENARIOS[asked.scenario], settings))
+    machine = {"cpus": psutil.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
+    result = {"scenario": asked.scenario, "model": settings.model, "machine": machine, **figures}
+    print(json.dumps(result, indent=1))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{asked.name or asked.scenario}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
