@@ -102,7 +102,7 @@ def test_logits_are_the_same_bits_beside_seven_busy_sessions(case: Case, cuts: s
 
 
 def test_single_rows_are_the_same_bits_beside_seven_busy_sessions(case: Case) -> None:
-    at = 2 * case.engine.facts.slab.window
+    at = len(case.tokens) - 32
     slab = case.engine.new_pool(1).acquire()
     feed(case.engine, slab, case.tokens[:at])
 
@@ -172,19 +172,18 @@ def test_verifying_a_proposal_gives_the_same_bits_as_decoding(case: Case) -> Non
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", ["seedling", "heads of 0.6B"])
 def test_logits_are_the_same_bits_across_a_buckets_edge(directories: dict[str, Path], model: str, dtype: str) -> None:
-    engine = load(directories[model], dtype, window=280)
-    tokens = random_tokens(engine.facts.slab.slots + 40, engine.facts.vocabulary)
-    assert BUCKET_SLOTS < engine.facts.slab.visible < len(tokens)
+    engine = load(directories[model], dtype, window=BUCKET_SLOTS + 6)
+    first, start, end = BUCKET_SLOTS - 36, BUCKET_SLOTS - 12, BUCKET_SLOTS + 24
+    tokens = random_tokens(end - first, engine.facts.vocabulary)
     pool = engine.new_pool(4)
-    whole = feed(engine, pool.acquire(), tokens)
 
-    sevens = feed(engine, pool.acquire(), tokens, repeat(7))
-    beside = feed(engine, pool.acquire(), tokens, random_cut(25), neighbours=BusyNeighbours(engine, NEIGHBOURS))
-    start = BUCKET_SLOTS - 20
-    slab = pool.acquire()
-    feed(engine, slab, tokens[:start])
-    ones = feed(engine, slab, tokens[start:], repeat(1), start=start)
+    def fed(cuts: Iterable[int], neighbours: BusyNeighbours | None = None) -> Tensor:
+        slab = pool.acquire()
+        feed(engine, slab, tokens[: start - first], start=first)
+        return feed(engine, slab, tokens[start - first :], cuts, start, neighbours)
 
-    assert torch.equal(sevens, whole)
-    assert torch.equal(beside, whole)
-    assert torch.equal(ones, whole[start:])
+    assert start < BUCKET_SLOTS < engine.facts.slab.visible < end
+    whole = fed(repeat(32))
+    assert torch.equal(fed(repeat(1)), whole)
+    assert torch.equal(fed(repeat(7)), whole)
+    assert torch.equal(fed(random_cut(25), BusyNeighbours(engine, NEIGHBOURS)), whole)
