@@ -11,7 +11,7 @@ lint:
 
 # What a change should pass before each commit.
 check: lint
-    pytest -q -m "not door"
+    pytest -q -m "not door and not soak"
 
 # Every test; the same as the README's command.
 test:
@@ -28,3 +28,7 @@ seedling:
 # Measures whether turns stay flat, on the bundled model; nothing else should run.
 bench:
     python -m bench flatness
+
+# Minutes of load: kills, chaos, 200 streams.
+soak:
+    pytest -q -s -m soak tests/soak

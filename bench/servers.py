@@ -19,15 +19,18 @@ from runtime.settings import ENVIRONMENT_PREFIX, Settings
 
 
 @asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[tuple[str, psutil.Process]]:
-    """gRPC address and process of a `perennial serve` with these settings, for the block."""
+async def serving(settings: Settings, *flags: str, dies: bool = False) -> AsyncIterator[tuple[str, psutil.Process]]:
+    """gRPC address and process of a `perennial serve` with these settings, for the block.
+
+    Its end has to be a clean one, unless it `dies` in the block.
+    """
     changed = {
         ENVIRONMENT_PREFIX + field.name.upper(): str(value)
         for field in dataclasses.fields(Settings)
         if (value := getattr(settings, field.name)) != field.default and field.name != "api_keys"
     }
-    command = [Path(sys.executable).with_name("perennial"), "serve", "--bind", "", "--grpc_bind", "127.0.0.1:0"]
-    running = partial(trio.run_process, command, env=os.environ | changed, stderr=subprocess.PIPE)
+    command = [Path(sys.executable).with_name("perennial"), "serve", "--bind", "", "--grpc_bind", "127.0.0.1:0", *flags]
+    running = partial(trio.run_process, command, env=os.environ | changed, stderr=subprocess.PIPE, check=not dies)
     async with trio.open_nursery() as nursery:
         process = await nursery.start(running)
         yield await nursery.start(_grpc_address, process.stderr), psutil.Process(process.pid)

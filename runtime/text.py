@@ -14,6 +14,8 @@ from runtime.errors import MalformedRequest, ModelUnavailable
 
 # Stands for an answer whose text does not matter.
 _MARK = "\u2234"
+# A model may go on with bytes that are no text at all; so many tokens and no whole character are taken for that.
+_MOST_HELD = 64
 
 
 class Text:
@@ -23,6 +25,8 @@ class Text:
         """`tokenizer` must be a fast one; `eos_token_ids` end a turn of the assistant."""
         self._tokenizer: Any = tokenizer
         self._backend: Tokenizer = self._tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
         self.eos_token_ids = eos_token_ids
 
     @classmethod
@@ -53,7 +57,8 @@ class Text:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of plain text, special tokens in it included."""
-        token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        # Not through transformers, which warns of texts over the model's context: here a history has no such end.
+        token_ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return token_ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -93,7 +98,7 @@ class Detokenizer:
         self._held.append(token_id)
         # The tokens of the last piece stand before those held: a decoder spells a token by what it follows.
         before, text = self._decode(self._said), self._decode(self._said + self._held)
-        if text.endswith("\ufffd"):
+        if text.endswith("\ufffd") and len(self._held) < _MOST_HELD:
             return ""
         # Bytes that are no text make some decoders spell the bytes before them anew; what was said stays said.
         piece = text[len(before) :] if text.startswith(before) else self._decode(self._held)

@@ -129,7 +129,7 @@ def test_logits_are_the_same_bits_whichever_other_rows_need_theirs(case: Case) -
 
 
 def generated(
-    case: Case, sampling: Sampling, cuts: Iterable[int], neighbours: BusyNeighbours | None, length: int = 24
+    case: Case, sampling: Sampling, cuts: Iterable[int], neighbours: BusyNeighbours | None, length: int = 12
 ) -> list[int]:
     """What a session generates after its history was fed by `cuts`."""
     slab = case.engine.new_pool(1).acquire()

@@ -322,7 +322,6 @@ def test_a_model_directory_with_a_defect_is_unavailable_and_one_line_says_why(
         (Settings(proposer="ngram"), "proposer"),
         (Settings(proposer="draft"), "proposer"),
         (Settings(proposer="diffusion"), "proposer"),
-        (Settings(state_dir="somewhere"), "state_dir"),
         (Settings(sink=512), "sink"),
         (Settings(sink=2**20), "sink"),
     ],

@@ -1,0 +1,56 @@
+"""200 streams at once from one stock client: no error, and each the same bits as alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+import trio
+
+from bench.servers import serving
+from runtime import Settings
+
+pytestmark = pytest.mark.soak
+
+STREAMS, TOKENS = 200, 24
+
+
+def stubs(folder: Path) -> tuple[object, object]:
+    """A stock client's modules, made from the proto file."""
+    source = Path(__file__).parents[2] / "proto"
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{source}", f"--python_out={folder}"]
+    subprocess.run([*command, f"--grpc_python_out={folder}", "kakeya/v1/runtime.proto"], check=True)
+    sys.path.insert(0, str(folder))
+    from kakeya.v1 import runtime_pb2, runtime_pb2_grpc
+
+    return runtime_pb2, runtime_pb2_grpc
+
+
+def one(pb2: object, stub: object, number: int) -> list[int]:
+    """The tokens of one session of its own."""
+    session_id = stub.CreateSession(pb2.CreateSessionRequest()).session_id
+    prompt = [3 + (number * 37 + place) % 2000 for place in range(10 + number % 40)]
+    stub.AppendTokens(pb2.AppendTokensRequest(session_id=session_id, token_ids=prompt))
+    sampling = {"temperature": 0.8, "seed": number} if number % 2 else {}
+    frames = list(stub.Generate(pb2.GenerateRequest(session_id=session_id, max_tokens=TOKENS, **sampling)))
+    assert frames[-1].done.generated_token_count == TOKENS
+    stub.CloseSession(pb2.CloseSessionRequest(session_id=session_id))
+    return [frame.token_id for frame in frames[:-1]]
+
+
+async def test_two_hundred_streams_at_once_are_each_what_they_are_alone(tmp_path: Path) -> None:
+    pb2, pb2_grpc = await trio.to_thread.run_sync(stubs, tmp_path)
+    async with serving(Settings(device="cpu", window=124, capacity=STREAMS)) as (address, _):
+
+        def run() -> None:
+            with grpc.insecure_channel(address) as channel, ThreadPoolExecutor(STREAMS) as pool:
+                stub = pb2_grpc.RuntimeServiceStub(channel)
+                together = list(pool.map(lambda number: one(pb2, stub, number), range(STREAMS)))
+                alone = [one(pb2, stub, number) for number in range(STREAMS)]
+                assert together == alone
+
+        await trio.to_thread.run_sync(run)
