@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import struct
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -161,7 +162,7 @@ class RuntimeService:
             check_key(self._server.settings, str(authorization) if authorization else None)
             with self._server.call() as runtime:
                 message = await self._receive(stream)
-                parse = partial(asked.parse, message)
+                parse = partial(_parsed, asked, message)
                 request = parse() if len(message) < _PARSED_AT_ONCE_BYTES else await trio.to_thread.run_sync(parse)
                 await method(runtime, request, self._from_asyncio(stream.send_message))
 
@@ -189,6 +190,13 @@ class RuntimeService:
         if message is None:
             raise GRPCError(Status.INVALID_ARGUMENT, "the call brought no message")
         return message
+
+
+def _parsed(asked: type[Q], message: bytes) -> Q:
+    try:
+        return asked.parse(message)
+    except (EOFError, ValueError, struct.error) as error:
+        raise InvalidRequest(f"these bytes are no {asked.__name__}: {error}") from None
 
 
 class BoundedCodec(ProtoCodec):

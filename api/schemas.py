@@ -152,7 +152,9 @@ class _Unsupported(Exception):
 
 
 def _refusal(error: ValidationError) -> InvalidRequest:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    # Of a union's members the one that got furthest is what the client meant.
+    first = max(errors, key=lambda each: len(each["loc"]))
     if first["type"] == "json_invalid":
         return MalformedRequest(f"the body is not JSON: {first['msg']}")
     # Places in a union are named after its members too; a client knows only fields and indices.

@@ -34,6 +34,9 @@ FAST_SIZES = (8, 16, 32, 64, 128, 256)
 # What transformers raises over a config.json whose values make no sense.
 _CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, StrictDataclassError, TypeError, ValueError)
 
+# Handing so little out to more threads costs more than it saves, several times more where other programs run.
+_ONE_THREAD_BYTES = 32 * 2**20
+
 AttentionInterface.register(ATTENTION_NAME, slab_attention)
 
 
@@ -69,7 +72,7 @@ class TorchEngine:
         spec = _slab_spec(config, settings, dtype, device, STRICT_ROW_TILE if is_strict else FAST_ROW_TILE)
         _check_memory(weights, settings, spec)
         if device.type == "cpu":
-            torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
+            torch.set_num_threads(1 if weights * dtype.itemsize < _ONE_THREAD_BYTES else psutil.cpu_count(logical=False) or 1)
         model = _load_model(directory, dtype).to(device)
         if not is_strict:
             return cls(model, spec, False, FAST_SIZES)
