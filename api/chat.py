@@ -6,9 +6,12 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 import trio
+from tqdm import tqdm
 
+from actors.nursery import open_nursery
 from api.client import ClientSession, connect
 from api.doors import serve
 from runtime.errors import RequestError
@@ -45,11 +48,22 @@ async def _server(settings: Settings, connect_to: str | None) -> AsyncIterator[t
     if connect_to:
         yield connect_to, key
         return
-    quiet = replace(settings, grpc_bind="127.0.0.1:0", tls_cert="", tls_key="")
-    async with trio.open_nursery() as nursery:
-        addresses = await nursery.start(lambda task_status: serve(quiet, http_bind=None, task_status=task_status))
+    own = replace(settings, grpc_bind="127.0.0.1:0", tls_cert="", tls_key="")
+    async with open_nursery() as nursery:
+        async with open_nursery() as loading:
+            loading.start_soon(_show_loading, settings.model)
+            addresses = await nursery.start(partial(serve, own, http_bind=None))
+            loading.cancel_scope.cancel()
         yield addresses.grpc, key
         nursery.cancel_scope.cancel()
+
+
+async def _show_loading(model: str) -> None:
+    """Shows on a terminal for how long the model has been loading, until cancelled."""
+    with tqdm(desc=f"loading {model}", bar_format="{desc} {elapsed}", leave=False, disable=None) as bar:
+        while True:
+            await trio.sleep(0.2)
+            bar.refresh()
 
 
 async def _converse(session: ClientSession, text: Text, max_tokens: int, temperature: float) -> None:

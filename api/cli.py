@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     try:
         settings = _settings(asked)
-        configure_logging(settings.log_level)
+        # In a conversation only what is wrong is of interest, unless something else was asked for.
+        is_quiet = asked.command == "chat" and settings.log_level == Settings().log_level
+        configure_logging("warning" if is_quiet else settings.log_level)
         with lone_errors():
             return trio.run(partial(_COMMANDS[asked.command], settings, asked))
     except PerennialError as error:

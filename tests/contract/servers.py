@@ -1,0 +1,123 @@
+"""Server processes of every kind, as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+KINDS = ("perennial", "hypercorn-asyncio", "hypercorn-trio")
+_LONGEST_START_S = 90
+_LONGEST_STOP_S = 30
+
+
+def program(name: str) -> str:
+    """The command of this name in this environment."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+@dataclass
+class ServerProcess:
+    """A server that runs: where it listens, and what it has said on stderr."""
+
+    process: subprocess.Popen[str]
+    http: str
+    grpc: str = ""
+    said: list[str] = field(default_factory=list)
+
+    def stop(self) -> int:
+        """Tells it to drain and stop; its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Its exit status, once it has stopped of itself. One that does not is killed, and TimeoutExpired raised."""
+        try:
+            return self.process.wait(_LONGEST_STOP_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+    def wait_until_ready(self) -> None:
+        """Returns once it serves. Between the line that says that the model is loaded and that lies a moment."""
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.http}/healthz", timeout=_LONGEST_START_S):
+                    return
+            except urllib.error.HTTPError as error:
+                error.close()
+                assert error.code == 503, self.said
+
+
+def command(kind: str, http: str, *flags: str) -> list[str]:
+    if kind == "perennial":
+        return [program("perennial"), "serve", "--bind", http, *flags]
+    return [program("hypercorn"), "-k", kind.removeprefix("hypercorn-"), "--bind", http, "api.http:app", *flags]
+
+
+def environment(settings: dict[str, object]) -> dict[str, str]:
+    chosen = {"grpc_bind": "127.0.0.1:0", "device": "cpu"} | settings
+    return os.environ | {f"PERENNIAL_{name.upper()}": str(value) for name, value in chosen.items()}
+
+
+@contextmanager
+def started(kind: str, *, is_awaited: bool = True, **settings: object) -> Iterator[ServerProcess]:
+    """A server of this kind, loaded unless it is not `is_awaited`; it is ended when the block ends."""
+    http = f"127.0.0.1:{free_port()}"
+    process = subprocess.Popen(command(kind, http), env=environment(settings), stderr=subprocess.PIPE, text=True)
+    server = ServerProcess(process, f"http://{http}")
+    opened, loaded = threading.Event(), threading.Event()
+
+    def listen() -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            server.said.append(line)
+            if found := re.search(r"serving .*grpc=(\S+)", line):
+                server.grpc = found[1]
+            if "Running on" in line:
+                opened.set()
+            # Both lines come once the model is there, the second one from `perennial serve` alone.
+            if ("model loaded" in line and kind != "perennial") or "serving http=" in line:
+                loaded.set()
+        opened.set()
+        loaded.set()
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    try:
+        assert (loaded if is_awaited else opened).wait(_LONGEST_START_S), server.said
+        if is_awaited and kind != "perennial":
+            opened.wait(_LONGEST_START_S)
+            server.wait_until_ready()
+        yield server
+    finally:
+        if process.poll() is None:
+            server.stop()
+        listener.join()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def fails_to_start(kind: str, *flags: str, http: str = "", **settings: object) -> subprocess.CompletedProcess[str]:
+    """What became of a server that should not start."""
+    line = command(kind, http or f"127.0.0.1:{free_port()}", *flags)
+    return subprocess.run(
+        line, env=environment(settings), capture_output=True, text=True, timeout=_LONGEST_START_S, check=False
+    )
