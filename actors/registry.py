@@ -25,6 +25,9 @@ from runtime.slab import Slab, SlabPool
 from runtime.snapshot import Terms
 from runtime.state import StateDirectory
 
+# The same words whenever the session ended, so that they say nothing about ids.
+NO_SESSION = "no session has this id: it was never made, was closed, or was evicted"
+
 _log = logging.getLogger("perennial.registry")
 
 
@@ -146,7 +149,7 @@ class SessionRegistry:
         """The mailbox of a session that lives. Raises SessionNotFound."""
         entry = self._entries.get(session_id)
         if entry is None:
-            raise SessionNotFound("no session has this id: it was never made, was closed, or was evicted")
+            raise SessionNotFound(NO_SESSION)
         return entry.mailbox
 
     def _start(

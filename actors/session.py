@@ -113,7 +113,8 @@ class Session:
                 if idle.cancelled_caught:
                     return Ending.IDLE
                 await self._inbox.handle(envelope, self._handle)
-                if self._is_slab_on_disk_old:
+                # A session that has ended may have given up its slab already.
+                if self._ending is None and self._is_slab_on_disk_old:
                     await trio.to_thread.run_sync(self.leave_slab_on_disk)
         return self._ending
 

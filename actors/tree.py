@@ -16,9 +16,9 @@ from actors.executor import EngineThread, ModelExecutor
 from actors.mailbox import ActorFailed, ActorStopped, Mailbox, Replies, open_mailbox
 from actors.messages import Append, Appended, Close, Export, Generate, Info, Saved, SessionInfo, SessionSummary
 from actors.nursery import open_nursery
-from actors.registry import SessionRegistry
+from actors.registry import NO_SESSION, SessionRegistry
 from runtime.engine import Engine, EngineFacts, load_engine
-from runtime.errors import CapacityExhausted, NotDurable, SessionFailed, SessionNotFound
+from runtime.errors import CapacityExhausted, InvalidRequest, NotDurable, SessionFailed, SessionNotFound
 from runtime.events import Done, Event, Overflow, Sampling
 from runtime.metrics import Metrics
 from runtime.models import find_model
@@ -70,8 +70,12 @@ class SessionHandle:
         Raises InvalidRequest for an id outside the vocabulary, HistoryMismatch where the history is not of
         `expected_history_length`, SlabOverflow where the session refuses to forget; then nothing was appended.
         """
+        try:
+            tokens = tuple(array("I", token_ids))
+        except (TypeError, OverflowError) as error:
+            raise InvalidRequest(f"token ids must be whole numbers of 32 bits: {error}", "token_ids") from None
         with _as_session_errors():
-            return await self._mailbox.ask(Append(tuple(token_ids), expected_history_length))
+            return await self._mailbox.ask(Append(tokens, expected_history_length))
 
     @asynccontextmanager
     async def generate(
@@ -113,7 +117,7 @@ def _as_session_errors() -> Iterator[None]:
     try:
         yield
     except ActorStopped:
-        raise SessionNotFound("the session was closed or evicted") from None
+        raise SessionNotFound(NO_SESSION) from None
     except ActorFailed:
         raise SessionFailed("the session has failed: make a new one and append its history again") from None
 

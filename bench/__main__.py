@@ -13,23 +13,31 @@ import psutil
 import torch
 import trio
 
-from bench import flatness
+from bench import door, flatness
+from bench.models import QWEN3_06B, bench_model
 from runtime.settings import Settings
 
 RESULTS = Path(__file__).parent / "results"
-SCENARIOS = {"flatness": flatness.run}
+SCENARIOS = {"flatness": flatness.run, "door": door.run}
 
 
 def main() -> None:
     """Settings of the servers come from the environment, as everywhere."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("scenario", choices=SCENARIOS)
+    parser.add_argument("--model", choices=("seedling", QWEN3_06B), default="seedling")
     parser.add_argument("--name", help="name of the result's file (default: the scenario's)")
     asked = parser.parse_args()
-    settings = Settings.from_environment(os.environ)
+    settings = Settings.from_environment(os.environ, {"model": bench_model(asked.model)})
     figures = trio.run(partial(SCENARIOS[asked.scenario], settings))
     machine = {"cpus": psutil.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
-    result = {"scenario": asked.scenario, "model": settings.model, "machine": machine, **figures}
+    result = {
+        "scenario": asked.scenario,
+        "model": asked.model,
+        "window": settings.window,
+        "machine": machine,
+        **figures,
+    }
     print(json.dumps(result, indent=1))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{asked.name or asked.scenario}.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import trio
@@ -645,7 +646,19 @@ async def forwards_end(runtime: Runtime, count: int) -> None:
 async def test_a_bug_in_a_handler_is_told_as_a_failed_session(engine: LedgerEngine) -> None:
     async with open_lab(engine) as runtime:
         session = await runtime.create_session()
+        await session.append([5])
         with pytest.raises(SessionFailed):
             # No gRPC client can send it; a program that embeds the runtime can.
-            await session.append(["five"])  # type: ignore[list-item]
+            await generated(session, "five")  # type: ignore[arg-type]
         assert sample(runtime.metrics, "session_total", outcome="failed") == 1
+
+
+@pytest.mark.parametrize("token_ids", [["5"], [5.0], [None], [-1], [2**32]])
+async def test_what_is_no_token_id_is_refused_and_the_session_lives(token_ids: list[Any]) -> None:
+    async with open_lab(LedgerEngine()) as runtime:
+        session = await runtime.create_session()
+
+        with pytest.raises(InvalidRequest):
+            await session.append(token_ids)
+
+        assert (await session.append([5])).history_length == 1
