@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,9 @@ _CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, StrictD
 
 # Handing so little out to more threads costs more than it saves, several times more where other programs run.
 _ONE_THREAD_BYTES = 32 * 2**20
+
+# All layers of these architectures have the same shapes, and so the same kernels: more would show nothing more.
+_PROBED_LAYERS = 2
 
 AttentionInterface.register(ATTENTION_NAME, slab_attention)
 
@@ -72,18 +77,21 @@ class TorchEngine:
         spec = _slab_spec(config, settings, dtype, device, STRICT_ROW_TILE if is_strict else FAST_ROW_TILE)
         _check_memory(weights, settings, spec)
         if device.type == "cpu":
-            torch.set_num_threads(1 if weights * dtype.itemsize < _ONE_THREAD_BYTES else psutil.cpu_count(logical=False) or 1)
+            torch.set_num_threads(
+                1 if weights * dtype.itemsize < _ONE_THREAD_BYTES else psutil.cpu_count(logical=False) or 1
+            )
         model = _load_model(directory, dtype).to(device)
         if not is_strict:
             return cls(model, spec, False, FAST_SIZES)
-        padded_to = partial(cls, model, spec, True)
-        sizes = find_row_sizes(padded_to, spec, config.vocab_size)
+        shallow_spec = replace(spec, layers=min(spec.layers, _PROBED_LAYERS))
+        shallow = partial(cls, _first_layers(model, shallow_spec.layers), shallow_spec, True)
+        sizes = find_row_sizes(shallow, shallow_spec, config.vocab_size)
         if sizes is None:
             raise InvalidSetting(
                 f"determinism=strict cannot be had here: {settings.model} in {dtype} on {device.type} gives a row other "
                 "bits in other batches; set determinism=fast, or another dtype"
             )
-        return padded_to(sizes)
+        return cls(model, spec, True, sizes)
 
     @property
     def facts(self) -> EngineFacts:
@@ -167,6 +175,15 @@ def _load_model(directory: Path, dtype: torch.dtype) -> Any:
     decoder = model.get_decoder()
     decoder.rotary_emb = ExactRotary(decoder.rotary_emb)
     return model.eval()
+
+
+def _first_layers(model: Any, count: int) -> Any:
+    """The model with its first `count` layers alone, on the same weights."""
+    weights = {id(weight): weight for weight in (*model.parameters(), *model.buffers())}
+    shallow = copy.deepcopy(model, weights)
+    decoder = shallow.get_decoder()
+    decoder.layers = decoder.layers[:count]
+    return shallow
 
 
 def _choose_device(settings: Settings) -> torch.device:
