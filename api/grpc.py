@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import socket
 import ssl
-import struct
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import trio
 from betterproto2 import Message
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
 from grpclib import GRPCError, Status
 from grpclib.const import Cardinality, Handler
 from grpclib.encoding.proto import ProtoCodec
@@ -20,10 +21,10 @@ from grpclib.server import Stream
 from actors import Runtime
 from api.auth import check_key
 from api.bridge import FromAsyncio, asyncio_loop, for_asyncio
-from api.grpc_standard import HealthOf, with_standard_services
+from api.grpc_standard import HealthOf, descriptors, with_standard_services
 from api.replies import as_grpc
 from api.server import Server
-from api.wire import SERVICE, appended_on_wire, frame_of, info_on_wire, summary_on_wire
+from api.wire import OVERFLOWS, PACKAGE, SERVICE, appended_on_wire, frame_of, info_on_wire, summary_on_wire
 from proto.kakeya.v1 import (
     AppendTokensRequest,
     AppendTokensResponse,
@@ -44,7 +45,6 @@ from proto.kakeya.v1 import (
     SaveSessionRequest,
     SaveSessionResponse,
 )
-from runtime import events
 from runtime.errors import InvalidRequest, InvalidSetting
 from runtime.settings import Settings, split_address
 
@@ -66,8 +66,8 @@ class Send(Protocol[A_contra]):
 
 async def create_session(runtime: Runtime, request: CreateSessionRequest, send: Send[CreateSessionResponse]) -> None:
     try:
-        overflow = list(events.Overflow)[request.overflow]
-    except IndexError:
+        overflow = OVERFLOWS[request.overflow]
+    except KeyError:
         raise InvalidRequest(f"overflow has no value {int(request.overflow)}", "overflow") from None
     session = await runtime.create_session(request.eos_token_ids, overflow=overflow, label=request.client_label)
     await send(CreateSessionResponse(session_id=session.id))
@@ -193,10 +193,14 @@ class RuntimeService:
 
 
 def _parsed(asked: type[Q], message: bytes) -> Q:
+    # betterproto2 takes messages that are cut short, or have fields of another type, for whole. protobuf does not.
+    whole = GetMessageClass(descriptors().FindMessageTypeByName(f"{PACKAGE}.{asked.__name__}"))()
     try:
-        return asked.parse(message)
-    except (EOFError, ValueError, struct.error) as error:
+        whole.ParseFromString(message)
+    except DecodeError as error:
         raise InvalidRequest(f"these bytes are no {asked.__name__}: {error}") from None
+    whole.DiscardUnknownFields()
+    return asked.parse(whole.SerializeToString())
 
 
 class BoundedCodec(ProtoCodec):

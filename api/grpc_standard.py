@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.resources import files
 
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
@@ -32,10 +33,12 @@ class HealthOf:
 def with_standard_services(service: IServable, health: HealthOf) -> list[IServable]:
     """`service`, its health, and reflection over both."""
     checks = Health({service: [health.status], OVERALL: [health.status]})
-    return ServerReflection.extend([service, checks], pool=_descriptors())
+    return ServerReflection.extend([service, checks], pool=descriptors())
 
 
-def _descriptors() -> DescriptorPool:
+@cache
+def descriptors() -> DescriptorPool:
+    """Of our service and of health."""
     pool = DescriptorPool()
     ours = FileDescriptorSet.FromString(files("proto").joinpath("kakeya/v1/runtime.binpb").read_bytes())
     for file in ours.file:

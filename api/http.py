@@ -44,6 +44,8 @@ DEPRECATION = {
 _CLIENT_LEFT = "499"
 # Where a request keeps what it holds until its end.
 _HELD = "perennial.held"
+# What requests are counted by. A client that makes methods up would make a series of each.
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 def make_app(server: Server) -> QuartTrio:
@@ -58,6 +60,8 @@ def make_app(server: Server) -> QuartTrio:
         if request.path.startswith("/v1/") and request.method != "OPTIONS":
             check_key(server.settings, request.headers.get("Authorization"))
 
+    # A handshake for a WebSocket, of which there are none here, is refused by a response too.
+    @app.after_websocket  # type: ignore[type-var] # It comes without a response where it is accepted.
     @app.after_request
     async def deprecate(response: Response) -> Response:
         response.headers.update(DEPRECATION)
@@ -155,8 +159,9 @@ class Connection(TrioASGIHTTPConnection):
                 await super().handle_request(nursery, request, send_and_note)
         finally:
             path = request.url_rule.rule if request.url_rule else "unmatched"
-            metrics.http_requests_total.labels(request.method, path, status).inc()
-            metrics.http_request_duration_seconds.labels(request.method, path).observe(trio.current_time() - began)
+            method = request.method if request.method in _METHODS else "other"
+            metrics.http_requests_total.labels(method, path, status).inc()
+            metrics.http_request_duration_seconds.labels(method, path).observe(trio.current_time() - began)
 
 
 app = EitherLoop(HostedApplication(cast(Callable[[Server], TrioApplication], make_app)))

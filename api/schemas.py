@@ -31,6 +31,7 @@ class _Asked(BaseModel):
 class TextPart(_Asked):
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: None = None
 
 
 class ChatMessage(_Asked):
@@ -41,7 +42,7 @@ class ChatMessage(_Asked):
 
     @model_validator(mode="after")
     def _no_calls(self) -> ChatMessage:
-        for name in ("tool_calls", "function_call", "audio"):
+        for name in ("tool_calls", "function_call", "audio", "refusal"):
             if (self.model_extra or {}).get(name):
                 raise ValueError(f"{name} in a message is not supported")
         return self
@@ -59,6 +60,7 @@ class ChatMessage(_Asked):
 
 class StreamOptions(_Asked):
     include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
 
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -87,6 +89,7 @@ class CompletionRequest(_Asked):
         "prediction": (),
         "presence_penalty": (0,),
         "prompt_cache_key": ("",),
+        "prompt_cache_options": (),
         "prompt_cache_retention": (),
         "reasoning_effort": (),
         "response_format": ({"type": "text"},),
@@ -142,6 +145,8 @@ class CompletionRequest(_Asked):
             raise _refusal(error) from None
         if request.stream_options and not request.stream:
             raise MalformedRequest("stream_options needs stream to be true", "stream_options")
+        if request.max_tokens and request.max_completion_tokens not in (None, request.max_tokens):
+            raise MalformedRequest("max_tokens is max_completion_tokens by its older name: send one", "max_tokens")
         return request
 
 

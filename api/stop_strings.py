@@ -19,10 +19,12 @@ class StopStrings:
     def feed(self, text: str) -> str:
         """What may be sent now that `text` has come."""
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        # By end: the one that is complete first stops the text, however the text is cut into pieces.
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self._has_stopped = True
-            sent, self._held = self._held[: min(found)], ""
+            _, at = min(found)
+            sent, self._held = self._held[:at], ""
             return sent
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep

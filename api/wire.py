@@ -12,10 +12,14 @@ from proto.kakeya.v1 import (
     HistoryTruncated,
     ListSessionsResponseSession,
 )
+from proto.kakeya.v1 import Overflow as WireOverflow
 from runtime import events
 from runtime.errors import SessionFailed
 
-SERVICE = "kakeya.v1.RuntimeService"
+PACKAGE = "kakeya.v1"
+SERVICE = f"{PACKAGE}.RuntimeService"
+
+OVERFLOWS = {WireOverflow.EVICT: events.Overflow.EVICT, WireOverflow.ERROR: events.Overflow.ERROR}
 
 _STOP_REASONS = {
     events.StopReason.MAX_TOKENS: GenerateDoneStopReason.MAX_TOKENS,

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from runtime.models import SEEDLING, find_model
+from runtime.text import Text
 from tests.contract.servers import KINDS, ServerProcess, started
 from tests.contract.stubs import Stubs, make_stubs
 
-
-@pytest.fixture(scope="session", params=KINDS)
-def server(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
-    """A server of each kind, as it is without any setting."""
-    with started(request.param) as server:
-        yield server
+KEYS = ("first-key", "second-key")
+LABEL = "a label"
+# Tokens that a session on the keyed server can see, 4 of them sinks.
+VISIBLE = 256
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +22,50 @@ def plain() -> Iterator[ServerProcess]:
     """`perennial serve` without any setting."""
     with started("perennial") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def hypercorn_asyncio() -> Iterator[ServerProcess]:
+    with started("hypercorn-asyncio") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def hypercorn_trio() -> Iterator[ServerProcess]:
+    with started("hypercorn-trio") as server:
+        yield server
+
+
+_OF_KIND = dict(zip(KINDS, ("plain", "hypercorn_asyncio", "hypercorn_trio"), strict=True))
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def server(request: pytest.FixtureRequest) -> ServerProcess:
+    """A server of each kind, as it is without any setting."""
+    found: ServerProcess = request.getfixturevalue(_OF_KIND[request.param])
+    return found
+
+
+@pytest.fixture(scope="session")
+def keyed() -> Iterator[ServerProcess]:
+    """A server with keys, a label and a short window, which takes one completion at a time and evicts what is too long."""
+    settings = {"sink": 4, "window": VISIBLE - 4, "http_overflow": "evict", "max_concurrent": 1}
+    with started("perennial", api_keys=",".join(KEYS), model_label=LABEL, **settings) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def hurried() -> Iterator[ServerProcess]:
+    """A server that gives a completion three seconds, and one that waits for another a quarter of one."""
+    settings = {"admission_policy": "queue", "queue_max_wait_s": 0.25, "max_concurrent": 1, "http_overflow": "evict"}
+    with started("hypercorn-trio", request_timeout_s=3, **settings) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def text() -> Text:
+    """The tokenizer of the model that the servers run."""
+    return Text.load(find_model(SEEDLING))
 
 
 @pytest.fixture(scope="session")
