@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -22,6 +22,7 @@ from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from werkzeug.exceptions import RequestEntityTooLarge
 
+from actors.nursery import lone_errors, open_nursery
 from api.answers import ServerSentEvents, whole_answer
 from api.auth import check_key
 from api.bridge import EitherLoop, TrioApplication
@@ -30,7 +31,7 @@ from api.hosting import HostedApplication
 from api.replies import RETRY_AFTER_S, as_http
 from api.schemas import CompletionRequest, Health, Model, ModelList
 from api.server import Phase, Server
-from runtime.errors import ModelNotFound, PayloadTooLarge
+from runtime.errors import InvalidSetting, ModelNotFound, PayloadTooLarge
 
 MOST_BODY_BYTES = 8 * 2**20
 MIGRATION_PAGE = "0008-session-bound-runtime-and-grpc-protocol.md"
@@ -109,13 +110,24 @@ def make_app(server: Server) -> QuartTrio:
 
 
 async def http_door(server: Server, bind: str, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
-    """Serves HTTP on `bind` until cancelled. Started in a nursery, it gives the URL."""
+    """Serves HTTP on `bind` until cancelled. Started in a nursery, it gives the URL. Raises InvalidSetting."""
     config = Config()
     config.bind = [bind]
     config.errorlog = logging.getLogger("perennial.http")
-    async with trio.open_nursery() as nursery:
-        urls = await nursery.start(hypercorn_serve, make_app(server), config)
+    async with open_nursery() as nursery:
+        with _listening(bind):
+            urls = await nursery.start(hypercorn_serve, make_app(server), config)
         task_status.started(urls[0])
+
+
+@contextmanager
+def _listening(bind: str) -> Iterator[None]:
+    try:
+        with lone_errors():
+            yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InvalidSetting(f"bind={bind} cannot be listened on: {reason}; choose another, or port 0") from error
 
 
 def _json(body: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:

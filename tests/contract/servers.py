@@ -56,6 +56,7 @@ class ServerProcess:
             return self.process.wait(_LONGEST_STOP_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
+            self.process.wait()
             raise
 
     def wait_until_ready(self) -> None:
@@ -110,11 +111,13 @@ def started(kind: str, *, is_awaited: bool = True, **settings: object) -> Iterat
             server.wait_until_ready()
         yield server
     finally:
-        if process.poll() is None:
-            server.stop()
-        listener.join()
-        assert process.stderr is not None
-        process.stderr.close()
+        try:
+            if process.poll() is None:
+                server.stop()
+        finally:
+            listener.join()
+            assert process.stderr is not None
+            process.stderr.close()
 
 
 def fails_to_start(kind: str, *flags: str, http: str = "", **settings: object) -> subprocess.CompletedProcess[str]:
@@ -123,6 +126,11 @@ def fails_to_start(kind: str, *flags: str, http: str = "", **settings: object) -
     return subprocess.run(
         line, env=environment(settings), capture_output=True, text=True, timeout=_LONGEST_START_S, check=False
     )
+
+
+def complaints(log: str) -> list[str]:
+    """Lines on stderr that do more than inform, be they ours or Hypercorn's own."""
+    return [line for line in log.splitlines() if not re.search(r" INFO |\[INFO\]", line)]
 
 
 @contextmanager
@@ -134,7 +142,10 @@ def held_model(directory: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
     shutil.copytree(find_model(SEEDLING), directory)
     pipe = directory / "more.safetensors"
     os.mkfifo(pipe)
-    # For reading too, so that it opens at once; as long as it is open, a reader waits for more.
+    # For reading too, so that it opens at once; as long as it is open, a reader waits for more. Who comes later finds a file.
     with ExitStack() as stack:
         stack.callback(os.close, os.open(pipe, os.O_RDWR))
+        file = directory / "empty"
+        file.touch()
+        stack.callback(os.replace, file, pipe)
         yield directory, stack.close

@@ -21,6 +21,7 @@ from tests.contract.loops import MOST_S
 from tests.contract.servers import (
     KINDS,
     ServerProcess,
+    complaints,
     environment,
     fails_to_start,
     free_port,
@@ -29,7 +30,7 @@ from tests.contract.servers import (
     started,
 )
 from tests.contract.stubs import ENDLESS, PROMPT, Stubs, refused, stock
-from tests.contract.test_http_bad_input import COMPLETIONS, HELLO, check_deprecation, error_of, events_of
+from tests.contract.test_http_bad_input import COMPLETIONS, HELLO, checked, error_in
 
 pytestmark = pytest.mark.door
 
@@ -98,15 +99,15 @@ def test_while_the_model_loads_the_http_door_says_so(life: Life) -> None:
     health, *calls = life.loading
 
     assert (health.status_code, health.json()) == (503, {"status": "loading", "model": "seedling"})
-    check_deprecation(health)
+    checked(health)
     for answer in calls:
-        assert error_of(answer, 503)["type"] == "overloaded_error"
+        assert error_in(answer, 503)["type"] == "overloaded_error"
     assert {int(answer.headers["Retry-After"]) for answer in life.loading} == {1}
 
 
 def test_once_it_serves_its_health_says_so(life: Life) -> None:
     assert (life.serving.status_code, life.serving.json()) == (200, {"status": "ok", "model": "seedling"})
-    check_deprecation(life.serving)
+    checked(life.serving)
 
 
 def test_watchers_of_its_health_are_told_of_each_change(life: Life) -> None:
@@ -115,25 +116,20 @@ def test_watchers_of_its_health_are_told_of_each_change(life: Life) -> None:
 
 def test_while_it_drains_new_completions_are_refused(life: Life) -> None:
     if life.draining is not None:
-        assert error_of(life.draining, 503)["type"] == "overloaded_error"
+        assert error_in(life.draining, 503)["type"] == "overloaded_error"
         assert int(life.draining.headers["Retry-After"]) >= 1
 
 
 def test_a_stream_that_runs_when_it_is_told_to_stop_comes_to_its_end(life: Life) -> None:
-    *chunks, done = events_of(life.streamed)
+    *_, last, done, nothing = life.streamed.split("\n\n")
 
-    assert done == "[DONE]"
-    assert json.loads(chunks[-1])["choices"][0]["finish_reason"] == "length"
+    assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert (done, nothing) == ("data: [DONE]", "")
 
 
 def test_it_ends_with_success_and_without_a_complaint(life: Life) -> None:
     assert life.status == 0
     assert complaints("".join(life.log)) == []
-
-
-def complaints(log: str) -> list[str]:
-    """Lines that do more than inform, be they ours or Hypercorn's own."""
-    return [line for line in log.splitlines() if not re.search(r" INFO |\[INFO\]", line)]
 
 
 def test_the_log_names_the_ceiling_of_one_session_and_of_all_slabs(life: Life) -> None:

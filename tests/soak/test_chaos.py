@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import urllib.request
+from contextlib import suppress
 
 import pytest
 import trio
@@ -59,14 +60,12 @@ async def rude_client(address: str, seed: int) -> None:
             if chance.random() < 0.2:
                 await misbehave(address, chance)
                 continue
-            try:
-                async with connect(address) as client:
-                    # Leaving this block with calls under way drops the connection.
-                    with trio.move_on_after(chance.choice([0.2, 2.0, 10.0])):
-                        while True:
+            async with connect(address) as client:
+                # Leaving this block with calls under way drops the connection.
+                with trio.move_on_after(chance.choice([0.2, 2.0, 10.0])):
+                    while True:
+                        with suppress(PerennialError):
                             await behave(client, chance)
-            except PerennialError:
-                pass
 
 
 def metric(text: str, name: str) -> float:

@@ -1,0 +1,85 @@
+"""Starts that are refused and stops at bad moments, beside what test_start.py follows from start to end."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.contract.servers import KINDS, complaints, fails_to_start, free_port, held_model, started
+from tests.contract.stubs import PROMPT, Stubs, kinds_of, refused, stock
+
+pytestmark = pytest.mark.door
+
+# A grpc.health.v1.HealthCheckResponse on the wire: SERVING is 1, NOT_SERVING 2.
+_NOT_SERVING = b"\x08\x02"
+
+
+def test_a_directory_in_use_by_another_server_is_refused(tmp_path: Path) -> None:
+    with started("perennial", state_dir=tmp_path):
+        for kind in KINDS:
+            failed = fails_to_start(kind, state_dir=tmp_path)
+
+            assert len(complaints(failed.stderr)) == 1, failed.stderr
+            assert re.match("perennial: state_dir=.* in use by another server", complaints(failed.stderr)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_hypercorn_says_in_one_line_that_the_grpc_port_is_in_use(kind: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        failed = fails_to_start(kind, grpc_bind=address)
+
+    assert len(complaints(failed.stderr)) == 1, failed.stderr
+    assert complaints(failed.stderr)[0].startswith(f"perennial: grpc_bind={address} cannot be listened on")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_grpc_stream_that_runs_when_the_server_is_told_to_stop_comes_to_its_end(kind: str, stubs: Stubs) -> None:
+    with started(kind) as server, stock(stubs, server.grpc) as client:
+        session_id = client.create(PROMPT)
+        watch = client.channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=60)
+        next(watch)
+        stream = client.stream(session_id, 300)
+        frames = [next(stream)]
+
+        server.process.send_signal(signal.SIGTERM)
+        assert next(watch) == _NOT_SERVING
+        with refused(grpc.StatusCode.UNAVAILABLE):
+            client.create()
+        frames += stream
+
+        assert kinds_of(frames) == ["token_id"] * 300 + ["done"]
+        assert server.wait() == 0
+    assert complaints("".join(server.said)) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_told_to_stop_while_it_loads_stops_once_it_has_loaded(kind: str, tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with (
+        held_model(tmp_path / "model") as (model, release),
+        started(kind, is_awaited=False, model=model, state_dir=tmp_path, grpc_bind=address) as server,
+        ExitStack() as at_end,
+    ):
+        at_end.callback(release)
+        with socket.create_connection(server.http.removeprefix("http://").split(":")):
+            pass
+        server.process.send_signal(signal.SIGTERM)
+        release()
+
+        assert server.wait() == 0
+    assert complaints("".join(server.said)) == []
+
+
+def test_a_second_server_on_the_same_directory_starts_where_the_first_has_stopped(stubs: Stubs, tmp_path: Path) -> None:
+    with started("perennial", state_dir=tmp_path) as server, stock(stubs, server.grpc) as client:
+        session_id = client.create(PROMPT)
+        expected = client.generated(client.call("ForkSession", session_id=session_id).session_id, 10)
+    with started("hypercorn-trio", state_dir=tmp_path) as server, stock(stubs, server.grpc) as client:
+        assert client.generated(session_id, 10) == expected
