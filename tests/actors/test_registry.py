@@ -283,9 +283,10 @@ class TestAFailure:
         async with open_lab(engine) as runtime:
             neighbour, session = await runtime.create_session(), await runtime.create_session()
             await neighbour.append([1, 2, 3])
+            await session.append([5])
             with pytest.raises(SessionFailed):
                 # A bug of ours, as a program that embeds the runtime may cause one.
-                await session.append(["five"])  # type: ignore[list-item]
+                await generated(session, "five")  # type: ignore[arg-type]
             assert await generated(neighbour, 5) == engine.continued([1, 2, 3], 5)
 
     async def test_of_one_session_leaves_room_for_another(self, engine: LedgerEngine) -> None:
