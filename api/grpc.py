@@ -234,12 +234,15 @@ async def grpc_door(server: Server, *, task_status: trio.TaskStatus[str] = trio.
 def _listening(address: str) -> socket.socket:
     host, port = split_address(address)
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InvalidSetting(
             f"grpc_bind={address} cannot be listened on: {reason}; choose another, port 0, or empty for no gRPC"
         ) from error
+    # Connections inherit it. Without it each call waits 40 ms for an acknowledgement between its headers and its message.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _tls(settings: Settings) -> ssl.SSLContext | None:

@@ -20,7 +20,7 @@ from quart import Quart, Response, request
 from quart.wrappers import Request
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
-from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
 
 from actors.nursery import lone_errors, open_nursery
 from api.answers import ServerSentEvents, whole_answer
@@ -66,6 +66,16 @@ def make_app(server: Server) -> QuartTrio:
     @app.after_request
     async def deprecate(response: Response) -> Response:
         response.headers.update(DEPRECATION)
+        return response
+
+    @app.after_request
+    async def let_the_body_come(response: Response) -> Response:
+        # An answer that overtakes its request can leave Hypercorn with a connection that it neither serves nor closes.
+        try:
+            await request.get_data(cache=False)
+        except (RequestEntityTooLarge, RequestTimeout):
+            if request.http_version.startswith("1"):
+                response.headers["Connection"] = "close"
         return response
 
     @app.errorhandler(Exception)

@@ -108,14 +108,17 @@ async def test_a_turn_that_overlaps_another_whose_client_vanishes_is_served() ->
             async def overlap() -> None:
                 overlapping.append(await tokens_of(session, 5))
 
-            async with (
-                trio.open_nursery() as nursery,
-                connect(house.grpc) as leaves,
-                leaves.find_session(session.id).generate(2**31 - 1) as events,
-            ):
-                await anext(events)
-                nursery.start_soon(overlap)
-                await wait_all_tasks_blocked(0.05)
+            async with trio.open_nursery() as nursery:
+                async with (
+                    connect(house.grpc) as leaves,
+                    leaves.find_session(session.id).generate(2**31 - 1) as events,
+                ):
+                    await anext(events)
+                    house.engine.hold()
+                    await house.engine.begun()
+                    nursery.start_soon(overlap)
+                    await wait_all_tasks_blocked(0.05)
+                house.engine.open()
 
             assert len(overlapping[0]) == 5
             assert (await session.info()).history_length >= 16
