@@ -70,7 +70,7 @@ def make_app(server: Server) -> QuartTrio:
 
     @app.after_request
     async def let_the_body_come(response: Response) -> Response:
-        # An answer that overtakes its request can leave Hypercorn with a connection that it neither serves nor closes.
+        # Hypercorn has to close a connection on which an answer overtakes its request, and the client would lose the next.
         try:
             await request.get_data(cache=False)
         except (RequestEntityTooLarge, RequestTimeout):
@@ -172,7 +172,11 @@ class Connection(TrioASGIHTTPConnection):
             nonlocal status
             if event["type"] == "http.response.start":
                 status = str(event["status"])
-            await send(event)
+            is_last = event["type"] == "http.response.body" and not event.get("more_body")
+            # From within the last call Hypercorn says that the client has left, which cancels this task, and only then
+            # does it close the connection or read on.
+            with trio.CancelScope(shield=is_last):
+                await send(event)
 
         began = trio.current_time()
         try:
