@@ -14,7 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 from actors import Runtime, SessionHandle, open_runtime
 from actors.executor import EngineThread
 from actors.tree import open_sessions
-from runtime import Done, Overflow, Sampling, Settings, StopReason, Token
+from runtime import Done, Event, Overflow, Sampling, Settings, StopReason, Token
 from runtime.engine import Engine
 from runtime.errors import (
     EngineFailed,
@@ -88,10 +88,13 @@ async def test_what_the_block_raises_comes_out_as_it_is(engine: LedgerEngine) ->
 
 async def test_a_runtime_can_end_while_sessions_are_at_work(engine: LedgerEngine, nursery: trio.Nursery) -> None:
     refused: list[type[PerennialError]] = []
+    served, serving = trio.open_memory_channel[Event](0)
 
     async def generate(session: SessionHandle) -> None:
         with pytest.raises((SessionFailed, SessionNotFound)) as caught:
-            await generated(session, 10**6)
+            async with session.generate(10**6) as events:
+                async for event in events:
+                    await served.send(event)
         refused.append(caught.type)
 
     async with open_lab(engine) as runtime:
@@ -99,17 +102,18 @@ async def test_a_runtime_can_end_while_sessions_are_at_work(engine: LedgerEngine
         await session.append([1])
         for _ in range(2):
             nursery.start_soon(generate, session)
-            await wait_for_tokens(runtime, 10)
+            for _ in range(10):
+                await serving.receive()
+        nursery.start_soon(drained, serving)
     await wait_all_tasks_blocked()
     # One was being served, the other waited for its turn.
     assert sorted(refused, key=str) == [SessionFailed, SessionNotFound]
+    nursery.cancel_scope.cancel()
 
 
-async def wait_for_tokens(runtime: Runtime, count: int) -> None:
-    """Yields until this many more tokens are out; the engine's thread decides when."""
-    until = sample(runtime.metrics, "generated_tokens_total") + count
-    while sample(runtime.metrics, "generated_tokens_total") < until:
-        await trio.lowlevel.checkpoint()
+async def drained(channel: trio.MemoryReceiveChannel[Event]) -> None:
+    async for _ in channel:
+        pass
 
 
 async def test_a_cancelled_runtime_waits_for_its_forward_before_slabs_come_back(
