@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from actors import Runtime, SessionHandle
+from actors import SessionHandle
 from actors.messages import SessionInfo
 from runtime import Done, Event, HistoryTruncated, Overflow, Sampling, StopReason, Token
 from runtime.errors import (

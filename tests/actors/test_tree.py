@@ -92,10 +92,13 @@ async def test_a_runtime_can_end_while_sessions_are_at_work(engine: LedgerEngine
 
     async def generate(session: SessionHandle) -> None:
         with pytest.raises((SessionFailed, SessionNotFound)) as caught:
-            async with session.generate(10**6) as events:
-                async for event in events:
-                    await served.send(event)
+            await serve(session)
         refused.append(caught.type)
+
+    async def serve(session: SessionHandle) -> None:
+        async with session.generate(10**6) as events:
+            async for event in events:
+                await served.send(event)
 
     async with open_lab(engine) as runtime:
         session = await runtime.create_session()
