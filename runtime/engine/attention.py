@@ -27,46 +27,64 @@ class PiecePlan:
     piece: Piece
     end: int
     slots: Tensor  # [N], where the piece's own keys and values go
-    queries: Tensor  # [size], rows of the batch, the last one repeated up to a proven size
-    hidden: Tensor  # [size, extent], 0 where the query sees the slot, else -inf
-    sink_turn: tuple[Tensor, Tensor] | None  # cosines and sines [size, D] that bring the query within reach
+    queries: slice  # of the forward's queries; the piece's last row is repeated up to a proven size
+    hidden: Tensor  # [Q * size, extent], 0 where the query sees the slot, else -inf
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardPlan:
+    """The pieces, and what is done for the queries of all of them at once."""
+
     pieces: tuple[PiecePlan, ...]
+    rows: Tensor  # [queries], the row of the batch that each query is
+    sink_turn: (
+        tuple[Tensor, Tensor] | None
+    )  # cosines and sines [queries, D] that bring a query within reach of the sink
 
 
-def plan_forward(batch: RowBatch, sizes: tuple[int, ...], rotary: ExactRotary) -> ForwardPlan:
-    """The plan of a batch. Queries of a piece are padded to the next of `sizes`, for which kernels agree in bits."""
-    return ForwardPlan(tuple(_plan_piece(piece, batch, sizes, rotary) for piece in batch.pieces()))
+def plan_forward(batch: RowBatch, sizes: tuple[int, ...], rotary: ExactRotary, heads: int) -> ForwardPlan:
+    """The plan of a batch, for a model of that many query `heads`.
+
+    Queries of a piece are padded to the next of `sizes`, for which kernels agree in bits.
+    """
+    pieces = batch.pieces()
+    spec = batch.rows[0].slab.spec
+    row_of: list[int] = []
+    queries = []
+    for piece in pieces:
+        begin = len(row_of)
+        filler = padded(piece.stop - piece.start, sizes) - (piece.stop - piece.start)
+        row_of += [*range(piece.start, piece.stop), *[piece.stop - 1] * filler]
+        queries.append(slice(begin, len(row_of)))
+    rows = torch.tensor(row_of, device=spec.device)
+    positions = torch.tensor([row.position for row in batch.rows], device=spec.device)
+    visible = spec.visible_slots(positions, max(piece.extent for piece in pieces))
+    hidden = torch.zeros(visible.shape, dtype=spec.dtype, device=spec.device).masked_fill_(~visible, float("-inf"))
+    hidden = hidden.index_select(0, rows)
+    slots = torch.tensor([spec.slot(row.position) for row in batch.rows], device=spec.device)
+    sink_turn = None
+    if spec.sink and any(piece.is_past_window for piece in pieces):
+        cosines, sines = rotary.turn((spec.visible - 1 - positions.index_select(0, rows)).clamp(max=0))
+        sink_turn = cosines.to(spec.dtype), sines.to(spec.dtype)
+    return ForwardPlan(
+        pieces=tuple(
+            PiecePlan(
+                piece=piece,
+                end=batch.rows[piece.stop - 1].position + 1,
+                slots=slots[piece.start : piece.stop],
+                queries=mine,
+                hidden=hidden[mine, : piece.extent].repeat(heads // spec.kv_heads, 1),
+            )
+            for piece, mine in zip(pieces, queries, strict=True)
+        ),
+        rows=rows,
+        sink_turn=sink_turn,
+    )
 
 
 def padded(count: int, sizes: tuple[int, ...]) -> int:
     """The least of the ascending `sizes` that is `count` or more."""
     return sizes[bisect_left(sizes, count)]
-
-
-def _plan_piece(piece: Piece, batch: RowBatch, sizes: tuple[int, ...], rotary: ExactRotary) -> PiecePlan:
-    spec = piece.slab.spec
-    rows = batch.rows[piece.start : piece.stop]
-    filler = padded(len(rows), sizes) - len(rows)
-    positions = [row.position for row in rows]
-    query_positions = torch.tensor(positions + positions[-1:] * filler, device=spec.device)
-    visible = spec.visible_slots(query_positions, piece.extent)
-    hidden = torch.zeros(visible.shape, device=spec.device).masked_fill_(~visible, float("-inf"))
-    sink_turn = None
-    if piece.is_past_window and spec.sink:
-        cosines, sines = rotary.turn(spec.visible - 1 - query_positions)
-        sink_turn = cosines.to(spec.dtype), sines.to(spec.dtype)
-    return PiecePlan(
-        piece=piece,
-        end=positions[-1] + 1,
-        slots=torch.tensor([spec.slot(position) for position in positions], device=spec.device),
-        queries=torch.tensor([*range(piece.start, piece.stop), *[piece.stop - 1] * filler], device=spec.device),
-        hidden=hidden,
-        sink_turn=sink_turn,
-    )
 
 
 def slab_attention(
@@ -87,29 +105,35 @@ def slab_attention(
     layer = module.layer_idx
     assert isinstance(layer, int)
     heads, rows, head_dim = query.shape[1:]
-    attended = query.new_zeros(rows, heads, head_dim)
+    groups = key.shape[1]
+    queries = query[0].index_select(1, plan.rows)
+    turned = rotate(queries, *plan.sink_turn) if plan.sink_turn else queries
+
+    def grouped(some: Tensor, piece_plan: PiecePlan) -> Tensor:
+        return some[:, piece_plan.queries].reshape(groups, -1, head_dim)
+
+    attended = []
     for piece_plan in plan.pieces:
         piece = piece_plan.piece
         inside = slice(piece.start, piece.stop)
         piece.slab.write(layer, piece_plan.slots, piece_plan.end, key[0, :, inside], value[0, :, inside])
-        output = _attend(query[0].index_select(1, piece_plan.queries), layer, piece_plan, scaling)
-        attended[inside] = output[:, : piece.stop - piece.start].transpose(0, 1)
-    return attended.unsqueeze(0), None
+        to_sink = grouped(turned, piece_plan) if piece.is_past_window and plan.sink_turn else None
+        output = _attend(grouped(queries, piece_plan), to_sink, layer, piece_plan, scaling)
+        attended.append(output.view(heads, -1, head_dim)[:, : piece.stop - piece.start])
+    attended.append(query.new_zeros(heads, rows - plan.pieces[-1].piece.stop, head_dim))
+    return torch.cat(attended, dim=1).transpose(0, 1).unsqueeze(0), None
 
 
-def _attend(query: Tensor, layer: int, plan: PiecePlan, scaling: float) -> Tensor:
-    """Softmax attention of `query` [G*Q, size, D] over the piece's extent, in explicit steps: fused kernels tile by count."""
-    slab, extent = plan.piece.slab, plan.piece.extent
-    spec = slab.spec
-    heads, size, head_dim = query.shape
+def _attend(query: Tensor, to_sink: Tensor | None, layer: int, plan: PiecePlan, scaling: float) -> Tensor:
+    """Softmax attention of `query` [G, Q*size, D] over the piece's extent, in explicit steps: fused kernels tile by count.
+
+    `to_sink` is the query as the sink's keys are to meet it, where that is not the same.
+    """
+    slab, extent, hidden = plan.piece.slab, plan.piece.extent, plan.hidden
+    sink = slab.spec.sink
     keys, values = slab.keys[layer, :, :extent], slab.values[layer, :, :extent]  # [G, extent, D]
-
-    def scores_over(queries: Tensor, some_keys: Tensor) -> Tensor:
-        grouped = queries.reshape(spec.kv_heads, -1, head_dim)
-        return torch.bmm(grouped, some_keys.transpose(1, 2)).view(heads, size, -1)
-
-    scores = scores_over(query, keys).float()
-    if plan.sink_turn is not None:
-        scores[..., : spec.sink] = scores_over(rotate(query, *plan.sink_turn), keys[:, : spec.sink]).float()
-    shares = torch.softmax(scores.mul_(scaling).add_(plan.hidden), dim=-1).to(query.dtype)
-    return torch.bmm(shares.view(spec.kv_heads, -1, extent), values).view(heads, size, head_dim)
+    scores = torch.baddbmm(hidden, query, keys.transpose(1, 2), alpha=scaling)
+    if to_sink is not None:
+        scores[..., :sink] = torch.baddbmm(hidden[:, :sink], to_sink, keys[:, :sink].transpose(1, 2), alpha=scaling)
+    shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.bmm(shares, values)

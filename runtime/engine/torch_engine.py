@@ -128,7 +128,7 @@ class TorchEngine:
             input_ids=torch.tensor([[*(row.token_id for row in rows), *[0] * filler]], device=device),
             position_ids=torch.tensor([[*(row.position for row in rows), *[0] * filler]], device=device),
             use_cache=False,
-            plan=plan_forward(batch, self._sizes, self._rotary),
+            plan=plan_forward(batch, self._sizes, self._rotary, self._config.num_attention_heads),
         ).last_hidden_state[0]
         wanted = [index for index, row in enumerate(rows) if row.draw is not None]
         if not wanted:

@@ -81,7 +81,7 @@ def attend(batch: RowBatch, histories: dict[Slab, History], layer: int = 0) -> T
         values.unsqueeze(0),
         None,
         scaling=1 / math.sqrt(HEAD_DIM),
-        plan=plan_forward(batch, SIZES, rotary),
+        plan=plan_forward(batch, SIZES, rotary, HEADS),
     )
     return output[0]
 
@@ -140,7 +140,7 @@ def test_what_lies_in_hidden_slots_does_not_matter() -> None:
 
 def test_rows_beyond_the_batch_come_back_as_zeros() -> None:
     slab = SlabPool(SPEC, 1).acquire()
-    plan = plan_forward(RowBatch(rows_of(slab, 0, 3)), SIZES, a_rotary())
+    plan = plan_forward(RowBatch(rows_of(slab, 0, 3)), SIZES, a_rotary(), HEADS)
     query, key = torch.randn(1, HEADS, 8, HEAD_DIM), torch.randn(1, KV_HEADS, 8, HEAD_DIM)
 
     output, _ = slab_attention(Layer(0), query, key, key, None, scaling=1.0, plan=plan)
