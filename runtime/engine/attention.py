@@ -37,9 +37,7 @@ class ForwardPlan:
 
     pieces: tuple[PiecePlan, ...]
     rows: Tensor  # [queries], the row of the batch that each query is
-    sink_turn: (
-        tuple[Tensor, Tensor] | None
-    )  # cosines and sines [queries, D] that bring a query within reach of the sink
+    sink_turn: tuple[Tensor, Tensor] | None  # cosines and sines [queries, D] that bring a query within reach
 
 
 def plan_forward(batch: RowBatch, sizes: tuple[int, ...], rotary: ExactRotary, heads: int) -> ForwardPlan:
@@ -52,9 +50,8 @@ def plan_forward(batch: RowBatch, sizes: tuple[int, ...], rotary: ExactRotary, h
     row_of: list[int] = []
     queries = []
     for piece in pieces:
-        begin = len(row_of)
-        filler = padded(piece.stop - piece.start, sizes) - (piece.stop - piece.start)
-        row_of += [*range(piece.start, piece.stop), *[piece.stop - 1] * filler]
+        begin, count = len(row_of), piece.stop - piece.start
+        row_of += [*range(piece.start, piece.stop), *[piece.stop - 1] * (padded(count, sizes) - count)]
         queries.append(slice(begin, len(row_of)))
     rows = torch.tensor(row_of, device=spec.device)
     positions = torch.tensor([row.position for row in batch.rows], device=spec.device)
@@ -107,7 +104,7 @@ def slab_attention(
     heads, rows, head_dim = query.shape[1:]
     groups = key.shape[1]
     queries = query[0].index_select(1, plan.rows)
-    turned = rotate(queries, *plan.sink_turn) if plan.sink_turn else queries
+    turned = rotate(queries, *plan.sink_turn) if plan.sink_turn else None
 
     def grouped(some: Tensor, piece_plan: PiecePlan) -> Tensor:
         return some[:, piece_plan.queries].reshape(groups, -1, head_dim)
@@ -117,7 +114,7 @@ def slab_attention(
         piece = piece_plan.piece
         inside = slice(piece.start, piece.stop)
         piece.slab.write(layer, piece_plan.slots, piece_plan.end, key[0, :, inside], value[0, :, inside])
-        to_sink = grouped(turned, piece_plan) if piece.is_past_window and plan.sink_turn else None
+        to_sink = None if turned is None or not piece.is_past_window else grouped(turned, piece_plan)
         output = _attend(grouped(queries, piece_plan), to_sink, layer, piece_plan, scaling)
         attended.append(output.view(heads, -1, head_dim)[:, : piece.stop - piece.start])
     attended.append(query.new_zeros(heads, rows - plan.pieces[-1].piece.stop, head_dim))
