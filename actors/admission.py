@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import trio
 
-from runtime.errors import Saturated
+from runtime.errors import InvalidRequest, Saturated
 from runtime.metrics import Metrics
 from runtime.settings import Settings
 
@@ -18,32 +18,42 @@ class Admission:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._permits = trio.Semaphore(settings.max_concurrent, max_value=settings.max_concurrent)
+        # Whoever stands first in this line takes all of its permits before the next takes any.
+        self._line = trio.StrictFIFOLock()
         is_queue = settings.admission_policy == "queue"
         self._longest_wait_s = (settings.queue_max_wait_s or math.inf) if is_queue else 0.0
         self._results = metrics.admission_total
-        metrics.admission_pending.set_function(lambda: self._permits.statistics().tasks_waiting)
+        metrics.admission_pending.set_function(
+            lambda: self._permits.statistics().tasks_waiting + self._line.statistics().tasks_waiting
+        )
 
     @asynccontextmanager
-    async def permit(self) -> AsyncIterator[None]:
-        """The right to run one completion, for as long as the block lasts. Raises Saturated."""
-        await self._acquire()
-        self._results.labels("admitted").inc()
-        try:
-            yield
-        finally:
-            self._permits.release()
+    async def permits(self, count: int = 1) -> AsyncIterator[None]:
+        """The right to run `count` completions, for as long as the block lasts.
 
-    async def _acquire(self) -> None:
-        try:
-            self._permits.acquire_nowait()
+        Raises Saturated, and InvalidRequest where there will never be so many.
+        """
+        if count > (most := self._permits.max_value or 0):
+            raise InvalidRequest(f"n is {count} and this server runs {most} completions at once: ask for fewer", "n")
+        with ExitStack() as held:
+            await self._acquire(count, held)
+            self._results.labels("admitted").inc()
+            yield
+
+    async def _acquire(self, count: int, held: ExitStack) -> None:
+        if self._permits.value >= count and not self._line.locked():
+            for _ in range(count):
+                self._permits.acquire_nowait()
+                held.callback(self._permits.release)
             return
-        except trio.WouldBlock:
-            pass
         if not self._longest_wait_s:
             self._results.labels("rejected").inc()
-            raise Saturated("all permits for completions are taken: try again later, or raise max_concurrent")
+            raise Saturated("too few permits for completions are free: try again later, or raise max_concurrent")
         with trio.move_on_after(self._longest_wait_s) as patience:
-            await self._permits.acquire()
+            async with self._line:
+                for _ in range(count):
+                    await self._permits.acquire()
+                    held.callback(self._permits.release)
         if patience.cancelled_caught:
             self._results.labels("timed_out").inc()
             raise Saturated(f"no permit within {self._longest_wait_s:g} s: try again later, or raise max_concurrent")

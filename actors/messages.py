@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from actors.mailbox import Message
-from runtime.events import Event, Sampling
+from runtime.events import Event, Sampling, Token
+from runtime.grammar import Grammar
 from runtime.rows import Row
 from runtime.slab import Slab
 from runtime.snapshot import Terms
@@ -62,7 +63,7 @@ class Ran:
     """How many of the rows asked for took part in the forward, and the tokens that those drew."""
 
     row_count: int
-    token_ids: tuple[int, ...]
+    tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,8 @@ class Append(Message[Appended]):
 class Generate(Message[Event]):
     max_tokens: int
     sampling: Sampling
+    top_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,12 +79,6 @@ class SessionRegistry:
         with self.free_slab() as slab:
             return self.open(slab, terms)
 
-    def create_for_completion(self, terms: Terms) -> str:
-        """The id of a new session on a slab of the completions' own; it never evicts and is never evicted."""
-        session_id = secrets.token_urlsafe(24)
-        self._start(session_id, self._completions, self._completions.acquire(), terms, math.inf)
-        return session_id
-
     @contextmanager
     def free_slab(self, beside: str | None = None) -> Iterator[Slab]:
         """An empty slab to be filled and opened in the block, free again where the block raises.
@@ -94,12 +88,14 @@ class SessionRegistry:
         """
         if self._long_lived.in_use == self._long_lived.total:
             self._evict_one(beside)
-        slab = self._long_lived.acquire()
-        try:
+        with _given_back(self._long_lived) as slab:
             yield slab
-        except BaseException:
-            self._long_lived.release(slab)
-            raise
+
+    @contextmanager
+    def completion_slab(self) -> Iterator[Slab]:
+        """As `free_slab`, of the completions' own; nothing is evicted for it."""
+        with _given_back(self._completions) as slab:
+            yield slab
 
     def open(self, slab: Slab, terms: Terms, history: array[int] | None = None) -> str:
         """The id of a new long-lived session on a slab that has read `history` up to its frontier."""
@@ -108,6 +104,12 @@ class SessionRegistry:
         if journal is not None and history:
             journal.record(0, history)
         self._start(session_id, self._long_lived, slab, terms, self._idle_ttl_s, history, journal)
+        return session_id
+
+    def open_completion(self, slab: Slab, terms: Terms, history: array[int] | None = None) -> str:
+        """The id of a new session on a completion's slab; it is never evicted."""
+        session_id = secrets.token_urlsafe(24)
+        self._start(session_id, self._completions, slab, terms, math.inf, history)
         return session_id
 
     def recover(self) -> None:
@@ -223,3 +225,14 @@ class SessionRegistry:
                     journal.close()
                 else:
                     journal.delete()
+
+
+@contextmanager
+def _given_back(pool: SlabPool) -> Iterator[Slab]:
+    """A slab of the pool, free again where the block raises."""
+    slab = pool.acquire()
+    try:
+        yield slab
+    except BaseException:
+        pool.release(slab)
+        raise

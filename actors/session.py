@@ -24,10 +24,11 @@ from actors.messages import (
     SessionMessage,
 )
 from runtime.errors import EngineFailed, HistoryMismatch, InvalidRequest, InvariantViolation, SlabOverflow
-from runtime.events import Done, Event, HistoryTruncated, Overflow, Sampling, StopReason, Token
+from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
 from runtime.journal import Journal
 from runtime.metrics import Metrics
 from runtime.rows import Row
+from runtime.sampling import Draw
 from runtime.slab import Slab
 from runtime.snapshot import Terms
 
@@ -172,6 +173,7 @@ class Session:
             raise InvalidRequest("max_tokens must be at least 1", "max_tokens")
         if not self._history:
             raise InvalidRequest("the session has no history: append tokens first")
+        constraint = request.grammar.follow() if request.grammar else None
         began = trio.current_time()
         turn_began = began if self._turn_began is None else self._turn_began
         self._metrics.generate_prefill_tokens.observe(max(1, len(self._history) - self._fed))
@@ -186,7 +188,8 @@ class Session:
                 if self._terms.overflow is Overflow.ERROR and len(self._history) >= self._slab.spec.visible:
                     stop_reason = StopReason.TRUNCATED
                     break
-                token_id = await self._feed_and_draw(request.sampling)
+                allowed = constraint.allowed() if constraint else None
+                token = await self._feed_and_draw(Draw(request.sampling, allowed, request.top_logprobs))
                 now = trio.current_time()
                 if first is None:
                     first = now
@@ -196,10 +199,12 @@ class Session:
                 else:
                     self._metrics.inter_token_seconds.observe(now - last)
                 last = now
-                await self._hand_over(token_id, reply)
+                await self._hand_over(token, reply)
                 self._metrics.generated_tokens_total.inc()
                 count += 1
-                if token_id in self._terms.eos_token_ids:
+                if constraint:
+                    constraint.accept(token.token_id)
+                if token.token_id in self._terms.eos_token_ids or (constraint and constraint.is_complete):
                     stop_reason = StopReason.EOS
                     break
             ended = trio.current_time()
@@ -220,17 +225,17 @@ class Session:
             history_digest=self._digest.digest(),
         )
 
-    async def _hand_over(self, token_id: int, reply: Reply[Event]) -> None:
+    async def _hand_over(self, token: Token, reply: Reply[Event]) -> None:
         """Gives the token to the asker, and to the history once it was taken."""
-        token = array("I", (token_id,))
-        self._record(token)
+        tokens = array("I", (token.token_id,))
+        self._record(tokens)
         try:
-            await reply(Token(token_id))
+            await reply(token)
         except BaseException:
             if self._journal is not None:
                 self._journal.take_back(len(self._history))
             raise
-        self._commit(token)
+        self._commit(tokens)
 
     def _record(self, tokens: array[int]) -> None:
         if self._journal is not None:
@@ -248,30 +253,30 @@ class Session:
         while self._fed < len(self._history):
             await self._forward(self._fed, None)
 
-    async def _feed_and_draw(self, sampling: Sampling) -> int:
+    async def _feed_and_draw(self, draw: Draw) -> Token:
         """Brings the slab up to the history's end and returns the token drawn there."""
         while True:
             # The last token runs again where it has run before, now for its logits; it writes the same bits.
-            drawn = await self._forward(min(self._fed, len(self._history) - 1), sampling)
+            drawn = await self._forward(min(self._fed, len(self._history) - 1), draw)
             if drawn:
                 return drawn[0]
 
-    async def _forward(self, start: int, sampling: Sampling | None) -> tuple[int, ...]:
+    async def _forward(self, start: int, draw: Draw | None) -> tuple[Token, ...]:
         """Runs as many of the tokens from `start` as the executor takes into one forward."""
         end = len(self._history)
         tile = self._slab.spec.row_tile
         rows = tuple(
-            Row(self._slab, position, self._history[position], sampling if position == end - 1 else None)
+            Row(self._slab, position, self._history[position], draw if position == end - 1 else None)
             for position in range(start, min(end, start + tile))
         )
         before = self._slab.frontiers
         try:
-            ran = await self._executor.ask_to_the_end(Forward(rows, is_prefill=len(rows) > 1 or sampling is None))
+            ran = await self._executor.ask_to_the_end(Forward(rows, is_prefill=len(rows) > 1 or draw is None))
         except (ActorStopped, ActorFailed):
             raise EngineFailed("the engine has stopped") from None
         self._fed = max(self._fed, start + ran.row_count)
         self._check_invariants(before)
-        return ran.token_ids
+        return ran.tokens
 
     def _check_invariants(self, before: tuple[int, ...]) -> None:
         frontiers = self._slab.frontiers

@@ -20,6 +20,7 @@ from actors.registry import NO_SESSION, SessionRegistry
 from runtime.engine import Engine, EngineFacts, load_engine
 from runtime.errors import CapacityExhausted, InvalidRequest, NotDurable, SessionFailed, SessionNotFound
 from runtime.events import Done, Event, Overflow, Sampling
+from runtime.grammar import Grammar
 from runtime.metrics import Metrics
 from runtime.models import find_model
 from runtime.settings import Settings
@@ -86,15 +87,19 @@ class SessionHandle:
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int | None = None,
+        top_logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> AsyncIterator[Events]:
         """The events of a generation of at most `max_tokens`; leaving the block cancels the work.
 
-        Greedy unless `temperature` > 0; without a seed one is drawn. Raises InvalidRequest.
+        Greedy unless `temperature` > 0; without a seed one is drawn. With `top_logprobs` tokens come with their
+        logprobs; under a `grammar` the text is one of it unless `max_tokens` cut it. Raises InvalidRequest.
         """
         sampling = Sampling(temperature, top_p, top_k, secrets.randbits(64) if seed is None else seed)
+        generate = Generate(max_tokens, sampling, top_logprobs, grammar)
         async with AsyncExitStack() as stack:
             with _as_session_errors():
-                replies = await stack.enter_async_context(self._mailbox.stream(Generate(max_tokens, sampling)))
+                replies = await stack.enter_async_context(self._mailbox.stream(generate))
             yield Events(replies)
 
     async def info(self) -> SessionInfo:
@@ -162,15 +167,8 @@ class Runtime:
         """
         mailbox = self._registry.find(session_id)
         await trio.lowlevel.checkpoint()
-        with self._registry.free_slab(beside=session_id) as target, _as_session_errors():
-
-            def copy(terms: Terms, slab: Slab, history: array[int]) -> tuple[Terms, array[int]]:
-                target.copy_from(slab)
-                return terms, array("I", history)
-
-            # To the end, for the copy writes into a slab that is ours to give back.
-            terms, history = await mailbox.ask_to_the_end(Export(copy))
-            return self.find_session(self._registry.open(target, terms, history))
+        with self._registry.free_slab(beside=session_id) as target:
+            return self.find_session(self._registry.open(target, *await _copied(mailbox, target)))
 
     async def save_session(self, session_id: str) -> Saved:
         """Writes a snapshot of the session under `state_dir`. Raises SessionNotFound, NotDurable, StorageFailed."""
@@ -207,18 +205,60 @@ class Runtime:
         return SessionHandle(session_id, self._registry.find(session_id))
 
     @asynccontextmanager
-    async def completion(self, eos_token_ids: Iterable[int], overflow: Overflow) -> AsyncIterator[SessionHandle]:
-        """A permit and a session for one completion; both are free again when the block ends. Raises Saturated."""
-        async with self._admission.permit():
-            session_id = self._registry.create_for_completion(Terms(frozenset(eos_token_ids), overflow, "http"))
-            session = self.find_session(session_id)
-            try:
-                yield session
-            finally:
-                # The block has left its append or generation, so the session is within one forward of its inbox.
-                # One that has failed has given up its slab already.
-                with trio.CancelScope(shield=True), suppress(SessionNotFound, SessionFailed):
-                    await session.close()
+    async def completion(
+        self, eos_token_ids: Iterable[int], overflow: Overflow, count: int = 1
+    ) -> AsyncIterator[Completion]:
+        """Permits and sessions for `count` answers to one prompt; all are free again when the block ends.
+
+        Raises Saturated, and InvalidRequest where there will never be so many permits.
+        """
+        async with self._admission.permits(count), AsyncExitStack() as held:
+            yield Completion(self._registry, Terms(frozenset(eos_token_ids), overflow, "http"), count, held)
+
+
+class Completion:
+    """One prompt and its answers: a session reads the prompt and is forked into those that answer besides it."""
+
+    def __init__(self, registry: SessionRegistry, terms: Terms, count: int, held: AsyncExitStack) -> None:
+        """Its `count` sessions, at most so many slabs as there are permits for, are closed with `held`."""
+        self._registry = registry
+        self._count = count
+        self._held = held
+        with registry.completion_slab() as slab:
+            self.session = self._open(slab, terms)
+
+    async def fork(self) -> tuple[SessionHandle, ...]:
+        """Every session that answers, the first included, once the prompt was appended to that one."""
+        sessions = [self.session]
+        for _ in range(self._count - 1):
+            with self._registry.completion_slab() as slab:
+                sessions.append(self._open(slab, *await _copied(self._registry.find(self.session.id), slab)))
+        return tuple(sessions)
+
+    def _open(self, slab: Slab, terms: Terms, history: array[int] | None = None) -> SessionHandle:
+        session_id = self._registry.open_completion(slab, terms, history)
+        session = SessionHandle(session_id, self._registry.find(session_id))
+        self._held.push_async_callback(_end, session)
+        return session
+
+
+async def _end(session: SessionHandle) -> None:
+    # Nobody appends or generates any more, so the session is within one forward of its inbox. One that has failed has
+    # given up its slab already.
+    with trio.CancelScope(shield=True), suppress(SessionNotFound, SessionFailed):
+        await session.close()
+
+
+async def _copied(mailbox: Mailbox, target: Slab) -> tuple[Terms, array[int]]:
+    """Copies a session's slab into `target`, and returns its terms and history."""
+
+    def copy(terms: Terms, slab: Slab, history: array[int]) -> tuple[Terms, array[int]]:
+        target.copy_from(slab)
+        return terms, array("I", history)
+
+    with _as_session_errors():
+        # To the end, for the copy writes into a slab that is the caller's to give back.
+        return await mailbox.ask_to_the_end(Export(copy))
 
 
 @asynccontextmanager

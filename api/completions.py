@@ -1,110 +1,205 @@
-"""One chat completion: a session made for it, and its events folded into text."""
+"""One chat completion: sessions made for it, and their events folded into text, calls and logprobs."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
+import outcome
 import trio
 
 from actors import Events, Runtime
-from api.schemas import CompletionRequest, FinishReason, Usage
+from actors.nursery import open_nursery
+from api.bounds import Bounds
+from api.logprobs import SentLogprobs
+from api.schemas import ChosenLogprob, CompletionRequest, FinishReason, Usage
 from api.stop_strings import StopStrings
 from runtime.errors import DeadlineExceeded
 from runtime.events import Done, HistoryTruncated, Overflow, StopReason, Token
 from runtime.text import Detokenizer
+from runtime.tools import Call, CallReader
 
 # What OpenAI's own service draws with when a request names none.
 _DEFAULT_TEMPERATURE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """What came next in one answer; `logprobs` are those of tokens whose text has been sent to its end."""
+
+    text: str = ""
+    calls: tuple[Call, ...] = ()
+    logprobs: tuple[ChosenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Ending:
-    """The last word of a completion."""
+    """The last word of one answer."""
 
     finish_reason: FinishReason
-    usage: Usage
+    completion_tokens: int
     evicted_token_count: int
 
 
-class CompletionStream:
-    """Text as it is generated, piece by piece, then one Ending."""
+class AnswerStream:
+    """One answer as it is generated, piece by piece, then its Ending."""
 
     def __init__(
         self,
         runtime: Runtime,
         events: Events,
         stops: StopStrings,
+        logprobs: SentLogprobs | None,
+        reader: CallReader | None,
         prompt_tokens: int,
         deadline: float,
     ) -> None:
         self._runtime = runtime
         self._events = events
         self._stops = stops
+        self._logprobs = logprobs
+        self._reader = reader
         self._detokenizer: Detokenizer = runtime.text.detokenizer()
         self._prompt_tokens = prompt_tokens
         self._completion_tokens = 0
+        self._has_called = False
         self._deadline = deadline
         self._ending: Ending | None = None
 
-    async def next(self) -> str | Ending:
-        """The next piece of text, never empty, or the ending. Raises DeadlineExceeded."""
+    async def next(self) -> Piece | Ending:
+        """What comes next, never an empty piece. Raises DeadlineExceeded."""
         while self._ending is None:
             with _deadline(self._deadline, self._runtime):
                 event = await anext(self._events)
             match event:
-                case Token(token_id):
+                case Token():
                     self._completion_tokens += 1
-                    text = self._stops.feed(self._detokenizer.feed(token_id))
+                    text = self._detokenizer.feed(event.token_id)
+                    if self._logprobs:
+                        self._logprobs.feed(event, text)
+                    piece = self._piece(self._stops.feed(text))
                     if self._stops.has_stopped:
                         self._ending = self._end("stop")
-                    if text:
-                        return text
                 case Done(stop_reason):
+                    piece = self._piece(self._stops.end(), is_last=True)
                     self._ending = self._end("stop" if stop_reason is StopReason.EOS else "length")
-                    if rest := self._stops.end():
-                        return rest
                 case HistoryTruncated():
-                    pass
+                    continue
+            if piece != Piece():
+                return piece
         self._runtime.metrics.completions_total.labels(self._ending.finish_reason).inc()
         return self._ending
 
+    def _piece(self, text: str, *, is_last: bool = False) -> Piece:
+        logprobs = self._logprobs.sent(text, is_last=is_last) if self._logprobs else ()
+        if self._reader is None:
+            return Piece(text, logprobs=logprobs)
+        said = [*self._reader.feed(text), *([self._reader.end()] if is_last else [])]
+        calls = tuple(one for one in said if isinstance(one, Call))
+        self._has_called = self._has_called or bool(calls)
+        return Piece("".join(one for one in said if isinstance(one, str)), calls)
+
     def _end(self, finish_reason: FinishReason) -> Ending:
         total = self._prompt_tokens + self._completion_tokens
-        return Ending(
-            finish_reason,
-            Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._completion_tokens, total_tokens=total),
-            max(0, total - self._runtime.facts.slab.visible),
+        if self._has_called and finish_reason == "stop":
+            finish_reason = "tool_calls"
+        return Ending(finish_reason, self._completion_tokens, max(0, total - self._runtime.facts.slab.visible))
+
+
+class CompletionStream:
+    """The answers to one prompt, in the order in which their pieces come."""
+
+    def __init__(self, prompt_tokens: int, count: int, said: trio.MemoryReceiveChannel[_Said]) -> None:
+        self._prompt_tokens = prompt_tokens
+        self._completion_tokens = 0
+        self._said = said
+        self.count = count
+
+    async def next(self) -> tuple[int, Piece | Ending] | None:
+        """The index of an answer and what comes next in it; None when all have ended. Raises what ended one."""
+        try:
+            index, said = await self._said.receive()
+        except trio.EndOfChannel:
+            return None
+        piece = said.unwrap()
+        if isinstance(piece, Ending):
+            self._completion_tokens += piece.completion_tokens
+        return index, piece
+
+    @property
+    def usage(self) -> Usage:
+        """What has been used by now."""
+        return Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            total_tokens=self._prompt_tokens + self._completion_tokens,
         )
+
+
+_Said = tuple[int, outcome.Maybe[Piece | Ending]]
 
 
 @asynccontextmanager
 async def open_completion(runtime: Runtime, request: CompletionRequest) -> AsyncIterator[CompletionStream]:
-    """The stream of a completion whose prompt has been read. Permit and slab are free again when the block ends.
+    """The stream of a completion whose prompt has been read. Permits and slabs are free again when the block ends.
 
-    Raises Saturated, MalformedRequest, SlabOverflow, DeadlineExceeded.
+    Raises Saturated, InvalidRequest, SlabOverflow, DeadlineExceeded.
     """
     settings = runtime.settings
+    text = runtime.text
     overflow = Overflow.ERROR if settings.http_overflow == "error" else Overflow.EVICT
-    eos_token_ids = () if request.ignore_eos else runtime.text.eos_token_ids
-    temperature, top_p = request.temperature, request.top_p
-    async with runtime.completion(eos_token_ids, overflow) as session:
+    eos_token_ids = frozenset() if request.ignore_eos else text.eos_token_ids
+    count = request.n or 1
+    async with runtime.completion(eos_token_ids, overflow, count) as completion, AsyncExitStack() as held:
         deadline = trio.current_time() + settings.request_timeout_s
         with _deadline(deadline, runtime):
+            # Megabytes of prompt take seconds to tokenise, and some grammars to compile.
+            bounds = await trio.to_thread.run_sync(Bounds.of, request, text)
             messages = [message.for_template() for message in request.messages]
-            # Megabytes of prompt take seconds to tokenise.
-            prompt = await trio.to_thread.run_sync(runtime.text.render, messages)
-            await session.append(prompt)
-        generation = session.generate(
-            request.max_completion_tokens or request.max_tokens or settings.default_max_tokens,
-            temperature=_DEFAULT_TEMPERATURE if temperature is None else temperature,
-            top_p=1.0 if top_p is None else top_p,
-            top_k=request.top_k or 0,
-            seed=None if request.seed is None else request.seed % 2**64,
-        )
-        async with generation as events:
-            yield CompletionStream(runtime, events, StopStrings(request.stop or []), len(prompt), deadline)
+            prompt = await trio.to_thread.run_sync(text.render, messages, bounds.tools)
+            await completion.session.append(prompt)
+            sessions = await completion.fork()
+        channel, said = trio.open_memory_channel[_Said](0)
+        nursery = await held.enter_async_context(open_nursery())
+        held.callback(nursery.cancel_scope.cancel)
+        with channel:
+            for index, session in enumerate(sessions):
+                generation = session.generate(
+                    request.max_completion_tokens or request.max_tokens or settings.default_max_tokens,
+                    temperature=_DEFAULT_TEMPERATURE if request.temperature is None else request.temperature,
+                    top_p=1.0 if request.top_p is None else request.top_p,
+                    top_k=request.top_k or 0,
+                    # Answers to one prompt are to differ, and the first is the one that would come alone.
+                    seed=None if request.seed is None else (request.seed + index) % 2**64,
+                    top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+                    grammar=bounds.grammar,
+                )
+                stream = AnswerStream(
+                    runtime,
+                    await held.enter_async_context(generation),
+                    StopStrings(request.stop or []),
+                    SentLogprobs(text, eos_token_ids) if request.logprobs else None,
+                    bounds.reader(),
+                    len(prompt),
+                    deadline,
+                )
+                nursery.start_soon(_tell, index, stream, channel.clone())
+        yield CompletionStream(len(prompt), count, said)
+
+
+async def _tell(index: int, stream: AnswerStream, channel: trio.MemorySendChannel[_Said]) -> None:
+    """Passes on one answer's pieces to its end, or the error that ended it."""
+    with channel:
+        while True:
+            said: outcome.Maybe[Piece | Ending]
+            try:
+                said = outcome.Value(await stream.next())
+            except Exception as error:
+                said = outcome.Error(error)
+            await channel.send((index, said))
+            if not (isinstance(said, outcome.Value) and isinstance(said.value, Piece)):
+                return
 
 
 @contextmanager

@@ -111,9 +111,11 @@ def make_app(server: Server) -> QuartTrio:
             raise ModelNotFound(f"no model {asked.model!r} here: GET /v1/models names the one there is", "model")
         stream = await held.enter_async_context(open_completion(runtime, asked))
         if not asked.stream:
-            return _json(await whole_answer(stream, server.label))
+            return _json(await whole_answer(stream, server.label, has_logprobs=bool(asked.logprobs)))
         response = Response(content_type="text/event-stream; charset=utf-8", headers={"Cache-Control": "no-cache"})
-        response.response = ServerSentEvents(stream, server.label, asked.has_usage)
+        response.response = ServerSentEvents(
+            stream, server.label, has_usage=asked.has_usage, has_logprobs=bool(asked.logprobs)
+        )
         return response
 
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -12,6 +13,8 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -19,7 +22,7 @@ from pydantic import (
 from runtime.errors import InvalidRequest, MalformedRequest
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 _MOST_TOKENS = 2**31 - 1
 
@@ -34,28 +37,119 @@ class TextPart(_Asked):
     prompt_cache_breakpoint: None = None
 
 
+class CalledFunction(_Asked):
+    name: str
+    arguments: str
+
+    def for_template(self) -> dict[str, Any]:
+        """Templates spell the arguments themselves, and so need the object and not its JSON."""
+        return {"name": self.name, "arguments": json.loads(self.arguments or "{}")}
+
+    @model_validator(mode="after")
+    def _is_json(self) -> CalledFunction:
+        try:
+            arguments = json.loads(self.arguments or "{}")
+        except ValueError:
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise ValueError("arguments must be a JSON object")
+        return self
+
+
+class MadeCall(_Asked):
+    """A call of an earlier turn, as the client sends it back."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(_Asked):
     model_config = ConfigDict(extra="allow")
 
     role: Role
-    content: str | list[TextPart]
+    name: str | None = None
+    tool_calls: list[MadeCall] | None = None
+    tool_call_id: str | None = None
+    content: str | list[TextPart] | None = Field(default=None, validate_default=True)
+
+    @field_validator("content")
+    @classmethod
+    def _is_said(cls, content: object, before: ValidationInfo) -> object:
+        if content is None and not before.data.get("tool_calls"):
+            raise ValueError("only a message with tool_calls may be without content")
+        return content
 
     @model_validator(mode="after")
-    def _no_calls(self) -> ChatMessage:
-        for name in ("tool_calls", "function_call", "audio", "refusal"):
+    def _is_whole(self) -> ChatMessage:
+        for name in ("function_call", "audio", "refusal"):
             if (self.model_extra or {}).get(name):
                 raise ValueError(f"{name} in a message is not supported")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls belong to the assistant's messages")
         return self
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates know it: one string, and `system` for the newer name of that role."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        name = (self.model_extra or {}).get("name")
+        content = self.content or ""
+        calls = [{**call.model_dump(), "function": call.function.for_template()} for call in self.tool_calls or ()]
         return {
             "role": "system" if self.role == "developer" else self.role,
-            "content": content,
-            **({"name": name} if name else {}),
+            "content": content if isinstance(content, str) else "".join(part.text for part in content),
+            **({"name": self.name} if self.name else {}),
+            **({"tool_calls": calls} if calls else {}),
+            **({"tool_call_id": self.tool_call_id} if self.tool_call_id else {}),
         }
+
+
+FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
+class Function(_Asked):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Asked):
+    type: Literal["function"]
+    function: Function
+
+
+class ChosenFunction(_Asked):
+    name: str
+
+
+class ChosenTool(_Asked):
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class JsonSchema(_Asked):
+    name: FunctionName
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Asked):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = Field(default=None, validate_default=True)
+
+    @field_validator("json_schema")
+    @classmethod
+    def _is_there(cls, json_schema: JsonSchema | None, before: ValidationInfo) -> JsonSchema | None:
+        if json_schema is None and before.data.get("type") == "json_schema":
+            raise ValueError("the type json_schema needs one")
+        return json_schema
+
+    @property
+    def schema_of_answers(self) -> dict[str, Any] | None:
+        """None for an answer of any form."""
+        if self.type == "text":
+            return None
+        return self.json_schema.schema_ if self.type == "json_schema" and self.json_schema else {"type": "object"}
 
 
 class StreamOptions(_Asked):
@@ -80,25 +174,18 @@ class CompletionRequest(_Asked):
         "function_call": (),
         "functions": ([],),
         "logit_bias": ({},),
-        "logprobs": (False,),
         "metadata": ({},),
         "modalities": (["text"],),
         "moderation": (),
-        "n": (1,),
-        "parallel_tool_calls": (True, False),
         "prediction": (),
         "presence_penalty": (0,),
         "prompt_cache_key": ("",),
         "prompt_cache_options": (),
         "prompt_cache_retention": (),
         "reasoning_effort": (),
-        "response_format": ({"type": "text"},),
         "safety_identifier": ("",),
         "service_tier": ("auto", "default"),
         "store": (False,),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
-        "top_logprobs": (),
         "verbosity": (),
         "web_search_options": (),
     }
@@ -114,6 +201,13 @@ class CompletionRequest(_Asked):
     stop: Annotated[list[StopString], Field(max_length=4), BeforeValidator(_listed)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    parallel_tool_calls: bool | None = None
     user: str | None = None
     ignore_eos: bool | None = None
 
@@ -143,11 +237,51 @@ class CompletionRequest(_Asked):
             raise InvalidRequest(f"{error.name} is not supported by this server: leave it out", error.name) from None
         except ValidationError as error:
             raise _refusal(error) from None
-        if request.stream_options and not request.stream:
-            raise MalformedRequest("stream_options needs stream to be true", "stream_options")
-        if request.max_tokens and request.max_completion_tokens not in (None, request.max_tokens):
-            raise MalformedRequest("max_tokens is max_completion_tokens by its older name: send one", "max_tokens")
+        request.check_combinations()
         return request
+
+    @property
+    def called_tools(self) -> list[Tool]:
+        """The tools that may be called."""
+        chosen = self.tool_choice
+        if chosen == "none":
+            return []
+        if isinstance(chosen, ChosenTool):
+            return [tool for tool in self.tools or () if tool.function.name == chosen.function.name]
+        return self.tools or []
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, ChosenTool)
+
+    @property
+    def schema_of_answers(self) -> dict[str, Any] | None:
+        """The JSON schema of every answer, if it is to be JSON."""
+        return self.response_format.schema_of_answers if self.response_format else None
+
+    def check_combinations(self) -> None:
+        """Raises InvalidRequest where fields that are right by themselves cannot be honoured together."""
+        if self.stream_options and not self.stream:
+            raise MalformedRequest("stream_options needs stream to be true", "stream_options")
+        if self.max_tokens and self.max_completion_tokens not in (None, self.max_tokens):
+            raise MalformedRequest("max_tokens is max_completion_tokens by its older name: send one", "max_tokens")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise MalformedRequest("top_logprobs needs logprobs to be true", "top_logprobs")
+        if self.logprobs and self.called_tools:
+            raise MalformedRequest("logprobs cannot be had beside tools: send one of them", "logprobs")
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise InvalidRequest("tools must have names of their own", "tools")
+        if self.must_call and not self.called_tools:
+            raise MalformedRequest("tool_choice asks for a tool that tools does not hold", "tool_choice")
+        for name, is_bound in (
+            ("tools", bool(self.called_tools)),
+            ("response_format", self.schema_of_answers is not None),
+        ):
+            if is_bound and self.ignore_eos:
+                raise MalformedRequest(f"{name} needs the end of the turn: leave ignore_eos out", "ignore_eos")
+        if self.called_tools and self.schema_of_answers is not None:
+            raise MalformedRequest("response_format cannot be had beside tools: send one of them", "response_format")
 
 
 class _Unsupported(Exception):
@@ -163,7 +297,11 @@ def _refusal(error: ValidationError) -> InvalidRequest:
     if first["type"] == "json_invalid":
         return MalformedRequest(f"the body is not JSON: {first['msg']}")
     # Places in a union are named after its members too; a client knows only fields and indices.
-    path = [part for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part != "str")]
+    path = [
+        part
+        for part in first["loc"]
+        if isinstance(part, int) or (part[0].islower() and part.isidentifier() and part != "str")
+    ]
     param = ".".join(str(part) for part in path) or None
     return InvalidRequest(f"{param or 'the body'}: {first['msg']}", param)
 
@@ -178,16 +316,49 @@ class Usage(_Answered):
     total_tokens: int
 
 
-class Answer(_Answered):
-    role: Literal["assistant"] = "assistant"
-    content: str
+class TokenLogprob(_Answered):
+    """A token's text and bytes; only some of a character's bytes make no text, and a replacement character stands there."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChoiceLogprobs(_Answered):
+    content: list[ChosenLogprob]
     refusal: None = None
 
 
+class NamedCall(_Answered):
+    name: str
+    arguments: str
+
+
+class AnsweredCall(_Answered):
+    id: str
+    type: Literal["function"] = "function"
+    function: NamedCall
+
+
+class Answer(_Answered):
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+    tool_calls: list[AnsweredCall] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_no_calls(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in fields(self).items() if name != "tool_calls" or value}
+
+
 class Choice(_Answered):
-    index: int = 0
+    index: int
     message: Answer
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason
 
 
@@ -203,9 +374,14 @@ class Completion(_Answered):
     evicted_token_count: int
 
 
+class DeltaCall(AnsweredCall):
+    index: int
+
+
 class Delta(_Answered):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[DeltaCall] | None = None
 
     @model_serializer(mode="wrap")
     def _without_nulls(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -213,9 +389,9 @@ class Delta(_Answered):
 
 
 class ChunkChoice(_Answered):
-    index: int = 0
+    index: int
     delta: Delta
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason | None = None
 
 

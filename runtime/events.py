@@ -55,10 +55,19 @@ class HistoryTruncated:
 
 
 @dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Natural logarithms of the model's own probabilities, whatever the sampling: the token's, and the likeliest ones'."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """One generated token, already part of the history when the next event comes."""
 
     token_id: int
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

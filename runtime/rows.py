@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
-from runtime.events import Sampling
+from runtime.sampling import Draw
 from runtime.slab import Slab
 
 
@@ -16,7 +16,7 @@ class Row:
     slab: Slab
     position: int
     token_id: int
-    draw: Sampling | None = None
+    draw: Draw | None = None
 
 
 @dataclass(frozen=True, slots=True)

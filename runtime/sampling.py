@@ -1,17 +1,50 @@
-"""Drawing tokens: a token is a function of the logits, the seed and its position, and of nothing else."""
+"""Drawing tokens: a token is a function of the logits, what is allowed, the seed and its position, and of nothing else."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime.events import Sampling
+from runtime.events import Logprobs, Sampling, Token
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How one token is drawn, and what is told of it.
+
+    `allowed` is a bit for each token of the tokenizer, from the lowest of 32-bit words up; without it every token may
+    be drawn. With `top_logprobs`, the token comes with its logprob and those of so many likeliest tokens.
+    """
+
+    sampling: Sampling
+    allowed: NDArray[np.int32] | None = None
+    top_logprobs: int | None = None
+
+
+def drawn(logits: Tensor, wanted: Draw, position: int) -> Token:
+    """The token for `position` from its `logits` [vocabulary], float32, as it is `wanted`."""
+    may = logits if wanted.allowed is None else logits.masked_fill(~allowed_tokens(wanted.allowed, logits), -torch.inf)
+    token_id = draw(may, wanted.sampling, position)
+    if wanted.top_logprobs is None:
+        return Token(token_id)
+    logprobs = torch.log_softmax(logits, dim=-1)
+    top = logprobs.topk(wanted.top_logprobs)
+    likeliest = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return Token(token_id, Logprobs(float(logprobs[token_id]), likeliest))
+
+
+def allowed_tokens(allowed: NDArray[np.int32], logits: Tensor) -> Tensor:
+    """The bits `allowed` as bool [vocabulary]; a token that the tokenizer does not have is not allowed."""
+    bits = np.unpackbits(allowed.view(np.uint8), bitorder="little", count=len(logits))
+    return torch.from_numpy(bits.view(np.bool_)).to(logits.device)
 
 
 def draw(logits: Tensor, sampling: Sampling, position: int) -> int:
-    """The token for `position` from its `logits` [vocabulary], float32.
+    """The token id for `position` from its `logits` [vocabulary], float32.
 
     Greedy at temperature 0, else by the Gumbel-max trick (arXiv 1411.0030) with noise keyed by seed and position: the
     same token comes out whoever draws it and whenever.

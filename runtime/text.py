@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
+from llguidance import LLTokenizer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from runtime.errors import MalformedRequest, ModelUnavailable
+from runtime.grammar import Grammar
+
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
 
 # Stands for an answer whose text does not matter.
 _MARK = "\u2234"
@@ -27,6 +33,7 @@ class Text:
         self._backend: Tokenizer = self._tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._special = frozenset(self._tokenizer.all_special_ids)
         self.eos_token_ids = eos_token_ids
 
     @classmethod
@@ -44,13 +51,37 @@ class Text:
             raise ModelUnavailable(f"{directory} has no tokenizer: add the model's tokenizer.json")
         return cls(tokenizer, _eos_token_ids(directory, tokenizer))
 
-    def _apply_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def json_grammar(self, schema: Mapping[str, Any]) -> Grammar:
+        """Answers that are JSON of this schema. Raises InvalidRequest where it is wrong or not supported."""
+        return Grammar.of_json(schema, self._guided)
+
+    def lark_grammar(self, lark: str) -> Grammar:
+        """Answers of a grammar in llguidance's dialect of Lark. Raises InvalidRequest."""
+        return Grammar.of_lark(lark, self._guided)
+
+    @cached_property
+    def _guided(self) -> LLTokenizer:
+        """The tokenizer as grammars know it; the first use takes a second for a large vocabulary."""
+        return LLTokenizer(self._backend.to_str(), eos_token=sorted(self.eos_token_ids))
+
+    def spelling(self, token_id: int) -> bytes:
+        """The bytes of one token, which may be a part of a character. Empty for one that the tokenizer lacks."""
+        return bytes(self._guided.decode_bytes([token_id])) if token_id < self._guided.vocab_size else b""
+
+    def has_special_tokens(self, text: str) -> bool:
+        """Whether some of the text's tokens are special ones, which a detokenizer leaves out."""
+        return not self._special.isdisjoint(self.encode(text))
+
+    def apply_template(self, messages: Messages, tools: Tools = (), *, is_turn_next: bool = True) -> str:
+        """The text of a conversation, up to the assistant's turn if that `is_turn_next`. Raises MalformedRequest."""
         if not self._tokenizer.chat_template:
             raise MalformedRequest(
                 "the model has no chat template: use the gRPC door, which takes token ids", "messages"
             )
         try:
-            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text: str = self._tokenizer.apply_chat_template(
+                messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=is_turn_next
+            )
         except TemplateError as error:
             raise MalformedRequest(f"the chat template refuses these messages: {error}", "messages") from error
         return text
@@ -66,9 +97,9 @@ class Text:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def render(self, messages: Messages, tools: Tools = ()) -> list[int]:
         """The tokens of a conversation, ready for the assistant's turn. Raises MalformedRequest if the template refuses."""
-        return self.encode(self._apply_template(messages))
+        return self.encode(self.apply_template(messages, tools))
 
     def render_next_turn(self, content: str, is_after_eos: bool) -> list[int]:
         """The tokens that take a conversation from the end of the assistant's turn to its next, `content` between them.
@@ -76,7 +107,7 @@ class Text:
         `is_after_eos` says whether the history ends with an end-of-turn token. Raises MalformedRequest.
         """
         before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _MARK}]
-        text = self._apply_template([*before, {"role": "user", "content": content}])
+        text = self.apply_template([*before, {"role": "user", "content": content}])
         rest = text[text.index(_MARK) + len(_MARK) :]
         token_ids = self.encode(rest)
         return token_ids[1:] if is_after_eos and token_ids[0] in self.eos_token_ids else token_ids

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from runtime.errors import InvalidSetting
+from runtime.events import Token
 from runtime.rows import RowBatch
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
@@ -39,7 +40,7 @@ class Engine(Protocol):
         """`count` slabs of this engine's shape."""
         ...
 
-    def forward(self, batch: RowBatch) -> tuple[int, ...]:
+    def forward(self, batch: RowBatch) -> tuple[Token, ...]:
         """Runs at most `row_tile` rows and returns the tokens drawn, one for each row with `draw`, in row order."""
         ...
 

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from runtime.events import Sampling
 from runtime.rows import Row, RowBatch
+from runtime.sampling import Draw
 from runtime.slab import BUCKET_SLOTS, Slab, SlabPool, SlabSpec
 
 # Smallest padding first: fewer rows are wasted on a lone token. What fails is a kernel class of its own for few rows.
 CANDIDATES = ((8, 16, 32), (16, 32), (32,))
 _SMALL_CUT = (1, 1, 2, 3, 5, 8, 12)
 _CUTS_BESIDE_OTHERS = (_SMALL_CUT, (7, 7, 7, 7, 4), (13, 13, 6))
-_GREEDY = Sampling()
+_GREEDY = Draw(Sampling())
 
 
 class LogitsEngine(Protocol):

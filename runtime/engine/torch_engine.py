@@ -22,8 +22,9 @@ from runtime.engine.attention import ATTENTION_NAME, padded, plan_forward, slab_
 from runtime.engine.probe import find_row_sizes
 from runtime.engine.rotary import ExactRotary
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory
+from runtime.events import Token
 from runtime.rows import RowBatch
-from runtime.sampling import draw
+from runtime.sampling import drawn
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
 
@@ -110,12 +111,10 @@ class TorchEngine:
     def new_pool(self, count: int) -> SlabPool:
         return SlabPool(self._spec, count)
 
-    def forward(self, batch: RowBatch) -> tuple[int, ...]:
-        drawn = [row for row in batch.rows if row.draw is not None]
+    def forward(self, batch: RowBatch) -> tuple[Token, ...]:
+        drawing = [(row.draw, row.position) for row in batch.rows if row.draw is not None]
         logits = self.logits(batch)
-        return tuple(
-            draw(line, row.draw, row.position + 1) for row, line in zip(drawn, logits, strict=True) if row.draw
-        )
+        return tuple(drawn(line, draw, position + 1) for (draw, position), line in zip(drawing, logits, strict=True))
 
     @torch.inference_mode()
     def logits(self, batch: RowBatch) -> Tensor:

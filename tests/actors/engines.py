@@ -25,12 +25,14 @@ from runtime import Sampling, Settings, Token
 from runtime.engine import EngineFacts
 from runtime.metrics import Metrics
 from runtime.rows import Row, RowBatch
+from runtime.sampling import Draw
 from runtime.slab import Slab, SlabPool, SlabSpec
 from runtime.state import StateDirectory
 from runtime.text import Text
 
 VOCABULARY = 100
-GREEDY = Sampling()
+_PLAIN = Sampling()
+GREEDY = Draw(_PLAIN)
 
 # Tokens that are never drawn. A row that brings one of them makes the engine err in the way that its name says.
 SKIPS_A_LAYER, GOES_BACK, BREAKS, BREAKS_BADLY, DRAWS_NOTHING = range(90, 95)
@@ -110,7 +112,7 @@ class LedgerEngine:
             self._is_held = False
             self._may_go_on.set()
 
-    def forward(self, batch: RowBatch) -> tuple[int, ...]:
+    def forward(self, batch: RowBatch) -> tuple[Token, ...]:
         assert 0 < len(batch.rows) <= self.spec.row_tile
         self.batches.append(batch)
         self.threads.add(threading.get_ident())
@@ -118,12 +120,12 @@ class LedgerEngine:
         for row in batch.rows:
             self._write(row)
         return tuple(
-            self._draw(row.slab, row.position, row.draw)
+            Token(self._draw(row.slab, row.position, row.draw.sampling))
             for row in batch.rows
             if row.draw is not None and row.token_id != DRAWS_NOTHING
         )
 
-    def continued(self, history: Sequence[int], count: int, sampling: Sampling = GREEDY) -> list[int]:
+    def continued(self, history: Sequence[int], count: int, sampling: Sampling = _PLAIN) -> list[int]:
         """The `count` tokens that follow a history, found without slabs: what the actors must come to."""
         tokens = list(history)
         for _ in range(count):

@@ -33,13 +33,13 @@ def queueing(metrics: Metrics, count: int = 1, longest_wait_s: float = 0) -> Adm
 
 
 async def hold(admission: Admission, until: trio.Event) -> None:
-    async with admission.permit():
+    async with admission.permits():
         await until.wait()
 
 
 async def take(admission: Admission) -> None:
     """Takes a permit and gives it back."""
-    async with admission.permit():
+    async with admission.permits():
         pass
 
 
@@ -47,7 +47,7 @@ async def test_as_many_run_at_once_as_there_are_permits(metrics: Metrics) -> Non
     admission = rejecting(metrics, 3)
     async with AsyncExitStack() as stack:
         for _ in range(3):
-            await stack.enter_async_context(admission.permit())
+            await stack.enter_async_context(admission.permits())
         with pytest.raises(Saturated):
             await take(admission)
 
@@ -63,7 +63,7 @@ async def test_a_permit_is_free_when_its_block_has_failed(metrics: Metrics) -> N
     admission = rejecting(metrics)
 
     async def fail() -> None:
-        async with admission.permit():
+        async with admission.permits():
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -74,7 +74,7 @@ async def test_a_permit_is_free_when_its_block_has_failed(metrics: Metrics) -> N
 async def test_a_permit_is_free_when_its_block_was_cancelled(metrics: Metrics) -> None:
     admission = rejecting(metrics)
     with trio.CancelScope() as leaving:
-        async with admission.permit():
+        async with admission.permits():
             leaving.cancel()
             await trio.sleep_forever()
     await take(admission)
@@ -82,7 +82,7 @@ async def test_a_permit_is_free_when_its_block_was_cancelled(metrics: Metrics) -
 
 async def test_under_reject_nobody_waits(metrics: Metrics) -> None:
     admission = rejecting(metrics)
-    async with admission.permit():
+    async with admission.permits():
         with pytest.raises(Saturated):
             await take(admission)
         assert sample(metrics, "admission_total", result="rejected") == 1
@@ -96,11 +96,11 @@ async def test_under_queue_waiters_are_served_in_the_order_in_which_they_came(
     served: list[int] = []
 
     async def wait(number: int) -> None:
-        async with admission.permit():
+        async with admission.permits():
             served.append(number)
             await trio.lowlevel.checkpoint()
 
-    async with admission.permit():
+    async with admission.permits():
         for number in range(5):
             nursery.start_soon(wait, number)
             await wait_all_tasks_blocked()
@@ -114,21 +114,21 @@ async def test_a_newcomer_does_not_pass_those_who_wait(metrics: Metrics, nursery
     served: list[str] = []
 
     async def wait() -> None:
-        async with admission.permit():
+        async with admission.permits():
             served.append("waiter")
 
-    async with admission.permit():
+    async with admission.permits():
         nursery.start_soon(wait)
         await wait_all_tasks_blocked()
     # In the same step in which the permit was given back.
-    async with admission.permit():
+    async with admission.permits():
         served.append("newcomer")
     assert served == ["waiter", "newcomer"]
 
 
 async def test_a_waiter_is_refused_after_the_longest_wait(metrics: Metrics, autojump_clock: MockClock) -> None:
     admission = queueing(metrics, longest_wait_s=7)
-    async with admission.permit():
+    async with admission.permits():
         began = trio.current_time()
         with pytest.raises(Saturated, match="7 s"):
             await take(admission)
@@ -162,7 +162,7 @@ async def test_a_waiter_that_leaves_is_gone_at_once_and_takes_no_permit(
         with leaving:
             await take(admission)
 
-    async with admission.permit():
+    async with admission.permits():
         nursery.start_soon(wait_and_leave)
         await wait_all_tasks_blocked()
         leaving.cancel()
@@ -215,7 +215,7 @@ def test_no_permit_is_ever_lost_or_made(visits: list[Visit], count: int, policy:
 
         async def stay(visit: Visit) -> None:
             nonlocal running, most_running
-            async with admission.permit():
+            async with admission.permits():
                 running += 1
                 most_running = max(most_running, running)
                 try:
@@ -240,6 +240,6 @@ def test_no_permit_is_ever_lost_or_made(visits: list[Visit], count: int, policy:
         async with AsyncExitStack() as stack:
             for _ in range(count):
                 with trio.fail_after(0):
-                    await stack.enter_async_context(admission.permit())
+                    await stack.enter_async_context(admission.permits())
 
     trio.run(main, clock=MockClock(autojump_threshold=0))

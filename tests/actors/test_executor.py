@@ -16,6 +16,7 @@ from actors.executor import EngineThread, ModelExecutor
 from actors.mailbox import ActorFailed, ActorStopped, Mailbox, open_mailbox
 from actors.messages import Forward, Ran
 from runtime.errors import EngineFailed
+from runtime.events import Token
 from runtime.metrics import Metrics
 from runtime.rows import Row, RowBatch
 from runtime.slab import Slab, SlabPool
@@ -71,6 +72,11 @@ async def open_lab(engine: LedgerEngine, metrics: Metrics) -> AsyncIterator[Lab]
                 finally:
                     engine.open()
             nursery.cancel_scope.cancel()
+
+
+def drawn(engine: LedgerEngine, history: list[int]) -> tuple[Token, ...]:
+    """The token that follows a history."""
+    return (Token(*engine.continued(history, 1)),)
 
 
 def decode(slab: Slab, token_id: int = 1) -> Forward:
@@ -160,8 +166,8 @@ async def test_an_asker_gets_the_tokens_that_its_own_rows_drew(
     messages = [decode(a, 11), Forward((Row(b, 0, 22), Row(b, 1, 33, GREEDY)), is_prefill=True)]
     _, answers = await batch_after_a_held_one(engine, metrics, spare, messages)
     assert answers == {
-        "0": Ran(1, tuple(engine.continued([11], 1))),
-        "1": Ran(2, tuple(engine.continued([22, 33], 1))),
+        "0": Ran(1, drawn(engine, [11])),
+        "1": Ran(2, drawn(engine, [22, 33])),
     }
 
 
@@ -334,7 +340,7 @@ async def test_an_executor_that_is_cancelled_answers_the_forward_under_way_and_t
                 await wait_all_tasks_blocked()
                 assert not answers
             engine.end()
-    assert answers == {"under way": Ran(1, tuple(engine.continued([1], 1))), "waits": ActorStopped}
+    assert answers == {"under way": Ran(1, drawn(engine, [1])), "waits": ActorStopped}
 
 
 async def test_every_call_of_the_engine_runs_on_one_thread_of_its_own(

@@ -31,7 +31,7 @@ OWNED: dict[str, dict[str, set[str]]] = {
         "ids to sessions": {"_entries"},
         "slab pools": {"_long_lived", "_completions"},
     },
-    "Admission": {"permits": {"_permits"}, "FIFO of waiters": {"_permits"}},
+    "Admission": {"permits": {"_permits"}, "FIFO of waiters": {"_permits", "_line"}},
 }
 # Not state that anyone could want: how a session came to its end, and what Admission reads from its settings.
 INCIDENTAL = {"Session": {"_ending"}, "Admission": {"_longest_wait_s", "_results"}}

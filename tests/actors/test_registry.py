@@ -154,7 +154,7 @@ class TestCapacity:
             async with runtime.completion((), Overflow.ERROR) as completion:
                 await runtime.create_session()
                 assert not await is_alive(session)
-                assert await is_alive(completion)
+                assert await is_alive(completion.session)
 
 
 class TestTimeToLive:
@@ -219,11 +219,11 @@ class TestTimeToLive:
             assert await is_alive(session)
 
     async def test_a_completion_never_grows_old(self, engine: LedgerEngine, mock_clock: MockClock) -> None:
-        async with open_lab(engine, idle_ttl_s=10) as runtime, runtime.completion((), Overflow.ERROR) as session:
+        async with open_lab(engine, idle_ttl_s=10) as runtime, runtime.completion((), Overflow.ERROR) as completion:
             await wait_all_tasks_blocked()
             mock_clock.jump(1000)
             await wait_all_tasks_blocked()
-            assert await is_alive(session)
+            assert await is_alive(completion.session)
 
 
 class TestSlabs:

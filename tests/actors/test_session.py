@@ -252,7 +252,7 @@ class TestGenerate:
                 session = await runtime.create_session()
                 await session.append([1, 2, 3])
                 await generated(session, 1, temperature=1.0)
-        seeds = [row.draw.seed for batch in engine.batches for row in batch.rows if row.draw]
+        seeds = [row.draw.sampling.seed for batch in engine.batches for row in batch.rows if row.draw]
         assert len(set(seeds)) == 2
 
     async def test_says_first_and_once_how_many_tokens_are_out_of_sight(self, engine: LedgerEngine) -> None:

@@ -28,6 +28,7 @@ from runtime.errors import (
 )
 from runtime.metrics import Metrics
 from runtime.rows import Row, RowBatch
+from runtime.sampling import Draw
 from tests.actors.conftest import SEEDLING
 from tests.actors.engines import (
     BREAKS,
@@ -232,8 +233,8 @@ class TestAFailureOfTheEngine:
 
     async def test_ends_a_completion(self, engine: LedgerEngine) -> None:
         async def fail() -> None:
-            async with open_lab(engine) as runtime, runtime.completion((), Overflow.ERROR) as session:
-                await session.append([BREAKS])
+            async with open_lab(engine) as runtime, runtime.completion((), Overflow.ERROR) as completion:
+                await completion.session.append([BREAKS])
 
         with pytest.raises(EngineFailed):
             await fail()
@@ -246,9 +247,9 @@ async def append_and_generate(runtime: Runtime, token_id: int) -> None:
 
 
 async def complete(runtime: Runtime, prompt: list[int], max_tokens: int = 3) -> list[int]:
-    async with runtime.completion((), Overflow.ERROR) as session:
-        await session.append(prompt)
-        return await generated(session, max_tokens)
+    async with runtime.completion((), Overflow.ERROR) as completion:
+        await completion.session.append(prompt)
+        return await generated(completion.session, max_tokens)
 
 
 @contextmanager
@@ -270,9 +271,9 @@ class TestACompletion:
 
     async def test_frees_permit_and_slab_when_its_block_fails(self, engine: LedgerEngine) -> None:
         async def stop_in_a_generation(runtime: Runtime) -> None:
-            async with runtime.completion((), Overflow.ERROR) as session:
-                await session.append([1, 2, 3])
-                async with session.generate(100) as events:
+            async with runtime.completion((), Overflow.ERROR) as completion:
+                await completion.session.append([1, 2, 3])
+                async with completion.session.generate(100) as events:
                     await anext(events)
                     raise Stop
 
@@ -291,8 +292,8 @@ class TestACompletion:
         async with open_lab(engine, max_concurrent=1) as runtime:
             for _ in range(5):
                 with nothing_leaks(runtime):
-                    async with runtime.completion((), Overflow.ERROR) as session:
-                        await session.close()
+                    async with runtime.completion((), Overflow.ERROR) as completion:
+                        await completion.session.close()
 
     async def test_frees_permit_and_slab_wherever_it_is_cancelled(self, engine: LedgerEngine) -> None:
         async def cancel_after(passes: int, scope: trio.CancelScope) -> None:
@@ -362,8 +363,10 @@ def one_row_at_a_time(engine: Engine, sampling: Sampling) -> list[int]:
     slab = engine.new_pool(1).acquire()
     history = list(PROMPT)
     for position in range(len(PROMPT) + 39):
-        draw = sampling if position == len(history) - 1 else None
-        history += engine.forward(RowBatch((Row(slab, position, history[position], draw),)))
+        draw = Draw(sampling) if position == len(history) - 1 else None
+        history += [
+            token.token_id for token in engine.forward(RowBatch((Row(slab, position, history[position], draw),)))
+        ]
     return history[len(PROMPT) :]
 
 

@@ -278,6 +278,15 @@ def with_content(content: object) -> dict[str, object]:
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALLED = {"name": "f", "arguments": "{}"}
+CALL = {"id": "1", "type": "function", "function": CALLED}
+
+
+def with_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}
+
+
 @pytest.mark.parametrize(
     ("wrong", "param"),
     [
@@ -324,6 +333,28 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}
         ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
         ({"user": 5}, "user"),
         ({"ignore_eos": "yes"}, "ignore_eos"),
+        ({"n": 0}, "n"),
+        ({"n": 5}, "n"),
+        ({"n": 1.5}, "n"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format.json_schema.schema",
+        ),
+        (with_schema({"type": "nothing"}), "response_format"),
+        (with_schema({"$ref": "#/nowhere"}), "response_format"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tool_choice": "always"}, "tool_choice"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [CALL | {"function": CALLED | {"arguments": "{"}}]}]},
+            "messages.0.tool_calls.0.function",
+        ),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -346,6 +377,7 @@ def test_a_field_that_has_to_be_there_is_named_when_it_is_missing(plain: ServerP
 SUPPORTED = {
     *("messages", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream"),
     *("stream_options", "n", "logprobs", "top_logprobs", "user"),
+    *("response_format", "tools", "tool_choice", "parallel_tool_calls"),
 }
 NOT_SUPPORTED = sorted(set(CompletionCreateParamsStreaming.__annotations__) - SUPPORTED)
 
@@ -366,7 +398,7 @@ def test_a_field_that_openai_defines_and_this_server_does_not_have_is_refused_by
     [
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "include_obfuscation"),
         (with_content([{"type": "text", "text": "a", "prompt_cache_breakpoint": {"a": 1}}]), "prompt_cache_breakpoint"),
-        ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}]}, "tool_calls"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]}, "tool_calls"),
         ({"messages": [{"role": "assistant", "content": "a", "function_call": {"name": "f"}}]}, "function_call"),
         ({"messages": [{"role": "assistant", "content": "a", "audio": {"id": "1"}}]}, "audio"),
         ({"messages": [{"role": "assistant", "content": "a", "refusal": "No."}]}, "refusal"),
@@ -420,6 +452,15 @@ def test_a_field_that_openai_does_not_define_is_ignored(plain: ServerProcess) ->
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"logprobs": False, "top_logprobs": 1}, "top_logprobs"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [TOOL]}, "tool_choice"),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [TOOL], "logprobs": True}, "logprobs"),
+        ({"tools": [TOOL], "ignore_eos": True}, "ignore_eos"),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
+        ({"tools": [TOOL]}, "tools"),
     ],
 )
 def test_a_combination_that_cannot_be_honoured_is_a_bad_request(plain: ServerProcess, both: Any, param: str) -> None:

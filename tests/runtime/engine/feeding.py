@@ -12,10 +12,11 @@ from torch import Tensor
 from runtime.engine.torch_engine import TorchEngine
 from runtime.events import Sampling
 from runtime.rows import Row, RowBatch
+from runtime.sampling import Draw
 from runtime.settings import Settings
 from runtime.slab import Slab
 
-GREEDY = Sampling()
+GREEDY = Draw(Sampling())
 
 
 @cache
@@ -82,7 +83,7 @@ def batches(
     cuts: Iterable[int],
     start: int = 0,
     neighbours: BusyNeighbours | None = None,
-    sampling: Sampling = GREEDY,
+    draw: Draw = GREEDY,
 ) -> Iterator[RowBatch]:
     """Forwards that bring `tokens` into `slab` from position `start` on, cut by `cuts`; every row draws."""
     at = 0
@@ -90,7 +91,7 @@ def batches(
         if at == len(tokens):
             return
         rows = tuple(
-            Row(slab, start + at + offset, token, sampling) for offset, token in enumerate(tokens[at : at + length])
+            Row(slab, start + at + offset, token, draw) for offset, token in enumerate(tokens[at : at + length])
         )
         yield neighbours.join(rows) if neighbours else RowBatch(rows)
         at += len(rows)

@@ -14,6 +14,7 @@ from transformers import Qwen3Config
 from runtime.engine.torch_engine import TorchEngine
 from runtime.events import Sampling
 from runtime.rows import Row, RowBatch
+from runtime.sampling import Draw
 from runtime.slab import BUCKET_SLOTS
 from tests.conftest import save_random_model
 from tests.runtime.engine.feeding import (
@@ -27,7 +28,7 @@ from tests.runtime.engine.feeding import (
 )
 
 NEIGHBOURS = 7
-SAMPLED = Sampling(temperature=0.8, top_p=0.95, top_k=50, seed=2**63 + 11)
+SAMPLED = Draw(Sampling(temperature=0.8, top_p=0.95, top_k=50, seed=2**63 + 11))
 # The shape of attention in Qwen3-0.6B; all else is small.
 HEADS_OF_06B = Qwen3Config(
     vocab_size=1024,
@@ -129,27 +130,25 @@ def test_logits_are_the_same_bits_whichever_other_rows_need_theirs(case: Case) -
 
 
 def generated(
-    case: Case, sampling: Sampling, cuts: Iterable[int], neighbours: BusyNeighbours | None, length: int = 12
+    case: Case, draw: Draw, cuts: Iterable[int], neighbours: BusyNeighbours | None, length: int = 12
 ) -> list[int]:
     """What a session generates after its history was fed by `cuts`."""
     slab = case.engine.new_pool(1).acquire()
     history = list(case.tokens)
-    for batch in batches(slab, history[:-1], cuts, neighbours=neighbours, sampling=sampling):
+    for batch in batches(slab, history[:-1], cuts, neighbours=neighbours, draw=draw):
         case.engine.forward(batch)
     while len(history) < len(case.tokens) + length:
-        rows = (Row(slab, len(history) - 1, history[-1], sampling),)
+        rows = (Row(slab, len(history) - 1, history[-1], draw),)
         batch = neighbours.join(rows) if neighbours else RowBatch(rows)
         drawn = case.engine.forward(batch)
-        history.append(drawn[batch.rows.index(rows[0])])
+        history.append(drawn[batch.rows.index(rows[0])].token_id)
     return history[len(case.tokens) :]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_tokens_are_the_same_however_the_history_was_cut_and_whoever_runs_beside(
-    case: Case, sampling: Sampling
-) -> None:
-    alone = generated(case, sampling, repeat(32), None)
-    beside = generated(case, sampling, random_cut(20, seed=5), BusyNeighbours(case.engine, NEIGHBOURS, seed=6))
+@pytest.mark.parametrize("draw", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_tokens_are_the_same_however_the_history_was_cut_and_whoever_runs_beside(case: Case, draw: Draw) -> None:
+    alone = generated(case, draw, repeat(32), None)
+    beside = generated(case, draw, random_cut(20, seed=5), BusyNeighbours(case.engine, NEIGHBOURS, seed=6))
 
     assert beside == alone
 

@@ -14,6 +14,7 @@ from runtime.engine import load_engine
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory, StartError
 from runtime.events import Sampling
 from runtime.rows import Row, RowBatch
+from runtime.sampling import Draw, draw
 from runtime.settings import Settings
 from runtime.text import Text
 from tests.conftest import SMALL, SMALL_CONFIGS, save_random_model
@@ -128,7 +129,7 @@ def test_seedling_says_what_transformers_own_generate_says(seedling: Path, quest
     feed(engine, slab, prompt[:-1])
     history = list(prompt)
     while len(history) < len(prompt) + len(expected):
-        history += engine.forward(RowBatch((Row(slab, len(history) - 1, history[-1], GREEDY),)))
+        history.append(engine.forward(RowBatch((Row(slab, len(history) - 1, history[-1], GREEDY),)))[0].token_id)
 
     assert history[len(prompt) :] == expected
 
@@ -175,7 +176,6 @@ def test_rows_that_draw_nothing_fill_the_slab_and_give_no_token(small_models: Ma
 
 
 def test_a_drawn_token_is_the_one_for_the_next_position(small_models: Mapping[str, Path]) -> None:
-    from runtime.sampling import draw
 
     engine = load(small_models["qwen3"])
     pool = engine.new_pool(2)
@@ -184,9 +184,9 @@ def test_a_drawn_token_is_the_one_for_the_next_position(small_models: Mapping[st
     logits = feed(engine, pool.acquire(), tokens)
     slab = pool.acquire()
 
-    drawn = engine.forward(RowBatch(tuple(Row(slab, at, token, sampling) for at, token in enumerate(tokens))))
+    drawn = engine.forward(RowBatch(tuple(Row(slab, at, token, Draw(sampling)) for at, token in enumerate(tokens))))
 
-    assert drawn == tuple(draw(line, sampling, at + 1) for at, line in enumerate(logits))
+    assert [token.token_id for token in drawn] == [draw(line, sampling, at + 1) for at, line in enumerate(logits)]
 
 
 def test_a_rewritten_tile_leaves_no_trace_of_what_it_replaces(small_models: Mapping[str, Path]) -> None:

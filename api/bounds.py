@@ -1,0 +1,60 @@
+"""What binds the form of an answer: a JSON schema, or tools that may or must be called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from api.schemas import CompletionRequest, Tool
+from runtime.errors import InvalidRequest
+from runtime.grammar import Grammar
+from runtime.text import Text
+from runtime.tools import CallForm, CallReader
+
+_ANY_OBJECT = {"type": "object"}
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The tools that the template is to show, the grammar of every answer, and the form of calls in it."""
+
+    tools: Sequence[dict[str, Any]] = ()
+    grammar: Grammar | None = None
+    form: CallForm | None = None
+
+    @classmethod
+    def of(cls, request: CompletionRequest, text: Text) -> Bounds:
+        """Raises InvalidRequest where a schema cannot be followed, or the model's template knows no tools."""
+        if tools := request.called_tools:
+            form = CallForm.of_template(text)
+            called = [{"name": tool.function.name, "parameters": _parameters(tool)} for tool in tools]
+            with _blaming("tools"):
+                grammar = form.grammar(
+                    text,
+                    called,
+                    is_required=request.must_call,
+                    is_parallel=request.parallel_tool_calls is not False,
+                )
+            return cls([tool.model_dump(exclude_none=True) for tool in request.tools or ()], grammar, form)
+        if (schema := request.schema_of_answers) is not None:
+            with _blaming("response_format"):
+                return cls(grammar=text.json_grammar(schema))
+        return cls()
+
+    def reader(self) -> CallReader | None:
+        return self.form.reader() if self.form else None
+
+
+def _parameters(tool: Tool) -> dict[str, Any]:
+    return tool.function.parameters or _ANY_OBJECT
+
+
+@contextmanager
+def _blaming(param: str) -> Iterator[None]:
+    """Names the field whose schema cannot be followed."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{param}: {error}", error.param or param) from error

@@ -1,0 +1,53 @@
+"""Logprobs of the tokens whose text was sent: nothing of a stop string gets out by them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Set
+
+from api.schemas import ChosenLogprob, TokenLogprob
+from runtime.events import Token
+from runtime.text import Text
+
+# What OpenAI's own service says of a token that is as good as impossible; JSON has no infinity.
+_LEAST = -9999.0
+
+
+class SentLogprobs:
+    """Holds a token's logprob back until the last character that the token is a part of has been sent."""
+
+    def __init__(self, text: Text, eos_token_ids: Set[int]) -> None:
+        self._text = text
+        self._eos_token_ids = eos_token_ids
+        self._spelt = self._sent = 0  # Characters that have come, and that were sent.
+        self._in_a_character: list[ChosenLogprob] = []
+        self._waiting: deque[tuple[int, ChosenLogprob]] = deque()
+
+    def feed(self, token: Token, text: str) -> None:
+        """Takes a token and the text that is complete with it. The token that ends a turn is no part of the answer."""
+        if token.logprobs is None or token.token_id in self._eos_token_ids:
+            return
+        top = [self._spelled(token_id, logprob) for token_id, logprob in token.logprobs.top]
+        chosen = self._spelled(token.token_id, token.logprobs.chosen)
+        self._in_a_character.append(ChosenLogprob(**chosen.model_dump(), top_logprobs=top))
+        if text:
+            self._spelt += len(text)
+            self._settle()
+
+    def sent(self, text: str, *, is_last: bool) -> tuple[ChosenLogprob, ...]:
+        """The logprobs of tokens that are sent to their end with this text, after which `is_last` says no more comes."""
+        self._sent += len(text)
+        if is_last:
+            self._settle()
+        ready = []
+        while self._waiting and self._waiting[0][0] <= self._sent:
+            ready.append(self._waiting.popleft()[1])
+        return tuple(ready)
+
+    def _settle(self) -> None:
+        self._waiting += [(self._spelt, logprob) for logprob in self._in_a_character]
+        self._in_a_character = []
+
+    def _spelled(self, token_id: int, logprob: float) -> TokenLogprob:
+        spelling = self._text.spelling(token_id)
+        return TokenLogprob(token=spelling.decode(errors="replace"), logprob=max(logprob, _LEAST), bytes=list(spelling))

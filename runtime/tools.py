@@ -1,0 +1,185 @@
+"""Tool calls: how a chat template spells them, the grammar of text with calls in it, and a reader that finds them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.errors import MalformedRequest
+from runtime.grammar import Grammar, json_rule
+from runtime.text import Text
+
+_NAME, _KEY = "perennial_name", "perennial_key"
+_TOOL = {"type": "function", "function": {"name": "other", "description": "-", "parameters": {"type": "object"}}}
+_CALL = {"id": "123456789", "type": "function", "function": {"name": _NAME, "arguments": {_KEY: 1}}}
+_USER = {"role": "user", "content": "-"}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call; `arguments` is a JSON object as the model spelled it."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """A call is `opening before_name NAME before_arguments {...} after_arguments`, and `between` stands between two."""
+
+    opening: str
+    before_name: str
+    before_arguments: str
+    after_arguments: str
+    between: str
+
+    @classmethod
+    def of_template(cls, text: Text) -> CallForm:
+        """The form in which the model's own template writes a call down. Raises MalformedRequest if it has none."""
+        plain = text.apply_template([_USER])
+        asked = text.apply_template([_USER], [_TOOL])
+        if plain == asked:
+            raise MalformedRequest(
+                "the model's chat template knows no tools: leave them out, or load another model", "tools"
+            )
+        once = _spoken(text, asked, 1)
+        begin, end = _object(once)
+        called = once[begin:end]
+        opening, rest = once[:begin], once[end:]
+        for token_id in text.eos_token_ids:
+            rest = rest.partition(text.spelling(token_id).decode(errors="replace"))[0]
+        between = ""
+        try:
+            twice = _spoken(text, asked, 2)
+        except MalformedRequest:
+            pass  # Some templates write down one call a turn.
+        else:
+            # What stands before a second call is the opening without what a template writes at a turn's beginning.
+            after = twice[end:]
+            gap = after[: _object(after)[0]].removeprefix(rest)
+            opening = gap.lstrip() or opening
+            between = gap.removesuffix(opening)
+        before_name, _, after_name = called.partition(_NAME)
+        at = after_name.find("{")
+        if at < 0 or _KEY not in after_name:
+            raise _unknown()
+        length = json.JSONDecoder().raw_decode(after_name, at)[1]
+        if any(text.has_special_tokens(part) for part in (opening, rest)):
+            raise _unknown()
+        return cls(opening, before_name, after_name[:at], after_name[length:] + rest, between)
+
+    def grammar(
+        self, text: Text, tools: Sequence[Mapping[str, Any]], *, is_required: bool, is_parallel: bool
+    ) -> Grammar:
+        """Calls of `tools` (name and schema of the arguments in each), after free text unless `is_required`.
+
+        Raises InvalidRequest where a schema is wrong or not supported.
+        """
+        trigger = self.opening.strip() or self.before_name
+        rest = (self.opening + self.before_name).partition(trigger)[2]
+        lines = [
+            r"TEXT: /(.|\n)*/",
+            f"head[lazy]: TEXT {json.dumps(trigger)}",
+            f"free: head {_literal(rest)} body",
+            f"call: {_literal(self.opening + self.before_name)} body",
+            "body: " + " | ".join(f"tool_{index}" for index in range(len(tools))),
+        ]
+        for index, tool in enumerate(tools):
+            lines += [
+                f"tool_{index}: {json.dumps(tool['name'] + self.before_arguments)} args_{index} "
+                f"{_literal(self.after_arguments)}",
+                f"args_{index}: {json_rule(tool['parameters'])}",
+            ]
+        if is_required:
+            start = f"call ({_literal(self.between)} call)*" if is_parallel else "call"
+        else:
+            start = "free* TEXT" if is_parallel else "TEXT | free"
+        return text.lark_grammar("\n".join([f"start: {start}", *lines]))
+
+    def reader(self) -> CallReader:
+        return CallReader(self)
+
+
+class CallReader:
+    """Tells calls from the text around them as both come in pieces; no part of a call is given out as text."""
+
+    def __init__(self, form: CallForm) -> None:
+        self._form = form
+        self._head = form.opening + form.before_name
+        self._held = ""
+        self._has_called = False
+
+    def feed(self, text: str) -> Iterator[str | Call]:
+        """Text that is no part of a call, and calls that are whole, now that `text` has come."""
+        self._held += text
+        while True:
+            at = self._held.find(self._head)
+            if at < 0:
+                keep = next(n for n in range(len(self._head), -1, -1) if self._held.endswith(self._head[:n]))
+                at = len(self._held) - keep
+                yield from self._text(self._held[:at])
+                self._held = self._held[at:]
+                return
+            yield from self._text(self._held[:at])
+            self._held = self._held[at:]
+            call = self._call()
+            if call is None:
+                return
+            self._has_called = True
+            yield call
+
+    def end(self) -> str:
+        """What was held back: the beginning of a call that did not come to its end."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _text(self, text: str) -> Iterator[str]:
+        # Between calls templates write whitespace that is not the assistant's.
+        if text and not (self._has_called and text.isspace()):
+            yield text
+
+    def _call(self) -> Call | None:
+        """The call that the held text begins with, taken from it, if it is whole."""
+        name, found, rest = self._held[len(self._head) :].partition(self._form.before_arguments)
+        if not found or self._form.after_arguments not in rest:
+            return None
+        try:
+            length = json.JSONDecoder().raw_decode(rest)[1]
+        except ValueError:
+            return None
+        if not rest.startswith(self._form.after_arguments, length):
+            return None
+        self._held = rest[length + len(self._form.after_arguments) :]
+        return Call(name, rest[:length])
+
+
+def _spoken(text: Text, asked: str, count: int) -> str:
+    """What the assistant says who makes `count` calls after `asked`."""
+    turn = {"role": "assistant", "content": "", "tool_calls": [_CALL] * count}
+    whole = text.apply_template([_USER, turn], [_TOOL], is_turn_next=False)
+    if not whole.startswith(asked) or whole.count(_NAME) != count:
+        raise _unknown()
+    return whole[len(asked) :]
+
+
+def _object(text: str) -> tuple[int, int]:
+    """Where the first JSON object that names the call begins and ends."""
+    decoder = json.JSONDecoder()
+    for at in (index for index, letter in enumerate(text) if letter == "{"):
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and _NAME in value.values():
+            return at, end
+    raise _unknown()
+
+
+def _unknown() -> MalformedRequest:
+    return MalformedRequest("the model's chat template writes tool calls in a way that is not supported", "tools")
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text) if text else ""
