@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -25,6 +26,7 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 _MOST_TOKENS = 2**31 - 1
+_FIELD = re.compile(r"[a-z]\w*")
 
 
 class _Asked(BaseModel):
@@ -297,11 +299,7 @@ def _refusal(error: ValidationError) -> InvalidRequest:
     if first["type"] == "json_invalid":
         return MalformedRequest(f"the body is not JSON: {first['msg']}")
     # Places in a union are named after its members too; a client knows only fields and indices.
-    path = [
-        part
-        for part in first["loc"]
-        if isinstance(part, int) or (part[0].islower() and part.isidentifier() and part != "str")
-    ]
+    path = [part for part in first["loc"] if isinstance(part, int) or (_FIELD.fullmatch(part) and part != "str")]
     param = ".".join(str(part) for part in path) or None
     return InvalidRequest(f"{param or 'the body'}: {first['msg']}", param)
 
