@@ -10,6 +10,7 @@
 Asks go from a door to a session and from a session to the executor, never back, so nothing waits in a circle.
 """
 
-from actors.tree import Events, Runtime, SessionHandle, open_runtime
+from actors.handles import Events, SessionHandle
+from actors.tree import Runtime, open_runtime
 
 __all__ = ["Events", "Runtime", "SessionHandle", "open_runtime"]

@@ -13,7 +13,8 @@ from runtime.grammar import Grammar
 from runtime.text import Text
 from runtime.tools import CallForm, CallReader
 
-_ANY_OBJECT = {"type": "object"}
+# A function without parameters takes none, says OpenAI.
+_NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Bounds:
 
 
 def _parameters(tool: Tool) -> dict[str, Any]:
-    return tool.function.parameters or _ANY_OBJECT
+    return tool.function.parameters or _NO_ARGUMENTS
 
 
 @contextmanager

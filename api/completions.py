@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import outcome
 import trio
 
-from actors import Events, Runtime
+from actors import Events, Runtime, SessionHandle
 from actors.nursery import open_nursery
 from api.bounds import Bounds
 from api.logprobs import SentLogprobs
@@ -17,8 +17,7 @@ from api.schemas import ChosenLogprob, CompletionRequest, FinishReason, Usage
 from api.stop_strings import StopStrings
 from runtime.errors import DeadlineExceeded
 from runtime.events import Done, HistoryTruncated, Overflow, StopReason, Token
-from runtime.text import Detokenizer
-from runtime.tools import Call, CallReader
+from runtime.tools import Call
 
 # What OpenAI's own service draws with when a request names none.
 _DEFAULT_TEMPERATURE = 1.0
@@ -42,35 +41,37 @@ class Ending:
     evicted_token_count: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What all answers to one prompt share."""
+
+    runtime: Runtime
+    request: CompletionRequest
+    bounds: Bounds
+    eos_token_ids: frozenset[int]
+    prompt_tokens: int
+    deadline: float
+
+
 class AnswerStream:
     """One answer as it is generated, piece by piece, then its Ending."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        events: Events,
-        stops: StopStrings,
-        logprobs: SentLogprobs | None,
-        reader: CallReader | None,
-        prompt_tokens: int,
-        deadline: float,
-    ) -> None:
-        self._runtime = runtime
+    def __init__(self, question: _Question, events: Events) -> None:
+        request, text = question.request, question.runtime.text
+        self._question = question
         self._events = events
-        self._stops = stops
-        self._logprobs = logprobs
-        self._reader = reader
-        self._detokenizer: Detokenizer = runtime.text.detokenizer()
-        self._prompt_tokens = prompt_tokens
+        self._stops = StopStrings(request.stop or [])
+        self._logprobs = SentLogprobs(text, question.eos_token_ids) if request.logprobs else None
+        self._reader = question.bounds.reader()
+        self._detokenizer = text.detokenizer()
         self._completion_tokens = 0
         self._has_called = False
-        self._deadline = deadline
         self._ending: Ending | None = None
 
     async def next(self) -> Piece | Ending:
         """What comes next, never an empty piece. Raises DeadlineExceeded."""
         while self._ending is None:
-            with _deadline(self._deadline, self._runtime):
+            with _deadline(self._question.deadline, self._question.runtime):
                 event = await anext(self._events)
             match event:
                 case Token():
@@ -88,7 +89,7 @@ class AnswerStream:
                     continue
             if piece != Piece():
                 return piece
-        self._runtime.metrics.completions_total.labels(self._ending.finish_reason).inc()
+        self._question.runtime.metrics.completions_total.labels(self._ending.finish_reason).inc()
         return self._ending
 
     def _piece(self, text: str, *, is_last: bool = False) -> Piece:
@@ -101,10 +102,11 @@ class AnswerStream:
         return Piece("".join(one for one in said if isinstance(one, str)), calls)
 
     def _end(self, finish_reason: FinishReason) -> Ending:
-        total = self._prompt_tokens + self._completion_tokens
         if self._has_called and finish_reason == "stop":
             finish_reason = "tool_calls"
-        return Ending(finish_reason, self._completion_tokens, max(0, total - self._runtime.facts.slab.visible))
+        total = self._question.prompt_tokens + self._completion_tokens
+        visible = self._question.runtime.facts.slab.visible
+        return Ending(finish_reason, self._completion_tokens, max(0, total - visible))
 
 
 class CompletionStream:
@@ -142,64 +144,67 @@ _Said = tuple[int, outcome.Maybe[Piece | Ending]]
 
 @asynccontextmanager
 async def open_completion(runtime: Runtime, request: CompletionRequest) -> AsyncIterator[CompletionStream]:
-    """The stream of a completion whose prompt has been read. Permits and slabs are free again when the block ends.
+    """The stream of a completion whose prompt has been read.
 
-    Raises Saturated, InvalidRequest, SlabOverflow, DeadlineExceeded.
+    Permits and slabs are free again once the stream has ended, so that who has the whole answer may ask for the next,
+    or when the block ends. Raises Saturated, InvalidRequest, SlabOverflow, DeadlineExceeded.
     """
+    async with open_nursery() as nursery:
+        yield await nursery.start(_complete, runtime, request)
+        nursery.cancel_scope.cancel()
+
+
+async def _complete(
+    runtime: Runtime, request: CompletionRequest, *, task_status: trio.TaskStatus[CompletionStream]
+) -> None:
     settings = runtime.settings
     text = runtime.text
     overflow = Overflow.ERROR if settings.http_overflow == "error" else Overflow.EVICT
     eos_token_ids = frozenset() if request.ignore_eos else text.eos_token_ids
     count = request.n or 1
-    async with runtime.completion(eos_token_ids, overflow, count) as completion, AsyncExitStack() as held:
-        deadline = trio.current_time() + settings.request_timeout_s
-        with _deadline(deadline, runtime):
-            # Megabytes of prompt take seconds to tokenise, and some grammars to compile.
-            bounds = await trio.to_thread.run_sync(Bounds.of, request, text)
-            messages = [message.for_template() for message in request.messages]
-            prompt = await trio.to_thread.run_sync(text.render, messages, bounds.tools)
-            await completion.session.append(prompt)
-            sessions = await completion.fork()
-        channel, said = trio.open_memory_channel[_Said](0)
-        nursery = await held.enter_async_context(open_nursery())
-        held.callback(nursery.cancel_scope.cancel)
-        with channel:
-            for index, session in enumerate(sessions):
-                generation = session.generate(
-                    request.max_completion_tokens or request.max_tokens or settings.default_max_tokens,
-                    temperature=_DEFAULT_TEMPERATURE if request.temperature is None else request.temperature,
-                    top_p=1.0 if request.top_p is None else request.top_p,
-                    top_k=request.top_k or 0,
-                    # Answers to one prompt are to differ, and the first is the one that would come alone.
-                    seed=None if request.seed is None else (request.seed + index) % 2**64,
-                    top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-                    grammar=bounds.grammar,
-                )
-                stream = AnswerStream(
-                    runtime,
-                    await held.enter_async_context(generation),
-                    StopStrings(request.stop or []),
-                    SentLogprobs(text, eos_token_ids) if request.logprobs else None,
-                    bounds.reader(),
-                    len(prompt),
-                    deadline,
-                )
-                nursery.start_soon(_tell, index, stream, channel.clone())
-        yield CompletionStream(len(prompt), count, said)
-
-
-async def _tell(index: int, stream: AnswerStream, channel: trio.MemorySendChannel[_Said]) -> None:
-    """Passes on one answer's pieces to its end, or the error that ended it."""
+    channel, said = trio.open_memory_channel[_Said](0)
     with channel:
-        while True:
-            said: outcome.Maybe[Piece | Ending]
-            try:
-                said = outcome.Value(await stream.next())
-            except Exception as error:
-                said = outcome.Error(error)
-            await channel.send((index, said))
-            if not (isinstance(said, outcome.Value) and isinstance(said.value, Piece)):
-                return
+        async with runtime.completion(eos_token_ids, overflow, count) as completion:
+            deadline = trio.current_time() + settings.request_timeout_s
+            with _deadline(deadline, runtime):
+                # Megabytes of prompt take seconds to tokenise, and some grammars to compile.
+                bounds = await trio.to_thread.run_sync(Bounds.of, request, text)
+                messages = [message.for_template() for message in request.messages]
+                prompt = await trio.to_thread.run_sync(text.render, messages, bounds.tools)
+                await completion.session.append(prompt)
+                sessions = await completion.fork()
+            question = _Question(runtime, request, bounds, eos_token_ids, len(prompt), deadline)
+            async with open_nursery() as answering:
+                for index, session in enumerate(sessions):
+                    answering.start_soon(_answer, question, index, session, channel)
+                task_status.started(CompletionStream(len(prompt), count, said))
+
+
+async def _answer(
+    question: _Question, index: int, session: SessionHandle, channel: trio.MemorySendChannel[_Said]
+) -> None:
+    """Passes on one answer's pieces and its ending, or the error that ended it."""
+    request = question.request
+    generation = session.generate(
+        request.max_completion_tokens or request.max_tokens or question.runtime.settings.default_max_tokens,
+        temperature=_DEFAULT_TEMPERATURE if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        top_k=request.top_k or 0,
+        # Answers to one prompt are to differ, and the first is the one that would come alone.
+        seed=None if request.seed is None else (request.seed + index) % 2**64,
+        top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        grammar=question.bounds.grammar,
+    )
+    last: outcome.Maybe[Piece | Ending]
+    try:
+        async with generation as events:
+            stream = AnswerStream(question, events)
+            while isinstance(piece := await stream.next(), Piece):
+                await channel.send((index, outcome.Value(piece)))
+        last = outcome.Value(piece)
+    except Exception as error:
+        last = outcome.Error(error)
+    await channel.send((index, last))
 
 
 @contextmanager

@@ -29,7 +29,9 @@ async def serving(settings: Settings, *flags: str, dies: bool = False) -> AsyncI
         for field in dataclasses.fields(Settings)
         if (value := getattr(settings, field.name)) != field.default and field.name != "api_keys"
     }
-    command = [Path(sys.executable).with_name("perennial"), "serve", "--bind", "", "--grpc_bind", "127.0.0.1:0", *flags]
+    # Where it listens is in the log, whatever level the settings ask for.
+    where = ["--bind", "", "--grpc_bind", "127.0.0.1:0", "--log_level", "info"]
+    command = [Path(sys.executable).with_name("perennial"), "serve", *where, *flags]
     running = partial(trio.run_process, command, env=os.environ | changed, stderr=subprocess.PIPE, check=not dies)
     async with trio.open_nursery() as nursery:
         process = await nursery.start(running)
@@ -46,3 +48,5 @@ async def _grpc_address(log: trio.abc.ReceiveStream, *, task_status: trio.TaskSt
             if found := re.search(rb"serving .*grpc=(\S+)\n", said):
                 task_status.started(found[1].decode())
                 said = None
+    if said is not None:
+        raise RuntimeError(f"the server ended before it served: {said.decode().strip().splitlines()[-1:]}")

@@ -348,6 +348,33 @@ class TestACompletion:
                         askers.start_soon(record, runtime)
         assert answers == [engine.continued([1, 2, 3], 3)] * 20
 
+    async def test_of_several_answers_reads_its_prompt_once(self, engine: LedgerEngine) -> None:
+        async with open_lab(engine, max_concurrent=3) as runtime:
+            with nothing_leaks(runtime):
+                async with runtime.completion((), Overflow.ERROR, 3) as completion:
+                    await completion.session.append([1, 2, 3])
+                    rows_of_the_prompt = sum(len(batch.rows) for batch in engine.batches)
+                    sessions = await completion.fork()
+
+                    answers = [
+                        await generated(session, 3, temperature=1.0, seed=seed) for seed, session in enumerate(sessions)
+                    ]
+
+        assert rows_of_the_prompt == 3
+        assert answers == [engine.continued([1, 2, 3], 3, Sampling(temperature=1.0, seed=seed)) for seed in range(3)]
+
+    async def test_of_several_answers_frees_all_where_one_session_fails(self, engine: LedgerEngine) -> None:
+        async def fail(runtime: Runtime) -> None:
+            async with runtime.completion((), Overflow.ERROR, 2) as completion:
+                await completion.session.append([1])
+                _, second = await completion.fork()
+                await second.append([SKIPS_A_LAYER])
+
+        async with open_lab(engine, max_concurrent=2) as runtime:
+            for _ in range(3):
+                with nothing_leaks(runtime), pytest.raises(InvariantViolation):
+                    await fail(runtime)
+
     async def test_beyond_the_permits_is_refused(self, engine: LedgerEngine) -> None:
         async with open_lab(engine, max_concurrent=1) as runtime, runtime.completion((), Overflow.ERROR):
             with pytest.raises(Saturated):

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from runtime.errors import InvalidRequest
 from runtime.events import Sampling
-from runtime.sampling import draw, gumbel_noise, kept
+from runtime.sampling import Draw, draw, drawn, gumbel_noise, kept
 from tests.reference.sampling import kept_tokens
 
 LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40).map(torch.tensor)
@@ -149,3 +149,39 @@ def test_sampling_out_of_range_is_refused_by_name(field: str, value: float) -> N
         Sampling(**{field: value})
 
     assert caught.value.param == field
+
+
+@settings(max_examples=200, deadline=None)
+@given(LOGITS, SAMPLINGS, POSITIONS, st.integers(1, 2**40 - 1))
+def test_only_allowed_tokens_are_drawn_and_as_if_there_were_no_others(
+    logits: Tensor, sampling: Sampling, position: int, bits: int
+) -> None:
+    allowed = np.frombuffer(bits.to_bytes(8, "little"), np.int32)
+    may = [index for index in range(len(logits)) if bits >> index & 1]
+    assume(may)
+    others_gone = torch.full_like(logits, -torch.inf)
+    others_gone[may] = logits[may]
+
+    token = drawn(logits, Draw(sampling, allowed), position)
+
+    assert token.token_id in may
+    assert token == drawn(others_gone, Draw(sampling), position)
+
+
+@settings(max_examples=100, deadline=None)
+@given(LOGITS, SAMPLINGS, POSITIONS, st.integers(0, 5))
+def test_logprobs_are_the_models_own_whatever_the_sampling(
+    logits: Tensor, sampling: Sampling, position: int, count: int
+) -> None:
+    assume(count <= len(logits))
+    token = drawn(logits, Draw(sampling, top_logprobs=count), position)
+
+    assert token.token_id == draw(logits, sampling, position)
+    assert token.logprobs is not None
+    weights = [math.exp(float(logit) - float(logits.max())) for logit in logits]
+    expected = [math.log(weight / sum(weights)) for weight in weights]
+    assert token.logprobs.chosen == pytest.approx(expected[token.token_id], abs=1e-4)
+    values = [logprob for _, logprob in token.logprobs.top]
+    assert values == sorted(values, reverse=True)
+    assert values == pytest.approx(sorted(expected, reverse=True)[:count], abs=1e-4)
+    assert all(logprob == pytest.approx(expected[index], abs=1e-4) for index, logprob in token.logprobs.top)

@@ -1,0 +1,112 @@
+"""Grammars: whatever the model would say, what it may say is JSON of the schema."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.errors import InvalidRequest
+from runtime.events import Sampling
+from runtime.grammar import Grammar
+from runtime.models import SEEDLING, find_model
+from runtime.sampling import Draw, drawn
+from runtime.text import Text
+
+VOCABULARY = 2048
+MOST_TOKENS = 3000
+
+
+@cache
+def text() -> Text:
+    return Text.load(find_model(SEEDLING))
+
+
+SCALARS = st.one_of(
+    st.builds(lambda most: {"type": "string", "maxLength": most}, st.integers(0, 6)),
+    st.builds(lambda most: {"type": "integer", "minimum": 0, "maximum": most}, st.integers(0, 99)),
+    st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"enum": ["red", 'gr"ee\n', 3]}, {"const": {"a": [1]}}]),
+)
+NAMES = st.text('abcé"\\ ', min_size=1, max_size=4)
+SCHEMAS = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.builds(lambda items, most: {"type": "array", "items": items, "maxItems": most}, inner, st.integers(0, 3)),
+        st.builds(
+            lambda fields: {
+                "type": "object",
+                "properties": fields,
+                "required": list(fields),
+                "additionalProperties": False,
+            },
+            st.dictionaries(NAMES, inner, max_size=3),
+        ),
+        st.builds(lambda one, other: {"anyOf": [one, other]}, inner, inner),
+    ),
+    max_leaves=5,
+)
+
+
+def said_by_chance(grammar: Grammar, seed: int, temperature: float = 1.0) -> str:
+    """What a model says that knows nothing, to the end that the grammar comes to."""
+    logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    constraint = grammar.follow()
+    token_ids: list[int] = []
+    while not constraint.is_complete:
+        draw = Draw(Sampling(temperature, seed=seed), constraint.allowed())
+        token_id = drawn(logits, draw, len(token_ids)).token_id
+        constraint.accept(token_id)
+        if token_id in text().eos_token_ids:
+            break
+        token_ids.append(token_id)
+        assert len(token_ids) < MOST_TOKENS
+    return text().decode(token_ids)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SCHEMAS, st.integers(0, 2**32), st.sampled_from([0.0, 1.0, 100.0]))
+def test_what_was_said_validates(schema: dict[str, Any], seed: int, temperature: float) -> None:
+    said = said_by_chance(text().json_grammar(schema), seed, temperature)
+
+    jsonschema.validate(json.loads(said), schema)
+
+
+def test_each_generation_follows_a_grammar_from_its_start() -> None:
+    grammar = text().json_grammar({"const": "again"})
+
+    assert [said_by_chance(grammar, seed) for seed in range(3)] == ['"again"'] * 3
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "nothing"},
+        {"$ref": "#/nowhere"},
+        {"type": "object", "properties": {"a": {"type": 5}}},
+        {"type": "string", "pattern": "("},
+        {"not": {"type": "string"}},
+    ],
+    ids=str,
+)
+def test_a_schema_that_cannot_be_followed_is_refused_in_one_line(schema: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="cannot be followed") as refused:
+        text().json_grammar(schema)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_grammar_of_lark_is_followed_and_a_wrong_one_refused() -> None:
+    assert said_by_chance(text().lark_grammar('start: "yes" | "yes"'), 1) == "yes"
+    with pytest.raises(InvalidRequest, match="cannot be followed"):
+        text().lark_grammar("start: nowhere")
+
+
+def test_a_token_that_was_not_allowed_is_an_error_and_not_a_silent_end() -> None:
+    constraint = text().json_grammar({"const": 1}).follow()
+    with pytest.raises(InvalidRequest):
+        constraint.accept(text().encode("no")[0])
