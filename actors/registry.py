@@ -9,7 +9,7 @@ import logging
 import math
 import secrets
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from actors.session import Ending, Session
 from runtime.errors import CapacityExhausted, EngineFailed, InvariantViolation, SessionNotFound, SnapshotUnreadable
 from runtime.journal import Journal
 from runtime.metrics import Metrics
+from runtime.proposers import Proposals
 from runtime.slab import Slab, SlabPool
 from runtime.snapshot import Terms
 from runtime.state import StateDirectory
@@ -53,6 +54,7 @@ class SessionRegistry:
         long_lived: SlabPool,
         completions: SlabPool,
         state: StateDirectory | None = None,
+        new_proposals: Callable[[], Proposals | None] = lambda: None,
     ) -> None:
         self._nursery = nursery
         self._executor = executor
@@ -62,6 +64,7 @@ class SessionRegistry:
         self._long_lived = long_lived
         self._completions = completions
         self._state = state
+        self._new_proposals = new_proposals
         self._entries: dict[str, Entry] = {}
         metrics.slab_total.set(long_lived.total + completions.total)
         metrics.slab_in_use.set_function(lambda: long_lived.in_use + completions.in_use)
@@ -175,6 +178,7 @@ class SessionRegistry:
             idle_ttl_s=idle_ttl_s,
             history=history,
             journal=journal,
+            proposals=self._new_proposals(),
         )
         self._entries[session_id] = Entry(session, mailbox, slab, pool)
         self._nursery.start_soon(self._supervise, session_id, session, journal)

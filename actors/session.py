@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
+from collections import deque
 from enum import Enum
 from typing import Any, assert_never, cast
 
@@ -25,8 +26,10 @@ from actors.messages import (
 )
 from runtime.errors import EngineFailed, HistoryMismatch, InvalidRequest, InvariantViolation, SlabOverflow
 from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
+from runtime.grammar import Constraint
 from runtime.journal import Journal
 from runtime.metrics import Metrics
+from runtime.proposers import Proposals
 from runtime.rows import Row
 from runtime.sampling import Draw
 from runtime.slab import Slab
@@ -58,6 +61,7 @@ class Session:
         idle_ttl_s: float,
         history: array[int] | None = None,
         journal: Journal | None = None,
+        proposals: Proposals | None = None,
     ) -> None:
         """A `history` given is one that goes on: the slab has read it up to its frontier. A `journal` knows it already."""
         self._slab = slab
@@ -68,6 +72,7 @@ class Session:
         self._terms = terms
         self._idle_ttl_s = idle_ttl_s
         self._journal = journal
+        self._proposals = proposals
         self._history = array("I")
         self._digest = hashlib.blake2b()
         if history is not None:
@@ -178,7 +183,8 @@ class Session:
         turn_began = began if self._turn_began is None else self._turn_began
         self._metrics.generate_prefill_tokens.observe(max(1, len(self._history) - self._fed))
         first: float | None = None
-        count = 0
+        count = proposed = accepted = 0
+        drawn: deque[Token] = deque()
         stop_reason = StopReason.MAX_TOKENS
         last = began
         try:
@@ -188,8 +194,13 @@ class Session:
                 if self._terms.overflow is Overflow.ERROR and len(self._history) >= self._slab.spec.visible:
                     stop_reason = StopReason.TRUNCATED
                     break
-                allowed = constraint.allowed() if constraint else None
-                token = await self._feed_and_draw(Draw(request.sampling, allowed, request.top_logprobs))
+                if not drawn:
+                    proposal = self._proposals.next(request.max_tokens - count - 1) if self._proposals else []
+                    tokens, checked = await self._feed_and_draw(request, constraint, proposal)
+                    drawn += tokens
+                    proposed += checked
+                    accepted += len(tokens) - 1
+                token = drawn.popleft()
                 now = trio.current_time()
                 if first is None:
                     first = now
@@ -208,8 +219,13 @@ class Session:
                     stop_reason = StopReason.EOS
                     break
             ended = trio.current_time()
-            await reply(Done(stop_reason, count, (ended if first is None else first) - began, ended - began))
+            prefill_s = (ended if first is None else first) - began
+            await reply(Done(stop_reason, count, prefill_s, ended - began, proposed, accepted))
         finally:
+            # Tokens that were drawn ahead and not taken are no part of the history.
+            self._retract(len(self._history))
+            self._metrics.proposed_tokens_total.inc(proposed)
+            self._metrics.accepted_tokens_total.inc(accepted)
             self._last_used = trio.current_time()
 
     def _info(self) -> SessionInfo:
@@ -243,6 +259,8 @@ class Session:
 
     def _commit(self, tokens: array[int]) -> None:
         self._history += tokens
+        if self._proposals:
+            self._proposals.extend(tokens)
         little_endian = array("I", tokens)
         if sys.byteorder == "big":
             little_endian.byteswap()
@@ -251,32 +269,60 @@ class Session:
     async def _feed(self) -> None:
         """Brings the slab up to the history's end."""
         while self._fed < len(self._history):
-            await self._forward(self._fed, None)
+            await self._forward(self._fed, [], [])
 
-    async def _feed_and_draw(self, draw: Draw) -> Token:
-        """Brings the slab up to the history's end and returns the token drawn there."""
+    async def _feed_and_draw(
+        self, request: Generate, constraint: Constraint | None, proposal: list[int]
+    ) -> tuple[tuple[Token, ...], int]:
+        """Brings the slab up to the history's end and returns the tokens drawn there, and how many proposed ones it took.
+
+        The first follows the history; each further one follows a proposed token that is the one drawn before it.
+        """
+        masks = constraint.allowed_along(proposal) if constraint else [None] * (len(proposal) + 1)
+        draws = [Draw(request.sampling, mask, request.top_logprobs) for mask in masks]
         while True:
+            end = len(self._history)
+            began, is_decode = trio.current_time(), self._fed >= end - 1
             # The last token runs again where it has run before, now for its logits; it writes the same bits.
-            drawn = await self._forward(min(self._fed, len(self._history) - 1), draw)
+            drawn = await self._forward(min(self._fed, end - 1), proposal[: len(draws) - 1], draws)
             if drawn:
-                return drawn[0]
+                break
+        checked = len(drawn) - 1
+        accepted = 0
+        while accepted < checked and drawn[accepted].token_id == proposal[accepted]:
+            accepted += 1
+        self._retract(end + accepted)
+        if self._proposals and is_decode:
+            self._proposals.learn(checked, accepted, trio.current_time() - began)
+        return drawn[: accepted + 1], checked
 
-    async def _forward(self, start: int, draw: Draw | None) -> tuple[Token, ...]:
-        """Runs as many of the tokens from `start` as the executor takes into one forward."""
+    async def _forward(self, start: int, proposal: list[int], draws: list[Draw]) -> tuple[Token, ...]:
+        """Runs as many of the history's tokens from `start`, and of the proposed ones, as the executor takes into one forward.
+
+        `draws` are for what follows the history's last token and each of the proposed ones.
+        """
         end = len(self._history)
         tile = self._slab.spec.row_tile
+        tokens = [*self._history[start : start + tile], *proposal][:tile]
         rows = tuple(
-            Row(self._slab, position, self._history[position], draw if position == end - 1 else None)
-            for position in range(start, min(end, start + tile))
+            Row(self._slab, position, token_id, draws[position - end + 1] if draws and position >= end - 1 else None)
+            for position, token_id in enumerate(tokens, start)
         )
         before = self._slab.frontiers
+        is_prefill = not draws or start < end - 1
         try:
-            ran = await self._executor.ask_to_the_end(Forward(rows, is_prefill=len(rows) > 1 or draw is None))
+            ran = await self._executor.ask_to_the_end(Forward(rows, is_prefill))
         except (ActorStopped, ActorFailed):
             raise EngineFailed("the engine has stopped") from None
         self._fed = max(self._fed, start + ran.row_count)
         self._check_invariants(before)
         return ran.tokens
+
+    def _retract(self, length: int) -> None:
+        """Takes back rows of tokens that did not come to be part of the history."""
+        if self._fed > length:
+            self._slab.retract(length)
+            self._fed = length
 
     def _check_invariants(self, before: tuple[int, ...]) -> None:
         frontiers = self._slab.frontiers

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from functools import partial
 
 import trio
 
@@ -22,6 +23,7 @@ from runtime.errors import CapacityExhausted, NotDurable
 from runtime.events import Overflow
 from runtime.metrics import Metrics
 from runtime.models import find_model
+from runtime.proposers import Proposals, make_proposals
 from runtime.settings import Settings
 from runtime.slab import Slab
 from runtime.snapshot import Identity, Terms, fingerprint
@@ -141,7 +143,8 @@ async def open_runtime(settings: Settings, metrics: Metrics | None = None) -> As
             if settings.state_dir:
                 identity = _identity(engine.facts, settings, await trio.to_thread.run_sync(fingerprint, directory))
                 state = stack.enter_context(StateDirectory.open(settings.state_dir, identity))
-            async with open_sessions(settings, engine, thread, text, metrics, state) as runtime:
+            new_proposals = partial(make_proposals, settings, engine.facts.row_tile, engine.facts.vocabulary)
+            async with open_sessions(settings, engine, thread, text, metrics, new_proposals, state) as runtime:
                 yield runtime
 
 
@@ -152,9 +155,10 @@ async def open_sessions(
     thread: EngineThread,
     text: Text,
     metrics: Metrics,
+    new_proposals: Callable[[], Proposals | None] = lambda: None,
     state: StateDirectory | None = None,
 ) -> AsyncIterator[Runtime]:
-    """Executor, registry and admission over an engine that is loaded.
+    """Executor, registry and admission over an engine that is loaded; each session has `new_proposals` of its own.
 
     Raises EngineFailed where the engine fails, and what the block raises as it is, in no group.
     """
@@ -171,6 +175,7 @@ async def open_sessions(
                 long_lived=engine.new_pool(settings.capacity),
                 completions=engine.new_pool(settings.max_concurrent),
                 state=state,
+                new_proposals=new_proposals,
             )
             registry.recover()
             yield Runtime(settings, engine.facts, text, registry, Admission(settings, metrics), metrics, state)

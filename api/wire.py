@@ -35,12 +35,14 @@ def frame_of(event: events.Event) -> GenerateResponse:
             return GenerateResponse(token_id=token_id)
         case events.HistoryTruncated(count):
             return GenerateResponse(truncated=HistoryTruncated(dropped_token_count=count))
-        case events.Done(stop_reason, count, prefill_duration_s, total_duration_s):
+        case events.Done(stop_reason, count, prefill_duration_s, total_duration_s, proposed, accepted):
             done = GenerateDone(
                 stop_reason=_STOP_REASONS[stop_reason],
                 generated_token_count=count,
                 prefill_duration_seconds=prefill_duration_s,
                 total_duration_seconds=total_duration_s,
+                proposed_token_count=proposed,
+                accepted_token_count=accepted,
             )
             return GenerateResponse(done=done)
 
@@ -58,6 +60,8 @@ def event_of(frame: GenerateResponse) -> events.Event:
                 done.generated_token_count,
                 done.prefill_duration_seconds,
                 done.total_duration_seconds,
+                done.proposed_token_count,
+                done.accepted_token_count,
             )
         case _:
             raise SessionFailed("the server sent an event that this client does not know: use a newer client")

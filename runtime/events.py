@@ -72,12 +72,17 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The last word of every generation. Durations in seconds; the prefill's runs up to the first token."""
+    """The last word of every generation. Durations in seconds; the prefill's runs up to the first token.
+
+    Of the tokens, `accepted_token_count` were among the `proposed_token_count` that a proposer suggested.
+    """
 
     stop_reason: StopReason
     generated_token_count: int
     prefill_duration_s: float
     total_duration_s: float
+    proposed_token_count: int = 0
+    accepted_token_count: int = 0
 
 
 Event = HistoryTruncated | Token | Done

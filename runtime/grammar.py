@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,6 +67,23 @@ class Constraint:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
         self._check()
         return bits
+
+    def allowed_along(self, proposal: Sequence[int]) -> list[NDArray[np.int32]]:
+        """As `allowed` before each token of a proposal and after its last, up to the first that is not allowed."""
+        masks = [self.allowed()]
+        try:
+            for token_id in proposal:
+                if not masks[-1][token_id // 32] >> (token_id % 32) & 1:
+                    break
+                self.accept(token_id)
+                if self.is_complete:
+                    # Nothing is drawn after it.
+                    masks.append(masks[-1])
+                    break
+                masks.append(self.allowed())
+        finally:
+            self._matcher.rollback(len(masks) - 1)
+        return masks
 
     def accept(self, token_id: int) -> None:
         """Goes on with a token that was allowed. Raises InvalidRequest."""

@@ -132,6 +132,11 @@ class Slab:
             held.copy_(given)
         self._frontiers = [frontier] * self.spec.layers
 
+    def retract(self, frontier: int) -> None:
+        """Forgets what was written from `frontier` on, at most a tile less one of rows: the window is whole still."""
+        assert self.frontier - self.spec.row_tile < frontier
+        self._frontiers = [min(frontier, each) for each in self._frontiers]
+
     def clear(self) -> None:
         """Forgets every token. The bytes stay; no later query sees them."""
         self._frontiers = [0] * self.spec.layers

@@ -54,8 +54,8 @@ def load_engine(settings: Settings, directory: Path) -> Engine:
         raise InvalidSetting("backend=mlx is not available in this release: set backend to auto or torch")
     if settings.weights != "none":
         raise InvalidSetting(f"weights={settings.weights} is not available in this release: set weights to none")
-    if settings.proposer != "none":
-        raise InvalidSetting(f"proposer={settings.proposer} is not available in this release: set proposer to none")
+    if settings.proposer not in ("none", "ngram"):
+        raise InvalidSetting(f"proposer={settings.proposer} is not available in this release: set it to none or ngram")
     from runtime.engine.torch_engine import TorchEngine
 
     return TorchEngine.load(settings, directory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import zlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import cache
@@ -24,6 +24,7 @@ from actors.tree import open_sessions
 from runtime import Sampling, Settings, Token
 from runtime.engine import EngineFacts
 from runtime.metrics import Metrics
+from runtime.proposers import Proposals
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
 from runtime.slab import Slab, SlabPool, SlabSpec
@@ -186,13 +187,17 @@ def tiny_text() -> Text:
 
 @asynccontextmanager
 async def open_lab(
-    engine: LedgerEngine, metrics: Metrics | None = None, state: StateDirectory | None = None, **settings: Any
+    engine: LedgerEngine,
+    metrics: Metrics | None = None,
+    state: StateDirectory | None = None,
+    new_proposals: Callable[[], Proposals | None] = lambda: None,
+    **settings: Any,
 ) -> AsyncIterator[Runtime]:
     """A runtime on this engine; a forward that is held goes on when the block ends."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         chosen = Settings(**settings)
         async with open_sessions(
-            chosen, engine, EngineThread(pool), tiny_text(), metrics or Metrics(), state
+            chosen, engine, EngineThread(pool), tiny_text(), metrics or Metrics(), new_proposals, state
         ) as runtime:
             try:
                 yield runtime

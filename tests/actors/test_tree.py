@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
@@ -27,6 +27,8 @@ from runtime.errors import (
     SessionNotFound,
 )
 from runtime.metrics import Metrics
+from runtime.proposers import Proposals
+from runtime.proposers.ngram import NgramProposer
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
 from tests.actors.conftest import SEEDLING
@@ -42,6 +44,7 @@ from tests.actors.engines import (
     sample,
     tiny_text,
 )
+from tests.actors.proposers import Eager, erring
 
 
 @pytest.fixture
@@ -382,6 +385,7 @@ class TestACompletion:
 
 
 PROMPT = [5, 6, 7, *range(100, 130)]
+NewProposals = Callable[[], Proposals | None]
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=1.0, seed=11)}
 
 
@@ -403,9 +407,10 @@ def expected(seedling: Engine) -> dict[str, list[int]]:
 
 
 @asynccontextmanager
-async def open_seedling(engine: Engine) -> AsyncIterator[Runtime]:
+async def open_seedling(engine: Engine, new_proposals: NewProposals = lambda: None) -> AsyncIterator[Runtime]:
     with ThreadPoolExecutor(max_workers=1) as pool:
-        async with open_sessions(SEEDLING, engine, EngineThread(pool), tiny_text(), Metrics()) as runtime:
+        thread = EngineThread(pool)
+        async with open_sessions(SEEDLING, engine, thread, tiny_text(), Metrics(), new_proposals) as runtime:
             yield runtime
 
 
@@ -417,9 +422,15 @@ async def be_busy(session: SessionHandle, number: int) -> None:
         await session.append(range(number, 40 + number))
 
 
-async def continue_prompt(engine: Engine, sampling: Sampling, cuts: Sequence[int], neighbours: int) -> list[int]:
+async def continue_prompt(
+    engine: Engine,
+    sampling: Sampling,
+    cuts: Sequence[int],
+    neighbours: int,
+    new_proposals: NewProposals = lambda: None,
+) -> list[int]:
     """The 40 tokens after PROMPT, appended in pieces, among neighbours at work."""
-    async with open_seedling(engine) as runtime, trio.open_nursery() as nursery:
+    async with open_seedling(engine, new_proposals) as runtime, trio.open_nursery() as nursery:
         for number in range(neighbours):
             nursery.start_soon(be_busy, await runtime.create_session(), number)
         session = await runtime.create_session()
@@ -443,6 +454,27 @@ class TestBits:
         self, seedling: Engine, expected: dict[str, list[int]], drawn: str, cuts: list[int]
     ) -> None:
         assert await continue_prompt(seedling, SAMPLINGS[drawn], cuts, 1) == expected[drawn]
+
+    @pytest.mark.parametrize("neighbours", [0, 7])
+    @pytest.mark.parametrize("wrong", [0.0, 0.3, 1.0])
+    async def test_do_not_depend_on_a_proposer(
+        self, seedling: Engine, expected: dict[str, list[int]], drawn: str, wrong: float, neighbours: int
+    ) -> None:
+        whole = [*PROMPT, *expected[drawn]]
+
+        def new() -> Proposals:
+            knowing = erring(lambda history, count: whole[len(history) :][:count], wrong)
+            return Eager(knowing, 8, seedling.facts.vocabulary)
+
+        assert await continue_prompt(seedling, SAMPLINGS[drawn], [7], neighbours, new) == expected[drawn]
+
+    async def test_do_not_depend_on_prompt_lookup(
+        self, seedling: Engine, expected: dict[str, list[int]], drawn: str
+    ) -> None:
+        def new() -> Proposals:
+            return Eager(NgramProposer(2, 1), 8, seedling.facts.vocabulary)
+
+        assert await continue_prompt(seedling, SAMPLINGS[drawn], [7], 3, new) == expected[drawn]
 
     async def test_do_not_depend_on_a_generation_that_was_left(
         self, seedling: Engine, expected: dict[str, list[int]], drawn: str

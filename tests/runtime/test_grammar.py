@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -110,3 +111,33 @@ def test_a_token_that_was_not_allowed_is_an_error_and_not_a_silent_end() -> None
     constraint = text().json_grammar({"const": 1}).follow()
     with pytest.raises(InvalidRequest):
         constraint.accept(text().encode("no")[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(SCHEMAS, st.integers(0, 2**32), st.integers(0, 8), st.booleans())
+def test_what_is_allowed_along_a_proposal_is_what_would_be_step_by_step(
+    schema: dict[str, Any], seed: int, begin: int, errs: bool
+) -> None:
+    grammar = text().json_grammar(schema)
+    said = text().encode(said_by_chance(grammar, seed))
+    constraint, stepwise = grammar.follow(), grammar.follow()
+    for token_id in said[:begin]:
+        constraint.accept(token_id)
+        stepwise.accept(token_id)
+    proposal = said[begin:][:6] + [VOCABULARY - 1] * errs
+    if constraint.is_complete:
+        return
+    before = constraint.allowed()
+
+    along = constraint.allowed_along(proposal)
+
+    assert np.array_equal(constraint.allowed(), before)
+    for mask, token_id in zip(along, proposal, strict=False):
+        if stepwise.is_complete:
+            break
+        assert np.array_equal(mask, stepwise.allowed())
+        if not mask[token_id // 32] >> (token_id % 32) & 1:
+            break
+        stepwise.accept(token_id)
+    for token_id in said[begin:]:
+        constraint.accept(token_id)

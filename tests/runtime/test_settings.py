@@ -51,7 +51,7 @@ GIVEN: dict[str, tuple[str, object]] = {
 }
 GO_TOGETHER = {"tls_cert": {"tls_key": "key.pem"}, "tls_key": {"tls_cert": "cert.pem"}}
 # The features that read these are refused by the engine's loading, so no code reads them yet.
-OF_FEATURES_REFUSED = {"proposer_model", "block_size", "num_diffusion_steps"}
+OF_FEATURES_REFUSED = {"proposer_model", "num_diffusion_steps"}
 
 
 def variable(field: str) -> str:

@@ -198,6 +198,13 @@ class GenerateDone(betterproto2.Message):
 
     total_duration_seconds: "float" = betterproto2.field(4, betterproto2.TYPE_DOUBLE)
 
+    proposed_token_count: "int" = betterproto2.field(5, betterproto2.TYPE_UINT32)
+    """
+    Tokens that a proposer suggested, and how many of them were generated.
+    """
+
+    accepted_token_count: "int" = betterproto2.field(6, betterproto2.TYPE_UINT32)
+
 
 default_message_pool.register_message("kakeya.v1", "GenerateDone", GenerateDone)
 

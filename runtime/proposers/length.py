@@ -1,0 +1,47 @@
+"""How long a proposal should be: as long as it pays, measured."""
+
+from __future__ import annotations
+
+# Weight of the newest measurement in a running mean.
+_NEWEST = 0.1
+# What was not chosen for so many forwards is tried once more, for what it costs and brings may have changed.
+_STALE_FORWARDS = 64
+
+
+class ProposalLength:
+    """Picks 0 to `most` tokens, from how many were accepted so far and what a forward of so many rows takes.
+
+    With each token accepted with probability p, a forward of k proposed rows brings (1 - p^(k+1)) / (1 - p) tokens
+    (arXiv 2211.17192); the length with the most tokens a second is chosen.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._acceptance = 0.5
+        self._seconds: dict[int, float] = {}
+        self._since_plain = self._since_tried = 0
+
+    def choose(self) -> int:
+        """The length for the next proposal; 0 where one would make the stream slower."""
+        if 0 not in self._seconds or self._since_plain >= _STALE_FORWARDS:
+            return 0
+        best = max(range(self._most + 1), key=self._tokens_a_second)
+        return 1 if best == 0 and self._since_tried >= _STALE_FORWARDS else best
+
+    def learn(self, proposed: int, accepted: int, seconds: float) -> None:
+        """Takes what a forward with so many `proposed` tokens came to."""
+        before = self._seconds.get(proposed)
+        self._seconds[proposed] = seconds if before is None else before + _NEWEST * (seconds - before)
+        # Those behind the first rejected one were not judged.
+        for index in range(min(accepted + 1, proposed)):
+            self._acceptance += _NEWEST * ((index < accepted) - self._acceptance)
+        self._since_plain = self._since_plain + 1 if proposed else 0
+        self._since_tried = 0 if proposed else self._since_tried + 1
+
+    def _tokens_a_second(self, length: int) -> float:
+        p = min(self._acceptance, 0.999)
+        return (1 - p ** (length + 1)) / (1 - p) / self._forward_seconds(length)
+
+    def _forward_seconds(self, length: int) -> float:
+        """What was measured at this length, else at the nearest shorter one: a length is tried before it is judged."""
+        return next(self._seconds[shorter] for shorter in range(length, -1, -1) if shorter in self._seconds)
