@@ -26,7 +26,7 @@ from actors.messages import (
 from runtime.errors import EngineFailed, HistoryMismatch, InvalidRequest, InvariantViolation, SlabOverflow
 from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
 from runtime.journal import Journal
-from runtime.metrics import Metrics
+from runtime.metrics import Metrics, Turn
 from runtime.rows import Row
 from runtime.sampling import Draw
 from runtime.slab import Slab
@@ -195,7 +195,7 @@ class Session:
                     first = now
                     self._turn_began = None
                     self._metrics.generate_prefill_duration_seconds.observe(now - began)
-                    self._metrics.time_to_first_token_seconds.observe(now - turn_began)
+                    self._metrics.record_turn(Turn(self._terms.label, len(self._history), now - turn_began))
                 else:
                     self._metrics.inter_token_seconds.observe(now - last)
                 last = now

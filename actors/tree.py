@@ -14,7 +14,7 @@ import trio
 from actors.admission import Admission
 from actors.executor import EngineThread, ModelExecutor
 from actors.mailbox import ActorFailed, ActorStopped, Mailbox, Replies, open_mailbox
-from actors.messages import Append, Appended, Close, Export, Generate, Info, Saved, SessionInfo, SessionSummary
+from actors.messages import Append, Appended, Close, Export, Generate, Info, Load, Saved, SessionInfo, SessionSummary
 from actors.nursery import open_nursery
 from actors.registry import NO_SESSION, SessionRegistry
 from runtime.engine import Engine, EngineFacts, load_engine
@@ -194,6 +194,11 @@ class Runtime:
     def list_sessions(self) -> list[SessionSummary]:
         """What an operator may know of the long-lived sessions."""
         return self._registry.summaries()
+
+    def load(self) -> Load:
+        """How busy the runtime is."""
+        registry, admission = self._registry, self._admission
+        return Load(registry.slab_total, registry.slab_in_use, admission.running, admission.waiting)
 
     def _durable(self) -> StateDirectory:
         if self._state is None:
