@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -39,7 +40,7 @@ def visited(
     browser: Browser, url: str, *, width: int = 1200, height: int = 900, is_dark: bool = False
 ) -> Iterator[Visit]:
     """The page at `url`, loaded in a fresh browser profile."""
-    scheme = "dark" if is_dark else "light"
+    scheme: Literal["dark", "light"] = "dark" if is_dark else "light"
     with browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme) as context:
         visit = Visit(context.new_page())
         context.on("request", lambda request: visit.urls.append(request.url))

@@ -41,7 +41,7 @@ ENDLESS = {
 @pytest.fixture(scope="module")
 def watched() -> Iterator[ServerProcess]:
     """A server with one permit, for which completions wait, and the sessions of TURNS."""
-    settings = {"http_overflow": "evict", "max_concurrent": 1, "admission_policy": "queue"}
+    settings: dict[str, Any] = {"http_overflow": "evict", "max_concurrent": 1, "admission_policy": "queue"}
     with started("perennial", sink=SINK, window=WINDOW, **settings) as server, connect_sync(server.grpc) as client:
         for label, turns in TURNS.items():
             session = client.create_session(label=label)
@@ -261,7 +261,7 @@ def test_a_talk_goes_by_keyboard_alone_and_comes_in_pieces(page: Page, watched: 
         page.keyboard.press("Enter")
     until_answered(page)
 
-    assert second.value.post_data_json["messages"] == [
+    assert json.loads(second.value.post_data or "")["messages"] == [
         {"role": "user", "content": QUESTION},
         {"role": "assistant", "content": first},
         {"role": "user", "content": "And the sky?"},
