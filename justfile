@@ -29,6 +29,10 @@ seedling:
 bench:
     python -m bench flatness
 
+# Takes the README's picture of the page anew; needs Chromium.
+picture:
+    python -m tests.contract.screenshot docs/page.png
+
 # Minutes of load: kills, chaos, 200 streams.
 soak:
     pytest -q -s -m soak tests/soak

@@ -23,9 +23,17 @@ class Admission:
         is_queue = settings.admission_policy == "queue"
         self._longest_wait_s = (settings.queue_max_wait_s or math.inf) if is_queue else 0.0
         self._results = metrics.admission_total
-        metrics.admission_pending.set_function(
-            lambda: self._permits.statistics().tasks_waiting + self._line.statistics().tasks_waiting
-        )
+        metrics.admission_pending.set_function(lambda: self.waiting)
+
+    @property
+    def running(self) -> int:
+        """Permits that are taken."""
+        return (self._permits.max_value or 0) - self._permits.value
+
+    @property
+    def waiting(self) -> int:
+        """Completions that wait for permits."""
+        return self._permits.statistics().tasks_waiting + self._line.statistics().tasks_waiting
 
     @asynccontextmanager
     async def permits(self, count: int = 1) -> AsyncIterator[None]:

@@ -50,6 +50,16 @@ class SessionSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """What is taken of slabs and of permits for completions, and how many completions wait for permits."""
+
+    slab_total: int
+    slab_in_use: int
+    completions_running: int
+    completions_waiting: int
+
+
+@dataclass(frozen=True, slots=True)
 class Saved:
     """A snapshot that was written."""
 

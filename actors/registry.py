@@ -66,13 +66,23 @@ class SessionRegistry:
         self._state = state
         self._new_proposals = new_proposals
         self._entries: dict[str, Entry] = {}
-        metrics.slab_total.set(long_lived.total + completions.total)
-        metrics.slab_in_use.set_function(lambda: long_lived.in_use + completions.in_use)
+        metrics.slab_total.set(self.slab_total)
+        metrics.slab_in_use.set_function(lambda: self.slab_in_use)
         metrics.session_active.set_function(lambda: len(self._entries))
         metrics.session_kv_live_bytes.set_function(lambda: sum(e.slab.live_bytes for e in self._entries.values()))
         metrics.session_history_tokens.set_function(
             lambda: sum(entry.session.history_length for entry in self._entries.values())
         )
+
+    @property
+    def slab_total(self) -> int:
+        """Slabs there are, the completions' included."""
+        return self._long_lived.total + self._completions.total
+
+    @property
+    def slab_in_use(self) -> int:
+        """Slabs held by sessions, the completions' included."""
+        return self._long_lived.in_use + self._completions.in_use
 
     def create(self, terms: Terms) -> str:
         """The id of a new long-lived session. When every slab is held, the one idle longest is evicted for it.

@@ -28,7 +28,7 @@ from runtime.errors import EngineFailed, HistoryMismatch, InvalidRequest, Invari
 from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
 from runtime.grammar import Constraint
 from runtime.journal import Journal
-from runtime.metrics import Metrics
+from runtime.metrics import Metrics, Turn
 from runtime.proposers import Proposals
 from runtime.rows import Row
 from runtime.sampling import Draw
@@ -206,7 +206,7 @@ class Session:
                     first = now
                     self._turn_began = None
                     self._metrics.generate_prefill_duration_seconds.observe(now - began)
-                    self._metrics.time_to_first_token_seconds.observe(now - turn_began)
+                    self._metrics.record_turn(Turn(self._terms.label, len(self._history), now - turn_began))
                 else:
                     self._metrics.inter_token_seconds.observe(now - last)
                 last = now

@@ -15,7 +15,7 @@ from actors.admission import Admission
 from actors.executor import EngineThread, ModelExecutor
 from actors.handles import Completion, SessionHandle, as_session_errors, copied
 from actors.mailbox import open_mailbox
-from actors.messages import Export, Saved, SessionSummary
+from actors.messages import Export, Load, Saved, SessionSummary
 from actors.nursery import open_nursery
 from actors.registry import SessionRegistry
 from runtime.engine import Engine, EngineFacts, load_engine
@@ -103,6 +103,11 @@ class Runtime:
     def list_sessions(self) -> list[SessionSummary]:
         """What an operator may know of the long-lived sessions."""
         return self._registry.summaries()
+
+    def load(self) -> Load:
+        """How busy the runtime is."""
+        registry, admission = self._registry, self._admission
+        return Load(registry.slab_total, registry.slab_in_use, admission.running, admission.waiting)
 
     def _durable(self) -> StateDirectory:
         if self._state is None:

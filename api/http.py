@@ -28,9 +28,11 @@ from api.auth import check_key
 from api.bridge import EitherLoop, TrioApplication
 from api.completions import open_completion
 from api.hosting import HostedApplication
+from api.page import load_page
 from api.replies import RETRY_AFTER_S, as_http
 from api.schemas import CompletionRequest, Health, Model, ModelList
 from api.server import Phase, Server
+from api.status import status_of
 from runtime.errors import InvalidSetting, ModelNotFound, PayloadTooLarge
 
 MOST_BODY_BYTES = 8 * 2**20
@@ -54,7 +56,8 @@ def make_app(server: Server) -> QuartTrio:
     app = QuartTrio("perennial", root_path=str(Path(__file__).parent))
     app.config.update(RESPONSE_TIMEOUT=None, MAX_CONTENT_LENGTH=MOST_BODY_BYTES)
     app.asgi_http_class = cast(type[Connection], partial(Connection, server))
-    started = int(time.time())
+    started, began = int(time.time()), time.monotonic()
+    page = load_page()
 
     @app.before_request
     async def authenticate() -> None:
@@ -83,6 +86,10 @@ def make_app(server: Server) -> QuartTrio:
         status, body, headers = as_http(error)
         return _json(body, status, headers)
 
+    @app.get("/")
+    async def watch() -> Response:
+        return Response(page.html, headers=page.headers, content_type="text/html; charset=utf-8")
+
     @app.get("/healthz")
     async def healthz() -> Response:
         health = Health(status=server.phase.value, model=server.label)
@@ -97,10 +104,17 @@ def make_app(server: Server) -> QuartTrio:
         with server.call():
             return _json(ModelList(data=[Model(id=server.label, created=started)]))
 
+    @app.get("/v1/runtime")
+    async def runtime_status() -> Response:
+        with server.call() as runtime:
+            return _json(
+                status_of(runtime, server.label, time.monotonic() - began), headers={"Cache-Control": "no-store"}
+            )
+
     @app.get(MIGRATION_PATH)
     async def migration_page() -> Response:
-        page = await trio.Path(__file__).with_name(MIGRATION_PAGE).read_text()
-        return Response(page, content_type="text/markdown; charset=utf-8")
+        text = await trio.Path(__file__).with_name(MIGRATION_PAGE).read_text()
+        return Response(text, content_type="text/markdown; charset=utf-8")
 
     @app.post("/v1/chat/completions")
     async def chat_completions() -> Response:

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+# How many of the last turns are kept.
+RECENT_TURNS = 500
 
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """How long a session took from a turn's first append to its first token, drawn after `history_length` tokens."""
+
+    label: str
+    history_length: int
+    time_to_first_token_s: float
+
+
 class Metrics:
-    """Counters and histograms to add to; gauges that read their owner's state when asked."""
+    """Counters and histograms to add to, and the last turns; gauges that read their owner's state when asked."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._turns: deque[Turn] = deque(maxlen=RECENT_TURNS)
 
         def counter(name: str, words: str, *labels: str) -> Counter:
             return Counter(f"perennial_{name}", words, labels, registry=self.registry)
@@ -57,3 +73,18 @@ class Metrics:
         self.accepted_tokens_total = counter("accepted_tokens_total", "Suggested tokens that held")
         for kind in ("inv1", "inv2"):
             self.cache_invariant_violations_total.labels(kind)
+
+    @property
+    def generated_token_count(self) -> int:
+        """What `generated_tokens_total` stands at."""
+        return int(self.registry.get_sample_value("perennial_generated_tokens_total") or 0)
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The last turns, the oldest first, `RECENT_TURNS` at most."""
+        return tuple(self._turns)
+
+    def record_turn(self, turn: Turn) -> None:
+        """Counts a turn whose first token has come."""
+        self.time_to_first_token_seconds.observe(turn.time_to_first_token_s)
+        self._turns.append(turn)

@@ -243,3 +243,16 @@ def test_no_permit_is_ever_lost_or_made(visits: list[Visit], count: int, policy:
                     await stack.enter_async_context(admission.permits())
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+async def test_what_runs_and_what_waits_is_told(metrics: Metrics, nursery: trio.Nursery) -> None:
+    admission = queueing(metrics, 2)
+    until = trio.Event()
+    for _ in range(3):
+        nursery.start_soon(hold, admission, until)
+    await wait_all_tasks_blocked()
+
+    assert (admission.running, admission.waiting) == (2, 1)
+    until.set()
+    await wait_all_tasks_blocked()
+    assert (admission.running, admission.waiting) == (0, 0)

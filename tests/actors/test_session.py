@@ -22,6 +22,7 @@ from runtime.errors import (
     SessionNotFound,
     SlabOverflow,
 )
+from runtime.metrics import Turn
 from tests.actors.engines import (
     GOES_BACK,
     SKIPS_A_LAYER,
@@ -659,3 +660,27 @@ async def test_what_is_no_token_id_is_refused_and_the_session_lives(token_ids: l
             await session.append(token_ids)
 
         assert (await session.append([5])).history_length == 1
+
+
+async def test_a_turn_is_kept_with_what_it_took_from_its_first_append_to_its_first_token(
+    engine: LedgerEngine, mock_clock: MockClock
+) -> None:
+    async with open_lab(engine) as runtime:
+        session = await runtime.create_session(label="ours")
+        await session.append([1, 2])
+        mock_clock.jump(2)
+        await session.append([3])
+        mock_clock.jump(3)
+        await generated(session, 4)
+        await generated(session, 1)
+    assert runtime.metrics.turns == (Turn("ours", 3, 5.0), Turn("ours", 7, 0.0))
+    assert sample(runtime.metrics, "time_to_first_token_seconds_sum") == 5
+
+
+async def test_a_turn_without_a_first_token_is_not_kept(engine: LedgerEngine) -> None:
+    async with open_lab(engine) as runtime:
+        session = await runtime.create_session()
+        await session.append([1, 2])
+        with pytest.raises(InvalidRequest):
+            await generated(session, 0)
+    assert runtime.metrics.turns == ()
