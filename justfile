@@ -25,9 +25,9 @@ proto:
 seedling:
     python -m tools.seedling.train && python -m tools.seedling.card
 
-# Measures whether turns stay flat, on the bundled model; nothing else should run.
+# Measures whether turns stay flat, what the door costs, and speed, on the bundled model; nothing else should run.
 bench:
-    python -m bench flatness
+    perennial bench flatness && perennial bench door && perennial bench speed
 
 # Takes the README's picture of the page anew; needs Chromium.
 picture:

@@ -1,4 +1,4 @@
-"""The command `perennial`: serve, chat, doctor."""
+"""The command `perennial`: serve, chat, doctor, bench."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ from runtime.settings import ENVIRONMENT_PREFIX, Accepts, Settings
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status. An error of ours is one line on stderr and status 1."""
-    asked = _parser().parse_args(arguments)
+    asked, rest = _parser().parse_known_args(arguments)
+    if asked.command == "bench":
+        from bench.__main__ import main as bench
+
+        bench(rest)
+        return 0
+    if rest:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         settings = _settings(asked)
         # In a conversation only what is wrong is of interest, unless something else was asked for.
@@ -87,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "doctor", parents=[settings], help="say what this machine gives for a model, and prove bit-exactness"
     )
+    # What follows is the bench's own: it has the scenarios.
+    commands.add_parser("bench", help="measure this machine: `perennial bench -h`", add_help=False)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`python -m bench SCENARIO`: runs a scenario, prints its figures, and writes them to `bench/results/`."""
+"""`perennial bench SCENARIO`: runs a scenario, prints its figures, and writes them to `bench/results/`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,21 +14,21 @@ import psutil
 import torch
 import trio
 
-from bench import door, flatness
+from bench import door, flatness, speed
 from bench.models import QWEN3_06B, bench_model
 from runtime.settings import Settings
 
 RESULTS = Path(__file__).parent / "results"
-SCENARIOS = {"flatness": flatness.run, "door": door.run}
+SCENARIOS = {"flatness": flatness.run, "door": door.run, "speed": speed.run}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Settings of the servers come from the environment, as everywhere."""
-    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="perennial bench", description=__doc__)
     parser.add_argument("scenario", choices=SCENARIOS)
     parser.add_argument("--model", choices=("seedling", QWEN3_06B), default="seedling")
     parser.add_argument("--name", help="name of the result's file (default: the scenario's)")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     settings = Settings.from_environment(os.environ, {"model": bench_model(asked.model)})
     figures = trio.run(partial(SCENARIOS[asked.scenario], settings))
     machine = {"cpus": psutil.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
