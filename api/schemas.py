@@ -36,6 +36,14 @@ class _Asked(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
+def _whole(number: object) -> object:
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+# In JSON, and so in its schemas, 4.0 is an integer.
+_AS_WHOLE = BeforeValidator(_whole)
+
+
 class TextPart(_Asked):
     type: Literal["text"]
     text: str
@@ -182,11 +190,23 @@ class ResponseFormat(_Asked):
 
 class StreamOptions(_Asked):
     include_usage: bool = False
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Annotated[bool, Field(json_schema_extra={"const": False})] | None = None
+
+    @field_validator("include_obfuscation")
+    @classmethod
+    def _is_not_asked_for(cls, value: bool | None) -> bool | None:
+        if value:
+            raise ValueError("obfuscation is not supported")
+        return value
 
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 StopStrings = Annotated[list[StopString], Field(max_length=4)]
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Whether they are equal in JSON, where 0 is not false."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 def _listed(stop: object) -> object:
@@ -231,20 +251,20 @@ class CompletionRequest(_Asked):
 
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS), _AS_WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS), _AS_WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=_MOST_TOKENS)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=_MOST_TOKENS), _AS_WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64), _AS_WHOLE] | None = None
     stop: Annotated[StopStrings, BeforeValidator(_listed, json_schema_input_type=StopString | StopStrings)] | None = (
         None
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    n: Annotated[int, Field(ge=1, le=128), _AS_WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), _AS_WHOLE] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
@@ -262,10 +282,7 @@ class CompletionRequest(_Asked):
         if isinstance(asked, dict):
             for name, neutral in cls.NEUTRAL.items():
                 value = asked.get(name)
-                # 1 == True in Python, and not in JSON.
-                if value is not None and not any(type(value) is type(one) and value == one for one in neutral):
-                    if isinstance(value, float) and value in neutral:
-                        continue
+                if value is not None and not any(_is_same(value, one) for one in neutral):
                     raise _Unsupported(name)
         return asked
 
