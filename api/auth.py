@@ -8,6 +8,11 @@ from runtime.errors import Unauthenticated
 from runtime.settings import Settings
 
 
+def needs_key(path: str) -> bool:
+    """Whether HTTP asks for a key there."""
+    return path.startswith("/v1/")
+
+
 def check_key(settings: Settings, authorization: str | None) -> None:
     """Raises Unauthenticated unless `authorization` is `Bearer KEY` with one of the keys, or there are none."""
     if not settings.api_keys:

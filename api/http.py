@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -24,12 +25,13 @@ from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
 
 from actors.nursery import lone_errors, open_nursery
 from api.answers import ServerSentEvents, whole_answer
-from api.auth import check_key
+from api.auth import check_key, needs_key
 from api.bridge import EitherLoop, TrioApplication
 from api.completions import open_completion
 from api.hosting import HostedApplication
+from api.openapi import Route, document
 from api.page import load_page
-from api.replies import RETRY_AFTER_S, as_http
+from api.replies import as_http, headers_of
 from api.schemas import CompletionRequest, Health, Model, ModelList
 from api.server import Phase, Server
 from api.status import status_of
@@ -53,15 +55,15 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 def make_app(server: Server) -> QuartTrio:
     """The HTTP door of `server` as an ASGI application for trio."""
-    app = QuartTrio("perennial", root_path=str(Path(__file__).parent))
+    app = QuartTrio("perennial", root_path=str(Path(__file__).parent), static_folder=None)
     app.config.update(RESPONSE_TIMEOUT=None, MAX_CONTENT_LENGTH=MOST_BODY_BYTES)
     app.asgi_http_class = cast(type[Connection], partial(Connection, server))
     started, began = int(time.time()), time.monotonic()
-    page = load_page()
+    watching = load_page()
 
     @app.before_request
     async def authenticate() -> None:
-        if request.path.startswith("/v1/") and request.method != "OPTIONS":
+        if needs_key(request.path) and request.method != "OPTIONS":
             check_key(server.settings, request.headers.get("Authorization"))
 
     # A handshake for a WebSocket, of which there are none here, is refused by a response too.
@@ -87,17 +89,21 @@ def make_app(server: Server) -> QuartTrio:
         return _json(body, status, headers)
 
     @app.get("/")
-    async def watch() -> Response:
-        return Response(page.html, headers=page.headers, content_type="text/html; charset=utf-8")
+    async def page() -> Response:
+        return Response(watching.html, headers=watching.headers, content_type="text/html; charset=utf-8")
 
     @app.get("/healthz")
     async def healthz() -> Response:
         health = Health(status=server.phase.value, model=server.label)
-        return _json(health) if server.phase is Phase.SERVING else _json(health, 503, {"Retry-After": RETRY_AFTER_S})
+        return _json(health) if server.phase is Phase.SERVING else _json(health, 503, headers_of(503))
 
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(generate_latest(server.metrics.registry), content_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return Response(described, content_type="application/json")
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -105,10 +111,10 @@ def make_app(server: Server) -> QuartTrio:
             return _json(ModelList(data=[Model(id=server.label, created=started)]))
 
     @app.get("/v1/runtime")
-    async def runtime_status() -> Response:
-        with server.call() as runtime:
+    async def runtime() -> Response:
+        with server.call() as serving:
             return _json(
-                status_of(runtime, server.label, time.monotonic() - began), headers={"Cache-Control": "no-store"}
+                status_of(serving, server.label, time.monotonic() - began), headers={"Cache-Control": "no-store"}
             )
 
     @app.get(MIGRATION_PATH)
@@ -132,7 +138,17 @@ def make_app(server: Server) -> QuartTrio:
         )
         return response
 
+    described = json.dumps(document(routes_of(app), server.settings, server.label, DEPRECATION))
     return app
+
+
+def routes_of(app: Quart) -> list[Route]:
+    """The routes of `app` in the order of their paths, without the methods that every one has."""
+    return [
+        Route(rule.endpoint, method, rule.rule)
+        for rule in sorted(app.url_map.iter_rules(), key=lambda rule: rule.rule)
+        for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"})
+    ]
 
 
 async def http_door(server: Server, bind: str, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:

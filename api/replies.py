@@ -47,9 +47,17 @@ def as_http(error: Exception) -> tuple[int, ErrorReply, dict[str, str]]:
     else:
         _log.error("request failed", exc_info=error)
         status, message = 500, _OURS
+    error_body = ErrorBody(message=message, type=type_of(status), param=param, code=code)
+    return status, ErrorReply(error=error_body), headers | headers_of(status)
+
+
+def headers_of(status: int) -> dict[str, str]:
+    """Headers that go with this status, whatever the reason."""
     if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    if status in (429, 503):
-        headers["Retry-After"] = RETRY_AFTER_S
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return status, ErrorReply(error=ErrorBody(message=message, type=kind, param=param, code=code)), headers
+        return {"WWW-Authenticate": "Bearer"}
+    return {"Retry-After": RETRY_AFTER_S} if status in (429, 503) else {}
+
+
+def type_of(status: int) -> str:
+    """What the body of an error with this status calls its kind."""
+    return _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")

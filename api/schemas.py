@@ -11,12 +11,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
+    JsonValue,
     StringConstraints,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -27,10 +26,22 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 _MOST_TOKENS = 2**31 - 1
 _FIELD = re.compile(r"[a-z]\w*")
+_OBJECT: dict[str, JsonValue] = {"type": "object"}
+# What a field may hold that is not supported: nothing, in whatever way.
+_NOTHING: tuple[object, ...] = (None, False, 0, "", [], {})
+_NOT_IN_MESSAGES = ("function_call", "audio", "refusal")
 
 
 class _Asked(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+def _whole(number: object) -> object:
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+# In JSON, and so in its schemas, 4.0 is an integer.
+_AS_WHOLE = BeforeValidator(_whole)
 
 
 class TextPart(_Asked):
@@ -41,7 +52,9 @@ class TextPart(_Asked):
 
 class CalledFunction(_Asked):
     name: str
-    arguments: str
+    arguments: Annotated[
+        str, Field(json_schema_extra={"contentMediaType": "application/json", "contentSchema": _OBJECT})
+    ]
 
     def for_template(self) -> dict[str, Any]:
         """Templates spell the arguments themselves, and so need the object and not its JSON."""
@@ -66,8 +79,19 @@ class MadeCall(_Asked):
     function: CalledFunction
 
 
+def _describe_message(schema: dict[str, Any]) -> None:
+    """Adds what `ChatMessage` checks besides types."""
+    schema["properties"] |= {name: {"enum": [*_NOTHING]} for name in _NOT_IN_MESSAGES}
+    said = {"content": {"type": ["string", "array"]}, "tool_calls": {"maxItems": 0}}
+    called = {"role": {"const": "assistant"}, "tool_calls": {"type": "array", "minItems": 1}}
+    schema["anyOf"] = [
+        {"required": ["content"], "properties": said},
+        {"required": ["tool_calls"], "properties": called},
+    ]
+
+
 class ChatMessage(_Asked):
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=_describe_message)
 
     role: Role
     name: str | None = None
@@ -84,7 +108,7 @@ class ChatMessage(_Asked):
 
     @model_validator(mode="after")
     def _is_whole(self) -> ChatMessage:
-        for name in ("function_call", "audio", "refusal"):
+        for name in _NOT_IN_MESSAGES:
             if (self.model_extra or {}).get(name):
                 raise ValueError(f"{name} in a message is not supported")
         if self.tool_calls and self.role != "assistant":
@@ -135,7 +159,17 @@ class JsonSchema(_Asked):
     strict: bool | None = None
 
 
+def _describe_format(schema: dict[str, Any]) -> None:
+    """Adds what `ResponseFormat` checks besides types."""
+    schema["anyOf"] = [
+        {"properties": {"type": {"enum": ["text", "json_object"]}}},
+        {"required": ["json_schema"], "properties": {"json_schema": _OBJECT}},
+    ]
+
+
 class ResponseFormat(_Asked):
+    model_config = ConfigDict(json_schema_extra=_describe_format)
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = Field(default=None, validate_default=True)
 
@@ -156,18 +190,41 @@ class ResponseFormat(_Asked):
 
 class StreamOptions(_Asked):
     include_usage: bool = False
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Annotated[bool, Field(json_schema_extra={"const": False})] | None = None
+
+    @field_validator("include_obfuscation")
+    @classmethod
+    def _is_not_asked_for(cls, value: bool | None) -> bool | None:
+        if value:
+            raise ValueError("obfuscation is not supported")
+        return value
 
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+StopStrings = Annotated[list[StopString], Field(max_length=4)]
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Whether they are equal in JSON, where 0 is not false."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 def _listed(stop: object) -> object:
     return [stop] if isinstance(stop, str) else stop
 
 
+def _describe_request(schema: dict[str, Any], kind: type[CompletionRequest]) -> None:
+    """Adds the fields that are refused by their names."""
+    words = "Known and not supported: only values that ask for nothing are taken."
+    schema["properties"] |= {
+        name: {"enum": [None, *neutral], "description": words} for name, neutral in kind.NEUTRAL.items()
+    }
+
+
 class CompletionRequest(_Asked):
     """The body of `POST /v1/chat/completions`. A field that OpenAI does not define is ignored."""
+
+    model_config = ConfigDict(json_schema_extra=_describe_request)
 
     # What OpenAI defines and this server does not do: only a value that asks for nothing passes.
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {
@@ -194,18 +251,20 @@ class CompletionRequest(_Asked):
 
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS), _AS_WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS), _AS_WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=_MOST_TOKENS)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: Annotated[list[StopString], Field(max_length=4), BeforeValidator(_listed)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=_MOST_TOKENS), _AS_WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64), _AS_WHOLE] | None = None
+    stop: Annotated[StopStrings, BeforeValidator(_listed, json_schema_input_type=StopString | StopStrings)] | None = (
+        None
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    n: Annotated[int, Field(ge=1, le=128), _AS_WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), _AS_WHOLE] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
@@ -223,10 +282,7 @@ class CompletionRequest(_Asked):
         if isinstance(asked, dict):
             for name, neutral in cls.NEUTRAL.items():
                 value = asked.get(name)
-                # 1 == True in Python, and not in JSON.
-                if value is not None and not any(type(value) is type(one) and value == one for one in neutral):
-                    if isinstance(value, float) and value in neutral:
-                        continue
+                if value is not None and not any(_is_same(value, one) for one in neutral):
                     raise _Unsupported(name)
         return asked
 
@@ -305,7 +361,15 @@ def _refusal(error: ValidationError) -> InvalidRequest:
 
 
 class _Answered(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, json_schema_serialization_defaults_required=True)
+
+
+def _is_nothing(value: object) -> bool:
+    return not value
+
+
+def _is_none(value: object) -> bool:
+    return value is None
 
 
 class Usage(_Answered):
@@ -346,11 +410,7 @@ class Answer(_Answered):
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
-    tool_calls: list[AnsweredCall] | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_no_calls(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in fields(self).items() if name != "tool_calls" or value}
+    tool_calls: list[AnsweredCall] | None = Field(default=None, exclude_if=_is_nothing)
 
 
 class Choice(_Answered):
@@ -377,13 +437,9 @@ class DeltaCall(AnsweredCall):
 
 
 class Delta(_Answered):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    tool_calls: list[DeltaCall] | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_nulls(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in fields(self).items() if value is not None}
+    role: Literal["assistant"] | None = Field(default=None, exclude_if=_is_none)
+    content: str | None = Field(default=None, exclude_if=_is_none)
+    tool_calls: list[DeltaCall] | None = Field(default=None, exclude_if=_is_none)
 
 
 class ChunkChoice(_Answered):

@@ -331,6 +331,9 @@ def with_schema(schema: dict[str, Any]) -> dict[str, Any]:
         ({"stream": 1}, "stream"),
         ({"stream": True, "stream_options": True}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
+        ({"stream": True, "stream_options": {"include_obfuscation": 0}}, "stream_options.include_obfuscation"),
+        ({"store": 0}, "store"),
+        ({"store": 0.0}, "store"),
         ({"user": 5}, "user"),
         ({"ignore_eos": "yes"}, "ignore_eos"),
         ({"n": 0}, "n"),
@@ -435,6 +438,15 @@ def test_values_that_ask_for_nothing_are_taken(plain: ServerProcess) -> None:
 
     assert texts[0] == texts[1]
     assert post(plain, nulls | HELLO).status_code == 200
+
+
+def test_a_whole_number_may_be_written_with_a_fraction_of_nothing(plain: ServerProcess) -> None:
+    written = {"max_tokens": 4.0, "n": 1.0, "seed": -1e3, "top_k": 0.0, "logprobs": True, "top_logprobs": 1.0}
+
+    answer = post(plain, HELLO | written).json()
+
+    assert answer["usage"]["completion_tokens"] == 4
+    assert len(answer["choices"]) == 1
 
 
 def test_a_field_that_openai_does_not_define_is_ignored(plain: ServerProcess) -> None:
