@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from api.schemas import CompletionRequest, Tool
+from api.request import CompletionRequest
+from api.request_parts import Tool
 from runtime.errors import InvalidRequest
 from runtime.grammar import Grammar
 from runtime.text import Text

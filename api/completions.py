@@ -13,7 +13,8 @@ from actors import Events, Runtime, SessionHandle
 from actors.nursery import open_nursery
 from api.bounds import Bounds
 from api.logprobs import SentLogprobs
-from api.schemas import ChosenLogprob, CompletionRequest, FinishReason, Usage
+from api.request import CompletionRequest
+from api.schemas import ChosenLogprob, FinishReason, Usage
 from api.stop_strings import StopStrings
 from runtime.errors import DeadlineExceeded
 from runtime.events import Done, HistoryTruncated, Overflow, StopReason, Token

@@ -32,7 +32,8 @@ from api.hosting import HostedApplication
 from api.openapi import Route, document
 from api.page import load_page
 from api.replies import as_http, headers_of
-from api.schemas import CompletionRequest, Health, Model, ModelList
+from api.request import CompletionRequest
+from api.schemas import Health, Model, ModelList
 from api.server import Phase, Server
 from api.status import status_of
 from runtime.errors import InvalidSetting, ModelNotFound, PayloadTooLarge

@@ -13,15 +13,8 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestTimeout
 
 from api.auth import needs_key
 from api.replies import headers_of, type_of
-from api.schemas import (
-    Chunk,
-    Completion,
-    CompletionRequest,
-    CountedChunk,
-    ErrorReply,
-    Health,
-    ModelList,
-)
+from api.request import CompletionRequest
+from api.schemas import Chunk, Completion, CountedChunk, ErrorReply, Health, ModelList
 from api.status import RuntimeStatus
 from runtime.errors import (
     CapacityExhausted,

@@ -16,7 +16,7 @@ from schemathesis.schemas import BaseSchema
 
 from api.http import DEPRECATION, make_app, routes_of
 from api.openapi import OPERATIONS, document
-from api.schemas import CompletionRequest
+from api.request import CompletionRequest
 from api.server import Server
 from runtime import Settings
 from runtime.models import SEEDLING
