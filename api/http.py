@@ -23,6 +23,7 @@ from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
 
+import api.connections  # noqa: F401 # For its effect.
 from actors.nursery import lone_errors, open_nursery
 from api.answers import ServerSentEvents, whole_answer
 from api.auth import check_key, needs_key

@@ -10,7 +10,7 @@ from enum import Enum
 import trio
 
 from actors import Runtime, open_runtime
-from runtime.errors import NotServing
+from runtime.errors import EngineFailed, NotServing
 from runtime.metrics import Metrics
 from runtime.settings import Settings
 
@@ -60,6 +60,14 @@ class Server:
 
     async def run(self, *, task_status: trio.TaskStatus[Runtime] = trio.TASK_STATUS_IGNORED) -> None:
         """Loads the model and holds its sessions until cancelled. Raises StartError or EngineFailed."""
+        try:
+            await self._hold(task_status)
+        except EngineFailed:
+            # Its callers know by now, and the doors have yet to tell their clients.
+            await self.drain()
+            raise
+
+    async def _hold(self, task_status: trio.TaskStatus[Runtime]) -> None:
         try:
             async with self._opening(self.settings, self.metrics) as runtime:
                 self._runtime = runtime

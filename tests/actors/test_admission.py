@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from actors.admission import Admission
 from runtime import Settings
-from runtime.errors import Saturated
+from runtime.errors import InvalidRequest, Saturated
 from runtime.metrics import Metrics
 from tests.actors.engines import sample
 
@@ -37,9 +38,9 @@ async def hold(admission: Admission, until: trio.Event) -> None:
         await until.wait()
 
 
-async def take(admission: Admission) -> None:
-    """Takes a permit and gives it back."""
-    async with admission.permits():
+async def take(admission: Admission, count: int = 1) -> None:
+    """Takes permits and gives them back."""
+    async with admission.permits(count):
         pass
 
 
@@ -172,11 +173,87 @@ async def test_a_waiter_that_leaves_is_gone_at_once_and_takes_no_permit(
     assert sample(metrics, "admission_total", result="admitted") == 2
 
 
-@dataclass(frozen=True)
+@pytest.mark.parametrize("make", [rejecting, queueing])
+async def test_more_permits_than_there_are_is_refused_at_once_and_for_good(
+    make: Callable[[Metrics, int], Admission], metrics: Metrics
+) -> None:
+    admission = make(metrics, 3)
+
+    with pytest.raises(InvalidRequest, match="n is 4") as caught:
+        await take(admission, 4)
+
+    assert caught.value.param == "n"
+    assert sample(metrics, "admission_total", result="rejected") == 0
+    await take(admission, 3)
+
+
+async def test_a_newcomer_does_not_take_the_free_permit_of_one_that_waits_for_several(
+    metrics: Metrics, nursery: trio.Nursery
+) -> None:
+    admission = queueing(metrics, 2)
+    served: list[str] = []
+
+    async def wait(name: str, count: int) -> None:
+        async with admission.permits(count):
+            served.append(name)
+
+    async with admission.permits():
+        nursery.start_soon(wait, "both", 2)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(wait, "one", 1)
+        await wait_all_tasks_blocked()
+        assert served == []
+        assert sample(metrics, "admission_pending") == 2
+    await wait_all_tasks_blocked()
+    assert served == ["both", "one"]
+
+
+async def test_one_that_leaves_half_way_gives_back_what_it_had_taken(metrics: Metrics, nursery: trio.Nursery) -> None:
+    admission = queueing(metrics, 3)
+    leaving = trio.CancelScope()
+    served: list[str] = []
+
+    async def wait_and_leave() -> None:
+        with leaving:
+            await take(admission, 3)
+
+    async def wait() -> None:
+        async with admission.permits(2):
+            served.append("next")
+
+    async with admission.permits():
+        nursery.start_soon(wait_and_leave)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(wait)
+        await wait_all_tasks_blocked()
+        assert served == []
+        leaving.cancel()
+        await wait_all_tasks_blocked()
+        assert served == ["next"]
+        assert sample(metrics, "admission_pending") == 0
+    await take(admission, 3)
+
+
+async def test_one_that_has_waited_its_longest_half_way_gives_back_what_it_had_taken(
+    metrics: Metrics, autojump_clock: MockClock
+) -> None:
+    admission = queueing(metrics, 3, longest_wait_s=7)
+    async with admission.permits():
+        with pytest.raises(Saturated, match="7 s"):
+            await take(admission, 3)
+        with trio.fail_after(0):
+            await take(admission, 2)
+        assert sample(metrics, "admission_total", result="timed_out") == 1
+        assert sample(metrics, "admission_pending") == 0
+    await take(admission, 3)
+
+
+@dataclass(frozen=True, eq=False)
 class Visit:
-    """A completion that comes, may be left by its client, and may fail."""
+    """A completion that comes and wants permits, may be left by its client, and may fail."""
 
     comes_at: int
+    wants: int
     stays_s: int
     leaves_after_s: int | None
     fails: bool
@@ -186,6 +263,7 @@ VISITS = st.lists(
     st.builds(
         Visit,
         comes_at=st.integers(0, 10),
+        wants=st.integers(1, 5),
         stays_s=st.integers(0, 5),
         leaves_after_s=st.none() | st.integers(0, 8),
         fails=st.booleans(),
@@ -198,49 +276,79 @@ class GoneWrong(Exception):
     pass
 
 
+class Hall:
+    """An admission with its visitors, who see that what its docstring promises is kept."""
+
+    def __init__(self, count: int, policy: str, longest_wait_s: int) -> None:
+        settings = Settings(max_concurrent=count, admission_policy=policy, queue_max_wait_s=longest_wait_s)
+        self.metrics = Metrics()
+        self.admission = Admission(settings, self.metrics)
+        self._count = count
+        self._is_queue = policy == "queue"
+        self._line: list[Visit] = []
+        self._taken = 0
+
+    async def come(self, visit: Visit) -> None:
+        await trio.sleep(visit.comes_at)
+        with trio.move_on_after(math.inf if visit.leaves_after_s is None else visit.leaves_after_s):
+            if visit.wants > self._count:
+                with pytest.raises(InvalidRequest):
+                    await take(self.admission, visit.wants)
+            else:
+                with suppress(GoneWrong):
+                    await self._stay(visit)
+
+    async def _stay(self, visit: Visit) -> None:
+        # From here to its place in the line there is no checkpoint.
+        self._line.append(visit)
+        is_in_line = True
+        try:
+            async with self.admission.permits(visit.wants):
+                assert self._line[0] is visit, "somebody was overtaken"
+                self._line.remove(visit)
+                is_in_line = False
+                self._taken += visit.wants
+                assert self._taken <= self._count
+                try:
+                    await trio.sleep(visit.stays_s)
+                    if visit.fails:
+                        raise GoneWrong
+                finally:
+                    self._taken -= visit.wants
+        except Saturated:
+            assert self._is_queue or self._taken + visit.wants > self._count, "refused for nothing"
+        finally:
+            if is_in_line:
+                self._line.remove(visit)
+
+    async def watch(self) -> None:
+        """Looks between the whole seconds, in which nothing happens: whoever is first in the line waits for a reason."""
+        await trio.sleep(0.5)
+        while True:
+            assert sample(self.metrics, "admission_pending") == len(self._line)
+            assert not self._line or self._taken + self._line[0].wants > self._count, "a permit is lost"
+            await trio.sleep(1)
+
+
 @given(
     visits=VISITS,
     count=st.integers(1, 4),
     policy=st.sampled_from(["reject", "queue"]),
     longest_wait_s=st.sampled_from([0, 1, 4]),
 )
-def test_no_permit_is_ever_lost_or_made(visits: list[Visit], count: int, policy: str, longest_wait_s: int) -> None:
+def test_no_permit_is_ever_lost_or_made_and_nobody_is_overtaken(
+    visits: list[Visit], count: int, policy: str, longest_wait_s: int
+) -> None:
     async def main() -> None:
-        metrics = Metrics()
-        admission = Admission(
-            Settings(max_concurrent=count, admission_policy=policy, queue_max_wait_s=longest_wait_s), metrics
-        )
-        running = 0
-        most_running = 0
-
-        async def stay(visit: Visit) -> None:
-            nonlocal running, most_running
-            async with admission.permits():
-                running += 1
-                most_running = max(most_running, running)
-                try:
-                    await trio.sleep(visit.stays_s)
-                    if visit.fails:
-                        raise GoneWrong
-                finally:
-                    running -= 1
-
-        async def come(visit: Visit) -> None:
-            await trio.sleep(visit.comes_at)
-            longest = math.inf if visit.leaves_after_s is None else visit.leaves_after_s
-            with trio.move_on_after(longest):
-                with suppress(Saturated, GoneWrong):
-                    await stay(visit)
-
-        async with trio.open_nursery() as nursery:
-            for visit in visits:
-                nursery.start_soon(come, visit)
-        assert most_running <= count
-        assert sample(metrics, "admission_pending") == 0
-        async with AsyncExitStack() as stack:
-            for _ in range(count):
-                with trio.fail_after(0):
-                    await stack.enter_async_context(admission.permits())
+        hall = Hall(count, policy, longest_wait_s)
+        async with trio.open_nursery() as watching:
+            watching.start_soon(hall.watch)
+            async with trio.open_nursery() as coming:
+                for visit in visits:
+                    coming.start_soon(hall.come, visit)
+            watching.cancel_scope.cancel()
+        with trio.fail_after(0):
+            await take(hall.admission, count)
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
 

@@ -69,10 +69,10 @@ class ServerProcess:
                 loading.close()
 
 
-def command(kind: str, http: str, *flags: str) -> list[str]:
+def command(kind: str, http: str, *flags: str, application: str = "api.http:app") -> list[str]:
     if kind == "perennial":
         return [program("perennial"), "serve", "--bind", http, *flags]
-    return [program("hypercorn"), "-k", kind.removeprefix("hypercorn-"), "--bind", http, "api.http:app", *flags]
+    return [program("hypercorn"), "-k", kind.removeprefix("hypercorn-"), "--bind", http, application, *flags]
 
 
 def environment(settings: dict[str, object]) -> dict[str, str]:
@@ -81,10 +81,13 @@ def environment(settings: dict[str, object]) -> dict[str, str]:
 
 
 @contextmanager
-def started(kind: str, *, is_awaited: bool = True, **settings: object) -> Iterator[ServerProcess]:
+def started(
+    kind: str, *, is_awaited: bool = True, application: str = "api.http:app", **settings: object
+) -> Iterator[ServerProcess]:
     """A server of this kind, loaded unless it is not `is_awaited`; it is ended when the block ends."""
     http = f"127.0.0.1:{free_port()}"
-    process = subprocess.Popen(command(kind, http), env=environment(settings), stderr=subprocess.PIPE, text=True)
+    line = command(kind, http, application=application)
+    process = subprocess.Popen(line, env=environment(settings), stderr=subprocess.PIPE, text=True)
     server = ServerProcess(process, f"http://{http}")
     opened, loaded = threading.Event(), threading.Event()
 

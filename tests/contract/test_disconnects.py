@@ -1,4 +1,4 @@
-"""A client that leaves frees its permit and slab, whoever runs the loop that its socket is on."""
+"""A client that leaves frees its permits and slabs, wherever its completion stands and whoever runs its socket's loop."""
 
 from __future__ import annotations
 
@@ -7,22 +7,34 @@ import json
 import re
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from urllib.parse import urlsplit
 
 import pytest
 
-from tests.contract.servers import ServerProcess
+from tests.contract.servers import KINDS, ServerProcess, started
 
 pytestmark = pytest.mark.door
 
 _LONGEST_WAIT_S = 20
-LONG = "Hello! " * 250
+PERMITS = 3
+# Neither comes to its end within a test: a prompt that takes a minute to read, and an answer that only the time limit ends.
+LONG = "Hello! " * 50_000
+ENDLESS = {"max_tokens": 2**31 - 1, "ignore_eos": True}
 
 
-def asked(server: ServerProcess, content: str, **more: object) -> http.client.HTTPConnection:
-    """A connection on which a completion was asked for, to its longest."""
-    body = {"model": "seedling", "messages": [{"role": "user", "content": content}], "ignore_eos": True, **more}
+@pytest.fixture(scope="module", params=KINDS)
+def endless(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
+    """A server of each kind, with a few permits and a line for them, that forgets rather than refuses."""
+    settings = {"http_overflow": "evict", "max_concurrent": PERMITS, "admission_policy": "queue"}
+    with started(request.param, window=252, **settings) as server:
+        yield server
+
+
+def asked(server: ServerProcess, content: str = "Hello!", **more: object) -> http.client.HTTPConnection:
+    """A connection on which a completion was asked for, an endless one unless it is told otherwise."""
+    body = {"model": "seedling", "messages": [{"role": "user", "content": content}], **ENDLESS, **more}
     connection = http.client.HTTPConnection(urlsplit(server.http).netloc, timeout=_LONGEST_WAIT_S)
     connection.request("POST", "/v1/chat/completions", json.dumps(body))
     return connection
@@ -42,35 +54,66 @@ def wait_until(condition: Callable[[], bool]) -> None:
         assert time.monotonic() < deadline
 
 
-def leaves_in_a_prefill(server: ServerProcess) -> None:
+def leaves_in_a_prefill(server: ServerProcess, **more: object) -> None:
     forwards = metric(server, "forward_rows_count")
-    connection = asked(server, LONG)
-    wait_until(lambda: metric(server, "forward_rows_count") > forwards)
-    connection.close()
+    with closing(asked(server, LONG, **more)):
+        wait_until(lambda: metric(server, "forward_rows_count") > forwards)
 
 
-def leaves_in_a_decode(server: ServerProcess) -> None:
+def leaves_in_a_decode(server: ServerProcess, **more: object) -> None:
     tokens = metric(server, "generated_tokens_total")
-    connection = asked(server, "Hello!", max_tokens=100_000, temperature=0)
-    wait_until(lambda: metric(server, "generated_tokens_total") > tokens)
-    connection.close()
+    with closing(asked(server, **more)):
+        wait_until(lambda: metric(server, "generated_tokens_total") > tokens)
 
 
-def leaves_between_chunks(server: ServerProcess) -> None:
-    connection = asked(server, "Hello!", max_tokens=100_000, temperature=0, stream=True)
-    response = connection.getresponse()
-    response.readline()
-    response.close()
-    connection.close()
+def leaves_between_chunks(server: ServerProcess, **more: object) -> None:
+    with closing(asked(server, **more)) as connection, connection.getresponse() as response:
+        while not json.loads(response.readline().removeprefix(b"data: "))["choices"][0]["delta"]["content"]:
+            response.readline()
 
 
-@pytest.mark.parametrize("leaves", [leaves_in_a_prefill, leaves_in_a_decode, leaves_between_chunks])
+STAGES = [leaves_in_a_prefill, leaves_in_a_decode, leaves_between_chunks]
+
+
+@pytest.mark.parametrize("n", [1, PERMITS])
+@pytest.mark.parametrize(
+    ("leaves", "stream"), [(stage, stream) for stage in STAGES[:2] for stream in (False, True)] + [(STAGES[2], True)]
+)
 def test_when_a_client_leaves_its_work_ends_and_all_it_held_is_free(
-    server: ServerProcess, leaves: Callable[[ServerProcess], None]
+    endless: ServerProcess, leaves: Callable[..., None], stream: bool, n: int
 ) -> None:
-    leaves(server)
+    leaves(endless, stream=stream, n=n)
 
-    wait_until(lambda: metric(server, "slab_in_use") == 0)
-    rows = metric(server, "forward_rows_sum")
-    assert metric(server, "session_active") == 0
-    assert metric(server, "forward_rows_sum") == rows
+    wait_until(lambda: metric(endless, "slab_in_use") == 0)
+    rows = metric(endless, "forward_rows_sum")
+    assert metric(endless, "session_active") == 0
+    assert metric(endless, "forward_rows_sum") == rows
+    assert_every_permit_is_free(endless)
+
+
+# `n` permits for which it waits, while others hold `taken`: with some it has taken some before it leaves.
+@pytest.mark.parametrize(("n", "taken"), [(1, PERMITS), (2, PERMITS), (2, PERMITS - 1), (PERMITS, 1)])
+@pytest.mark.parametrize("stream", [False, True])
+def test_when_a_client_leaves_the_line_it_has_cost_no_forward_and_kept_nothing(
+    endless: ServerProcess, n: int, taken: int, stream: bool
+) -> None:
+    with closing(asked(endless, n=taken)):
+        wait_until(lambda: metric(endless, "slab_in_use") == taken)
+        with closing(asked(endless, n=n, stream=stream)):
+            wait_until(lambda: metric(endless, "admission_pending") == 1)
+
+        wait_until(lambda: metric(endless, "admission_pending") == 0)
+        assert metric(endless, "slab_in_use") == taken
+        if taken < PERMITS:
+            with closing(asked(endless, n=PERMITS - taken, max_tokens=1)) as next_one:
+                assert next_one.getresponse().status == 200
+
+    wait_until(lambda: metric(endless, "slab_in_use") == 0)
+    assert_every_permit_is_free(endless)
+
+
+def assert_every_permit_is_free(server: ServerProcess) -> None:
+    assert metric(server, "admission_pending") == 0
+    with closing(asked(server, n=PERMITS, max_tokens=1)) as connection:
+        assert connection.getresponse().status == 200
+    assert metric(server, "admission_pending") == 0
