@@ -19,6 +19,11 @@ from runtime.slab import Slab
 from runtime.snapshot import Terms
 
 
+# Scheduler passes in which a session whose token was taken has its next forward begun. Whatever is done with the token, such
+# as writing it to a socket, is then done while the engine works and not before.
+_PASSES_TO_THE_NEXT_FORWARD = 6
+
+
 class Events:
     """The events of one generation: at most one HistoryTruncated, tokens, exactly one Done."""
 
@@ -36,6 +41,10 @@ class Events:
         with as_session_errors():
             event = await self._replies.receive()
         self._is_done = isinstance(event, Done)
+        if not self._is_done:
+            for _ in range(_PASSES_TO_THE_NEXT_FORWARD):
+                # Whoever is cancelled has this event all the same: it is part of the history.
+                await trio.lowlevel.cancel_shielded_checkpoint()
         return event
 
 
