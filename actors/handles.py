@@ -18,7 +18,6 @@ from runtime.grammar import Grammar
 from runtime.slab import Slab
 from runtime.snapshot import Terms
 
-
 # Scheduler passes in which a session whose token was taken has its next forward begun. Whatever is done with the token, such
 # as writing it to a socket, is then done while the engine works and not before.
 _PASSES_TO_THE_NEXT_FORWARD = 6

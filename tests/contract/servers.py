@@ -82,11 +82,11 @@ def environment(settings: dict[str, object]) -> dict[str, str]:
 
 @contextmanager
 def started(
-    kind: str, *, is_awaited: bool = True, application: str = "api.http:app", **settings: object
+    kind: str, *flags: str, is_awaited: bool = True, application: str = "api.http:app", **settings: object
 ) -> Iterator[ServerProcess]:
     """A server of this kind, loaded unless it is not `is_awaited`; it is ended when the block ends."""
     http = f"127.0.0.1:{free_port()}"
-    line = command(kind, http, application=application)
+    line = command(kind, http, *flags, application=application)
     process = subprocess.Popen(line, env=environment(settings), stderr=subprocess.PIPE, text=True)
     server = ServerProcess(process, f"http://{http}")
     opened, loaded = threading.Event(), threading.Event()
@@ -134,6 +134,16 @@ def fails_to_start(kind: str, *flags: str, http: str = "", **settings: object) -
 def complaints(log: str) -> list[str]:
     """Lines on stderr that do more than inform, be they ours or Hypercorn's own."""
     return [line for line in log.splitlines() if not re.search(r" INFO |\[INFO\]", line)]
+
+
+def certificate_in(directory: Path) -> tuple[Path, Path]:
+    """A certificate for this machine, signed by itself, and its key, as PEM files."""
+    certificate, key = directory / "certificate.pem", directory / "key.pem"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    )
+    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    return certificate, key
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.contract.servers import ServerProcess, started
+from tests.contract.servers import ServerProcess, certificate_in, started
 from tests.contract.stubs import PROMPT, Stock, Stubs, refused, stock
 
 pytestmark = pytest.mark.door
@@ -45,11 +45,7 @@ def test_reflection_lists_the_services_and_tells_all_of_ours(told: dict[str, Any
 
 
 def test_with_a_certificate_the_door_speaks_tls_and_nothing_else(stubs: Stubs, tmp_path: Path) -> None:
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
-    )
-    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    certificate, key = certificate_in(tmp_path)
     with started("perennial", tls_cert=certificate, tls_key=key, api_keys="secret") as server:
         trusted = grpc.ssl_channel_credentials(certificate.read_bytes())
         with grpc.secure_channel(server.grpc, trusted) as channel:
