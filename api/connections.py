@@ -1,25 +1,47 @@
-"""Connections of Hypercorn's trio worker that cannot end the server. Imported for its effect, by whatever is served with it.
+"""Connections of Hypercorn's trio worker that end, and end alone. Imported for its effect, by what is served with it.
 
-An answer that ends before its request closes the connection, and where the client breaks off in that moment Hypercorn answers
-that too, on a stream that is being closed. It expects any error of a stream but the one that this makes, which goes up to the
-nursery in which all connections are. Under asyncio a connection's error is its own.
+There what fails in one connection goes up to the nursery in which all are, and ends the server. An answer that ends before its
+request closes the connection, and where the client breaks off in that moment Hypercorn answers that too, on a stream that is
+being closed: it expects any error of a stream but the one that this makes.
+
+Where a client has sent a second request, what reads the connection waits for the end of the first answer. A send that fails
+ends the answer without telling it, and it would wait for as long as the server lives.
+
+Hypercorn's asyncio worker has none of these faults.
 """
 
 from __future__ import annotations
 
+import logging
+
 import hypercorn.trio.run
 import trio
-from hypercorn.events import Closed, Event
+from hypercorn.events import Closed, Event, RawData
 from hypercorn.trio.tcp_server import TCPServer
+
+_log = logging.getLogger("perennial.http")
 
 
 class TcpConnection(TCPServer):
-    async def protocol_send(self, event: Event) -> None:
+    async def run(self) -> None:
         try:
+            with trio.CancelScope() as self._scope:
+                await super().run()
+        except* Exception as errors:
+            _log.error("connection failed", exc_info=errors)
+
+    async def protocol_send(self, event: Event) -> None:
+        if not isinstance(event, RawData):
             await super().protocol_send(event)
-        except trio.BusyResourceError:
-            # Sends take turns, so it is the close that is under way: as when the client has left.
-            await self.protocol.handle(Closed())
+            return
+        async with self.send_lock:
+            try:
+                # A part of an answer that was cancelled half-way would pass for the beginning of another.
+                with trio.CancelScope(shield=True):
+                    await self.stream.send_all(event.data)
+            except (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
+                await self.protocol.handle(Closed())
+                self._scope.cancel()
 
 
 hypercorn.trio.run.TCPServer = TcpConnection  # type: ignore[attr-defined] # There is no other place to name one's own.

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from contextlib import suppress
+from socket import SO_LINGER, SOL_SOCKET
 
 import pytest
 import trio
+from hypercorn.config import Config
+from hypercorn.logging import Logger
+from hypercorn.trio import serve
 
-from tests.api.doors import House, open_house
+from api.http import make_app
+from runtime.settings import split_address
+from tests.api.doors import HELLO, House, open_house
+from tests.api.test_disconnects import until
 
 TRIES = 300
 
@@ -21,6 +30,13 @@ async def breaks_off(house: House, said: bytes) -> None:
             await stream.receive_some()
 
 
+async def got(host: str, port: int) -> bytes:
+    """The head of the answer to a request for /healthz."""
+    async with await trio.open_tcp_stream(host, port) as stream:
+        await stream.send_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        return bytes(await stream.receive_some())
+
+
 @pytest.mark.parametrize("path", ["/nothing", "/v1/chat/completions"])
 @pytest.mark.parametrize("length", [10, 10**9])
 async def test_a_body_that_breaks_off_while_it_is_answered_costs_the_server_nothing(path: str, length: int) -> None:
@@ -30,7 +46,44 @@ async def test_a_body_that_breaks_off_while_it_is_answered_costs_the_server_noth
             for _ in range(TRIES):
                 clients.start_soon(breaks_off, house, said)
 
-        stream = await trio.open_tcp_stream(*house.http)
-        async with stream:
-            await stream.send_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert (await stream.receive_some()).startswith(b"HTTP/1.1 200 ")
+        assert (await got(*house.http)).startswith(b"HTTP/1.1 200 ")
+
+
+def tasks_living() -> int:
+    return trio.lowlevel.current_statistics().tasks_living
+
+
+async def test_a_connection_that_breaks_with_a_second_request_on_it_is_over_once_the_first_is_answered() -> None:
+    data = json.dumps(HELLO | {"max_tokens": 1}).encode()
+    request = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    async with open_house() as house:
+        tasks = tasks_living()
+        house.engine.hold()
+        async with await trio.open_tcp_stream(*house.http) as stream:
+            stream.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+            await stream.send_all(request * 2)
+            await house.engine.begun()
+        house.engine.open()
+
+        await until(lambda: tasks_living() <= tasks)
+
+
+class FaultyLogger(Logger):
+    """Fails in the task of a connection, where nothing of ours runs."""
+
+    async def access(self, *_: object) -> None:
+        raise ZeroDivisionError
+
+
+async def test_what_fails_in_one_connection_is_logged_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    config = Config()
+    config.bind, config.logger_class = ["127.0.0.1:0"], FaultyLogger
+    async with open_house() as house, trio.open_nursery() as nursery:
+        (url,) = await nursery.start(serve, make_app(house.server), config)
+        address = split_address(url.removeprefix("http://"))
+
+        answers = [await got(*address) for _ in range(2)]
+
+        assert [answer[:13] for answer in answers] == [b"HTTP/1.1 200 "] * 2
+        await until(lambda: "ZeroDivisionError" in caplog.text)
+        nursery.cancel_scope.cancel()
