@@ -4,6 +4,9 @@ There what fails in one connection goes up to the nursery in which all are, and 
 request closes the connection, and where the client breaks off in that moment Hypercorn answers that too, on a stream that is
 being closed: it expects any error of a stream but the one that this makes.
 
+A client that does not read holds a send up, which Hypercorn shields from whatever would end it: the server would wait for its
+client. A send that is cancelled ends the connection instead.
+
 Where a client has sent a second request, what reads the connection waits for the end of the first answer. A send that fails
 ends the answer without telling it, and it would wait for as long as the server lives.
 
@@ -36,12 +39,14 @@ class TcpConnection(TCPServer):
             return
         async with self.send_lock:
             try:
-                # A part of an answer that was cancelled half-way would pass for the beginning of another.
-                with trio.CancelScope(shield=True):
-                    await self.stream.send_all(event.data)
+                await self.stream.send_all(event.data)
             except (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
                 await self.protocol.handle(Closed())
                 self._scope.cancel()
+            except trio.Cancelled:
+                # A part of an answer would pass for the beginning of another.
+                self._scope.cancel()
+                raise
 
 
 hypercorn.trio.run.TCPServer = TcpConnection  # type: ignore[attr-defined] # There is no other place to name one's own.

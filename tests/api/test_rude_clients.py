@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
-from contextlib import suppress
-from socket import SO_LINGER, SOL_SOCKET
+from contextlib import AsyncExitStack, suppress
+from socket import SO_LINGER, SO_RCVBUF, SOL_SOCKET
 
 import pytest
 import trio
+import trio.testing
 from hypercorn.config import Config
 from hypercorn.logging import Logger
 from hypercorn.trio import serve
@@ -87,3 +88,29 @@ async def test_what_fails_in_one_connection_is_logged_and_the_others_go_on(caplo
         assert [answer[:13] for answer in answers] == [b"HTTP/1.1 200 "] * 2
         await until(lambda: "ZeroDivisionError" in caplog.text)
         nursery.cancel_scope.cancel()
+
+
+async def test_a_client_that_does_not_read_does_not_keep_the_server_from_its_end() -> None:
+    body = HELLO | {"stream": True, "max_tokens": 10**6, "ignore_eos": True}
+    data = json.dumps(body).encode()
+    request = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    async with AsyncExitStack() as clients, trio.open_nursery() as nursery:
+        async with open_house(http_overflow="evict") as house:
+            client = await clients.enter_async_context(await trio.open_tcp_stream(*house.http))
+            client.setsockopt(SOL_SOCKET, SO_RCVBUF, 2048)
+            await client.send_all(request)
+            # Its answers wait for room in the socket, and the engine for them.
+            count = -1
+            while count != len(house.engine.batches):
+                count = len(house.engine.batches)
+                await trio.testing.wait_all_tasks_blocked(0.2)
+            # Without an end of itself, the house ends when the client does, and this test with it.
+            nursery.start_soon(gives_up, client)
+        assert not nursery.cancel_scope.cancel_called
+        nursery.cancel_scope.cancel()
+
+
+async def gives_up(client: trio.SocketStream) -> None:
+    await trio.sleep(20)
+    await client.aclose()
+    raise AssertionError("the server waited for a client that does not read")
