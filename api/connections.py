@@ -1,31 +1,33 @@
-"""Connections of Hypercorn's trio worker that end, and end alone. Imported for its effect, by what is served with it.
+"""Connections of Hypercorn's workers that end, and end alone. Imported for its effect, by what is served with them.
 
-There what fails in one connection goes up to the nursery in which all are, and ends the server. An answer that ends before its
-request closes the connection, and where the client breaks off in that moment Hypercorn answers that too, on a stream that is
-being closed: it expects any error of a stream but the one that this makes.
+A client that does not read holds up what is sent to it. Under trio Hypercorn shields a send from whatever would end it, under
+asyncio a close waits for what was sent: the server would wait for its client. Here the connection is cut when its task is
+cancelled.
 
-A client that does not read holds a send up, which Hypercorn shields from whatever would end it: the server would wait for its
-client. A send that is cancelled ends the connection instead.
+Under trio what fails in one connection goes up to the nursery in which all are, and ends the server. An answer that ends before
+its request closes the connection, and where the client breaks off in that moment Hypercorn answers that too, on a stream that
+is being closed: it expects any error of a stream but the one that this makes.
 
 Where a client has sent a second request, what reads the connection waits for the end of the first answer. A send that fails
 ends the answer without telling it, and it would wait for as long as the server lives.
-
-Hypercorn's asyncio worker has none of these faults.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
+import hypercorn.asyncio.run
 import hypercorn.trio.run
 import trio
+from hypercorn.asyncio.tcp_server import TCPServer as AsyncioTCPServer
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.trio.tcp_server import TCPServer
 
 _log = logging.getLogger("perennial.http")
 
 
-class TcpConnection(TCPServer):
+class TrioConnection(TCPServer):
     async def run(self) -> None:
         try:
             with trio.CancelScope() as self._scope:
@@ -49,4 +51,14 @@ class TcpConnection(TCPServer):
                 raise
 
 
-hypercorn.trio.run.TCPServer = TcpConnection  # type: ignore[attr-defined] # There is no other place to name one's own.
+class AsyncioConnection(AsyncioTCPServer):
+    async def _close(self) -> None:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            self.writer.transport.abort()
+        await super()._close()
+
+
+# There is no other place to name one's own.
+hypercorn.trio.run.TCPServer = TrioConnection  # type: ignore[attr-defined]
+hypercorn.asyncio.run.TCPServer = AsyncioConnection  # type: ignore[attr-defined]
