@@ -11,26 +11,25 @@ from typing import Any, assert_never, cast
 
 import trio
 
-from actors.mailbox import ActorFailed, ActorStopped, Inbox, Mailbox, Message, Reply
+from actors.feed import Feed
+from actors.mailbox import Inbox, Mailbox, Message, Reply
 from actors.messages import (
     Append,
     Appended,
     Close,
     Evict,
     Export,
-    Forward,
     Generate,
     Info,
     SessionInfo,
     SessionMessage,
 )
-from runtime.errors import EngineFailed, HistoryMismatch, InvalidRequest, InvariantViolation, SlabOverflow
+from runtime.errors import HistoryMismatch, InvalidRequest, SlabOverflow
 from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
 from runtime.grammar import Constraint
 from runtime.journal import Journal
 from runtime.metrics import Metrics, Turn
 from runtime.proposers import Proposals
-from runtime.rows import Row
 from runtime.sampling import Draw
 from runtime.slab import Slab
 from runtime.snapshot import Terms
@@ -66,7 +65,7 @@ class Session:
         """A `history` given is one that goes on: the slab has read it up to its frontier. A `journal` knows it already."""
         self._slab = slab
         self._inbox = inbox
-        self._executor = executor
+        self._feed = Feed(slab, executor)
         self._metrics = metrics
         self._vocabulary = vocabulary
         self._terms = terms
@@ -77,7 +76,6 @@ class Session:
         self._digest = hashlib.blake2b()
         if history is not None:
             self._commit(history)
-        self._fed = slab.frontier
         self._ending: Ending | None = None
         self._last_used = trio.current_time()
         self._turn_began: float | None = None
@@ -108,7 +106,7 @@ class Session:
     @property
     def _is_slab_on_disk_old(self) -> bool:
         """Whether a recovery would have to read as many tokens again as a slab holds."""
-        return self._journal is not None and self._fed - self._journal.slab_length >= self._slab.spec.visible
+        return self._journal is not None and self._feed.length - self._journal.slab_length >= self._slab.spec.visible
 
     async def run(self) -> Ending:
         """Serves until closed or evicted. Raises InvariantViolation or EngineFailed when the session has failed."""
@@ -153,7 +151,7 @@ class Session:
         self._record(tokens)
         self._commit(tokens)
         try:
-            await self._feed()
+            await self._feed.read(self._history)
         finally:
             self._last_used = trio.current_time()
         return Appended(len(self._history), self.evicted_token_count, self._digest.digest())
@@ -181,7 +179,7 @@ class Session:
         constraint = request.grammar.follow() if request.grammar else None
         began = trio.current_time()
         turn_began = began if self._turn_began is None else self._turn_began
-        self._metrics.generate_prefill_tokens.observe(max(1, len(self._history) - self._fed))
+        self._metrics.generate_prefill_tokens.observe(max(1, len(self._history) - self._feed.length))
         first: float | None = None
         count = proposed = accepted = 0
         drawn: deque[Token] = deque()
@@ -196,7 +194,7 @@ class Session:
                     break
                 if not drawn:
                     proposal = self._proposals.next(request.max_tokens - count - 1) if self._proposals else []
-                    tokens, checked = await self._feed_and_draw(request, constraint, proposal)
+                    tokens, checked = await self._draw(request, constraint, proposal)
                     drawn += tokens
                     proposed += checked
                     accepted += len(tokens) - 1
@@ -223,7 +221,7 @@ class Session:
             await reply(Done(stop_reason, count, prefill_s, ended - began, proposed, accepted))
         finally:
             # Tokens that were drawn ahead and not taken are no part of the history.
-            self._retract(len(self._history))
+            self._feed.retract(len(self._history))
             self._metrics.proposed_tokens_total.inc(proposed)
             self._metrics.accepted_tokens_total.inc(accepted)
             self._last_used = trio.current_time()
@@ -266,67 +264,14 @@ class Session:
             little_endian.byteswap()
         self._digest.update(little_endian.tobytes())
 
-    async def _feed(self) -> None:
-        """Brings the slab up to the history's end."""
-        while self._fed < len(self._history):
-            await self._forward(self._fed, [], [])
-
-    async def _feed_and_draw(
+    async def _draw(
         self, request: Generate, constraint: Constraint | None, proposal: list[int]
     ) -> tuple[tuple[Token, ...], int]:
-        """Brings the slab up to the history's end and returns the tokens drawn there, and how many proposed ones it took.
-
-        The first follows the history; each further one follows a proposed token that is the one drawn before it.
-        """
+        """The tokens that follow the history, at least one, and how many of the proposed ones were checked for it."""
         masks = constraint.allowed_along(proposal) if constraint else [None] * (len(proposal) + 1)
         draws = [Draw(request.sampling, mask, request.top_logprobs) for mask in masks]
-        while True:
-            end = len(self._history)
-            began, is_decode = trio.current_time(), self._fed >= end - 1
-            # The last token runs again where it has run before, now for its logits; it writes the same bits.
-            drawn = await self._forward(min(self._fed, end - 1), proposal[: len(draws) - 1], draws)
-            if drawn:
-                break
-        checked = len(drawn) - 1
-        accepted = 0
-        while accepted < checked and drawn[accepted].token_id == proposal[accepted]:
-            accepted += 1
-        self._retract(end + accepted)
+        began, is_decode = trio.current_time(), self._feed.length >= len(self._history) - 1
+        tokens, checked = await self._feed.draw(self._history, proposal[: len(draws) - 1], draws)
         if self._proposals and is_decode:
-            self._proposals.learn(checked, accepted, trio.current_time() - began)
-        return drawn[: accepted + 1], checked
-
-    async def _forward(self, start: int, proposal: list[int], draws: list[Draw]) -> tuple[Token, ...]:
-        """Runs as many of the history's tokens from `start`, and of the proposed ones, as the executor takes into one forward.
-
-        `draws` are for what follows the history's last token and each of the proposed ones.
-        """
-        end = len(self._history)
-        tile = self._slab.spec.row_tile
-        tokens = [*self._history[start : start + tile], *proposal][:tile]
-        rows = tuple(
-            Row(self._slab, position, token_id, draws[position - end + 1] if draws and position >= end - 1 else None)
-            for position, token_id in enumerate(tokens, start)
-        )
-        before = self._slab.frontiers
-        is_prefill = not draws or start < end - 1
-        try:
-            ran = await self._executor.ask_to_the_end(Forward(rows, is_prefill))
-        except (ActorStopped, ActorFailed):
-            raise EngineFailed("the engine has stopped") from None
-        self._fed = max(self._fed, start + ran.row_count)
-        self._check_invariants(before)
-        return ran.tokens
-
-    def _retract(self, length: int) -> None:
-        """Takes back rows of tokens that did not come to be part of the history."""
-        if self._fed > length:
-            self._slab.retract(length)
-            self._fed = length
-
-    def _check_invariants(self, before: tuple[int, ...]) -> None:
-        frontiers = self._slab.frontiers
-        if any(after < earlier for after, earlier in zip(frontiers, before, strict=True)):
-            raise InvariantViolation("INV-2: a position went back in the slab: the session has failed", "inv2")
-        if any(frontier != self._fed for frontier in frontiers):
-            raise InvariantViolation("INV-1: the slab's length is not the session's: the session has failed", "inv1")
+            self._proposals.learn(checked, len(tokens) - 1, trio.current_time() - began)
+        return tokens, checked

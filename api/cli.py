@@ -17,6 +17,7 @@ from api.chat import chat
 from api.doctor import doctor
 from api.doors import DEFAULT_HTTP_BIND, serve
 from api.logs import configure_logging
+from api.traces import configure_tracing
 from runtime.errors import PerennialError
 from runtime.settings import ENVIRONMENT_PREFIX, Accepts, Settings
 
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def _serve(settings: Settings, asked: argparse.Namespace) -> int:
+    configure_tracing()
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         await serve(settings, http_bind=asked.bind or None, shutdown_trigger=partial(anext, signals))
     return 0

@@ -16,6 +16,7 @@ from api.logprobs import SentLogprobs
 from api.request import CompletionRequest
 from api.schemas import ChosenLogprob, FinishReason, Usage
 from api.stop_strings import StopStrings
+from api.traces import Phases, describe_request
 from runtime.errors import DeadlineExceeded
 from runtime.events import Done, HistoryTruncated, Overflow, StopReason, Token
 from runtime.tools import Call
@@ -124,6 +125,8 @@ class CompletionStream:
         try:
             index, said = await self._said.receive()
         except trio.EndOfChannel:
+            used = {"input": self._prompt_tokens, "output": self._completion_tokens}
+            describe_request({f"gen_ai.usage.{name}_tokens": count for name, count in used.items()})
             return None
         piece = said.unwrap()
         if isinstance(piece, Ending):
@@ -164,8 +167,10 @@ async def _complete(
     eos_token_ids = frozenset() if request.ignore_eos else text.eos_token_ids
     count = request.n or 1
     channel, said = trio.open_memory_channel[_Said](0)
-    with channel:
+    with channel, Phases() as phases:
+        phases.begin("queue")
         async with runtime.completion(eos_token_ids, overflow, count) as completion:
+            phases.begin("prefill")
             deadline = trio.current_time() + settings.request_timeout_s
             with _deadline(deadline, runtime):
                 # Megabytes of prompt take seconds to tokenise, and some grammars to compile.
@@ -174,6 +179,7 @@ async def _complete(
                 prompt = await trio.to_thread.run_sync(text.render, messages, bounds.tools)
                 await completion.session.append(prompt)
                 sessions = await completion.fork()
+            phases.begin("decode")
             question = _Question(runtime, request, bounds, eos_token_ids, len(prompt), deadline)
             async with open_nursery() as answering:
                 for index, session in enumerate(sessions):

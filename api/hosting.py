@@ -15,6 +15,7 @@ from api.bridge import Receive, Scope, Send, TrioApplication
 from api.grpc import grpc_door
 from api.logs import configure_logging
 from api.server import Server
+from api.traces import configure_tracing
 from runtime.errors import EngineFailed, StartError
 from runtime.settings import Settings
 
@@ -40,6 +41,7 @@ class HostedApplication:
         try:
             settings = Settings.from_environment(os.environ)
             configure_logging(settings.log_level)
+            configure_tracing()
             for address in _bound_addresses():
                 settings.check_exposure(address, "bind")
             await self._serve(Server(settings), receive, send)

@@ -37,6 +37,7 @@ from api.request import CompletionRequest
 from api.schemas import Health, Model, ModelList
 from api.server import Phase, Server
 from api.status import status_of
+from api.traces import describe_request, request_span
 from runtime.errors import InvalidSetting, ModelNotFound, PayloadTooLarge
 
 MOST_BODY_BYTES = 8 * 2**20
@@ -131,6 +132,7 @@ def make_app(server: Server) -> QuartTrio:
         asked = CompletionRequest.parse(await _body())
         if asked.model != server.label:
             raise ModelNotFound(f"no model {asked.model!r} here: GET /v1/models names the one there is", "model")
+        describe_request({"gen_ai.request.model": asked.model})
         stream = await held.enter_async_context(open_completion(runtime, asked))
         if not asked.stream:
             return _json(await whole_answer(stream, server.label, has_logprobs=bool(asked.logprobs)))
@@ -199,7 +201,6 @@ class Connection(TrioASGIHTTPConnection):
     async def handle_request(  # type: ignore[override] # quart-trio's has a nursery more than quart's.
         self, nursery: trio.Nursery, request: Request, send: ASGISendCallable
     ) -> None:
-        metrics = self._server.metrics
         status = _CLIENT_LEFT
 
         async def send_and_note(event: ASGISendEvent) -> None:
@@ -213,15 +214,26 @@ class Connection(TrioASGIHTTPConnection):
                 await send(event)
 
         began = trio.current_time()
-        try:
-            async with AsyncExitStack() as held:
-                cast(dict[str, object], request.scope)[_HELD] = held
-                await super().handle_request(nursery, request, send_and_note)
-        finally:
-            path = request.url_rule.rule if request.url_rule else "unmatched"
-            method = request.method if request.method in _METHODS else "other"
-            metrics.http_requests_total.labels(method, path, status).inc()
-            metrics.http_request_duration_seconds.labels(method, path).observe(trio.current_time() - began)
+        with request_span(request.method):
+            try:
+                async with AsyncExitStack() as held:
+                    cast(dict[str, object], request.scope)[_HELD] = held
+                    await super().handle_request(nursery, request, send_and_note)
+            finally:
+                self._count(request, status, trio.current_time() - began)
+
+    def _count(self, request: Request, status: str, seconds: float) -> None:
+        metrics = self._server.metrics
+        path = request.url_rule.rule if request.url_rule else "unmatched"
+        method = request.method if request.method in _METHODS else "other"
+        metrics.http_requests_total.labels(method, path, status).inc()
+        metrics.http_request_duration_seconds.labels(method, path).observe(seconds)
+        told: dict[str, str | int] = {
+            "http.request.method": method,
+            "http.route": path,
+            "http.response.status_code": int(status),
+        }
+        describe_request(told, f"{method} {path}")
 
 
 app = EitherLoop(HostedApplication(cast(Callable[[Server], TrioApplication], make_app)))

@@ -16,8 +16,8 @@ DIRECTORY = Path(actors.__file__).parent
 # What each word in the table's column "owns" is in the code; whatever else an actor has, it was given at its start.
 OWNED: dict[str, dict[str, set[str]]] = {
     "Session": {
-        "history": {"_history", "_digest", "_fed"},
-        "slab contents": {"_slab"},
+        "history": {"_history", "_digest"},
+        "slab contents": {"_slab", "_feed"},
         "terms": {"_terms"},
         "journal": {"_journal"},
         "last-used time": {"_last_used", "_turn_began"},
@@ -33,6 +33,8 @@ OWNED: dict[str, dict[str, set[str]]] = {
     },
     "Admission": {"permits": {"_permits"}, "FIFO of waiters": {"_permits", "_line"}},
 }
+# What an actor has made a part of itself.
+PARTS = {"Session": ["Feed"]}
 # Not state that anyone could want: how a session came to its end, and what Admission reads from its settings.
 INCIDENTAL = {"Session": {"_ending"}, "Admission": {"_longest_wait_s", "_results"}}
 
@@ -113,7 +115,8 @@ def test_nobody_assigns_an_attribute_of_another_object(path: Path) -> None:
 
 @pytest.mark.parametrize("name", OWNED)
 def test_only_an_actor_whose_row_says_so_asks_another(name: str) -> None:
-    calls = [node.func for node in ast.walk(classes()[name]) if isinstance(node, ast.Call)]
+    whole = [classes()[each] for each in (name, *PARTS.get(name, []))]
+    calls = [node.func for each in whole for node in ast.walk(each) if isinstance(node, ast.Call)]
     asks = {func.attr for func in calls if isinstance(func, ast.Attribute)} & {"ask", "ask_to_the_end", "stream"}
     assert bool(asks) == (table()[name]["asks"] != "nobody")
 

@@ -1,0 +1,84 @@
+"""A session's slab, and the forwards that bring it up to the history."""
+
+from __future__ import annotations
+
+from array import array
+
+from actors.mailbox import ActorFailed, ActorStopped, Mailbox
+from actors.messages import Forward
+from runtime.errors import EngineFailed, InvariantViolation
+from runtime.events import Token
+from runtime.rows import Row
+from runtime.sampling import Draw
+from runtime.slab import Slab
+
+
+class Feed:
+    """Asks the executor for the rows that a slab lacks. A part of one session, used by it alone."""
+
+    def __init__(self, slab: Slab, executor: Mailbox) -> None:
+        self._slab = slab
+        self._executor = executor
+        self._length = slab.frontier
+
+    @property
+    def length(self) -> int:
+        """Tokens that the slab has read."""
+        return self._length
+
+    async def read(self, history: array[int]) -> None:
+        """Brings the slab up to the history's end. Raises InvariantViolation or EngineFailed."""
+        while self._length < len(history):
+            await self._forward(history, self._length, [], [])
+
+    async def draw(self, history: array[int], proposal: list[int], draws: list[Draw]) -> tuple[tuple[Token, ...], int]:
+        """Brings the slab up to the history's end and returns the tokens drawn there, and how many proposed ones it took.
+
+        The first follows the history; each further one follows a proposed token that is the one drawn before it.
+        `draws` are for what follows the history and each proposed token. Raises InvariantViolation or EngineFailed.
+        """
+        end = len(history)
+        drawn: tuple[Token, ...] = ()
+        while not drawn:
+            # The last token runs again where it has run before, now for its logits; it writes the same bits.
+            drawn = await self._forward(history, min(self._length, end - 1), proposal, draws)
+        checked = len(drawn) - 1
+        accepted = 0
+        while accepted < checked and drawn[accepted].token_id == proposal[accepted]:
+            accepted += 1
+        self.retract(end + accepted)
+        return drawn[: accepted + 1], checked
+
+    def retract(self, length: int) -> None:
+        """Takes back rows of tokens that did not come to be part of the history."""
+        if self._length > length:
+            self._slab.retract(length)
+            self._length = length
+
+    async def _forward(
+        self, history: array[int], start: int, proposal: list[int], draws: list[Draw]
+    ) -> tuple[Token, ...]:
+        """Runs as many of the history's tokens from `start`, and of the proposed ones, as the executor takes into one forward."""
+        end = len(history)
+        tile = self._slab.spec.row_tile
+        tokens = [*history[start : start + tile], *proposal][:tile]
+        rows = tuple(
+            Row(self._slab, position, token_id, draws[position - end + 1] if draws and position >= end - 1 else None)
+            for position, token_id in enumerate(tokens, start)
+        )
+        before = self._slab.frontiers
+        is_prefill = not draws or start < end - 1
+        try:
+            ran = await self._executor.ask_to_the_end(Forward(rows, is_prefill))
+        except (ActorStopped, ActorFailed):
+            raise EngineFailed("the engine has stopped") from None
+        self._length = max(self._length, start + ran.row_count)
+        self._check_invariants(before)
+        return ran.tokens
+
+    def _check_invariants(self, before: tuple[int, ...]) -> None:
+        frontiers = self._slab.frontiers
+        if any(after < earlier for after, earlier in zip(frontiers, before, strict=True)):
+            raise InvariantViolation("INV-2: a position went back in the slab: the session has failed", "inv2")
+        if any(frontier != self._length for frontier in frontiers):
+            raise InvariantViolation("INV-1: the slab's length is not the session's: the session has failed", "inv1")
