@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
+import threading
+import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
 import pytest
 
-from tests.contract.servers import KINDS, complaints, fails_to_start, free_port, held_model, started
+from runtime.models import SEEDLING
+from tests.contract.servers import KINDS, ServerProcess, complaints, fails_to_start, free_port, held_model, started
 from tests.contract.stubs import PROMPT, Stubs, kinds_of, refused, stock
 
 pytestmark = pytest.mark.door
@@ -83,3 +87,28 @@ def test_a_second_server_on_the_same_directory_starts_where_the_first_has_stoppe
         expected = client.generated(client.call("ForkSession", session_id=session_id).session_id, 10)
     with started("hypercorn-trio", state_dir=tmp_path) as server, stock(stubs, server.grpc) as client:
         assert client.generated(session_id, 10) == expected
+
+
+def tokens_generated(server: ServerProcess) -> float:
+    with urllib.request.urlopen(f"{server.http}/metrics", timeout=30) as reply:
+        [found] = re.findall(r"^perennial_generated_tokens_total (\S+)$", reply.read().decode(), re.MULTILINE)
+        return float(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_client_that_does_not_read_does_not_keep_a_server_from_its_end(kind: str) -> None:
+    # Logprobs make of each token some kilobytes, so that the socket is full soon.
+    endless = {"max_tokens": 10**6, "ignore_eos": True, "stream": True, "logprobs": True, "top_logprobs": 20}
+    body = json.dumps({"model": SEEDLING, "messages": [{"role": "user", "content": "Hi."}], **endless}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with started(kind, http_overflow="evict") as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        host, _, port = server.http.removeprefix("http://").partition(":")
+        client.connect((host, int(port)))
+        client.sendall(head + body)
+        before, count = 0.0, tokens_generated(server)
+        while not before == count > 0:
+            threading.Event().wait(1)  # Several tokens' time: as many as before are as many as there will be.
+            before, count = count, tokens_generated(server)
+
+        assert server.stop() == 0
