@@ -8,6 +8,7 @@ import pytest
 
 from runtime.models import SEEDLING, find_model
 from runtime.text import Text
+from tests.contract.openai_clients import CLIENTS, Client
 from tests.contract.servers import KINDS, ServerProcess, started
 from tests.contract.stubs import Stubs, make_stubs
 
@@ -44,6 +45,18 @@ def server(request: pytest.FixtureRequest) -> ServerProcess:
     """A server of each kind, as it is without any setting."""
     found: ServerProcess = request.getfixturevalue(_OF_KIND[request.param])
     return found
+
+
+# Each kind of server and each form of OpenAI's client, though not each pair of them.
+@pytest.fixture(
+    scope="module",
+    params=[("perennial", "sync"), ("hypercorn-asyncio", "async"), ("hypercorn-trio", "sync")],
+    ids="-".join,
+)
+def client(request: pytest.FixtureRequest) -> Iterator[Client]:
+    kind, form = request.param
+    with CLIENTS[form](request.getfixturevalue(_OF_KIND[kind])) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

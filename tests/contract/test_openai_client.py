@@ -33,12 +33,6 @@ LONG_TALK = [{"role": "user", "content": "the sea " * 600}]
 ENOUGH = 200
 
 
-@pytest.fixture(scope="module", params=CLIENTS)
-def client(request: pytest.FixtureRequest, server: ServerProcess) -> Iterator[Client]:
-    with CLIENTS[request.param](server) as client:
-        yield client
-
-
 @pytest.fixture(scope="module")
 def endless() -> Iterator[ServerProcess]:
     """A server with one permit and a key, whose completions end at the time limit only when they are asked to."""

@@ -15,7 +15,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
 from runtime.models import SEEDLING, find_model
-from tests.contract.openai_clients import CLIENTS, TALK, Client, options, text_of
+from tests.contract.openai_clients import TALK, Client, async_client, options, text_of
 from tests.contract.servers import ServerProcess, started
 from tests.templates import HERMES
 
@@ -48,12 +48,6 @@ WEATHER = {
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 
 
-@pytest.fixture(scope="module", params=CLIENTS)
-def client(request: pytest.FixtureRequest, server: ServerProcess) -> Iterator[Client]:
-    with CLIENTS[request.param](server) as client:
-        yield client
-
-
 @pytest.fixture(scope="module")
 def caller_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server whose model's template knows tools; the model does not, so that it is the grammar that calls."""
@@ -64,9 +58,9 @@ def caller_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPr
         yield server
 
 
-@pytest.fixture(scope="module", params=CLIENTS)
-def caller(request: pytest.FixtureRequest, caller_server: ServerProcess) -> Iterator[Client]:
-    with CLIENTS[request.param](caller_server) as client:
+@pytest.fixture(scope="module")
+def caller(caller_server: ServerProcess) -> Iterator[Client]:
+    with async_client(caller_server) as client:
         yield client
 
 
