@@ -19,6 +19,7 @@ from api.stop_strings import StopStrings
 from api.traces import Phases, describe_request
 from runtime.errors import DeadlineExceeded
 from runtime.events import Done, HistoryTruncated, Overflow, StopReason, Token
+from runtime.text import Text
 from runtime.tools import Call
 
 # What OpenAI's own service draws with when a request names none.
@@ -174,9 +175,7 @@ async def _complete(
             deadline = trio.current_time() + settings.request_timeout_s
             with _deadline(deadline, runtime):
                 # Megabytes of prompt take seconds to tokenise, and some grammars to compile.
-                bounds = await trio.to_thread.run_sync(Bounds.of, request, text)
-                messages = [message.for_template() for message in request.messages]
-                prompt = await trio.to_thread.run_sync(text.render, messages, bounds.tools)
+                bounds, prompt = await trio.to_thread.run_sync(_read, request, text)
                 await completion.session.append(prompt)
                 sessions = await completion.fork()
             phases.begin("decode")
@@ -185,6 +184,12 @@ async def _complete(
                 for index, session in enumerate(sessions):
                     answering.start_soon(_answer, question, index, session, channel)
                 task_status.started(CompletionStream(len(prompt), count, said))
+
+
+def _read(request: CompletionRequest, text: Text) -> tuple[Bounds, list[int]]:
+    """What binds the answers, and the tokens of the prompt."""
+    bounds = Bounds.of(request, text)
+    return bounds, text.render([message.for_template() for message in request.messages], bounds.tools)
 
 
 async def _answer(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from runtime.text import overlap
+
 
 class StopStrings:
     """Holds back the end of the text for as long as it may be the beginning of a stop string."""
@@ -26,7 +28,7 @@ class StopStrings:
             _, at = min(found)
             sent, self._held = self._held[:at], ""
             return sent
-        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
         sent, self._held = self._held[:cut], self._held[cut:]
         return sent
@@ -35,8 +37,3 @@ class StopStrings:
         """What was held back, now that no more text comes."""
         rest, self._held = self._held, ""
         return rest
-
-    def _overlap(self, stop: str) -> int:
-        """The length of the longest beginning of `stop` that the held text ends with."""
-        lengths = range(min(len(stop) - 1, len(self._held)), 0, -1)
-        return next((length for length in lengths if self._held.endswith(stop[:length])), 0)

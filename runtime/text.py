@@ -142,6 +142,12 @@ class Detokenizer:
         return text
 
 
+def overlap(text: str, word: str) -> int:
+    """The length of the longest beginning of `word`, short of the whole, that the text ends with."""
+    lengths = range(min(len(word) - 1, len(text)), 0, -1)
+    return next((length for length in lengths if text.endswith(word[:length])), 0)
+
+
 def _eos_token_ids(directory: Path, tokenizer: Any) -> frozenset[int]:
     try:
         eos = GenerationConfig.from_pretrained(directory).eos_token_id

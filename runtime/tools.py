@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from runtime.errors import MalformedRequest
 from runtime.grammar import Grammar, json_rule
-from runtime.text import Text
+from runtime.text import Text, overlap
 
 _NAME, _KEY = "perennial_name", "perennial_key"
 _TOOL = {"type": "function", "function": {"name": "other", "description": "-", "parameters": {"type": "object"}}}
@@ -36,6 +37,7 @@ class CallForm:
     between: str
 
     @classmethod
+    @lru_cache(maxsize=1)  # A server has one model.
     def of_template(cls, text: Text) -> CallForm:
         """The form in which the model's own template writes a call down. Raises MalformedRequest if it has none."""
         plain = text.apply_template([_USER])
@@ -116,15 +118,12 @@ class CallReader:
         self._held += text
         while True:
             at = self._held.find(self._head)
-            if at < 0:
-                keep = next(n for n in range(len(self._head), -1, -1) if self._held.endswith(self._head[:n]))
-                at = len(self._held) - keep
-                yield from self._text(self._held[:at])
-                self._held = self._held[at:]
-                return
+            is_begun = at >= 0
+            if not is_begun:
+                at = len(self._held) - overlap(self._held, self._head)
             yield from self._text(self._held[:at])
             self._held = self._held[at:]
-            call = self._call()
+            call = self._call() if is_begun else None
             if call is None:
                 return
             self._has_called = True

@@ -11,15 +11,19 @@ _TURNS = """
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 
-PLAIN = _TURNS.replace("%CALL%", "")
-# As Qwen's and Hermes' models write calls down.
-HERMES = """
+_TOOLS = """
 {%- if tools -%}
-{{- '<|im_start|>system\\nCall a tool by <tool_call>{"name": ..., "arguments": ...}</tool_call>.\\n' -}}
+{{- '<|im_start|>system\\n%WORDS%\\n' -}}
 {%- for tool in tools -%}{{- tool | tojson ~ '\\n' -}}{%- endfor -%}
 {{- '<|im_end|>\\n' -}}
 {%- endif -%}
-""" + _TURNS.replace(
+"""
+
+PLAIN = _TURNS.replace("%CALL%", "")
+# As Qwen's and Hermes' models write calls down.
+HERMES = _TOOLS.replace(
+    "%WORDS%", 'Call a tool by <tool_call>{"name": ..., "arguments": ...}</tool_call>.'
+) + _TURNS.replace(
     "%CALL%",
     """
 {%- if not loop.first or message.content -%}{{- '\\n' -}}{%- endif -%}
@@ -28,13 +32,7 @@ HERMES = """
 """,
 )
 # As Llama 3.1 does: one call a turn and nothing around it.
-LLAMA = """
-{%- if tools -%}
-{{- '<|im_start|>system\\nTools:\\n' -}}
-{%- for tool in tools -%}{{- tool | tojson ~ '\\n' -}}{%- endfor -%}
-{{- '<|im_end|>\\n' -}}
-{%- endif -%}
-""" + _TURNS.replace(
+LLAMA = _TOOLS.replace("%WORDS%", "Tools:") + _TURNS.replace(
     "%CALL%",
     """
 {%- if not loop.last -%}{{- raise_exception('one call a turn') -}}{%- endif -%}
