@@ -285,28 +285,31 @@ class Hall:
         self.admission = Admission(settings, self.metrics)
         self._count = count
         self._is_queue = policy == "queue"
-        self._line: list[Visit] = []
+        self._longest_wait_s = longest_wait_s or math.inf
+        # Each with the moment in which its client leaves or its wait has been the longest. Who goes in this moment may be
+        # passed: that it has gone is known here a little later.
+        self._line: dict[Visit, float] = {}
         self._taken = 0
 
     async def come(self, visit: Visit) -> None:
         await trio.sleep(visit.comes_at)
-        with trio.move_on_after(math.inf if visit.leaves_after_s is None else visit.leaves_after_s):
+        with trio.move_on_after(math.inf if visit.leaves_after_s is None else visit.leaves_after_s) as leaving:
             if visit.wants > self._count:
                 with pytest.raises(InvalidRequest):
                     await take(self.admission, visit.wants)
             else:
                 with suppress(GoneWrong):
-                    await self._stay(visit)
+                    await self._stay(visit, leaving.deadline)
 
-    async def _stay(self, visit: Visit) -> None:
-        # From here to its place in the line there is no checkpoint.
-        self._line.append(visit)
-        is_in_line = True
+    async def _stay(self, visit: Visit, leaves_at: float) -> None:
+        # From here to its place in the line there is no checkpoint, unless it leaves in this moment and has no place.
+        self._line[visit] = min(leaves_at, trio.current_time() + self._longest_wait_s)
         try:
             async with self.admission.permits(visit.wants):
-                assert self._line[0] is visit, "somebody was overtaken"
-                self._line.remove(visit)
-                is_in_line = False
+                now = trio.current_time()
+                first = next(each for each, goes_at in self._line.items() if each is visit or goes_at > now)
+                assert first is visit, "somebody was overtaken"
+                del self._line[visit]
                 self._taken += visit.wants
                 assert self._taken <= self._count
                 try:
@@ -318,15 +321,14 @@ class Hall:
         except Saturated:
             assert self._is_queue or self._taken + visit.wants > self._count, "refused for nothing"
         finally:
-            if is_in_line:
-                self._line.remove(visit)
+            self._line.pop(visit, None)
 
     async def watch(self) -> None:
         """Looks between the whole seconds, in which nothing happens: whoever is first in the line waits for a reason."""
         await trio.sleep(0.5)
         while True:
             assert sample(self.metrics, "admission_pending") == len(self._line)
-            assert not self._line or self._taken + self._line[0].wants > self._count, "a permit is lost"
+            assert not self._line or self._taken + next(iter(self._line)).wants > self._count, "a permit is lost"
             await trio.sleep(1)
 
 
