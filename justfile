@@ -15,7 +15,7 @@ check: lint
 
 # Every test; the same as the README's command.
 test:
-    pytest -q
+    pytest -q -n 2 --dist loadfile
 
 # Regenerates proto/ from runtime.proto.
 proto:

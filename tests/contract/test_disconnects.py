@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -88,6 +89,19 @@ def test_when_a_client_leaves_its_work_ends_and_all_it_held_is_free(
     rows = metric(endless, "forward_rows_sum")
     assert metric(endless, "session_active") == 0
     assert metric(endless, "forward_rows_sum") == rows
+    assert_every_permit_is_free(endless)
+
+
+def test_when_a_client_leaves_with_a_second_request_on_its_connection_its_work_ends_at_once(endless: ServerProcess) -> None:
+    body = json.dumps({"model": "seedling", "messages": [{"role": "user", "content": "Hello!"}], **ENDLESS}).encode()
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    tokens = metric(endless, "generated_tokens_total")
+    address = urlsplit(endless.http)
+    with socket.create_connection((address.hostname, address.port), timeout=_LONGEST_WAIT_S) as connection:
+        connection.sendall(request * 2)
+        wait_until(lambda: metric(endless, "generated_tokens_total") > tokens)
+
+    wait_until(lambda: metric(endless, "slab_in_use") == 0)
     assert_every_permit_is_free(endless)
 
 
