@@ -92,7 +92,9 @@ def test_when_a_client_leaves_its_work_ends_and_all_it_held_is_free(
     assert_every_permit_is_free(endless)
 
 
-def test_when_a_client_leaves_with_a_second_request_on_its_connection_its_work_ends_at_once(endless: ServerProcess) -> None:
+def test_when_a_client_leaves_with_a_second_request_on_its_connection_its_work_ends_at_once(
+    endless: ServerProcess,
+) -> None:
     body = json.dumps({"model": "seedling", "messages": [{"role": "user", "content": "Hello!"}], **ENDLESS}).encode()
     request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
     tokens = metric(endless, "generated_tokens_total")
