@@ -24,6 +24,9 @@ T = TypeVar("T")
 # one forward stay in one forward: take the reply, hand the token on, ask again.
 _PASSES_TO_COME_BACK = 3
 
+# Where streams run, a forward of a whole tile of prompt would hold them up for as long as it takes.
+_ROWS_BESIDE_STREAMS = 32
+
 
 async def settled(future: Future[T]) -> T:
     """The result of a future that another thread settles, or its error raised."""
@@ -84,12 +87,15 @@ class ModelExecutor:
         decodes = [envelope for envelope in self._waiting if not _forward_of(envelope).is_prefill]
         prefills = [envelope for envelope in self._waiting if _forward_of(envelope).is_prefill]
         tile = self._engine.facts.row_tile
-        # However many streams run, a quarter of the tile goes to those that wait for their first token.
-        room_for_decodes = tile - tile // 4 if prefills else tile
+        beside = min(tile, _ROWS_BESIDE_STREAMS)
+        # However many streams run, a few rows go to those that wait for their first token.
+        kept_free = beside // 4 if prefills else 0
         chosen: list[tuple[Envelope[Ran], tuple[Row, ...]]] = []
         left: list[Envelope[Ran]] = []
         used = 0
-        for envelopes, limit in ((decodes, room_for_decodes), (prefills, tile)):
+
+        def take(envelopes: list[Envelope[Ran]], limit: int) -> None:
+            nonlocal used
             for envelope in envelopes:
                 if used >= limit:
                     left.append(envelope)
@@ -97,6 +103,9 @@ class ModelExecutor:
                     rows = _forward_of(envelope).rows[: limit - used]
                     chosen.append((envelope, rows))
                     used += len(rows)
+
+        take(decodes, tile - kept_free)
+        take(prefills, max(beside, used + kept_free) if used else tile)
         self._waiting = left
         return chosen
 

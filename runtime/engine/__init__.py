@@ -17,7 +17,7 @@ __all__ = ["Engine", "EngineFacts", "load_engine"]
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What this machine gives for the chosen model."""
+    """What this machine gives for the chosen model: `row_tile` rows a forward, padded to the next of `row_sizes`."""
 
     backend: str
     device: str
@@ -26,6 +26,7 @@ class EngineFacts:
     vocabulary: int
     weights_bytes: int
     row_tile: int
+    row_sizes: tuple[int, ...]
     is_bit_exact: bool
     slab: SlabSpec
 
@@ -45,17 +46,13 @@ class Engine(Protocol):
         ...
 
 
-def load_engine(settings: Settings, directory: Path) -> Engine:
-    """The engine of `settings` with the model in `directory`.
+def load_engine(settings: Settings, directory: Path, beside: EngineFacts | None = None) -> Engine:
+    """The engine of `settings` with the model in `directory`; the memory and threads of one that is `beside` it stay its own.
 
     Raises InvalidSetting, ModelUnavailable or NotEnoughMemory, each with one line that says what to do.
     """
     if settings.backend == "mlx":
         raise InvalidSetting("backend=mlx is not available in this release: set backend to auto or torch")
-    if settings.weights != "none":
-        raise InvalidSetting(f"weights={settings.weights} is not available in this release: set weights to none")
-    if settings.proposer not in ("none", "ngram"):
-        raise InvalidSetting(f"proposer={settings.proposer} is not available in this release: set it to none or ngram")
     from runtime.engine.torch_engine import TorchEngine
 
-    return TorchEngine.load(settings, directory)
+    return TorchEngine.load(settings, directory, beside)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from runtime.engine.rotary import ExactRotary, rotate
 from runtime.rows import Piece, RowBatch
+from runtime.slab import SlabSpec
 
 ATTENTION_NAME = "perennial_slab"
 
@@ -77,6 +78,32 @@ def plan_forward(batch: RowBatch, sizes: tuple[int, ...], rotary: ExactRotary, h
         rows=rows,
         sink_turn=sink_turn,
     )
+
+
+class AttentionAlone:
+    """A model that is nothing but attention over slabs, of random queries, keys and values for each token.
+
+    What linears round away, its output still shows.
+    """
+
+    tokens = 64
+
+    def __init__(self, spec: SlabSpec, heads: int, rotary: ExactRotary, sizes: tuple[int, ...]) -> None:
+        self._spec, self._heads, self._rotary, self._sizes = spec, heads, rotary, sizes
+        generator = torch.Generator().manual_seed(1)
+        parts = heads + 2 * spec.kv_heads
+        self._table = torch.randn(self.tokens, parts, spec.head_dim, generator=generator).to(spec.device, spec.dtype)
+        self._layer = nn.Module()
+        self._layer.layer_idx = 0  # type: ignore[assignment]
+
+    @torch.inference_mode()
+    def logits(self, batch: RowBatch) -> Tensor:
+        """What each row with `draw` attends to, [rows, Q*G*D]."""
+        plan = plan_forward(batch, self._sizes, self._rotary, self._heads)
+        parts = self._table[[row.token_id for row in batch.rows]].transpose(0, 1).unsqueeze(0)
+        query, key, value = parts.split((self._heads, self._spec.kv_heads, self._spec.kv_heads), dim=1)
+        attended, _ = slab_attention(self._layer, query, key, value, None, scaling=self._spec.head_dim**-0.5, plan=plan)
+        return attended[0].flatten(1)[[index for index, row in enumerate(batch.rows) if row.draw is not None]]
 
 
 def padded(count: int, sizes: tuple[int, ...]) -> int:

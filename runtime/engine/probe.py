@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,22 +15,37 @@ from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
 from runtime.slab import BUCKET_SLOTS, Slab, SlabPool, SlabSpec
 
-# Smallest padding first: fewer rows are wasted on a lone token. What fails is a kernel class of its own for few rows.
-CANDIDATES = ((8, 16, 32), (16, 32), (32,))
+# The smallest padding first: fewer rows are wasted on a lone token. What fails is a kernel class of its own for few rows.
+SMALLEST = (1, 2, 4, 8, 16, 32)
 _SMALL_CUT = (1, 1, 2, 3, 5, 8, 12)
-_CUTS_BESIDE_OTHERS = (_SMALL_CUT, (7, 7, 7, 7, 4), (13, 13, 6))
+_CUTS_BESIDE_OTHERS = ((7, 7, 7, 7, 4), (13, 13, 6))
+_SMALL_TILE = sum(_SMALL_CUT)
 _GREEDY = Draw(Sampling())
+
+
+@dataclass(frozen=True, slots=True)
+class RowSizes:
+    """The ascending counts to which a forward's `rows`, and the `queries` of each piece, are padded; the last is the tile."""
+
+    rows: tuple[int, ...]
+    queries: tuple[int, ...]
+
+
+def doubling(smallest: int, tile: int) -> tuple[int, ...]:
+    """`smallest`, and its doubles up to `tile`."""
+    return (*(size for size in (smallest << power for power in range(tile.bit_length())) if size < tile), tile)
 
 
 class LogitsEngine(Protocol):
     def logits(self, batch: RowBatch) -> Tensor: ...
 
 
-def find_row_sizes(
+def find_sizes(
     padded_to: Callable[[tuple[int, ...]], LogitsEngine], spec: SlabSpec, vocabulary: int
 ) -> tuple[int, ...] | None:
-    """The first of `CANDIDATES` under which rows are bit-equal in every batch tried, or None."""
-    return next((sizes for sizes in CANDIDATES if is_bit_exact(padded_to(sizes), spec, vocabulary)), None)
+    """The least padding under which rows are bit-equal in every batch of a tile that was tried, or None."""
+    candidates = (doubling(smallest, spec.row_tile) for smallest in SMALLEST)
+    return next((sizes for sizes in candidates if is_bit_exact(padded_to(sizes), spec, vocabulary)), None)
 
 
 def is_bit_exact(engine: LogitsEngine, spec: SlabSpec, vocabulary: int) -> bool:
@@ -42,37 +58,56 @@ def is_bit_exact(engine: LogitsEngine, spec: SlabSpec, vocabulary: int) -> bool:
     choice = random.Random(0)
     for one in (slab, neighbour):
         _fill(one)
-    for start in sorted({0, min(BUCKET_SLOTS, spec.visible) - spec.row_tile // 2, 3 * spec.slots}):
-        first = max(0, start)
-        tokens = [choice.randrange(vocabulary) for _ in range(spec.row_tile)]
-        beside = [choice.randrange(vocabulary) for _ in range(spec.row_tile)]
-        rows = _rows(slab, first, tokens)
+    for start in sorted({0, min(BUCKET_SLOTS, spec.visible) - _SMALL_TILE // 2, 3 * spec.slots}):
+        rows = _random_rows(slab, max(0, start), vocabulary, choice)
+        beside = _random_rows(neighbour, max(0, start) // 2, vocabulary, choice)
         whole = engine.logits(RowBatch(rows))
-        neighbours = _rows(neighbour, first // 2, beside)
-        for cuts, others in ((_SMALL_CUT, ()), *((cuts, neighbours) for cuts in _CUTS_BESIDE_OTHERS)):
+        for cuts, neighbours in _cuts(spec.row_tile, beside):
             at = 0
-            for batch, count in _cut(rows, cuts, others, choice):
-                logits = engine.logits(batch)
-                mine = [index for index, row in enumerate(batch.rows) if row.slab is slab]
-                if not torch.equal(logits[mine], whole[at : at + count]):
+            for batch in _cut(rows, cuts, neighbours, choice):
+                drawing = [row.slab is slab for row in batch.rows if row.draw is not None]
+                logits = engine.logits(batch)[torch.tensor(drawing, dtype=torch.bool)]
+                if not torch.equal(logits, whole[at : at + len(logits)]):
                     return False
-                at += count
+                at += len(logits)
     return True
 
 
-def _rows(slab: Slab, start: int, tokens: list[int]) -> tuple[Row, ...]:
-    return tuple(Row(slab, start + offset, token, _GREEDY) for offset, token in enumerate(tokens))
+def _random_rows(slab: Slab, start: int, vocabulary: int, choice: random.Random) -> tuple[Row, ...]:
+    """A tile of consecutive rows. So many draw as a small tile has: logits of all would take a large model's head too long."""
+    tile = slab.spec.row_tile
+    drawing = {*range(_SMALL_TILE // 2), *choice.sample(range(tile), _SMALL_TILE // 2)} if tile > _SMALL_TILE else None
+    return tuple(
+        Row(
+            slab,
+            start + offset,
+            choice.randrange(vocabulary),
+            _GREEDY if drawing is None or offset in drawing else None,
+        )
+        for offset in range(tile)
+    )
+
+
+def _cuts(tile: int, beside: tuple[Row, ...]) -> Iterator[tuple[tuple[int, ...], tuple[Row, ...]]]:
+    """Ways to cut a tile, and the rows of which some run beside each part."""
+    whole_tiles = tile // _SMALL_TILE
+    small = (*_SMALL_CUT, *(_SMALL_TILE << power for power in range(whole_tiles.bit_length() - 1)))
+    yield small, ()
+    yield small, beside
+    for cuts in _CUTS_BESIDE_OTHERS:
+        yield tuple(count * whole_tiles for count in cuts), beside
 
 
 def _cut(
     rows: tuple[Row, ...], cuts: tuple[int, ...], neighbours: tuple[Row, ...], choice: random.Random
-) -> Iterator[tuple[RowBatch, int]]:
+) -> Iterator[RowBatch]:
     """Batches that hold `rows` cut by `cuts`, each with some of the `neighbours`, a tile of them or none, at one side."""
+    assert sum(cuts) == len(rows)
     at = 0
     for count in cuts:
         mine = rows[at : at + count]
         theirs = neighbours[: choice.randrange(len(neighbours) - count + 1)] if neighbours else ()
-        yield RowBatch(theirs + mine if choice.random() < 0.5 else mine + theirs), count
+        yield RowBatch(theirs + mine if choice.random() < 0.5 else mine + theirs)
         at += count
 
 

@@ -18,8 +18,10 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.utils import logging as transformers_logging
 
 from runtime.engine import EngineFacts
-from runtime.engine.attention import ATTENTION_NAME, padded, plan_forward, slab_attention
-from runtime.engine.probe import find_row_sizes
+from runtime.engine.attention import ATTENTION_NAME, AttentionAlone, padded, plan_forward, slab_attention
+from runtime.engine.linears import replace_linears, weights_bytes
+from runtime.engine.probe import RowSizes, doubling, find_sizes
+from runtime.engine.proven import proven
 from runtime.engine.rotary import ExactRotary
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory
 from runtime.events import Token
@@ -30,9 +32,10 @@ from runtime.slab import SlabPool, SlabSpec
 
 # Those whose logits the test suite compares with transformers' own.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-STRICT_ROW_TILE = 32
+# The largest first: the more rows in a forward, the faster a prompt is read.
+STRICT_ROW_TILES = (256, 32)
 FAST_ROW_TILE = 256
-FAST_SIZES = (8, 16, 32, 64, 128, 256)
+FAST_SIZES = RowSizes(doubling(1, FAST_ROW_TILE), doubling(1, FAST_ROW_TILE))
 
 # What transformers raises over a config.json whose values make no sense.
 _CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, StrictDataclassError, TypeError, ValueError)
@@ -41,7 +44,7 @@ _CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, StrictD
 _ONE_THREAD_BYTES = 32 * 2**20
 
 # All layers of these architectures have the same shapes, and so the same kernels: more would show nothing more.
-_PROBED_LAYERS = 2
+_PROBED_LAYERS = 1
 
 AttentionInterface.register(ATTENTION_NAME, slab_attention)
 
@@ -49,11 +52,8 @@ AttentionInterface.register(ATTENTION_NAME, slab_attention)
 class TorchEngine:
     """A causal language model of one of `ARCHITECTURES` on one torch device."""
 
-    def __init__(self, model: PreTrainedModel, spec: SlabSpec, is_bit_exact: bool, sizes: tuple[int, ...]) -> None:
-        """`model` attends by `ATTENTION_NAME` and turns by an ExactRotary.
-
-        `sizes` are the ascending row counts that a forward is padded to, the last one the row tile.
-        """
+    def __init__(self, model: PreTrainedModel, spec: SlabSpec, is_bit_exact: bool, sizes: RowSizes) -> None:
+        """`model` attends by `ATTENTION_NAME` and turns by an ExactRotary."""
         decoder = model.get_decoder()
         self._decoder = decoder
         self._rotary: ExactRotary = decoder.rotary_emb
@@ -61,12 +61,14 @@ class TorchEngine:
         self._config: PreTrainedConfig = model.config
         self._spec = spec
         self._sizes = sizes
-        self._weights_bytes = sum(weight.nbytes for weight in model.parameters())
+        self._weights_bytes = weights_bytes(model)
         self._is_bit_exact = is_bit_exact
 
     @classmethod
-    def load(cls, settings: Settings, directory: Path) -> TorchEngine:
+    def load(cls, settings: Settings, directory: Path, beside: EngineFacts | None = None) -> TorchEngine:
         """The engine for the model in `directory`, its row sizes proven on this machine under `strict`.
+
+        One that is loaded `beside` another leaves it its memory, and its threads, for which its row sizes were proven.
 
         Raises InvalidSetting, ModelUnavailable or NotEnoughMemory.
         """
@@ -74,25 +76,27 @@ class TorchEngine:
         device = _choose_device(settings)
         dtype = _choose_dtype(settings, device)
         is_strict = settings.determinism == "strict"
+        tiles = STRICT_ROW_TILES if is_strict else (FAST_ROW_TILE,)
+        specs = [_slab_spec(config, settings, dtype, device, tile) for tile in tiles]
         weights = _count_weights(config, directory)
-        spec = _slab_spec(config, settings, dtype, device, STRICT_ROW_TILE if is_strict else FAST_ROW_TILE)
-        _check_memory(weights, settings, spec)
-        if device.type == "cpu":
+        _check_memory(weights, settings, specs[0], beside)
+        if device.type == "cpu" and beside is None:
             torch.set_num_threads(
                 1 if weights * dtype.itemsize < _ONE_THREAD_BYTES else psutil.cpu_count(logical=False) or 1
             )
         model = _load_model(directory, dtype).to(device)
+        replace_linears(model, model.get_output_embeddings(), settings.weights, dtype, device)
         if not is_strict:
-            return cls(model, spec, False, FAST_SIZES)
-        shallow_spec = replace(spec, layers=min(spec.layers, _PROBED_LAYERS))
-        shallow = partial(cls, _first_layers(model, shallow_spec.layers), shallow_spec, True)
-        sizes = find_row_sizes(shallow, shallow_spec, config.vocab_size)
-        if sizes is None:
-            raise InvalidSetting(
-                f"determinism=strict cannot be had here: {settings.model} in {dtype} on {device.type} gives a row other "
-                "bits in other batches; set determinism=fast, or another dtype"
-            )
-        return cls(model, spec, True, sizes)
+            return cls(model, specs[0], False, FAST_SIZES)
+        for spec in specs:
+            shallow_spec = replace(spec, layers=min(spec.layers, _PROBED_LAYERS))
+            find = partial(_find_sizes, _first_layers(model, shallow_spec.layers), shallow_spec)
+            if sizes := proven(f"{config} {settings.weights}", shallow_spec, find):
+                return cls(model, spec, True, sizes)
+        raise InvalidSetting(
+            f"determinism=strict cannot be had here: {settings.model} in {dtype} on {device.type} gives a row other "
+            "bits in other batches; set determinism=fast, or another dtype"
+        )
 
     @property
     def facts(self) -> EngineFacts:
@@ -104,6 +108,7 @@ class TorchEngine:
             vocabulary=self._config.vocab_size,
             weights_bytes=self._weights_bytes,
             row_tile=self._spec.row_tile,
+            row_sizes=self._sizes.rows,
             is_bit_exact=self._is_bit_exact,
             slab=self._spec,
         )
@@ -122,20 +127,31 @@ class TorchEngine:
         rows = batch.rows
         assert 0 < len(rows) <= self._spec.row_tile
         device = self._spec.device
-        filler = padded(len(rows), self._sizes) - len(rows)
+        filler = padded(len(rows), self._sizes.rows) - len(rows)
         hidden: Tensor = self._decoder(
             input_ids=torch.tensor([[*(row.token_id for row in rows), *[0] * filler]], device=device),
             position_ids=torch.tensor([[*(row.position for row in rows), *[0] * filler]], device=device),
             use_cache=False,
-            plan=plan_forward(batch, self._sizes, self._rotary, self._config.num_attention_heads),
+            plan=plan_forward(batch, self._sizes.queries, self._rotary, self._config.num_attention_heads),
         ).last_hidden_state[0]
         wanted = [index for index, row in enumerate(rows) if row.draw is not None]
         if not wanted:
             return hidden.new_empty(0, self._config.vocab_size, dtype=torch.float32)
-        size = padded(len(wanted), self._sizes)
+        size = padded(len(wanted), self._sizes.rows)
         indices = torch.tensor([*wanted, *[wanted[-1]] * (size - len(wanted))], device=device)
         logits: Tensor = self._head(hidden.index_select(0, indices))
         return logits[: len(wanted)].float()
+
+
+def _find_sizes(shallow: Any, spec: SlabSpec) -> RowSizes | None:
+    """The least padding for a model that is `shallow` under which its rows are bit-equal in every batch, or None."""
+    config, rotary = shallow.config, shallow.get_decoder().rotary_emb
+    attending = partial(AttentionAlone, spec, config.num_attention_heads, rotary)
+    queries = find_sizes(attending, spec, AttentionAlone.tokens)
+    if queries is None:
+        return None
+    rows = find_sizes(lambda rows: TorchEngine(shallow, spec, True, RowSizes(rows, queries)), spec, config.vocab_size)
+    return RowSizes(rows, queries) if rows else None
 
 
 def _read_config(directory: Path) -> PreTrainedConfig:
@@ -226,9 +242,11 @@ def _slab_spec(
     )
 
 
-def _check_memory(weights: int, settings: Settings, spec: SlabSpec) -> None:
+def _check_memory(weights: int, settings: Settings, spec: SlabSpec, beside: EngineFacts | None) -> None:
     slabs = settings.capacity + settings.max_concurrent
-    needed = weights * spec.dtype.itemsize + slabs * spec.ceiling_bytes
+    # Slabs take their memory as they fill.
+    others = slabs * beside.slab.ceiling_bytes if beside else 0
+    needed = weights * spec.dtype.itemsize + slabs * spec.ceiling_bytes + others
     free = torch.cuda.mem_get_info()[0] if spec.device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise NotEnoughMemory(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import zlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import cache
@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerFast
 
 from actors import Runtime, SessionHandle
 from actors.executor import EngineThread
+from actors.proposing import NewProposals
 from actors.tree import open_sessions
 from runtime import Sampling, Settings, Token
 from runtime.engine import EngineFacts
 from runtime.metrics import Metrics
-from runtime.proposers import Proposals
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
 from runtime.slab import Slab, SlabPool, SlabSpec
@@ -86,6 +86,7 @@ class LedgerEngine:
             vocabulary=VOCABULARY,
             weights_bytes=0,
             row_tile=self.spec.row_tile,
+            row_sizes=(self.spec.row_tile,),
             is_bit_exact=True,
             slab=self.spec,
         )
@@ -190,7 +191,7 @@ async def open_lab(
     engine: LedgerEngine,
     metrics: Metrics | None = None,
     state: StateDirectory | None = None,
-    new_proposals: Callable[[], Proposals | None] = lambda: None,
+    new_proposals: NewProposals = lambda: None,
     **settings: Any,
 ) -> AsyncIterator[Runtime]:
     """A runtime on this engine; a forward that is held goes on when the block ends."""

@@ -151,6 +151,18 @@ async def test_prefill_gets_all_that_decode_leaves(engine: LedgerEngine, metrics
     assert named(batch, {"a": a, "b": b, "c": c}) == ["a", *"bbbb", *"ccc"]
 
 
+@pytest.mark.parametrize(("streams", "prompt_rows"), [(0, 64), (1, 31), (20, 12), (30, 8), (56, 8)])
+async def test_a_prompt_takes_a_large_tile_alone_and_a_small_share_beside_streams(
+    metrics: Metrics, streams: int, prompt_rows: int
+) -> None:
+    engine = LedgerEngine(window=100, row_tile=64)
+    slabs = engine.new_pool(streams + 2)
+    prefilling, spare = slabs.acquire(), slabs.acquire()
+    messages = [*(decode(slabs.acquire()) for _ in range(streams)), prefill(prefilling, 64)]
+    batch, _ = await batch_after_a_held_one(engine, metrics, spare, messages)
+    assert [row.slab is prefilling for row in batch.rows].count(True) == prompt_rows
+
+
 async def test_an_asker_is_told_how_many_of_its_rows_ran(
     engine: LedgerEngine, metrics: Metrics, slabs: SlabPool
 ) -> None:

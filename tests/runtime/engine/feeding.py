@@ -27,9 +27,10 @@ def load(
     sink: int = 4,
     window: int = 4092,
     determinism: str = "strict",
+    weights: str = "none",
 ) -> TorchEngine:
     """The engine of a model, loaded once for all tests that ask for the same."""
-    settings = Settings(dtype=dtype, device="cpu", sink=sink, window=window, determinism=determinism)
+    settings = Settings(dtype=dtype, device="cpu", sink=sink, window=window, determinism=determinism, weights=weights)
     return TorchEngine.load(settings, directory)
 
 

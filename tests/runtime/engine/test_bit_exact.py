@@ -64,15 +64,17 @@ class Case:
         return feed(self.engine, self.engine.new_pool(1).acquire(), self.tokens, cuts, neighbours=neighbours)
 
 
+MODELS = ("seedling", "heads of 0.6B")
+KINDS = (("float32", "none"), ("bfloat16", "none"), ("float32", "int8"), ("float32", "int4"))
+
+
 @pytest.fixture(
-    scope="module",
-    params=[(model, dtype) for model in ("seedling", "heads of 0.6B") for dtype in ("float32", "bfloat16")],
-    ids=" ".join,
+    scope="module", params=[(model, *kind) for model in MODELS for kind in KINDS], ids=lambda param: " ".join(param)
 )
 def case(request: pytest.FixtureRequest, directories: dict[str, Path]) -> Case:
     """A history three times as long as the window, and its logits when it is fed in one append."""
-    model, dtype = request.param
-    engine = load(directories[model], dtype, window=64)
+    model, dtype, weights = request.param
+    engine = load(directories[model], dtype, window=64, weights=weights)
     tokens = random_tokens(3 * engine.facts.slab.window, engine.facts.vocabulary)
     return Case(engine, tokens, feed(engine, engine.new_pool(1).acquire(), tokens))
 
@@ -168,10 +170,12 @@ def test_verifying_a_proposal_gives_the_same_bits_as_decoding(case: Case) -> Non
     assert torch.equal(torch.cat(logits), case.whole)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model", ["seedling", "heads of 0.6B"])
-def test_logits_are_the_same_bits_across_a_buckets_edge(directories: dict[str, Path], model: str, dtype: str) -> None:
-    engine = load(directories[model], dtype, window=BUCKET_SLOTS + 6)
+@pytest.mark.parametrize(("dtype", "weights"), KINDS)
+@pytest.mark.parametrize("model", MODELS)
+def test_logits_are_the_same_bits_across_a_buckets_edge(
+    directories: dict[str, Path], model: str, dtype: str, weights: str
+) -> None:
+    engine = load(directories[model], dtype, window=BUCKET_SLOTS + 6, weights=weights)
     first, start, end = BUCKET_SLOTS - 36, BUCKET_SLOTS - 12, BUCKET_SLOTS + 24
     tokens = random_tokens(end - first, engine.facts.vocabulary)
     pool = engine.new_pool(4)

@@ -1,13 +1,14 @@
 """The probe: it accepts an engine whose rows do not depend on the batch, and no other."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from runtime.engine.attention import padded
-from runtime.engine.probe import CANDIDATES, find_row_sizes, is_bit_exact
+from runtime.engine.probe import doubling, find_sizes, is_bit_exact
 from runtime.rows import Row, RowBatch
 from runtime.slab import SlabSpec
 
@@ -34,7 +35,10 @@ class OneLayerEngine:
     def logits(self, batch: RowBatch) -> Tensor:
         for row in batch.rows:
             row.slab.keys[0, 0, row.slab.spec.slot(row.position), 0] = row.token_id
-        return torch.stack([self._line(row) + self._error(batch, index) for index, row in enumerate(batch.rows)])
+        lines = [
+            self._line(row) + self._error(batch, index) for index, row in enumerate(batch.rows) if row.draw is not None
+        ]
+        return torch.stack(lines) if lines else torch.empty(0, VOCABULARY)
 
     def _line(self, row: Row) -> Tensor:
         extent = row.slab.spec.extent(row.position)
@@ -96,22 +100,34 @@ def test_an_engine_that_lets_a_row_see_a_later_one_is_refused() -> None:
     assert not is_bit_exact(OneLayerEngine(by_what_comes_later), SPEC, VOCABULARY)
 
 
-@pytest.mark.parametrize(("exact_from", "sizes"), [(8, (8, 16, 32)), (16, (16, 32)), (32, (32,)), (64, None)])
-def test_the_smallest_padding_that_holds_is_found(exact_from: int, sizes: tuple[int, ...] | None) -> None:
+@pytest.mark.parametrize("exact_from", [1, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("tile", [32, 256])
+def test_the_smallest_padding_that_holds_is_found(tile: int, exact_from: int) -> None:
     """Below some number of rows this machine's kernels are of another class."""
 
-    def engine_padded_to(candidate: tuple[int, ...]) -> OneLayerEngine:
+    def engine_padded_to(sizes: tuple[int, ...]) -> OneLayerEngine:
         def by_kernel(batch: RowBatch, index: int) -> float:
-            rows = padded(len(batch.rows), candidate)
-            return LAST_BIT * (index % 2) if rows < exact_from else 0.0
+            return LAST_BIT * (index % 2) if padded(len(batch.rows), sizes) < exact_from else 0.0
 
         return OneLayerEngine(by_kernel)
 
-    assert find_row_sizes(engine_padded_to, SPEC, VOCABULARY) == sizes
+    found = find_sizes(engine_padded_to, replace(SPEC, row_tile=tile), VOCABULARY)
+
+    assert found == (None if exact_from == 64 else doubling(exact_from, tile))
 
 
-def test_every_candidate_ends_with_the_row_tile() -> None:
-    assert {sizes[-1] for sizes in CANDIDATES} == {SPEC.row_tile}
+@pytest.mark.parametrize("tile", [32, 256])
+def test_an_engine_of_large_batches_alone_that_errs_is_refused(tile: int) -> None:
+    def by_more_than_half_a_tile(batch: RowBatch, index: int) -> float:
+        return LAST_BIT * (len(batch.rows) > tile // 2)
+
+    assert not is_bit_exact(OneLayerEngine(by_more_than_half_a_tile), replace(SPEC, row_tile=tile), VOCABULARY)
+
+
+def test_sizes_double_up_to_the_tile() -> None:
+    assert doubling(4, 32) == (4, 8, 16, 32)
+    assert doubling(1, 24) == (1, 2, 4, 8, 16, 24)
+    assert doubling(32, 32) == (32,)
 
 
 @pytest.mark.parametrize(("sink", "window"), [(0, 1), (0, 16), (4, 2000)])

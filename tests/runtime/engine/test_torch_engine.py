@@ -317,10 +317,6 @@ def test_a_model_directory_with_a_defect_is_unavailable_and_one_line_says_why(
     ("settings", "field"),
     [
         (Settings(backend="mlx"), "backend"),
-        (Settings(weights="int8"), "weights"),
-        (Settings(weights="int4"), "weights"),
-        (Settings(proposer="draft"), "proposer"),
-        (Settings(proposer="diffusion"), "proposer"),
         (Settings(sink=512), "sink"),
         (Settings(sink=2**20), "sink"),
     ],

@@ -1,0 +1,123 @@
+"""Linear layers in the forms that CPU kernels read fastest, and the quantised ones.
+
+In each a row's result is the same bits however many rows are beside it, from some number of rows on; the probe finds it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from runtime.errors import InvalidSetting
+
+# Weights of a row in so many columns share a scale and a zero.
+INT4_GROUP = 32
+_INT4_OUTPUTS = 16
+
+
+class PackedLinear(nn.Module):
+    """A linear with its weights in the blocks in which oneDNN's kernels read them.
+
+    Unpacked, a few rows cost several times what one costs, and one row is summed in another order than several.
+    """
+
+    packed: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())  # noqa: SLF001 (torch has no public name)
+        self.register_buffer("packed", packed, persistent=False)
+        self.bias = linear.bias
+
+    def forward(self, rows: Tensor) -> Tensor:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")  # noqa: SLF001
+        return result
+
+
+class Int8Linear(nn.Module):
+    """A linear with weights of 8 bits and a scale for each output; it computes in bfloat16."""
+
+    weight: Tensor
+    scales: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        # The weights are rounded against the scale as it is kept, so that its own rounding costs nothing.
+        scales = (weight.abs().amax(dim=1).clamp(min=1e-12) / 127).bfloat16()
+        steps = (weight / scales.float().unsqueeze(1)).round().clamp(-128, 127)
+        self.register_buffer("weight", steps.to(torch.int8), persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+        self.bias = linear.bias
+
+    def forward(self, rows: Tensor) -> Tensor:
+        flat = rows.flatten(0, -2).bfloat16()
+        result: Tensor = torch._weight_int8pack_mm(flat, self.weight, self.scales).to(rows.dtype)  # noqa: SLF001
+        result = result.unflatten(0, rows.shape[:-1])
+        return result if self.bias is None else result + self.bias
+
+
+class Int4Linear(nn.Module):
+    """A linear with weights of 4 bits, a scale and a zero for each `INT4_GROUP` of them; it computes in bfloat16."""
+
+    packed: Tensor
+    scales_and_zeros: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Raises InvalidSetting where the weights do not divide into groups."""
+        super().__init__()
+        outputs, inputs = linear.weight.shape
+        if inputs % INT4_GROUP or outputs % _INT4_OUTPUTS:
+            raise InvalidSetting(
+                f"weights=int4 cannot hold a layer of {inputs} x {outputs}, which are not multiples of {INT4_GROUP} and "
+                f"{_INT4_OUTPUTS}: set weights to int8 or none"
+            )
+        groups = linear.weight.detach().float().view(outputs, -1, INT4_GROUP)
+        low, high = groups.amin(dim=2), groups.amax(dim=2)
+        scales = ((high - low).clamp(min=1e-12) / 15).bfloat16()
+        # A step of 8 stands for the zero.
+        zeros = (low + 8 * scales.float()).bfloat16()
+        steps = (groups - zeros.float().unsqueeze(2)) / scales.float().unsqueeze(2) + 8
+        whole = steps.round().clamp(0, 15).to(torch.int32).view(outputs, inputs)
+        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), persistent=False)  # noqa: SLF001
+        together = torch.stack((scales, zeros), dim=-1).transpose(0, 1).contiguous()  # [groups, outputs, 2]
+        self.register_buffer("scales_and_zeros", together, persistent=False)
+        self.bias = linear.bias
+
+    def forward(self, rows: Tensor) -> Tensor:
+        flat = rows.flatten(0, -2).bfloat16()
+        mm = torch.ops.aten._weight_int4pack_mm_for_cpu  # noqa: SLF001
+        result: Tensor = mm(flat, self.packed, INT4_GROUP, self.scales_and_zeros).to(rows.dtype)
+        result = result.unflatten(0, rows.shape[:-1])
+        return result if self.bias is None else result + self.bias
+
+
+def replace_linears(model: nn.Module, head: nn.Module, weights: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives the linears of `model` the form for this setting of `weights`, one after the other, so that memory holds one twice.
+
+    The `head` is kept in 8 bits under int4 too: it decides between tokens. Raises InvalidSetting.
+    """
+    if weights != "none" and device.type != "cpu":
+        raise InvalidSetting(f"weights={weights} runs on device=cpu only: set weights to none, or device to cpu")
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, nn.Linear):
+                continue
+            if weights == "int8" or (weights == "int4" and child is head):
+                setattr(parent, name, Int8Linear(child))
+            elif weights == "int4":
+                setattr(parent, name, Int4Linear(child))
+            elif can_pack(dtype, device):
+                setattr(parent, name, PackedLinear(child))
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether oneDNN's packed form is there and known to be the faster one."""
+    return dtype == torch.float32 and device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """What the weights of a model take, in whichever form its linears hold theirs."""
+    forms = (PackedLinear, Int8Linear, Int4Linear)
+    held = [buffer for module in model.modules() if isinstance(module, forms) for buffer in module.buffers()]
+    return sum(weight.numel() * weight.itemsize for weight in (*model.parameters(), *held))
