@@ -73,7 +73,7 @@ class Constraint:
         masks = [self.allowed()]
         try:
             for token_id in proposal:
-                if not masks[-1][token_id // 32] >> (token_id % 32) & 1:
+                if not _allows(masks[-1], token_id):
                     break
                 self.accept(token_id)
                 if self.is_complete:
@@ -93,6 +93,12 @@ class Constraint:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise InvalidRequest(f"the grammar became too complex to follow: {_line(self._matcher)}")
+
+
+def _allows(mask: NDArray[np.int32], token_id: int) -> bool:
+    # A model may have tokens that its tokenizer does not.
+    word, bit = divmod(token_id, 32)
+    return word < len(mask) and bool(mask[word] >> bit & 1)
 
 
 def _line(matcher: LLMatcher) -> str:

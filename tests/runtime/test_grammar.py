@@ -113,6 +113,12 @@ def test_a_token_that_was_not_allowed_is_an_error_and_not_a_silent_end() -> None
         constraint.accept(text().encode("no")[0])
 
 
+def test_a_proposed_token_that_only_the_model_has_is_not_allowed() -> None:
+    constraint = text().json_grammar({"const": 1}).follow()
+
+    assert len(constraint.allowed_along([10**6])) == 1
+
+
 @settings(max_examples=60, deadline=None)
 @given(SCHEMAS, st.integers(0, 2**32), st.integers(0, 8), st.booleans())
 def test_what_is_allowed_along_a_proposal_is_what_would_be_step_by_step(
