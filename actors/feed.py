@@ -55,6 +55,16 @@ class Feed:
             self._slab.retract(length)
             self._length = length
 
+    async def follow(self, token_id: int, draw: Draw) -> Token:
+        """Reads one token more, and returns the one drawn after it. Raises InvariantViolation or EngineFailed."""
+        (token,) = await self._run((Row(self._slab, self._length, token_id, draw),), is_prefill=False)
+        return token
+
+    def skip(self, length: int) -> None:
+        """Goes on at `length`, with nothing but the sinks before it."""
+        self._slab.skip(length)
+        self._length = length
+
     async def _forward(
         self, history: array[int], start: int, proposal: list[int], draws: list[Draw]
     ) -> tuple[Token, ...]:
@@ -66,13 +76,15 @@ class Feed:
             Row(self._slab, position, token_id, draws[position - end + 1] if draws and position >= end - 1 else None)
             for position, token_id in enumerate(tokens, start)
         )
+        return await self._run(rows, is_prefill=not draws or start < end - 1)
+
+    async def _run(self, rows: tuple[Row, ...], is_prefill: bool) -> tuple[Token, ...]:
         before = self._slab.frontiers
-        is_prefill = not draws or start < end - 1
         try:
             ran = await self._executor.ask_to_the_end(Forward(rows, is_prefill))
         except (ActorStopped, ActorFailed):
             raise EngineFailed("the engine has stopped") from None
-        self._length = max(self._length, start + ran.row_count)
+        self._length = max(self._length, rows[0].position + ran.row_count)
         self._check_invariants(before)
         return ran.tokens
 

@@ -9,7 +9,7 @@ import logging
 import math
 import secrets
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,11 +17,11 @@ import trio
 
 from actors.mailbox import Mailbox, open_mailbox
 from actors.messages import Evict, SessionSummary
+from actors.proposing import NewProposals, Proposals
 from actors.session import Ending, Session
 from runtime.errors import CapacityExhausted, EngineFailed, InvariantViolation, SessionNotFound, SnapshotUnreadable
 from runtime.journal import Journal
 from runtime.metrics import Metrics
-from runtime.proposers import Proposals
 from runtime.slab import Slab, SlabPool
 from runtime.snapshot import Terms
 from runtime.state import StateDirectory
@@ -38,6 +38,7 @@ class Entry:
     mailbox: Mailbox
     slab: Slab
     pool: SlabPool
+    proposals: Proposals | None
 
 
 class SessionRegistry:
@@ -54,7 +55,7 @@ class SessionRegistry:
         long_lived: SlabPool,
         completions: SlabPool,
         state: StateDirectory | None = None,
-        new_proposals: Callable[[], Proposals | None] = lambda: None,
+        new_proposals: NewProposals = lambda: None,
     ) -> None:
         self._nursery = nursery
         self._executor = executor
@@ -178,6 +179,7 @@ class SessionRegistry:
         journal: Journal | None = None,
     ) -> None:
         mailbox, inbox = open_mailbox()
+        proposals = self._new_proposals()
         session = Session(
             slab,
             inbox,
@@ -188,9 +190,9 @@ class SessionRegistry:
             idle_ttl_s=idle_ttl_s,
             history=history,
             journal=journal,
-            proposals=self._new_proposals(),
+            proposals=proposals,
         )
-        self._entries[session_id] = Entry(session, mailbox, slab, pool)
+        self._entries[session_id] = Entry(session, mailbox, slab, pool, proposals)
         self._nursery.start_soon(self._supervise, session_id, session, journal)
 
     def _evict_one(self, beside: str | None) -> None:
@@ -211,6 +213,8 @@ class SessionRegistry:
         entry = self._entries.pop(session_id, None)
         if entry is not None:
             entry.pool.release(entry.slab)
+            if entry.proposals is not None:
+                entry.proposals.close()
 
     async def _supervise(self, session_id: str, session: Session, journal: Journal | None) -> None:
         goes_on = False

@@ -24,12 +24,12 @@ from actors.messages import (
     SessionInfo,
     SessionMessage,
 )
+from actors.proposing import Proposals
 from runtime.errors import HistoryMismatch, InvalidRequest, SlabOverflow
 from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
 from runtime.grammar import Constraint
 from runtime.journal import Journal
 from runtime.metrics import Metrics, Turn
-from runtime.proposers import Proposals
 from runtime.sampling import Draw
 from runtime.slab import Slab
 from runtime.snapshot import Terms
@@ -193,8 +193,7 @@ class Session:
                     stop_reason = StopReason.TRUNCATED
                     break
                 if not drawn:
-                    proposal = self._proposals.next(request.max_tokens - count - 1) if self._proposals else []
-                    tokens, checked = await self._draw(request, constraint, proposal)
+                    tokens, checked = await self._draw(request, constraint, request.max_tokens - count - 1)
                     drawn += tokens
                     proposed += checked
                     accepted += len(tokens) - 1
@@ -264,13 +263,12 @@ class Session:
             little_endian.byteswap()
         self._digest.update(little_endian.tobytes())
 
-    async def _draw(
-        self, request: Generate, constraint: Constraint | None, proposal: list[int]
-    ) -> tuple[tuple[Token, ...], int]:
-        """The tokens that follow the history, at least one, and how many of the proposed ones were checked for it."""
+    async def _draw(self, request: Generate, constraint: Constraint | None, most: int) -> tuple[tuple[Token, ...], int]:
+        """The tokens that follow the history, at least one, and how many proposed ones were checked for it, at `most`."""
+        began, is_decode = trio.current_time(), self._feed.length >= len(self._history) - 1
+        proposal = await self._proposals.next(self._history, most, request.sampling) if self._proposals else []
         masks = constraint.allowed_along(proposal) if constraint else [None] * (len(proposal) + 1)
         draws = [Draw(request.sampling, mask, request.top_logprobs) for mask in masks]
-        began, is_decode = trio.current_time(), self._feed.length >= len(self._history) - 1
         tokens, checked = await self._feed.draw(self._history, proposal[: len(draws) - 1], draws)
         if self._proposals and is_decode:
             self._proposals.learn(checked, len(tokens) - 1, trio.current_time() - began)

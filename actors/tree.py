@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
-from functools import partial
 
 import trio
 
@@ -17,13 +16,13 @@ from actors.handles import Completion, SessionHandle, as_session_errors, copied
 from actors.mailbox import open_mailbox
 from actors.messages import Export, Load, Saved, SessionSummary
 from actors.nursery import open_nursery
+from actors.proposing import NewProposals, open_proposing
 from actors.registry import SessionRegistry
 from runtime.engine import Engine, EngineFacts, load_engine
 from runtime.errors import CapacityExhausted, NotDurable
 from runtime.events import Overflow
 from runtime.metrics import Metrics
 from runtime.models import find_model
-from runtime.proposers import Proposals, make_proposals
 from runtime.settings import Settings
 from runtime.slab import Slab
 from runtime.snapshot import Identity, Terms, fingerprint
@@ -148,8 +147,10 @@ async def open_runtime(settings: Settings, metrics: Metrics | None = None) -> As
             if settings.state_dir:
                 identity = _identity(engine.facts, settings, await trio.to_thread.run_sync(fingerprint, directory))
                 state = stack.enter_context(StateDirectory.open(settings.state_dir, identity))
-            new_proposals = partial(make_proposals, settings, engine.facts.row_tile, engine.facts.vocabulary)
-            async with open_sessions(settings, engine, thread, text, metrics, new_proposals, state) as runtime:
+            async with (
+                open_proposing(settings, engine.facts, thread) as new_proposals,
+                open_sessions(settings, engine, thread, text, metrics, new_proposals, state) as runtime,
+            ):
                 yield runtime
 
 
@@ -160,7 +161,7 @@ async def open_sessions(
     thread: EngineThread,
     text: Text,
     metrics: Metrics,
-    new_proposals: Callable[[], Proposals | None] = lambda: None,
+    new_proposals: NewProposals = lambda: None,
     state: StateDirectory | None = None,
 ) -> AsyncIterator[Runtime]:
     """Executor, registry and admission over an engine that is loaded; each session has `new_proposals` of its own.

@@ -7,7 +7,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from runtime.errors import ModelUnavailable
+from runtime.errors import InvalidSetting, ModelUnavailable
+from runtime.settings import Settings
 
 SEEDLING = "seedling"
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -31,6 +32,18 @@ def find_model(name: str) -> Path:
     if not (directory / "config.json").is_file():
         raise ModelUnavailable(f"{name!r} holds no config.json: it is not a model's directory")
     return directory
+
+
+def find_proposer_model(settings: Settings) -> Path:
+    """The directory of the model that proposes: `proposer_model`, or the bundled model's own. Raises as `find_model`."""
+    if settings.proposer_model:
+        return find_model(settings.proposer_model)
+    if settings.model != SEEDLING:
+        raise InvalidSetting(
+            f"proposer={settings.proposer} needs proposer_model: a directory or a Hugging Face id of a model with the "
+            "same tokenizer"
+        )
+    return find_model(SEEDLING) / settings.proposer
 
 
 def _download(name: str) -> Path:

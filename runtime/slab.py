@@ -137,6 +137,12 @@ class Slab:
         assert self.frontier - self.spec.row_tile < frontier
         self._frontiers = [min(frontier, each) for each in self._frontiers]
 
+    def skip(self, frontier: int) -> None:
+        """Goes on at `frontier`: of what lies before it only the sinks are there, and the rest is seen as zeros."""
+        for store in (self.keys, self.values):
+            store[:, :, self.spec.sink :].zero_()
+        self._frontiers = [max(frontier, each) for each in self._frontiers]
+
     def clear(self) -> None:
         """Forgets every token. The bytes stay; no later query sees them."""
         self._frontiers = [0] * self.spec.layers

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from runtime.proposers import Proposals
+from actors.proposing import AtOnce, Proposals
+from runtime.proposers import Proposer
 
 Making = Callable[[list[int], int], Sequence[int]]
 
@@ -29,6 +30,11 @@ class Eager(Proposals):
 
     def learn(self, proposed: int, accepted: int, seconds: float) -> None:
         super().learn(proposed, proposed, 1e-9 if proposed else 1.0)
+
+
+def eager(proposer: Proposer, most: int, vocabulary: int) -> Eager:
+    """Eager ones, of a proposer that needs no forward."""
+    return Eager(AtOnce(proposer), most, vocabulary)
 
 
 def erring(make: Making, wrong: float) -> Scripted:

@@ -9,11 +9,11 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.proposing import Proposals
 from runtime import Done, Sampling, Token
 from runtime.metrics import Metrics
-from runtime.proposers import Proposals
 from tests.actors.engines import VOCABULARY, LedgerEngine, generated, open_lab, sample
-from tests.actors.proposers import Eager, Scripted, erring
+from tests.actors.proposers import Scripted, eager, erring
 
 PROMPT = [5, 6, 7, *range(20, 50)]
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=1.0, seed=11)}
@@ -48,7 +48,7 @@ async def test_garbage_changes_nothing(
     engine: LedgerEngine, make: Callable[[list[int], int], Sequence[int]], sampling: Sampling
 ) -> None:
     def new() -> Proposals:
-        return Eager(Scripted(make), 7, VOCABULARY)
+        return eager(Scripted(make), 7, VOCABULARY)
 
     async with open_lab(engine, new_proposals=new) as runtime:
         session = await runtime.create_session()
@@ -66,7 +66,7 @@ async def test_tokens_are_those_without_a_proposer_past_the_window_and_beside_ot
     metrics = Metrics()
 
     def new() -> Proposals:
-        return Eager(oracle(engine, sampling, wrong), 7, VOCABULARY)
+        return eager(oracle(engine, sampling, wrong), 7, VOCABULARY)
 
     found: dict[int, list[int]] = {}
 
@@ -96,7 +96,7 @@ async def test_tokens_are_those_without_a_proposer_past_the_window_and_beside_ot
 
 
 async def test_a_right_proposal_takes_one_forward_for_many_tokens(engine: LedgerEngine) -> None:
-    async with open_lab(engine, new_proposals=lambda: Eager(oracle(engine, Sampling()), 7, VOCABULARY)) as runtime:
+    async with open_lab(engine, new_proposals=lambda: eager(oracle(engine, Sampling()), 7, VOCABULARY)) as runtime:
         session = await runtime.create_session()
         await session.append([1, 2, 3])
         await generated(session, 1)
@@ -113,7 +113,7 @@ async def test_an_end_of_turn_inside_a_proposal_ends_the_generation_there(engine
     expected = engine.continued([1, 2, 3], 20)
     eos = expected[4]
     cut = expected[: expected.index(eos) + 1]
-    async with open_lab(engine, new_proposals=lambda: Eager(oracle(engine, Sampling()), 7, VOCABULARY)) as runtime:
+    async with open_lab(engine, new_proposals=lambda: eager(oracle(engine, Sampling()), 7, VOCABULARY)) as runtime:
         session = await runtime.create_session([eos])
         await session.append([1, 2, 3])
         assert await generated(session, 20) == cut
@@ -124,7 +124,7 @@ async def test_an_end_of_turn_inside_a_proposal_ends_the_generation_there(engine
 
 @pytest.mark.parametrize("taken", range(1, 12))
 async def test_what_was_drawn_ahead_and_not_taken_never_was(engine: LedgerEngine, taken: int) -> None:
-    async with open_lab(engine, new_proposals=lambda: Eager(oracle(engine, Sampling()), 7, VOCABULARY)) as runtime:
+    async with open_lab(engine, new_proposals=lambda: eager(oracle(engine, Sampling()), 7, VOCABULARY)) as runtime:
         session = await runtime.create_session()
         await session.append(PROMPT)
         got = []
@@ -160,7 +160,7 @@ def test_any_history_and_any_block(
         engine = LedgerEngine()
 
         def new() -> Proposals:
-            return Eager(oracle(engine, sampling, wrong), block, VOCABULARY)
+            return eager(oracle(engine, sampling, wrong), block, VOCABULARY)
 
         async with open_lab(engine, new_proposals=new) as runtime:
             session = await runtime.create_session()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
@@ -14,6 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from actors import Runtime, SessionHandle, open_runtime
 from actors.executor import EngineThread
+from actors.proposing import NewProposals, Proposals
 from actors.tree import open_sessions
 from runtime import Done, Event, Overflow, Sampling, Settings, StopReason, Token
 from runtime.engine import Engine
@@ -27,7 +28,6 @@ from runtime.errors import (
     SessionNotFound,
 )
 from runtime.metrics import Metrics
-from runtime.proposers import Proposals
 from runtime.proposers.ngram import NgramProposer
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
@@ -44,7 +44,7 @@ from tests.actors.engines import (
     sample,
     tiny_text,
 )
-from tests.actors.proposers import Eager, erring
+from tests.actors.proposers import eager, erring
 
 
 @pytest.fixture
@@ -385,7 +385,6 @@ class TestACompletion:
 
 
 PROMPT = [5, 6, 7, *range(100, 130)]
-NewProposals = Callable[[], Proposals | None]
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=1.0, seed=11)}
 
 
@@ -464,7 +463,7 @@ class TestBits:
 
         def new() -> Proposals:
             knowing = erring(lambda history, count: whole[len(history) :][:count], wrong)
-            return Eager(knowing, 8, seedling.facts.vocabulary)
+            return eager(knowing, 8, seedling.facts.vocabulary)
 
         assert await continue_prompt(seedling, SAMPLINGS[drawn], [7], neighbours, new) == expected[drawn]
 
@@ -472,7 +471,7 @@ class TestBits:
         self, seedling: Engine, expected: dict[str, list[int]], drawn: str
     ) -> None:
         def new() -> Proposals:
-            return Eager(NgramProposer(2, 1), 8, seedling.facts.vocabulary)
+            return eager(NgramProposer(2, 1), 8, seedling.facts.vocabulary)
 
         assert await continue_prompt(seedling, SAMPLINGS[drawn], [7], 3, new) == expected[drawn]
 

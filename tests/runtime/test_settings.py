@@ -50,8 +50,6 @@ GIVEN: dict[str, tuple[str, object]] = {
     "log_level": ("debug", "debug"),
 }
 GO_TOGETHER = {"tls_cert": {"tls_key": "key.pem"}, "tls_key": {"tls_cert": "cert.pem"}}
-# The features that read these are refused by the engine's loading, so no code reads them yet.
-OF_FEATURES_REFUSED = {"proposer_model", "num_diffusion_steps"}
 
 
 def variable(field: str) -> str:
@@ -290,11 +288,6 @@ def names_read() -> set[str]:
     }
 
 
-@pytest.mark.parametrize("field", sorted(set(FIELDS) - OF_FEATURES_REFUSED))
+@pytest.mark.parametrize("field", FIELDS)
 def test_every_field_is_read_by_product_code(names_read: set[str], field: str) -> None:
     assert field in names_read
-
-
-@pytest.mark.parametrize("field", sorted(OF_FEATURES_REFUSED))
-def test_a_field_is_excused_only_while_no_code_reads_it(names_read: set[str], field: str) -> None:
-    assert field not in names_read

@@ -1,0 +1,200 @@
+"""A masked-diffusion language model (arXiv 2406.07524, 2502.09992): masks behind a context, filled in a few forwards."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from runtime.errors import ModelUnavailable
+
+# What a fill looks at of the history: its first tokens and its last.
+SINK, WINDOW = 4, 124
+
+# What transformers raises over files that make no sense.
+_FILE_ERRORS = (
+    ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, SafetensorError, StrictDataclassError,
+    TypeError, ValueError,
+)  # fmt: skip
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+_PROBE_CONTEXT, _PROBE_MASKS = 8, 4
+
+
+class MaskedModel:
+    """A masked language model of transformers whose tokens are those of the main model, and a mask.
+
+    A forward sees at most `sink` first tokens of the history, its last ones up to `window`, and what is to be filled:
+    what it costs does not grow with the history. It holds no state of any session.
+    """
+
+    def __init__(self, model: Any, mask_id: int, vocabulary: int, sink: int = SINK, window: int = WINDOW) -> None:
+        """`model` is any `...ForMaskedLM`; tokens of `vocabulary` and up, and the mask, are never proposed.
+
+        Raises ModelUnavailable where the model's head cannot be applied at masked positions alone.
+        """
+        self._model = model.eval()
+        self._mask_id = mask_id
+        self._vocabulary = vocabulary
+        self._sink, self._window = sink, window
+        self._longest = _longest_input(model)
+        self._prove_sparse_head()
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        vocabulary: int,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        sink: int = SINK,
+        window: int = WINDOW,
+    ) -> Self:
+        """The masked model in `directory`, for a main model of `vocabulary` tokens.
+
+        The mask is the one that the tokenizer in the directory names, else `mask_token_id` of its config.json. Raises
+        ModelUnavailable.
+        """
+        try:
+            config = AutoConfig.from_pretrained(directory)
+            has = config.vocab_size
+            mask_id = _mask_id(directory, config)
+        except _FILE_ERRORS as error:
+            raise ModelUnavailable(f"{directory} holds no masked language model: {_line(error)}") from error
+        if has < vocabulary:
+            raise ModelUnavailable(
+                f"the masked model in {directory} has {has} tokens and the model {vocabulary}: they must share a tokenizer"
+            )
+        if mask_id is None or not 0 <= mask_id < has:
+            raise ModelUnavailable(
+                f"the masked model in {directory} names no mask: its tokenizer needs mask_token, or config.json mask_token_id"
+            )
+        return cls(_load_weights(directory, dtype).to(device), mask_id, vocabulary, sink, window)
+
+    @property
+    def mask_id(self) -> int:
+        return self._mask_id
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(weight.nbytes for weight in self._model.parameters())
+
+    def context(self, history: Sequence[int], count: int = 0) -> list[int]:
+        """What a fill of `count` tokens behind `history` looks at; the history is not copied, and may be this already."""
+        room = min(self._sink + self._window, self._longest - count)
+        if len(history) <= room:
+            return list(history)
+        sink = min(self._sink, room)
+        return [*history[:sink], *history[len(history) - (room - sink) :]]
+
+    @torch.inference_mode()
+    def fill(self, history: Sequence[int], count: int, steps: int) -> list[int]:
+        """The `count` tokens that may follow `history`, in at most `steps` forwards and at most one for each token.
+
+        Each forward keeps the most confident of the positions still masked, as many as leave an equal share to the
+        forwards after it (low-confidence remasking).
+        """
+        assert steps > 0
+        count = min(count, self._longest)
+        context = self.context(history, count)
+        tokens = [*context, *[self._mask_id] * count]
+        masked = list(range(len(context), len(tokens)))
+        for left in range(min(steps, count), 0, -1):
+            confidence, best = self._allowed(self.logits(tokens, masked)).log_softmax(1).max(1)
+            keep = -(-len(masked) // left)
+            for index in confidence.argsort(descending=True, stable=True)[:keep].tolist():
+                tokens[masked[index]] = int(best[index])
+            masked = [position for position in masked if tokens[position] == self._mask_id]
+        return tokens[len(context) :]
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Logits at `positions` of the input, [positions, the model's vocabulary] float32; the head runs nowhere else."""
+        device = self._model.device
+        with _head_only_at(self._model.base_model, torch.tensor(positions, device=device)):
+            logits: Tensor = self._model(input_ids=torch.tensor([token_ids], device=device)).logits
+        return logits[0].float()
+
+    def _allowed(self, logits: Tensor) -> Tensor:
+        allowed = logits[:, : self._vocabulary]
+        if self._mask_id < self._vocabulary:
+            allowed[:, self._mask_id] = -torch.inf
+        return allowed
+
+    @torch.inference_mode()
+    def _prove_sparse_head(self) -> None:
+        name = type(self._model).__name__
+        length = min(_PROBE_CONTEXT + _PROBE_MASKS, self._longest)
+        tokens = [token_id % self._vocabulary for token_id in range(length)]
+        masked = list(range(length))[-_PROBE_MASKS:]
+        for position in masked:
+            tokens[position] = self._mask_id
+        try:
+            dense = self._model(input_ids=torch.tensor([tokens], device=self._model.device)).logits[0].float()
+            sparse = self.logits(tokens, masked)
+        except _FILE_ERRORS as error:
+            raise ModelUnavailable(f"{name} cannot run as a diffusion proposer: {_line(error)}") from error
+        # Kernels may round otherwise for fewer rows.
+        tolerance = 1e-3 if self._model.dtype is torch.float32 else 5e-2
+        if sparse.shape != dense[masked].shape or not torch.allclose(
+            sparse, dense[masked], rtol=tolerance, atol=tolerance * float(dense.abs().max())
+        ):
+            raise ModelUnavailable(
+                f"{name} cannot run as a diffusion proposer: its head looks at more than one position"
+            )
+
+
+@contextmanager
+def _head_only_at(base: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Within, `base` hands the hidden states of `positions` alone to the head behind it, whatever modules that has."""
+
+    def select(module: nn.Module, inputs: object, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state[:, positions]
+        return output
+
+    hook = base.register_forward_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _longest_input(model: Any) -> int:
+    """The most tokens that the model takes at once."""
+    longest: int = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    for name, module in model.named_modules():
+        # Roberta and its like count positions from behind the padding token's.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            longest = min(longest, module.num_embeddings - module.padding_idx - 1)
+    return longest
+
+
+def _mask_id(directory: Path, config: Any) -> int | None:
+    found: int | None = None
+    if any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        found = AutoTokenizer.from_pretrained(directory).mask_token_id
+    return getattr(config, "mask_token_id", None) if found is None else found
+
+
+def _load_weights(directory: Path, dtype: torch.dtype) -> Any:
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForMaskedLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    except _FILE_ERRORS as error:
+        raise ModelUnavailable(f"{directory} holds no masked language model: {_line(error)}") from error
+    if report["missing_keys"]:
+        raise ModelUnavailable(f"the weights in {directory} lack {sorted(report['missing_keys'])[0]} and maybe more")
+    return model
+
+
+def _line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
