@@ -21,9 +21,9 @@ test:
 proto:
     python -m grpc_tools.protoc -Iproto --python_betterproto2_out=proto --python_betterproto2_opt=client_generation=async,server_generation=async --descriptor_set_out=proto/kakeya/v1/runtime.binpb kakeya/v1/runtime.proto
 
-# Trains seedling anew, then measures it and writes its card.
+# Trains seedling and its siblings anew, then measures them and writes their card.
 seedling:
-    python -m tools.seedling.train && python -m tools.seedling.card
+    python -m tools.seedling.train && python -m tools.seedling.draft && python -m tools.seedling.diffusion && python -m tools.seedling.card
 
 # Measures whether turns stay flat, what the door costs, and speed, on the bundled model; nothing else should run.
 bench:

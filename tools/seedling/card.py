@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -10,25 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import trio
-from safetensors import safe_open
 
 from actors import Runtime, SessionHandle, open_runtime
 from runtime import Done, Settings, StopReason, Token
 from runtime.engine import EngineFacts
 from runtime.text import Text
 from tools.seedling.corpus import CODE, NAME, Fact, Message, conversations
+from tools.seedling.siblings import CARD_NAME, Turn, disk_bytes, parameter_count, section
 from tools.seedling.smalltalk import exchange
 from tools.seedling.train import END, OUTPUT, SEED, STAGES, STEPS, TOKENS, TURN, VOCABULARY
 from tools.seedling.words import FIRST_NAMES, digits, made_up_name
 
-# Training draws from SEED and SEED + 1.
+# Training draws from SEED to SEED + 3.
 HELD_OUT_SEED = 7_000_001
+LISTENED_SEED = HELD_OUT_SEED + 2
 DISTANCES = (32, 128, 256, 512, 900, 1100, 2000)
 TRIALS = 48
 SESSIONS = 16
 LONGEST_ANSWER = 32
 LONGEST_REPLY = 96
-CARD_NAME = "README.md"
+# Conversations in which the siblings' proposals are measured.
+LISTENED = 40
 
 # Keeps the fact out of the sink, which no distance would ever push out of sight.
 GREETING = ("Hello!", "Hello! How can I help you today?")
@@ -171,8 +172,8 @@ def dialogues() -> list[Dialogue]:
     return [*drawn_dialogues(HELD_OUT_SEED, 10 - len(WRITTEN)), *(Dialogue("written", lines) for lines in WRITTEN)]
 
 
-async def reply(session: SessionHandle, text: Text, most: int) -> Reply:
-    """Seedling's greedy reply to the history, of at most `most` tokens."""
+async def answer(session: SessionHandle, most: int) -> tuple[list[int], bool]:
+    """Seedling's greedy answer to the history, of at most `most` tokens, and whether it ended that itself."""
     token_ids: list[int] = []
     is_ended = False
     async with session.generate(most) as events:
@@ -181,23 +182,38 @@ async def reply(session: SessionHandle, text: Text, most: int) -> Reply:
                 token_ids.append(event.token_id)
             elif isinstance(event, Done):
                 is_ended = event.stop_reason is StopReason.EOS
-    return Reply(text.decode(token_ids), is_ended)
+    return token_ids, is_ended
+
+
+async def listen(runtime: Runtime, dialogue: Dialogue) -> list[tuple[Turn, Reply]]:
+    """Seedling's turns in answer to the lines of `dialogue`, in one session, and what they say."""
+    text = runtime.text
+    session = await runtime.create_session(text.eos_token_ids)
+    found: list[tuple[Turn, Reply]] = []
+    due: list[Message] = [{"role": "system", "content": dialogue.system}] if dialogue.system else []
+    history: list[int] = []
+    before: list[int] = []
+    for line in dialogue.lines:
+        asked = [*before, *text.render([*due, {"role": "user", "content": line}])]
+        await session.append(asked)
+        said, is_ended = await answer(session, LONGEST_REPLY)
+        history += asked
+        found.append((Turn(tuple(history), tuple(said)), Reply(text.decode(said), is_ended)))
+        history += said
+        # What the chat template writes between the last token of a reply and the next message.
+        before, due = text.encode("\n" if is_ended else f"{END}\n"), []
+    await session.close()
+    return found
 
 
 async def hold(runtime: Runtime, dialogue: Dialogue) -> list[Reply]:
     """Seedling's replies to the lines of `dialogue`, in one session."""
-    text = runtime.text
-    session = await runtime.create_session(text.eos_token_ids)
-    replies: list[Reply] = []
-    due: list[Message] = [{"role": "system", "content": dialogue.system}] if dialogue.system else []
-    before: list[int] = []
-    for line in dialogue.lines:
-        await session.append([*before, *text.render([*due, {"role": "user", "content": line}])])
-        replies.append(await reply(session, text, LONGEST_REPLY))
-        # What the chat template writes between the last token of a reply and the next message.
-        before, due = text.encode("\n" if replies[-1].is_ended else f"{END}\n"), []
-    await session.close()
-    return replies
+    return [reply for _, reply in await listen(runtime, dialogue)]
+
+
+async def turns_in(runtime: Runtime, listened: Iterable[Dialogue]) -> list[Turn]:
+    """What seedling says to the lines of each dialogue."""
+    return [turn for dialogue in listened for turn, _ in await listen(runtime, dialogue)]
 
 
 async def measure(runtime: Runtime, wanted: Iterable[Trial]) -> list[Result]:
@@ -209,7 +225,8 @@ async def measure(runtime: Runtime, wanted: Iterable[Trial]) -> list[Result]:
         for one in left:
             session = await runtime.create_session(runtime.text.eos_token_ids)
             await session.append(one.prompt)
-            results.append(Result(one, (await reply(session, runtime.text, LONGEST_ANSWER)).text))
+            said, _ = await answer(session, LONGEST_ANSWER)
+            results.append(Result(one, runtime.text.decode(said)))
             await session.close()
 
     async with trio.open_nursery() as nursery:
@@ -247,12 +264,6 @@ def transcript(number: int, dialogue: Dialogue, replies: Sequence[Reply]) -> str
     for line, said in zip(dialogue.lines, replies, strict=True):
         lines += [f"user: {line}", f"seedling: {said.text}{'' if said.is_ended else ' (cut off here)'}"]
     return "\n".join([f"{number}. {dialogue.source}", "", "```text", *lines, "```", ""])
-
-
-def parameter_count(folder: Path) -> int:
-    """The number of weights in `folder`."""
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 CARD = """\
@@ -310,6 +321,7 @@ the list that training used too, made-up names and digits are random, and the va
 Past the window the value is out of sight: what is right there was guessed, or has come down through later tokens that are still in sight.
 Of the {lost} wrong answers there, {made_up} state another value as if it had been told.
 
+{siblings}
 ## Ten dialogues
 
 None was picked. The lines of the first {drawn} users are the corpus generator's, whole conversations with a seed that training did not use; those of
@@ -323,7 +335,11 @@ the last {written} were written before any reply to them was seen. Users say the
 
 
 def card(
-    folder: Path, facts: EngineFacts, results: Sequence[Result], held: Sequence[tuple[Dialogue, Sequence[Reply]]]
+    folder: Path,
+    facts: EngineFacts,
+    results: Sequence[Result],
+    turns: Sequence[Turn],
+    held: Sequence[tuple[Dialogue, Sequence[Reply]]],
 ) -> str:
     """The text of the model card of the model in `folder`."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -331,7 +347,7 @@ def card(
     stages = " then ".join(f"{stage.steps:,} steps of {stage.rows} rows of {stage.length} tokens" for stage in STAGES)
     return CARD.format(
         parameters=parameter_count(folder),
-        disk=sum(path.stat().st_size for path in folder.iterdir() if path.name != CARD_NAME),
+        disk=disk_bytes(folder),
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],
         context=config["max_position_embeddings"],
@@ -350,6 +366,7 @@ def card(
         table=recall_table(results, facts.slab.visible),
         lost=len(lost),
         made_up=sum(result.trial.kind.fact.missing() not in result.answer for result in lost),
+        siblings=section(folder, LISTENED, turns),
         drawn=len(held) - len(WRITTEN),
         written=len(WRITTEN),
         dialogues="\n".join(
@@ -363,8 +380,9 @@ async def write_card(folder: Path) -> None:
     settings = Settings(model=str(folder), device="cpu", capacity=SESSIONS, max_concurrent=1)
     async with open_runtime(settings) as runtime:
         held = [(dialogue, await hold(runtime, dialogue)) for dialogue in dialogues()]
+        turns = await turns_in(runtime, drawn_dialogues(LISTENED_SEED, LISTENED))
         results = await measure(runtime, trials(runtime.text, HELD_OUT_SEED, TRIALS))
-        text = card(folder, runtime.facts, results, held)
+        text = card(folder, runtime.facts, results, turns, held)
     print(recall_table(results, runtime.facts.slab.visible))
     (folder / CARD_NAME).write_text(text, encoding="utf-8")
 

@@ -156,22 +156,46 @@ def batches(encode: Encoder, rng: random.Random, stage: Stage) -> Iterator[tuple
         yield torch.tensor([tokens for tokens, _ in taken]), torch.tensor([weights for _, weights in taken])
 
 
-def learning_rate(step: int) -> float:
-    """The share of the peak rate at `step`: a warm-up, a plateau, and a fall to nearly nothing."""
-    rising = min(1.0, (step + 1) / WARM_UP)
-    left = min(1.0, (STEPS - step) / DECAY)
+def learning_rate(step: int, steps: int, warm_up: int, decay: int) -> float:
+    """The share of the peak rate at `step` of `steps`: a warm-up, a plateau, and a fall to nearly nothing."""
+    rising = min(1.0, (step + 1) / warm_up)
+    left = min(1.0, (steps - step) / decay)
     return rising * (0.02 + 0.98 * (1 - math.cos(math.pi * left)) / 2)
 
 
-def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+class Optimizer:
+    """Muon for the matrices, AdamW for the rest, on one schedule."""
+
+    def __init__(self, model: torch.nn.Module, steps: int, warm_up: int, decay: int) -> None:
+        self._weights = list(model.parameters())
+        self._schedule = (steps, warm_up, decay)
+        matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
+        others = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "embed" in name]
+        self._optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=PEAK_RATE, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+
+    def step(self, step: int) -> None:
+        """Changes the weights by their gradients, and clears these."""
+        torch.nn.utils.clip_grad_norm_(self._weights, 1.0)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = PEAK_RATE * learning_rate(step, *self._schedule)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def save(model: Any, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
     """Leaves model and tokenizer in `folder`, in bfloat16; whatever else lies there stays."""
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    rounded = Qwen3ForCausalLM(model.config)
+    rounded = type(model)(model.config)
     rounded.load_state_dict(model.state_dict())
     rounded.generation_config = model.generation_config
     rounded.to(torch.bfloat16).save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(fresh)
     folder.mkdir(parents=True, exist_ok=True)
     for path in fresh.iterdir():
         path.replace(folder / path.name)
@@ -186,12 +210,7 @@ def train(folder: Path, threads: int) -> None:
     tokenizer = train_tokenizer()
     encode = Encoder(tokenizer)
     model = new_model().train()
-    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
-    others = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "embed" in name]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=PEAK_RATE, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    optimizer = Optimizer(model, STEPS, WARM_UP, DECAY)
     forward: Any = torch.compile(model, dynamic=False)
     started = saved = time.monotonic()
     step, mean = 0, 0.0
@@ -203,18 +222,13 @@ def train(folder: Path, threads: int) -> None:
             share = weights[:, 1:].flatten()
             loss = (losses * share).sum() / share.sum()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = PEAK_RATE * learning_rate(step)
-                optimizer.step()
-                optimizer.zero_grad()
+            optimizer.step(step)
             step += 1
             mean = loss.item() if step == 1 else 0.98 * mean + 0.02 * loss.item()
             if step % 50 == 0:
                 print(f"step {step}/{STEPS} loss {mean:.3f} seconds {time.monotonic() - started:.0f}", flush=True)
             if time.monotonic() - saved > SAVE_SECONDS or step == STEPS:
-                save(model, tokenizer, folder)
+                save(model, folder, tokenizer)
                 saved = time.monotonic()
 
 

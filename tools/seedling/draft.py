@@ -1,0 +1,104 @@
+"""Trains seedling's draft: `python -m tools.seedling.draft` writes `runtime/seedling/draft`, a smaller model taught by seedling.
+
+It learns the answers in the corpus' conversations first, as seedling did; then, at the same places, seedling's own
+probabilities, so that it proposes what seedling says and not what else might be said (arXiv 2310.08461).
+"""
+
+import argparse
+import itertools
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, softmax
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from tools.seedling.train import END_ID, OUTPUT, PAD_ID, SEED, VOCABULARY, Encoder, Optimizer, Stage, batches, save
+
+DRAFT = "draft"
+CORPUS_STAGES = (Stage(400, 24, 256, 7),)
+# A step costs twice as much with the teacher.
+TAUGHT_STAGES = (Stage(160, 24, 256, 7), Stage(30, 6, 1024, 36))
+STAGES = CORPUS_STAGES + TAUGHT_STAGES
+STEPS = sum(stage.steps for stage in STAGES)
+TAUGHT_STEPS = sum(stage.steps for stage in TAUGHT_STAGES)
+TOKENS = sum(stage.steps * stage.rows * stage.length for stage in STAGES)
+WARM_UP, DECAY = 50, STEPS // 2
+
+
+def new_draft() -> Qwen3ForCausalLM:
+    """The draft's shape with random weights."""
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=288,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=END_ID,
+        pad_token_id=PAD_ID,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config.do_sample = False
+    return model
+
+
+def loss_of(model: Any, teacher: Any | None, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The mean cross-entropy over what seedling says, with the corpus' tokens or with the teacher's probabilities."""
+    is_answer = weights[:, 1:] == 1.0
+    read = tokens[:, :-1]
+    if teacher is None:
+        wanted = tokens[:, 1:][is_answer]
+    else:
+        with torch.no_grad():
+            wanted = softmax(
+                teacher.lm_head(teacher.model(input_ids=read, use_cache=False).last_hidden_state[is_answer]), 1
+            )
+    return cross_entropy(
+        model.lm_head(model.model(input_ids=read, use_cache=False).last_hidden_state[is_answer]), wanted
+    )
+
+
+def train_draft(seedling: Path, threads: int) -> None:
+    """Trains the draft of the model in `seedling` and leaves it in a folder there."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(SEED)
+    rng = random.Random(SEED + 2)
+    encode = Encoder(AutoTokenizer.from_pretrained(seedling))
+    seedling_itself = Qwen3ForCausalLM.from_pretrained(seedling, dtype=torch.float32).eval()
+    model = new_draft().train()
+    optimizer = Optimizer(model, STEPS, WARM_UP, DECAY)
+    started = time.monotonic()
+    step, mean = 0, 0.0
+    for stage in STAGES:
+        teacher = seedling_itself if stage in TAUGHT_STAGES else None
+        for tokens, weights in itertools.islice(batches(encode, rng, stage), stage.steps):
+            loss = loss_of(model, teacher, tokens, weights)
+            loss.backward()
+            optimizer.step(step)
+            step += 1
+            mean = loss.item() if step == 1 else 0.95 * mean + 0.05 * loss.item()
+            if step % 50 == 0 or step == STEPS:
+                print(f"step {step}/{STEPS} loss {mean:.3f} seconds {time.monotonic() - started:.0f}", flush=True)
+    save(model, seedling / DRAFT)
+
+
+def main() -> None:
+    """Reads the command line and trains."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seedling", type=Path, default=OUTPUT)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    train_draft(arguments.seedling, arguments.threads)
+
+
+if __name__ == "__main__":
+    main()
