@@ -25,13 +25,13 @@ DIFFUSION = "diffusion"
 MASK_ID = VOCABULARY
 MOST_MASKS = 24
 # First whole conversations with holes, which teach much in each row, then what it is for: masks at the end.
-HOLE_STEPS, TAIL_STEPS = 260, 260
+HOLE_STEPS, TAIL_STEPS = 500, 700
 STEPS = HOLE_STEPS + TAIL_STEPS
-ROWS = 64
-WARM_UP, DECAY = 40, STEPS // 2
+ROWS = 32
+PEAK_RATE, WARM_UP, DECAY = 2e-3, 60, STEPS // 2
 # Conversations that are read at once; their examples are dealt out in rows of about the same length.
-POOL = 192
-TAUGHT_ROWS = 24
+POOL = 128
+TAUGHT_ROWS = 16
 LONGEST = 512
 CUTS = 3
 BEHIND_END_WEIGHT = 0.2
@@ -206,7 +206,8 @@ def train_diffusion(seedling: Path, threads: int) -> None:
     encode = Encoder(AutoTokenizer.from_pretrained(seedling))
     teacher = Qwen3ForCausalLM.from_pretrained(seedling, dtype=torch.float32).eval()
     model = new_model().train()
-    optimizer = Optimizer(model, STEPS, WARM_UP, DECAY)
+    # On a processor without bfloat16, Muon takes longer than such a small model itself.
+    optimizer = Optimizer(model, STEPS, WARM_UP, DECAY, PEAK_RATE, has_muon=False)
     started = time.monotonic()
     mean = 0.0
     for step, batch in enumerate(batches(encode, teacher, rng)):
@@ -214,9 +215,9 @@ def train_diffusion(seedling: Path, threads: int) -> None:
         loss.backward()
         optimizer.step(step)
         mean = loss.item() if step in (0, HOLE_STEPS) else 0.95 * mean + 0.05 * loss.item()
-        if (step + 1) % 50 == 0:
+        if (step + 1) % 100 == 0:
             print(f"step {step + 1}/{STEPS} loss {mean:.3f} seconds {time.monotonic() - started:.0f}", flush=True)
-    save(model, seedling / DIFFUSION)
+            save(model, seedling / DIFFUSION)
 
 
 def main() -> None:

@@ -164,16 +164,27 @@ def learning_rate(step: int, steps: int, warm_up: int, decay: int) -> float:
 
 
 class Optimizer:
-    """Muon for the matrices, AdamW for the rest, on one schedule."""
+    """Muon for the matrices and AdamW for the rest, or AdamW for all, on one schedule."""
 
-    def __init__(self, model: torch.nn.Module, steps: int, warm_up: int, decay: int) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        steps: int,
+        warm_up: int,
+        decay: int,
+        rate: float = PEAK_RATE,
+        has_muon: bool = True,
+    ) -> None:
         self._weights = list(model.parameters())
+        self._rate = rate
         self._schedule = (steps, warm_up, decay)
         matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
         others = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "embed" in name]
         self._optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=PEAK_RATE, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+            torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+            if has_muon
+            else torch.optim.AdamW(matrices, lr=rate, betas=(0.9, 0.95), weight_decay=0.1),
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
         ]
 
     def step(self, step: int) -> None:
@@ -181,7 +192,7 @@ class Optimizer:
         torch.nn.utils.clip_grad_norm_(self._weights, 1.0)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = PEAK_RATE * learning_rate(step, *self._schedule)
+                group["lr"] = self._rate * learning_rate(step, *self._schedule)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -192,7 +203,8 @@ def save(model: Any, folder: Path, tokenizer: PreTrainedTokenizerFast | None = N
     shutil.rmtree(fresh, ignore_errors=True)
     rounded = type(model)(model.config)
     rounded.load_state_dict(model.state_dict())
-    rounded.generation_config = model.generation_config
+    if model.can_generate():
+        rounded.generation_config = model.generation_config
     rounded.to(torch.bfloat16).save_pretrained(fresh)
     if tokenizer is not None:
         tokenizer.save_pretrained(fresh)
