@@ -29,7 +29,7 @@ SESSIONS = 16
 LONGEST_ANSWER = 32
 LONGEST_REPLY = 96
 # Conversations in which the siblings' proposals are measured.
-LISTENED = 40
+LISTENED = 24
 
 # Keeps the fact out of the sink, which no distance would ever push out of sight.
 GREETING = ("Hello!", "Hello! How can I help you today?")
