@@ -25,9 +25,9 @@ proto:
 seedling:
     python -m tools.seedling.train && python -m tools.seedling.draft && python -m tools.seedling.diffusion && python -m tools.seedling.card
 
-# Measures whether turns stay flat, what the door costs, and speed, on the bundled model; nothing else should run.
-bench:
-    perennial bench flatness && perennial bench door && perennial bench speed
+# Every benchmark, and bench/RESULTS.md; `--peers PYTHON` names the interpreter that has the peers. Nothing else should run.
+bench *peers:
+    perennial bench all {{peers}}
 
 # Takes the README's picture of the page anew; needs Chromium.
 picture:

@@ -1,1 +1,1 @@
-"""Benchmarks: each scenario is a module with `run`, and `perennial bench` lists them."""
+"""Benchmarks: each scenario is a module with `run`; `perennial bench all` runs every one and writes `RESULTS.md`."""

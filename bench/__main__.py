@@ -1,47 +1,95 @@
-"""`perennial bench SCENARIO`: runs a scenario, prints its figures, and writes them to `bench/results/`."""
+"""`perennial bench`: a scenario by its name, `all` of them, or the `report` of what was measured."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-from collections.abc import Sequence
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
-import psutil
-import torch
 import trio
 
-from bench import door, flatness, speed
-from bench.models import QWEN3_06B, bench_model
+from bench import door, flatness, loop, marathon, report, results, scheduling, speed
+from bench.machine import describe_machine, our_versions
+from bench.models import MODELS, QWEN3_06B, SMALL, bench_model
+from bench.results import Record
+from bench.scenario import Result, Setup
+from runtime.models import SEEDLING
 from runtime.settings import Settings
 
-RESULTS = Path(__file__).parent / "results"
-SCENARIOS = {"flatness": flatness.run, "door": door.run, "speed": speed.run}
+SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
+    "flatness": flatness.run,
+    "door": door.run,
+    "speed": speed.run,
+    "scheduling": scheduling.run,
+    "loop": loop.run,
+    "marathon": marathon.run,
+}
+ALL = (
+    ("speed", QWEN3_06B),
+    ("scheduling", QWEN3_06B),
+    ("loop", QWEN3_06B),
+    ("door", QWEN3_06B),
+    ("marathon", SMALL),
+    ("scheduling", SMALL),
+    ("marathon", SEEDLING),
+    ("loop", SEEDLING),
+    ("door", SEEDLING),
+    ("flatness", SEEDLING),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Settings of the servers come from the environment, as everywhere."""
     parser = argparse.ArgumentParser(prog="perennial bench", description=__doc__)
-    parser.add_argument("scenario", choices=SCENARIOS)
-    parser.add_argument("--model", choices=("seedling", QWEN3_06B), default="seedling")
-    parser.add_argument("--name", help="name of the result's file (default: the scenario's)")
+    parser.add_argument("what", choices=(*SCENARIOS, "all", "report"))
+    parser.add_argument("--model", choices=MODELS, help="for one scenario (default: the first that `all` runs it on)")
+    parser.add_argument(
+        "--peers",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="interpreter that has the peers: transformers, llama-cpp-python with gguf, mlx-lm (default: this one)",
+    )
     asked = parser.parse_args(arguments)
-    settings = Settings.from_environment(os.environ, {"model": bench_model(asked.model)})
-    figures = trio.run(partial(SCENARIOS[asked.scenario], settings))
-    machine = {"cpus": psutil.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
-    result = {
-        "scenario": asked.scenario,
-        "model": asked.model,
-        "window": settings.window,
-        "machine": machine,
-        **figures,
-    }
-    print(json.dumps(result, indent=1))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{asked.name or asked.scenario}.json").write_text(json.dumps(result, indent=1) + "\n")
+    match asked.what:
+        case "all":
+            _run_all(asked.peers)
+        case "report":
+            report.write()
+        case scenario:
+            models = dict(reversed(ALL))
+            _run(scenario, asked.model or models[scenario], asked.peers)
+
+
+def _run_all(peers: str) -> None:
+    """Each in a process of its own: none finds the memory and the threads that another left."""
+    failed = []
+    for scenario, model in ALL:
+        began = time.perf_counter()
+        command = [sys.executable, "-m", "bench", scenario, "--model", model, "--peers", peers]
+        if subprocess.run(command).returncode:
+            failed.append(f"{scenario}-{model}")
+        print(f"{scenario}-{model}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    report.write()
+    if failed:
+        sys.exit(f"perennial bench: failed: {', '.join(failed)}")
+
+
+def _run(scenario: str, model: str, peers: str) -> None:
+    settings = Settings.from_environment(os.environ, {"model": bench_model(model)})
+    result = trio.run(partial(SCENARIOS[scenario], Setup(model, settings, peers)))
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    record = Record(scenario, model, settings.window, date, describe_machine(), our_versions(), result)
+    results.write(record)
+    for name, one in result.figures.items():
+        spread = f"{report.number(one.min)} to {report.number(one.max)}"
+        print(f"{record.name}: {name}: {report.number(one.median)} {one.unit} ({spread})")
+    for remark in result.remarks:
+        print(f"{record.name}: {remark}")
 
 
 if __name__ == "__main__":

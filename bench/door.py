@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import Any, Protocol
 
 import trio
 
 from actors import open_runtime
 from api.client import connect
-from bench.flatness import spread
+from bench.figures import figure, over, repeats
+from bench.models import QWEN3_06B
+from bench.scenario import Result, Setup
 from bench.servers import serving
 from runtime.events import Done, Token
-from runtime.settings import Settings
 
-REPEATS = 7
+BUDGET_S = 30
 PROMPT = [5, 6, 7, 8]
 
 
@@ -26,8 +26,8 @@ class Session(Protocol):
     async def close(self) -> int: ...
 
 
-async def seconds_a_token(session: Session, count: int) -> float:
-    """Seconds a token, of a generation's tokens but the first."""
+async def milliseconds_a_token(session: Session, count: int) -> float:
+    """Of a generation's tokens but the first."""
     await session.append(PROMPT)
     async with session.generate(count) as events:
         first = last = 0.0
@@ -37,29 +37,31 @@ async def seconds_a_token(session: Session, count: int) -> float:
                 first = first or last
             assert isinstance(event, Token | Done)
     await session.close()
-    return (last - first) / (count - 1)
+    return 1000 * (last - first) / (count - 1)
 
 
-async def run(settings: Settings) -> dict[str, Any]:
-    """Medians of both ways on the settings' model, their difference, and it as a share of a token's time."""
-    count = 200 if settings.model == "seedling" else 24
-    embedded, through_door = [], []
+async def run(setup: Setup) -> Result:
+    """Milliseconds a token both ways, and what the door adds."""
+    settings = setup.settings
+    count = 8 if setup.model == QWEN3_06B else 200
+    inside, outside = [], []
     async with (
         open_runtime(settings) as runtime,
         serving(settings) as (address, _),
         connect(address) as client,
     ):
-        for repeat in range(REPEATS + 1):
-            inside = await seconds_a_token(await runtime.create_session(), count)
-            outside = await seconds_a_token(await client.create_session(), count)
-            if repeat:
-                embedded.append(inside)
-                through_door.append(outside)
-    differences = [outside - inside for inside, outside in zip(embedded, through_door, strict=True)]
-    return {
-        "tokens": count,
-        "embedded_s_a_token": spread(embedded),
-        "grpc_s_a_token": spread(through_door),
-        "overhead_s_a_token": spread(differences),
-        "ratio": statistics.median(through_door) / statistics.median(embedded),
-    }
+        await milliseconds_a_token(await runtime.create_session(), 2)
+        await milliseconds_a_token(await client.create_session(), 2)
+        for _ in repeats(BUDGET_S):
+            inside.append(await milliseconds_a_token(await runtime.create_session(), count))
+            outside.append(await milliseconds_a_token(await client.create_session(), count))
+    embedded, through_door = figure("ms", inside), figure("ms", outside)
+    added = [door - without for door, without in zip(outside, inside, strict=True)]
+    return Result(
+        {
+            "a token, embedded": embedded,
+            "a token, through gRPC": through_door,
+            "what the door adds to a token": figure("ms", added),
+            "through gRPC over embedded": over(through_door, embedded),
+        }
+    )

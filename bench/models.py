@@ -4,47 +4,76 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config
 
 from runtime.models import SEEDLING, find_model
 
 QWEN3_06B = "qwen3-0.6b-random"
+SMALL = "small-random"
+
+_SHAPES: Mapping[str, tuple[PreTrainedConfig, torch.dtype]] = {
+    QWEN3_06B: (
+        Qwen3Config(
+            vocab_size=151_936,
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=40_960,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        ),
+        torch.bfloat16,
+    ),
+    # With a context that a conversation of 100,000 tokens fits into, for those who hold all of it.
+    SMALL: (
+        Qwen3Config(
+            vocab_size=2048,
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=131_072,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        ),
+        torch.float32,
+    ),
+}
+MODELS = (SEEDLING, SMALL, QWEN3_06B)
 
 
 def bench_model(name: str) -> str:
     """What `Settings.model` takes for a model of this name: the bundled one's, or a directory that is made once."""
-    return SEEDLING if name == SEEDLING else str(_random_qwen3(_cache() / QWEN3_06B))
+    return SEEDLING if name == SEEDLING else str(_random(name, _cache() / name))
 
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "perennial-bench"
 
 
-def _random_qwen3(directory: Path) -> Path:
+def _random(name: str, directory: Path) -> Path:
     if (directory / "config.json").is_file():
         return directory
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40_960,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    fresh = directory.with_name(f"{directory.name}.new")
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(fresh)
+    config, dtype = _SHAPES[name]
+    fresh = directory.with_name(f"{name}.new")
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(fresh)
     # Its tokens are all that is ever asked of it, but a server wants a tokenizer.
-    for file in find_model(SEEDLING).glob("tokenizer*"):
-        shutil.copy(file, fresh)
+    for file in find_model(SEEDLING).iterdir():
+        if file.name.startswith("tokenizer") or file.suffix == ".jinja":
+            shutil.copy(file, fresh)
     fresh.rename(directory)
     return directory

@@ -1,32 +1,50 @@
-"""Decode and prefill, against the floor: the model's linears alone, reading their weights once."""
+"""Decode and prefill: ours, the floor, and what people run today, one after the other, on as many threads as there are cores."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 import trio
-from torch import nn
-from transformers import AutoModelForCausalLM
 
-from actors import Runtime, SessionHandle, open_runtime
-from bench.flatness import spread
+from actors import Runtime, open_runtime
+from bench.figures import Figure, figure, over, repeats
+from bench.floor import floors
+from bench.peers.processes import PeerFailed, installed, measured, speeds
+from bench.peers.speeds import GENERATED_TOKENS, PREFILL, PREFILL_TOKENS, decoding, prompt
+from bench.scenario import Result, Setup
+from runtime.errors import InvalidSetting
 from runtime.events import Token
 from runtime.models import find_model
 from runtime.settings import Settings
 
-PROMPT, GENERATED = 64, 32
-PREFILL = 512
-SESSIONS = (1, 8, 32)
-REPEATS = 5
+BUDGET_S = 30
+WINDOW = 1020
+LABEL = "perennial"
 
 
-async def tokens_a_second(runtime: Runtime, sessions: int) -> float:
-    """Of `sessions` that decode side by side, from the moment when all do to the moment when the first has done."""
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """What is changed of the settings, and how many streams are measured under it."""
+
+    changes: Mapping[str, Any]
+    streams: tuple[int, ...]
+
+
+MODES = {
+    "strict": Mode({}, (1, 4, 8, 32)),
+    "fast": Mode({"determinism": "fast"}, (1,)),
+    "int8": Mode({"weights": "int8"}, (1, 8)),
+    "int4": Mode({"weights": "int4"}, (1, 8)),
+}
+
+
+async def decode(runtime: Runtime, streams: int) -> float:
+    """Tokens a second of so many sessions, from the moment when all decode to the moment when the first has done."""
     began: list[float] = []
     ended: list[float] = []
     made = 0
@@ -35,11 +53,11 @@ async def tokens_a_second(runtime: Runtime, sessions: int) -> float:
     async def run(number: int) -> None:
         nonlocal made
         session = await runtime.create_session()
-        await session.append([3 + (number + 7 * index) % 1000 for index in range(PROMPT)])
-        async with session.generate(GENERATED) as events:
+        await session.append(prompt(number))
+        async with session.generate(GENERATED_TOKENS + 1) as events:
             await anext(events)
             began.append(time.perf_counter())
-            if len(began) == sessions:
+            if len(began) == streams:
                 all_decode.set()
             await all_decode.wait()
             async for event in events:
@@ -49,88 +67,85 @@ async def tokens_a_second(runtime: Runtime, sessions: int) -> float:
         await session.close()
 
     async with trio.open_nursery() as nursery:
-        for number in range(sessions):
+        for number in range(streams):
             nursery.start_soon(run, number)
     return made / (min(ended) - max(began))
 
 
-async def prefill_tokens_a_second(session: SessionHandle) -> float:
+async def prefill(runtime: Runtime) -> float:
+    session = await runtime.create_session()
     began = time.perf_counter()
-    await session.append([3 + 11 * index % 1000 for index in range(PREFILL)])
-    return PREFILL / (time.perf_counter() - began)
+    await session.append(prompt(0, PREFILL_TOKENS))
+    seconds = time.perf_counter() - began
+    await session.close()
+    return PREFILL_TOKENS / seconds
 
 
-def floor_tokens_a_second(linears: Sequence[nn.Linear], rows: int) -> float:
-    """What the linears alone do with so many rows at once."""
-    inputs = {
-        linear.in_features: torch.randn(rows, linear.in_features, dtype=linear.weight.dtype) for linear in linears
-    }
-    with torch.inference_mode():
-        began = time.perf_counter()
-        for linear in linears:
-            linear(inputs[linear.in_features])
-        return rows / (time.perf_counter() - began)
-
-
-def median_of(repeats: int, measure: Callable[[], float]) -> dict[str, float]:
-    """Of some measurements after one that warms up."""
-    measure()
-    return spread([measure() for _ in range(repeats)])
-
-
-def floors(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
-    model: Any = AutoModelForCausalLM.from_pretrained(find_model(settings.model), dtype=dtype)
-    everything = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    layers = [module for module in model.get_decoder().modules() if isinstance(module, nn.Linear)]
-    return {
-        "decode": {rows: median_of(REPEATS, partial(floor_tokens_a_second, everything, rows)) for rows in SESSIONS},
-        # Only the last token of a prompt needs the head.
-        "prefill": median_of(REPEATS, partial(floor_tokens_a_second, layers, 256)),
-    }
-
-
-async def ours(settings: Settings) -> dict[str, Any]:
-    decode: dict[int, list[float]] = {count: [] for count in SESSIONS}
-    prefill: list[float] = []
+async def ours(settings: Settings, streams: Sequence[int]) -> tuple[str, dict[str, Figure]]:
+    """The type that the engine computes in, and tokens a second by what is done. Raises InvalidSetting."""
+    taken: dict[str, list[float]] = {PREFILL: [], **{decoding(count): [] for count in streams}}
     async with open_runtime(settings) as runtime:
-        for repeat in range(REPEATS + 1):
-            for count in SESSIONS:
-                speed = await tokens_a_second(runtime, count)
-                if repeat:
-                    decode[count].append(speed)
-            session = await runtime.create_session()
-            speed = await prefill_tokens_a_second(session)
-            if repeat:
-                prefill.append(speed)
-            await session.close()
-        dtype = runtime.facts.dtype
-    return {
-        "dtype": dtype,
-        "decode": {count: spread(speeds) for count, speeds in decode.items()},
-        "prefill": spread(prefill),
+        await decode(runtime, 1)
+        for _ in repeats(BUDGET_S):
+            taken[PREFILL].append(await prefill(runtime))
+            for count in streams:
+                taken[decoding(count)].append(await decode(runtime, count))
+        return runtime.facts.dtype, {name: figure("tokens/s", values) for name, values in taken.items()}
+
+
+async def run(setup: Setup) -> Result:
+    """Tokens a second of everyone, then ours against the floor, against ourselves and against the others."""
+    result = Result()
+    everyone: dict[str, dict[str, Figure]] = {}
+    widest = max(max(mode.streams) for mode in MODES.values())
+    settings = replace(setup.settings, capacity=widest, max_concurrent=1, window=WINDOW)
+    dtype = ""
+    for name, mode in MODES.items():
+        try:
+            computed_in, everyone[name] = await ours(replace(settings, **mode.changes), mode.streams)
+        except InvalidSetting as error:
+            result.remarks.append(f"{LABEL} {name}: {error}")
+        else:
+            dtype = dtype or computed_in
+    torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
+    everyone["floor"] = floors(setup.settings.model, getattr(torch, dtype), MODES["strict"].streams)
+    await _measure_peers(setup, dtype, everyone, result)
+    for who, figures in everyone.items():
+        label = f"{LABEL} {who}" if who in MODES else who
+        result.figures |= {f"{label}: {name}": one for name, one in figures.items()}
+    result.figures |= compared(everyone)
+    return result
+
+
+async def _measure_peers(setup: Setup, dtype: str, everyone: dict[str, dict[str, Figure]], result: Result) -> None:
+    versions = await installed(setup.peers)
+    directory = str(find_model(setup.settings.model))
+    for peer in speeds(directory, psutil.cpu_count(logical=False) or 1, dtype):
+        if peer.package not in versions:
+            result.remarks.append(f"{peer.label}: {peer.package} is not installed for {setup.peers}")
+            continue
+        try:
+            everyone[peer.label] = await measured(setup.peers, peer)
+        except PeerFailed as error:
+            result.remarks.append(f"{peer.label}: {error}")
+
+
+def compared(everyone: Mapping[str, Mapping[str, Figure]]) -> dict[str, Figure]:
+    """The ratios that targets are about, as far as both sides were measured."""
+    one = decoding(1)
+    pairs = {
+        "a step of 1 stream over the floor's": ("floor", one, "strict", one),
+        "8 streams over 1": ("strict", decoding(8), "strict", one),
+        "32 streams over 1": ("strict", decoding(32), "strict", one),
+        "prefill, strict over fast": ("strict", PREFILL, "fast", PREFILL),
+        "prefill, fast over the floor": ("fast", PREFILL, "floor", PREFILL),
+        "prefill, strict over llama.cpp BF16": ("strict", PREFILL, "llama.cpp BF16", PREFILL),
+        "prefill, fast over llama.cpp BF16": ("fast", PREFILL, "llama.cpp BF16", PREFILL),
+        "1 stream, int8 over llama.cpp Q8_0": ("int8", one, "llama.cpp Q8_0", one),
+        "1 stream, int4 over llama.cpp Q4_K_M": ("int4", one, "llama.cpp Q4_K_M", one),
     }
-
-
-async def run(settings: Settings) -> dict[str, Any]:
-    """Tokens a second: ours under strict, and the floor in the same type, each a median of some runs."""
-    wide = replace(settings, capacity=max(SESSIONS), max_concurrent=1, window=1020)
-    strict, fast = [await ours(replace(wide, determinism=determinism)) for determinism in ("strict", "fast")]
-    floor = floors(settings, getattr(torch, strict["dtype"]))
-
-    def median(of: dict[str, Any]) -> float:
-        return float(of["median"])
-
-    one = median(strict["decode"][1])
     return {
-        "threads": torch.get_num_threads(),
-        "unit": "tokens a second",
-        "strict": strict,
-        "fast": fast,
-        "floor": floor,
-        "ratios": {
-            "step of one session over the floor's": median(floor["decode"][1]) / one,
-            **{f"{count} sessions over one": median(strict["decode"][count]) / one for count in SESSIONS[1:]},
-            "prefill, strict over fast": median(strict["prefill"]) / median(fast["prefill"]),
-            "prefill, fast over the floor": median(fast["prefill"]) / median(floor["prefill"]),
-        },
+        name: over(everyone[upper][above], everyone[lower][below])
+        for name, (upper, above, lower, below) in pairs.items()
+        if above in everyone.get(upper, {}) and below in everyone.get(lower, {})
     }

@@ -1,0 +1,162 @@
+"""One conversation of hundreds of turns: how long a turn takes at its end and at its start, and what memory it holds.
+
+Ours is a session that is sent each turn's new tokens. A peer's server is sent the whole conversation each turn, as its
+protocol wants, and gets as far as it can in the time that all of our turns took.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field, replace
+
+import psutil
+import trio
+
+from api.client import connect
+from bench.figures import Figure, figure
+from bench.flatness import turn
+from bench.models import SMALL
+from bench.peers.processes import PeerFailed, installed
+from bench.peers.servers import SERVERS, ServerKind, peer_server
+from bench.scenario import Result, Setup
+from bench.servers import serving
+from runtime.models import SEEDLING, find_model
+from runtime.settings import Settings
+from runtime.text import Text
+
+SINK, WINDOW = 4, 252
+OURS = "perennial"
+LATENCY, MEMORY = "seconds a turn", "resident MB"
+_WORDS = "the cat sat by the door and the dog ran to the river and then they came home".split()
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How many turns a conversation has, and how many tokens each appends, about, and generates."""
+
+    turns: int
+    appended: int
+    generated: int
+
+
+LENGTHS = {SMALL: Length(400, 218, 32), SEEDLING: Length(2_000, 32, 8)}
+
+
+@dataclass(slots=True)
+class Run:
+    """What was seen turn by turn."""
+
+    seconds: list[float] = field(default_factory=list)
+    resident: list[int] = field(default_factory=list)
+    history: list[int] = field(default_factory=list)
+    live_bytes: list[int] = field(default_factory=list)
+
+
+class Script:
+    """What the user says in each turn."""
+
+    def __init__(self, text: Text, length: Length) -> None:
+        self._text = text
+        self._words = 1
+        while len(self.tokens(1)) < length.appended:
+            self._words += 1
+
+    def line(self, number: int) -> str:
+        return f"{number}: " + " ".join(_WORDS[index % len(_WORDS)] for index in range(self._words))
+
+    def tokens(self, number: int) -> list[int]:
+        """The line with what the template puts around it."""
+        if number:
+            return self._text.render_next_turn(self.line(number), is_after_eos=False)
+        return self._text.render([{"role": "user", "content": self.line(number)}])
+
+
+async def our_run(settings: Settings, script: Script, length: Length) -> Run:
+    run = Run()
+    async with (
+        serving(settings) as (address, process),
+        connect(address) as client,
+        client.session() as session,
+    ):
+        for number in range(length.turns):
+            run.seconds.append((await turn(session, script.tokens(number), length.generated)).total_s)
+            info = await session.info()
+            run.resident.append(process.memory_info().rss)
+            run.history.append(info.history_length)
+            run.live_bytes.append(info.kv_live_bytes)
+    return run
+
+
+async def peer_run(kind: ServerKind, setup: Setup, script: Script, length: Length, seconds: float) -> tuple[Run, str]:
+    """What was seen until the time was over, and what ended it."""
+    run = Run()
+    messages: list[dict[str, str]] = []
+    directory = str(find_model(setup.settings.model))
+    threads = psutil.cpu_count(logical=False) or 1
+    try:
+        async with peer_server(kind, setup.peers, directory, threads) as server:
+            with trio.move_on_after(seconds):
+                for number in range(length.turns):
+                    messages.append({"role": "user", "content": script.line(number)})
+                    began = trio.current_time()
+                    said = await server.answer(messages, length.generated)
+                    run.seconds.append(trio.current_time() - began)
+                    run.resident.append(server.resident_bytes)
+                    messages.append({"role": "assistant", "content": said})
+                return run, "it had them all"
+            return run, f"{seconds:.0f} s were over"
+    except PeerFailed as error:
+        return run, str(error)
+
+
+async def run(setup: Setup) -> Result:
+    """Ours on either model; the peers on the small one, whose context takes the whole conversation."""
+    length = LENGTHS.get(setup.model, LENGTHS[SMALL])
+    settings = replace(setup.settings, sink=SINK, window=WINDOW, capacity=1, max_concurrent=1)
+    script = Script(Text.load(find_model(settings.model)), length)
+    ours = await our_run(settings, script, length)
+    result = Result(our_figures(ours, settings), {LATENCY: {OURS: ours.seconds}, MEMORY: {OURS: _megabytes(ours)}})
+    if setup.model != SMALL:
+        return result
+    versions = await installed(setup.peers)
+    for kind in SERVERS:
+        if kind.package not in versions:
+            result.remarks.append(f"{kind.label}: {kind.package} is not installed for {setup.peers}")
+            continue
+        theirs, ending = await peer_run(kind, setup, script, length, sum(ours.seconds))
+        result.remarks.append(f"{kind.label}: {len(theirs.seconds)} turns, then {ending}")
+        if theirs.seconds:
+            result.figures |= peer_figures(kind.label, theirs)
+            result.series[LATENCY][kind.label] = theirs.seconds
+            result.series[MEMORY][kind.label] = _megabytes(theirs)
+    return result
+
+
+def our_figures(run: Run, settings: Settings) -> dict[str, Figure]:
+    tenth = len(run.seconds) // 10
+    early, late = run.seconds[tenth : 2 * tenth], run.seconds[-tenth:]
+    # By then the window is full, and allocators have seen the largest forward.
+    grown = run.resident[-1] - run.resident[tenth - 1] - 4 * (run.history[-1] - run.history[tenth - 1])
+    full = [held for held, long in zip(run.live_bytes, run.history, strict=True) if long >= SINK + settings.window]
+    return {
+        "turns": figure("turns", [len(run.seconds)]),
+        "history": figure("tokens", [run.history[-1]]),
+        "a turn, second tenth": figure("s", early),
+        "a turn, last tenth": figure("s", late),
+        "p50 of the last tenth over the second's": figure("x", [statistics.median(late) / statistics.median(early)]),
+        "resident growth from the first tenth on, less 4 bytes a token": figure("MB", [grown / 1e6]),
+        "kv_live_bytes once full, most over least": figure("x", [max(full) / min(full)]),
+    }
+
+
+def peer_figures(label: str, run: Run) -> dict[str, Figure]:
+    tenth = -(-len(run.seconds) // 10)
+    return {
+        f"{label}: turns in our time": figure("turns", [len(run.seconds)]),
+        f"{label}: a turn, first tenth": figure("s", run.seconds[:tenth]),
+        f"{label}: a turn, last tenth": figure("s", run.seconds[-tenth:]),
+    }
+
+
+def _megabytes(run: Run) -> list[float]:
+    return [resident / 1e6 for resident in run.resident]

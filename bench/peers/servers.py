@@ -1,0 +1,124 @@
+"""Peers' OpenAI-compatible servers, and one turn with such a server: the whole history is sent again each time."""
+
+from __future__ import annotations
+
+import json
+import socket
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import trio
+
+from actors.nursery import open_nursery
+from bench.peers.processes import PeerFailed, environment, last_words, made_gguf
+
+LONGEST_START_S = 60
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerKind:
+    """How a peer's server is started: `command(interpreter, model's directory, port, threads)`."""
+
+    label: str
+    package: str
+    command: Callable[[str, str, int, int], Awaitable[list[str]]]
+
+
+async def _llama_cpp(interpreter: str, directory: str, port: int, threads: int) -> list[str]:
+    path = await made_gguf(interpreter, directory, "F32")
+    # A context of 0 is the model's own.
+    flags = {"model": path, "n_ctx": 0, "n_threads": threads, "n_threads_batch": threads, "host": HOST, "port": port}
+    words = (word for name, value in flags.items() for word in (f"--{name}", str(value)))
+    return [interpreter, "-m", "llama_cpp.server", *words]
+
+
+async def _transformers(interpreter: str, directory: str, port: int, threads: int) -> list[str]:
+    return [str(Path(interpreter).with_name("transformers")), "serve", directory, "--host", HOST, "--port", str(port)]
+
+
+async def _mlx(interpreter: str, directory: str, port: int, threads: int) -> list[str]:
+    return [interpreter, "-m", "mlx_lm.server", "--model", directory, "--host", HOST, "--port", str(port)]
+
+
+SERVERS = (
+    ServerKind("llama_cpp.server", "llama-cpp-python", _llama_cpp),
+    ServerKind("transformers serve", "transformers", _transformers),
+    ServerKind("mlx_lm.server", "mlx-lm", _mlx),
+)
+
+
+class PeerServer:
+    """A server that answers."""
+
+    def __init__(self, url: str, model: str, process: psutil.Process) -> None:
+        self._url = url
+        self._model = model
+        self._process = process
+
+    @property
+    def resident_bytes(self) -> int:
+        return int(self._process.memory_info().rss)
+
+    async def answer(self, messages: list[dict[str, str]], max_tokens: int) -> str:
+        """The greedy answer to a conversation. Raises PeerFailed with what the server says instead."""
+        body = {"model": self._model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
+        reply = await trio.to_thread.run_sync(_request, f"{self._url}/chat/completions", body, abandon_on_cancel=True)
+        return str(reply["choices"][0]["message"]["content"] or "")
+
+
+@asynccontextmanager
+async def peer_server(kind: ServerKind, interpreter: str, directory: str, threads: int) -> AsyncIterator[PeerServer]:
+    """A server of this kind with the model in `directory`, for the block. Raises PeerFailed where it does not start."""
+    port = _free_port()
+    command = await kind.command(interpreter, directory, port, threads)
+    with tempfile.TemporaryFile() as log:
+        async with open_nursery() as nursery:
+            running = partial(trio.run_process, command, env=environment(), stdout=log, stderr=log, check=False)
+            process = await nursery.start(running)
+            url = f"http://{HOST}:{port}/v1"
+            try:
+                await _answers(f"{url}/models", process)
+            except PeerFailed:
+                log.seek(0)
+                raise PeerFailed(last_words(log.read())) from None
+            yield PeerServer(url, directory, psutil.Process(process.pid))
+            nursery.cancel_scope.cancel()
+
+
+async def _answers(url: str, process: trio.Process) -> None:
+    """Returns once there is an answer. Raises PeerFailed where there will be none."""
+    with trio.move_on_after(LONGEST_START_S):
+        while process.returncode is None:
+            with suppress(PeerFailed):
+                await trio.to_thread.run_sync(_request, url, None, abandon_on_cancel=True)
+                return
+            await trio.sleep(0.1)
+    raise PeerFailed
+
+
+def _request(url: str, body: dict[str, Any] | None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    asked = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(asked) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        said = error.read().decode(errors="replace")
+        raise PeerFailed(f"{error.code}: {said[:200]}") from None
+    except OSError as error:
+        raise PeerFailed(str(error)) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind((HOST, 0))
+        return int(listening.getsockname()[1])

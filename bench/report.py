@@ -1,0 +1,98 @@
+"""`RESULTS.md`, made of the results: one table of all figures beside their targets, what is missed, and the plots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from bench import plots, results
+from bench.figures import Figure
+from bench.results import Record
+from bench.targets import TARGETS, Target
+
+PATH = Path(__file__).parent / "RESULTS.md"
+Targets = Mapping[tuple[str, str], Mapping[str, Target]]
+
+
+def write(path: Path = PATH, directory: Path = results.DIRECTORY) -> None:
+    """Draws every plot and writes the page, of whatever results there are."""
+    records = results.read_all(directory)
+    for record in records:
+        plots.draw(record, directory)
+    path.write_text(render(records, TARGETS, directory.name))
+
+
+def render(records: Sequence[Record], targets: Targets, plots_at: str) -> str:
+    """The page in Markdown; plots lie in the folder `plots_at` beside it."""
+    return "\n".join(
+        [*_head(records), *_table(records, targets), *_missed(records, targets), *_rest(records, plots_at)]
+    )
+
+
+def number(value: float) -> str:
+    """Three digits that count, and never an exponent."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    digits = 2 if abs(value) >= 1 else 4
+    return f"{value:.{digits}f}"
+
+
+def _head(records: Sequence[Record]) -> Iterator[str]:
+    yield "# Results"
+    yield ""
+    yield "Made by `perennial bench report` of `results/*.json`, which `perennial bench all` measures. Not written by hand."
+    yield "Every ratio is of figures of one run on one machine. Medians of repeated measurements, with the least and the most."
+    yield ""
+
+    def terms(record: Record) -> tuple[str, str]:
+        versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+        return record.machine, versions
+
+    for (machine, versions), group in groupby(sorted(records, key=terms), terms):
+        of = list(group)
+        dates = sorted({record.date[:10] for record in of})
+        yield f"- {machine}; {versions}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}:"
+        yield f"  {', '.join(record.name for record in of)}."
+    yield ""
+
+
+def _table(records: Sequence[Record], targets: Targets) -> Iterator[str]:
+    yield "| scenario | figure | unit | median | min | max | target | met |"
+    yield "| --- | --- | --- | ---: | ---: | ---: | --- | --- |"
+    for record in records:
+        for name, one in record.result.figures.items():
+            target = targets.get((record.scenario, record.model), {}).get(name)
+            yield _row(record.name, name, one, target)
+    yield ""
+
+
+def _row(scenario: str, name: str, one: Figure, target: Target | None) -> str:
+    cells = [scenario, name, one.unit, number(one.median), number(one.min), number(one.max)]
+    aim = [target.words, "yes" if target.is_met_by(one) else "**no**"] if target else ["", ""]
+    return f"| {' | '.join([*cells, *aim])} |"
+
+
+def _missed(records: Sequence[Record], targets: Targets) -> Iterator[str]:
+    yield "## Targets missed or not measured"
+    yield ""
+    for (scenario, model), aims in targets.items():
+        found = next((record for record in records if (record.scenario, record.model) == (scenario, model)), None)
+        for name, target in aims.items():
+            one = found.result.figures.get(name) if found else None
+            if one is None:
+                yield f"- {scenario}-{model}, {name}: not measured."
+            elif not target.is_met_by(one):
+                needs = f" {target.needs}" if target.needs else ""
+                yield f"- {scenario}-{model}, {name}: {number(one.median)} {one.unit}, {target.words} wanted.{needs}"
+    yield ""
+
+
+def _rest(records: Sequence[Record], plots_at: str) -> Iterator[str]:
+    remarks = [f"- {record.name}: {remark}" for record in records for remark in record.result.remarks]
+    if remarks:
+        yield from ("## Remarks", "", *remarks, "")
+    for record in records:
+        for kind in record.result.series:
+            yield f"![{record.name}: {kind}]({plots_at}/{plots.file_of(record, kind)})"
+            yield ""

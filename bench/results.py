@@ -1,0 +1,47 @@
+"""Results as files: one JSON a scenario and model, beside the plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.figures import Figure
+from bench.scenario import Result
+
+DIRECTORY = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A result, and what it is of."""
+
+    scenario: str
+    model: str
+    window: int
+    date: str
+    machine: str
+    versions: dict[str, str]
+    result: Result
+
+    @property
+    def name(self) -> str:
+        return f"{self.scenario}-{self.model}"
+
+
+def write(record: Record, directory: Path = DIRECTORY) -> None:
+    directory.mkdir(exist_ok=True)
+    (directory / f"{record.name}.json").write_text(json.dumps(dataclasses.asdict(record), indent=1) + "\n")
+
+
+def read_all(directory: Path = DIRECTORY) -> list[Record]:
+    """Every record there, by name."""
+    return [_record(json.loads(file.read_text())) for file in sorted(directory.glob("*.json"))]
+
+
+def _record(said: dict[str, Any]) -> Record:
+    result = said.pop("result")
+    figures = {name: Figure(**one) for name, one in result.pop("figures").items()}
+    return Record(**said, result=Result(figures, **result))

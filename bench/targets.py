@@ -1,0 +1,68 @@
+"""What the figures are meant to be, and what each that is missed would need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bench.figures import Figure
+from bench.models import QWEN3_06B, SMALL
+from runtime.models import SEEDLING
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A bound for a figure's median: the most that it may be, unless the least. `needs` is for when it is missed."""
+
+    bound: float
+    is_least: bool = False
+    needs: str = ""
+
+    @property
+    def words(self) -> str:
+        return f"{'at least' if self.is_least else 'at most'} {self.bound:,g}"
+
+    def is_met_by(self, figure: Figure) -> bool:
+        return figure.median >= self.bound if self.is_least else figure.median <= self.bound
+
+
+def at_most(bound: float, needs: str = "") -> Target:
+    return Target(bound, False, needs)
+
+
+def at_least(bound: float, needs: str = "") -> Target:
+    return Target(bound, True, needs)
+
+
+# By the scenario and model that a result is of, and the figure's name in it.
+TARGETS: Mapping[tuple[str, str], Mapping[str, Target]] = {
+    ("speed", QWEN3_06B): {
+        "a step of 1 stream over the floor's": at_most(1.10),
+        "8 streams over 1": at_least(7),
+        "32 streams over 1": at_least(16),
+        "prefill, strict over fast": at_least(0.6),
+        "prefill, fast over the floor": at_least(0.9),
+        "prefill, strict over llama.cpp BF16": at_least(1),
+        "prefill, fast over llama.cpp BF16": at_least(1),
+        "1 stream, int8 over llama.cpp Q8_0": at_least(1),
+        "1 stream, int4 over llama.cpp Q4_K_M": at_least(1),
+    },
+    **{
+        ("scheduling", model): {
+            "p99 beside the append over the median alone": at_most(2),
+            "all tokens together over the sum of both alone": at_least(0.9),
+        }
+        for model in (QWEN3_06B, SMALL)
+    },
+    ("loop", QWEN3_06B): {"share of a token that is not its forward": at_most(3)},
+    ("loop", SEEDLING): {"a token but for its forward": at_most(200)},
+    **{
+        ("marathon", model): {
+            "p50 of the last tenth over the second's": at_most(1.02),
+            "resident growth from the first tenth on, less 4 bytes a token": at_most(1),
+            "kv_live_bytes once full, most over least": at_most(1),
+        }
+        for model in (SMALL, SEEDLING)
+    },
+    ("flatness", SEEDLING): {"mean of the last ten turns over the first ten's": at_most(1.15)},
+}
