@@ -126,6 +126,7 @@ async def run(setup: Setup) -> Result:
         theirs, ending = await peer_run(kind, setup, script, length, sum(ours.seconds))
         result.remarks.append(f"{kind.label}: {len(theirs.seconds)} turns, then {ending}")
         if theirs.seconds:
+            result.peers[kind.package] = versions[kind.package]
             result.figures |= peer_figures(kind.label, theirs)
             result.series[LATENCY][kind.label] = theirs.seconds
             result.series[MEMORY][kind.label] = _megabytes(theirs)

@@ -12,6 +12,13 @@ from bench.results import Record
 from bench.targets import TARGETS, Target
 
 PATH = Path(__file__).parent / "RESULTS.md"
+_HEAD = """\
+# Results
+
+Made by `perennial bench report` of `results/*.json`, which `perennial bench all` measures. Not written by hand.
+Every ratio is of figures of one run on one machine. Medians of repeated measurements, with the least and the most; for turns,
+of the turns. Everybody has as many threads as there are physical cores. Models have random weights, but for seedling.
+"""
 Targets = Mapping[tuple[str, str], Mapping[str, Target]]
 
 
@@ -39,10 +46,7 @@ def number(value: float) -> str:
 
 
 def _head(records: Sequence[Record]) -> Iterator[str]:
-    yield "# Results"
-    yield ""
-    yield "Made by `perennial bench report` of `results/*.json`, which `perennial bench all` measures. Not written by hand."
-    yield "Every ratio is of figures of one run on one machine. Medians of repeated measurements, with the least and the most."
+    yield from _HEAD.splitlines()
     yield ""
 
     def terms(record: Record) -> tuple[str, str]:
@@ -89,10 +93,15 @@ def _missed(records: Sequence[Record], targets: Targets) -> Iterator[str]:
 
 
 def _rest(records: Sequence[Record], plots_at: str) -> Iterator[str]:
-    remarks = [f"- {record.name}: {remark}" for record in records for remark in record.result.remarks]
+    remarks = [f"- {record.name}: {remark}." for record in records for remark in _remarks(record)]
     if remarks:
         yield from ("## Remarks", "", *remarks, "")
     for record in records:
         for kind in record.result.series:
             yield f"![{record.name}: {kind}]({plots_at}/{plots.file_of(record, kind)})"
             yield ""
+
+
+def _remarks(record: Record) -> list[str]:
+    peers = ", ".join(f"{name} {version}" for name, version in record.result.peers.items())
+    return [*([f"peers are {peers}"] if peers else []), *record.result.remarks]

@@ -111,6 +111,11 @@ class Round:
         together = self.streams_beside.tokens_a_second + self.append_beside
         return together / (self.streams.tokens_a_second + self.append)
 
+    @property
+    def paces(self) -> float:
+        """What each keeps of its pace alone, added up: 1 where two tasks share a machine and neither gains."""
+        return self.streams_beside.tokens_a_second / self.streams.tokens_a_second + self.append_beside / self.append
+
 
 async def one_round(runtime: Runtime, count: int) -> Round:
     streams, _ = await streaming_while(runtime, partial(trio.sleep, ALONE_S))
@@ -139,5 +144,6 @@ async def run(setup: Setup) -> Result:
             "the append alone": of("tokens/s", lambda one: one.append),
             "the append beside the streams": of("tokens/s", lambda one: one.append_beside),
             "all tokens together over the sum of both alone": of("x", lambda one: one.share),
+            "what each keeps of its pace alone, added up": of("x", lambda one: one.paces),
         }
     )

@@ -126,6 +126,7 @@ async def _measure_peers(setup: Setup, dtype: str, everyone: dict[str, dict[str,
             continue
         try:
             everyone[peer.label] = await measured(setup.peers, peer)
+            result.peers[peer.package] = versions[peer.package]
         except PeerFailed as error:
             result.remarks.append(f"{peer.label}: {error}")
 

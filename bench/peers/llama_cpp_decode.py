@@ -74,7 +74,7 @@ def main(directory: Path, threads: int, weights: str) -> None:
             drawn = context.draw(position, drawn)
         return streams * GENERATED_TOKENS / (time.perf_counter() - began)
 
-    answer(measure(prefill, decode, (1, 4, MOST_STREAMS)), llama_cpp.__version__)
+    answer(measure(prefill, decode, (1, 4, MOST_STREAMS)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from importlib.metadata import version
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step
@@ -31,7 +30,7 @@ def main(directory: str) -> None:
             seconds.append(time.perf_counter())
         return GENERATED_TOKENS / (seconds[-1] - seconds[0])
 
-    answer(measure(prefill, decode, (1,), least=1), version("mlx-lm"))
+    answer(measure(prefill, decode, (1,), least=1))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ async def measured(interpreter: str, speed: Speed) -> dict[str, Figure]:
     """Tokens a second by what is done. Raises PeerFailed."""
     with trio.move_on_after(LONGEST_S):
         said = await _last_line(interpreter, "-m", f"bench.peers.{speed.module}", *speed.arguments)
-        return {name: Figure(**one) for name, one in json.loads(said)["figures"].items()}
+        return {name: Figure(**one) for name, one in json.loads(said).items()}
     raise PeerFailed(f"not done within {LONGEST_S} s")
 
 

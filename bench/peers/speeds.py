@@ -37,6 +37,6 @@ def measure(
     return {name: figure("tokens/s", [once() for _ in repeats(BUDGET_S, least)]) for name, once in kinds.items()}
 
 
-def answer(figures: dict[str, Figure], version: str) -> None:
+def answer(figures: dict[str, Figure]) -> None:
     """Says it to who asked."""
-    print(json.dumps({"version": version, "figures": {name: dataclasses.asdict(one) for name, one in figures.items()}}))
+    print(json.dumps({name: dataclasses.asdict(one) for name, one in figures.items()}))

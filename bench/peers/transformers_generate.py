@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from bench.peers.speeds import GENERATED_TOKENS, PREFILL_TOKENS, answer, measure, prompt
@@ -51,7 +50,7 @@ def main(directory: str, threads: int, dtype: str) -> None:
         return streams * GENERATED_TOKENS / (seconds[-1] - seconds[0])
 
     with torch.inference_mode():
-        answer(measure(prefill, decode, (1, 4, 8)), transformers.__version__)
+        answer(measure(prefill, decode, (1, 4, 8)))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ RESULT = Result(
     {"speed-up": FAST, "tokens": Figure("tokens", 100_000, 100_000, 100_000), "share": Figure("%", 0.01234, 0, 0.5)},
     {"seconds a turn": {"perennial": [0.1, 0.2], "other": [0.1, 4.0]}},
     ["other: not installed"],
+    {"mlx-lm": "0.32"},
 )
 
 
@@ -76,7 +77,7 @@ def test_results_of_two_machines_stand_under_their_own() -> None:
 def test_remarks_and_plots_are_named() -> None:
     page = report.render([record()], {}, "results")
 
-    assert "- turns-m: other: not installed" in page
+    assert "- turns-m: peers are mlx-lm 0.32.\n- turns-m: other: not installed." in page
     assert "(results/turns-m-seconds-a-turn.png)" in page
 
 
