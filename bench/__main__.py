@@ -83,7 +83,7 @@ def _run(scenario: str, model: str, peers: str) -> None:
     settings = Settings.from_environment(os.environ, {"model": bench_model(model)})
     result = trio.run(partial(SCENARIOS[scenario], Setup(model, settings, peers)))
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    record = Record(scenario, model, settings.window, date, describe_machine(), our_versions(), result)
+    record = Record(scenario, model, date, describe_machine(), our_versions(), result)
     results.write(record)
     for name, one in result.figures.items():
         spread = f"{report.number(one.min)} to {report.number(one.max)}"

@@ -58,10 +58,11 @@ async def run(setup: Setup) -> Result:
     embedded, through_door = figure("ms", inside), figure("ms", outside)
     added = [door - without for door, without in zip(outside, inside, strict=True)]
     return Result(
+        runtime.facts.slab.window,
         {
             "a token, embedded": embedded,
             "a token, through gRPC": through_door,
             "what the door adds to a token": figure("ms", added),
             "through gRPC over embedded": over(through_door, embedded),
-        }
+        },
     )

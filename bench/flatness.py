@@ -12,7 +12,7 @@ import psutil
 import trio
 
 from api.client import Client, ClientSession, connect
-from bench.figures import figure, over
+from bench.figures import Figure, figure, over
 from bench.scenario import Result, Setup
 from bench.servers import serving
 from runtime.events import Token
@@ -61,21 +61,21 @@ async def many_turns(client: Client, turns: int, sessions: int) -> list[list[Tur
     return taken
 
 
-async def side_by_side(client: Client, turns: int = 150, sessions: int = 8) -> Result:
-    """Mean of the last ten turns over the mean of the first ten, in all sessions."""
+async def side_by_side(client: Client, turns: int = 150, sessions: int = 8) -> tuple[dict[str, Figure], list[float]]:
+    """Mean of the last ten turns over the mean of the first ten, in all sessions; and the mean of each turn."""
     taken = await many_turns(client, turns, sessions)
     means = [statistics.mean(mine[number].total_s for mine in taken) for number in range(turns)]
     first, last = statistics.mean(means[:10]), statistics.mean(means[-10:])
-    return Result(
-        {
-            f"a turn, {sessions} sessions side by side": figure("s", means),
-            "mean of the last ten turns over the first ten's": figure("x", [last / first]),
-        },
-        {"seconds a turn": {f"mean of {sessions} sessions": means}},
-    )
+    figures = {
+        f"a turn, {sessions} sessions side by side": figure("s", means),
+        "mean of the last ten turns over the first ten's": figure("x", [last / first]),
+    }
+    return figures, means
 
 
-async def far_past_the_window(client: Client, server: psutil.Process, repeats: int = 5, turns: int = 20) -> Result:
+async def far_past_the_window(
+    client: Client, server: psutil.Process, repeats: int = 3, turns: int = 20
+) -> dict[str, Figure]:
     """Time to first token of turn 20 over that of turn 2, medians of `repeats` sessions, and the server's memory."""
     second, last, resident = [], [], []
     for _ in range(repeats):
@@ -87,20 +87,20 @@ async def far_past_the_window(client: Client, server: psutil.Process, repeats: i
             second.append(taken[1].first_token_s)
             last.append(taken[-1].first_token_s)
     early, late = figure("s", second), figure("s", last)
-    return Result(
-        {
-            "to the first token, turn 2": early,
-            f"to the first token, turn {turns}": late,
-            f"to the first token, turn {turns} over turn 2": over(late, early),
-            "resident memory, end over first session": figure("x", [resident[-1] / resident[turns - 1]]),
-        }
-    )
+    return {
+        "to the first token, turn 2": early,
+        f"to the first token, turn {turns}": late,
+        f"to the first token, turn {turns} over turn 2": over(late, early),
+        "resident memory, end over first session": figure("x", [resident[-1] / resident[turns - 1]]),
+    }
 
 
 async def run(setup: Setup) -> Result:
     """Both measurements on a fresh server."""
     async with serving(setup.settings) as (address, process), connect(address) as client:
         await many_turns(client, 3, 2)
+        async with client.session() as session:
+            window = (await session.info()).window
         alone = await far_past_the_window(client, process)
-        together = await side_by_side(client)
-    return Result(alone.figures | together.figures, together.series)
+        together, means = await side_by_side(client)
+    return Result(window, alone | together, {"seconds a turn": {"mean of the sessions": means}})

@@ -102,6 +102,7 @@ async def run(setup: Setup) -> Result:
             shares.append(100 * share)
             besides.append(1000 * milliseconds * share)
     return Result(
+        engine.facts.slab.window,
         {
             "a pass of trio's scheduler": figure("us", checkpoints),
             "a round trip to a session": figure("us", trips),
@@ -109,7 +110,7 @@ async def run(setup: Setup) -> Result:
             "a token": figure("ms", steps),
             "a token but for its forward": figure("us", besides),
             "share of a token that is not its forward": figure("%", shares),
-        }
+        },
     )
 
 

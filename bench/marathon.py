@@ -115,7 +115,9 @@ async def run(setup: Setup) -> Result:
     settings = replace(setup.settings, sink=SINK, window=WINDOW, capacity=1, max_concurrent=1)
     script = Script(Text.load(find_model(settings.model)), length)
     ours = await our_run(settings, script, length)
-    result = Result(our_figures(ours, settings), {LATENCY: {OURS: ours.seconds}, MEMORY: {OURS: _megabytes(ours)}})
+    result = Result(
+        WINDOW, our_figures(ours, settings), {LATENCY: {OURS: ours.seconds}, MEMORY: {OURS: _megabytes(ours)}}
+    )
     if setup.model != SMALL:
         return result
     versions = await installed(setup.peers)

@@ -57,7 +57,7 @@ def _head(records: Sequence[Record]) -> Iterator[str]:
         of = list(group)
         dates = sorted({record.date[:10] for record in of})
         yield f"- {machine}; {versions}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}:"
-        yield f"  {', '.join(record.name for record in of)}."
+        yield f"  {', '.join(f'{record.name} (window {record.result.window:,})' for record in of)}."
     yield ""
 
 

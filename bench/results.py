@@ -20,7 +20,6 @@ class Record:
 
     scenario: str
     model: str
-    window: int
     date: str
     machine: str
     versions: dict[str, str]
@@ -44,4 +43,4 @@ def read_all(directory: Path = DIRECTORY) -> list[Record]:
 def _record(said: dict[str, Any]) -> Record:
     result = said.pop("result")
     figures = {name: Figure(**one) for name, one in result.pop("figures").items()}
-    return Record(**said, result=Result(figures, **result))
+    return Record(**said, result=Result(figures=figures, **result))

@@ -21,10 +21,11 @@ class Setup:
 class Result:
     """What one run found.
 
-    `figures` are the rows of the table; `series` are drawn, each plot by what is plotted and each line by whose it is;
-    `remarks` say what was not run, and why; `peers` are the versions of those that took part.
+    `window` is that of the sessions; `figures` are the rows of the table; `series` are drawn, each plot by what is plotted
+    and each line by whose it is; `remarks` say what was not run, and why; `peers` are the versions of those that took part.
     """
 
+    window: int
     figures: dict[str, Figure] = field(default_factory=dict)
     series: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)

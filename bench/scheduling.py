@@ -134,6 +134,7 @@ async def run(setup: Setup) -> Result:
         return figure(unit, [value(one) for one in rounds])
 
     return Result(
+        WINDOW,
         {
             "tokens appended": figure("tokens", [count]),
             f"between tokens, median, {STREAMS} streams alone": of("ms", lambda one: one.median_ms),
@@ -145,5 +146,5 @@ async def run(setup: Setup) -> Result:
             "the append beside the streams": of("tokens/s", lambda one: one.append_beside),
             "all tokens together over the sum of both alone": of("x", lambda one: one.share),
             "what each keeps of its pace alone, added up": of("x", lambda one: one.paces),
-        }
+        },
     )

@@ -44,32 +44,34 @@ MODES = {
 
 
 async def decode(runtime: Runtime, streams: int) -> float:
-    """Tokens a second of so many sessions, from the moment when all decode to the moment when the first has done."""
-    began: list[float] = []
-    ended: list[float] = []
-    made = 0
+    """Tokens a second of so many sessions that decode side by side: what each does, added up."""
+    speeds: list[float] = []
+    begun = 0
     all_decode = trio.Event()
 
     async def run(number: int) -> None:
-        nonlocal made
+        nonlocal begun
         session = await runtime.create_session()
         await session.append(prompt(number))
-        async with session.generate(GENERATED_TOKENS + 1) as events:
+        async with session.generate(GENERATED_TOKENS + 2) as events:
             await anext(events)
-            began.append(time.perf_counter())
-            if len(began) == streams:
+            begun += 1
+            if begun == streams:
                 all_decode.set()
             await all_decode.wait()
+            # This one may have been drawn while others read their prompts.
+            await anext(events)
+            began = ended = time.perf_counter()
             async for event in events:
-                if isinstance(event, Token) and not ended:
-                    made += 1
-        ended.append(time.perf_counter())
+                if isinstance(event, Token):
+                    ended = time.perf_counter()
+        speeds.append(GENERATED_TOKENS / (ended - began))
         await session.close()
 
     async with trio.open_nursery() as nursery:
         for number in range(streams):
             nursery.start_soon(run, number)
-    return made / (min(ended) - max(began))
+    return sum(speeds)
 
 
 async def prefill(runtime: Runtime) -> float:
@@ -95,7 +97,7 @@ async def ours(settings: Settings, streams: Sequence[int]) -> tuple[str, dict[st
 
 async def run(setup: Setup) -> Result:
     """Tokens a second of everyone, then ours against the floor, against ourselves and against the others."""
-    result = Result()
+    result = Result(WINDOW)
     everyone: dict[str, dict[str, Figure]] = {}
     widest = max(max(mode.streams) for mode in MODES.values())
     settings = replace(setup.settings, capacity=widest, max_concurrent=1, window=WINDOW)

@@ -12,7 +12,7 @@ from bench.figures import Figure, figure, repeats
 BUDGET_S = 8
 PREFILL = "prefill"
 PREFILL_TOKENS = 512
-PROMPT_TOKENS, GENERATED_TOKENS = 16, 8
+PROMPT_TOKENS, GENERATED_TOKENS = 8, 8
 
 
 def decoding(streams: int) -> str:

@@ -14,6 +14,7 @@ from bench.targets import TARGETS, at_least, at_most
 
 FAST = Figure("x", 1.5, 1.25, 2.0)
 RESULT = Result(
+    252,
     {"speed-up": FAST, "tokens": Figure("tokens", 100_000, 100_000, 100_000), "share": Figure("%", 0.01234, 0, 0.5)},
     {"seconds a turn": {"perennial": [0.1, 0.2], "other": [0.1, 4.0]}},
     ["other: not installed"],
@@ -22,7 +23,7 @@ RESULT = Result(
 
 
 def record(result: Result = RESULT, machine: str = "a machine", model: str = "m") -> Record:
-    return Record("turns", model, 252, "2026-11-25T10:00:00+00:00", machine, {"torch": "2.13.0"}, result)
+    return Record("turns", model, "2026-11-25T10:00:00+00:00", machine, {"torch": "2.13.0"}, result)
 
 
 def row(page: str, name: str) -> list[str]:
@@ -70,8 +71,8 @@ def test_a_target_without_a_figure_is_said_to_be_not_measured() -> None:
 def test_results_of_two_machines_stand_under_their_own() -> None:
     page = report.render([record(machine="one"), record(machine="two", model="n")], {}, "results")
 
-    assert "- one; torch 2.13.0; 2026-11-25:\n  turns-m." in page
-    assert "- two; torch 2.13.0; 2026-11-25:\n  turns-n." in page
+    assert "- one; torch 2.13.0; 2026-11-25:\n  turns-m (window 252)." in page
+    assert "- two; torch 2.13.0; 2026-11-25:\n  turns-n (window 252)." in page
 
 
 def test_remarks_and_plots_are_named() -> None:
