@@ -46,7 +46,7 @@ async def _transformers(interpreter: str, directory: str, port: int, threads: in
 
 
 async def _mlx(interpreter: str, directory: str, port: int, threads: int) -> list[str]:
-    return [interpreter, "-m", "mlx_lm.server", "--model", directory, "--host", HOST, "--port", str(port)]
+    return [interpreter, "-m", "mlx_lm", "server", "--model", directory, "--host", HOST, "--port", str(port)]
 
 
 SERVERS = (
@@ -82,39 +82,45 @@ async def peer_server(kind: ServerKind, interpreter: str, directory: str, thread
     command = await kind.command(interpreter, directory, port, threads)
     with tempfile.TemporaryFile() as log:
         async with open_nursery() as nursery:
-            running = partial(trio.run_process, command, env=environment(), stdout=log, stderr=log, check=False)
-            process = await nursery.start(running)
-            url = f"http://{HOST}:{port}/v1"
+            how = {"env": environment(), "stdout": log, "stderr": log, "check": False, "deliver_cancel": _kill}
+            process = await nursery.start(partial(trio.run_process, command, **how))
             try:
-                await _answers(f"{url}/models", process)
+                await _listens(port, process)
             except PeerFailed:
                 log.seek(0)
                 raise PeerFailed(last_words(log.read())) from None
-            yield PeerServer(url, directory, psutil.Process(process.pid))
+            server = PeerServer(f"http://{HOST}:{port}/v1", directory, psutil.Process(process.pid))
+            # Some load the model only when they are asked.
+            await server.answer([{"role": "user", "content": "Hello"}], 1)
+            yield server
             nursery.cancel_scope.cancel()
 
 
-async def _answers(url: str, process: trio.Process) -> None:
-    """Returns once there is an answer. Raises PeerFailed where there will be none."""
+async def _kill(process: trio.Process) -> None:
+    """Some wait for their clients when they are told to end, and there is nothing to lose."""
+    process.kill()
+
+
+async def _listens(port: int, process: trio.Process) -> None:
+    """Returns once the server does. Raises PeerFailed where it does not come to it."""
     with trio.move_on_after(LONGEST_START_S):
         while process.returncode is None:
-            with suppress(PeerFailed):
-                await trio.to_thread.run_sync(_request, url, None, abandon_on_cancel=True)
+            with suppress(OSError):
+                await (await trio.open_tcp_stream(HOST, port)).aclose()
                 return
             await trio.sleep(0.1)
     raise PeerFailed
 
 
-def _request(url: str, body: dict[str, Any] | None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    asked = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+def _request(url: str, body: dict[str, Any]) -> Any:
+    asked = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(asked) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")
         raise PeerFailed(f"{error.code}: {said[:200]}") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise PeerFailed(str(error)) from None
 
 
