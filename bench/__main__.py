@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="interpreter that has the peers: transformers, llama-cpp-python with gguf, mlx-lm (default: this one)",
     )
     asked = parser.parse_args(arguments)
+    if shutil.which(asked.peers) is None:
+        parser.error(f"--peers {asked.peers} is no interpreter here")
     match asked.what:
         case "all":
             _run_all(asked.peers)
