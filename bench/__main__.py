@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from importlib.util import find_spec
 
 import trio
 
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     if shutil.which(asked.peers) is None:
         parser.error(f"--peers {asked.peers} is no interpreter here")
+    if asked.what in ("all", "report") and find_spec("matplotlib") is None:
+        parser.error("the report's plots need matplotlib: pip install 'perennial[bench]'")
     match asked.what:
         case "all":
             _run_all(asked.peers)

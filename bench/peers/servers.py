@@ -20,7 +20,7 @@ import trio
 from actors.nursery import open_nursery
 from bench.peers.processes import PeerFailed, environment, last_words, made_gguf
 
-LONGEST_START_S = 60
+LONGEST_START_S = 120
 HOST = "127.0.0.1"
 
 
@@ -84,11 +84,9 @@ async def peer_server(kind: ServerKind, interpreter: str, directory: str, thread
         async with open_nursery() as nursery:
             how = {"env": environment(), "stdout": log, "stderr": log, "check": False, "deliver_cancel": _kill}
             process = await nursery.start(partial(trio.run_process, command, **how))
-            try:
-                await _listens(port, process)
-            except PeerFailed:
+            if not await _listens(port, process):
                 log.seek(0)
-                raise PeerFailed(last_words(log.read())) from None
+                raise PeerFailed(last_words(log.read()))
             server = PeerServer(f"http://{HOST}:{port}/v1", directory, psutil.Process(process.pid))
             # Some load the model only when they are asked.
             await server.answer([{"role": "user", "content": "Hello"}], 1)
@@ -101,15 +99,16 @@ async def _kill(process: trio.Process) -> None:
     process.kill()
 
 
-async def _listens(port: int, process: trio.Process) -> None:
-    """Returns once the server does. Raises PeerFailed where it does not come to it."""
+async def _listens(port: int, process: trio.Process) -> bool:
+    """True once the server does, False when it has ended. Raises PeerFailed where it comes to neither."""
     with trio.move_on_after(LONGEST_START_S):
         while process.returncode is None:
             with suppress(OSError):
                 await (await trio.open_tcp_stream(HOST, port)).aclose()
-                return
+                return True
             await trio.sleep(0.1)
-    raise PeerFailed
+        return False
+    raise PeerFailed(f"it was not up within {LONGEST_START_S} s")
 
 
 def _request(url: str, body: dict[str, Any]) -> Any:
