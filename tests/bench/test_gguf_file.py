@@ -25,7 +25,9 @@ def test_a_gguf_file_gives_the_logits_of_the_weights_that_it_was_made_of(
     with torch.inference_mode():
         expected = model(torch.tensor([PROMPT])).logits[0, -1]
 
-    llama = llama_cpp.Llama(str(gguf_file(tmp_path, "F32")), n_ctx=64, type_k=0, type_v=0, logits_all=True, verbose=False)
+    llama = llama_cpp.Llama(
+        str(gguf_file(tmp_path, "F32")), n_ctx=64, type_k=0, type_v=0, logits_all=True, verbose=False
+    )
     llama.eval(PROMPT)
 
     found = torch.from_numpy(llama.scores[len(PROMPT) - 1].copy())
