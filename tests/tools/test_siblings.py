@@ -178,5 +178,5 @@ async def test_seedling_says_much_of_what_its_siblings_propose(runtime: Runtime)
     turns = await turns_in(runtime, drawn_dialogues(HELD_OUT_SEED + 3, 5))
     found = {sibling.title: acceptance(sibling.propose, turns, 4) for sibling in siblings(OUTPUT)}
     assert found["draft"].share > 0.5
-    assert found["diffusion, 2 steps"].share > 0.3
-    assert all(one.tokens_a_forward > 1.5 for one in found.values())
+    assert found["diffusion, 2 steps"].share > 0.15
+    assert all(one.tokens_a_forward > 1.3 for one in found.values())

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from runtime.errors import ModelUnavailable
 from runtime.models import SEEDLING, find_model
 from runtime.proposers.diffusion import MaskedModel
+from runtime.text import Text
 
 VOCABULARY, MASK_ID = 90, 95
 SHAPE = {"vocab_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "mask_token_id": MASK_ID}
@@ -240,3 +241,11 @@ class Headless(BertForMaskedLM):
 def test_a_head_that_cannot_be_applied_at_masks_alone_is_refused(architecture: type[BertForMaskedLM]) -> None:
     with pytest.raises(ModelUnavailable, match=f"{architecture.__name__} cannot run as a diffusion proposer"):
         MaskedModel(architecture(CONFIGS["bert"]), MASK_ID, VOCABULARY)
+
+
+def test_the_bundled_sibling_copies_from_a_question_into_its_answer(seedling: Path) -> None:
+    text = Text.load(seedling)
+    asked = text.render([{"role": "user", "content": "What is the capital of France?"}])
+    model = MaskedModel.load(seedling / "diffusion", 2048)
+    filled = model.fill([*asked, *text.encode("The capital of")], 3, 3)
+    assert text.decode(filled).startswith(" France is")
