@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from runtime.engine import EngineFacts
 from runtime.engine.attention import ATTENTION_NAME, AttentionAlone, padded, plan_forward, slab_attention
-from runtime.engine.linears import replace_linears, weights_bytes
+from runtime.engine.linears import can_pack, replace_linears, weights_bytes
 from runtime.engine.probe import RowSizes, doubling, find_sizes
 from runtime.engine.proven import proven
 from runtime.engine.rotary import ExactRotary
@@ -79,6 +79,9 @@ class TorchEngine:
         tiles = STRICT_ROW_TILES if is_strict else (FAST_ROW_TILE,)
         specs = [_slab_spec(config, settings, dtype, device, tile) for tile in tiles]
         weights = _count_weights(config, directory)
+        if config.tie_word_embeddings and (settings.weights != "none" or can_pack(dtype, device)):
+            # The embedding stays as it is beside the form that the head gets.
+            weights += config.vocab_size * config.hidden_size
         _check_memory(weights, settings, specs[0], beside)
         if device.type == "cpu" and beside is None:
             torch.set_num_threads(
