@@ -8,7 +8,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,12 +84,10 @@ async def peer_server(kind: ServerKind, interpreter: str, directory: str, thread
         async with open_nursery() as nursery:
             how = {"env": environment(), "stdout": log, "stderr": log, "check": False, "deliver_cancel": _kill}
             process = await nursery.start(partial(trio.run_process, command, **how))
-            if not await _listens(port, process):
+            server = PeerServer(f"http://{HOST}:{port}/v1", directory, psutil.Process(process.pid))
+            if not await _answers(server, process):
                 log.seek(0)
                 raise PeerFailed(last_words(log.read()))
-            server = PeerServer(f"http://{HOST}:{port}/v1", directory, psutil.Process(process.pid))
-            # Some load the model only when they are asked.
-            await server.answer([{"role": "user", "content": "Hello"}], 1)
             yield server
             nursery.cancel_scope.cancel()
 
@@ -99,16 +97,20 @@ async def _kill(process: trio.Process) -> None:
     process.kill()
 
 
-async def _listens(port: int, process: trio.Process) -> bool:
-    """True once the server does, False when it has ended. Raises PeerFailed where it comes to neither."""
+async def _answers(server: PeerServer, process: trio.Process) -> bool:
+    """True once it does, with its model loaded; False when it has ended. Raises PeerFailed with what it says instead."""
+    said = ""
     with trio.move_on_after(LONGEST_START_S):
         while process.returncode is None:
-            with suppress(OSError):
-                await (await trio.open_tcp_stream(HOST, port)).aclose()
+            try:
+                await server.answer([{"role": "user", "content": "Hello"}], 1)
+            except PeerFailed as error:
+                said = str(error)
+                await trio.sleep(0.1)
+            else:
                 return True
-            await trio.sleep(0.1)
         return False
-    raise PeerFailed(f"it was not up within {LONGEST_START_S} s")
+    raise PeerFailed(f"no answer within {LONGEST_START_S} s: {said}")
 
 
 def _request(url: str, body: dict[str, Any]) -> Any:
