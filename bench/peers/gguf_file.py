@@ -103,7 +103,8 @@ def _add_tokenizer(writer: Any, directory: Path, vocabulary: int) -> None:
     writer.add_eos_token_id(ids["<|im_end|>"])
     writer.add_pad_token_id(ids["<|endoftext|>"])
     writer.add_add_bos_token(False)
-    writer.add_chat_template((directory / "chat_template.jinja").read_text())
+    if (template := directory / "chat_template.jinja").exists():
+        writer.add_chat_template(template.read_text())
 
 
 if __name__ == "__main__":
