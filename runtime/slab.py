@@ -79,13 +79,28 @@ class SlabSpec:
         return torch.where(is_sink, age >= 0, in_window)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SlabStore:
+    """The memory of slabs that lie side by side: keys and values [L, B, G, S, D]."""
+
+    keys: Tensor
+    values: Tensor
+
+    def stacked(self, layer: int, slabs: slice, extent: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [slabs * G, extent, D] of one layer, where they lie."""
+        keys, values = (store[layer, slabs].flatten(0, 1)[:, :extent] for store in (self.keys, self.values))
+        return keys, values
+
+
 class Slab:
     """Keys and values [L, G, S, D] of one session. Positions are written in order; a rewritten one keeps its slot."""
 
-    def __init__(self, spec: SlabSpec, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, spec: SlabSpec, store: SlabStore, index: int) -> None:
         self.spec = spec
-        self.keys = keys
-        self.values = values
+        self.store = store
+        self.index = index
+        self.keys = store.keys[:, index]
+        self.values = store.values[:, index]
         self._frontiers = [0] * spec.layers
 
     @property
@@ -155,8 +170,8 @@ class SlabPool:
         self.spec = spec
         self.total = count
         shape = (spec.layers, count, spec.kv_heads, spec.slots, spec.head_dim)
-        keys, values = _lazy_zeros(shape, spec), _lazy_zeros(shape, spec)
-        self._free = [Slab(spec, keys[:, index], values[:, index]) for index in reversed(range(count))]
+        store = SlabStore(_lazy_zeros(shape, spec), _lazy_zeros(shape, spec))
+        self._free = [Slab(spec, store, index) for index in reversed(range(count))]
 
     @property
     def in_use(self) -> int:

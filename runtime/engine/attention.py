@@ -16,28 +16,42 @@ from torch import Tensor, nn
 
 from runtime.engine.rotary import ExactRotary, rotate
 from runtime.rows import Piece, RowBatch
-from runtime.slab import SlabSpec
+from runtime.slab import SlabSpec, SlabStore
 
 ATTENTION_NAME = "perennial_slab"
 
 
 @dataclass(frozen=True, slots=True)
 class PiecePlan:
-    """What one piece needs in every layer, worked out once a forward."""
+    """Where the keys and values of one piece go."""
 
     piece: Piece
     end: int
-    slots: Tensor  # [N], where the piece's own keys and values go
-    queries: slice  # of the forward's queries; the piece's last row is repeated up to a proven size
-    hidden: Tensor  # [Q * size, extent], 0 where the query sees the slot, else -inf
+    slots: Tensor  # [N]
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Pieces over slabs that lie side by side, alike in all that shapes a product: one serves them all."""
+
+    store: SlabStore
+    slabs: slice
+    extent: int
+    sink: int
+    size: int  # queries of each piece; its last row is repeated up to a proven size
+    queries: slice  # of the forward's queries, one piece's behind the other's
+    hidden: Tensor  # [Q * size, extent] of one slab, or [slabs * G, Q * size, extent]: 0 where a query sees a slot, else -inf
+    is_past_window: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardPlan:
-    """The pieces, and what is done for the queries of all of them at once."""
+    """The pieces and stacks, and what is done for the queries of all of them at once: worked out once a forward."""
 
     pieces: tuple[PiecePlan, ...]
+    stacks: tuple[Stack, ...]
     rows: Tensor  # [queries], the row of the batch that each query is
+    places: Tensor  # [rows], a query that is the row
     sink_turn: tuple[Tensor, Tensor] | None  # cosines and sines [queries, D] that bring a query within reach
 
 
@@ -48,17 +62,35 @@ def plan_forward(batch: RowBatch, sizes: tuple[int, ...], rotary: ExactRotary, h
     """
     pieces = batch.pieces()
     spec = batch.rows[0].slab.spec
-    row_of: list[int] = []
-    queries = []
-    for piece in pieces:
-        begin, count = len(row_of), piece.stop - piece.start
-        row_of += [*range(piece.start, piece.stop), *[piece.stop - 1] * (padded(count, sizes) - count)]
-        queries.append(slice(begin, len(row_of)))
-    rows = torch.tensor(row_of, device=spec.device)
     positions = torch.tensor([row.position for row in batch.rows], device=spec.device)
     visible = spec.visible_slots(positions, max(piece.extent for piece in pieces))
     hidden = torch.zeros(visible.shape, dtype=spec.dtype, device=spec.device).masked_fill_(~visible, float("-inf"))
-    hidden = hidden.index_select(0, rows)
+    row_of: list[int] = []
+    place_of = [0] * len(batch.rows)
+    stacks = []
+    for members in _stacked(pieces, sizes):
+        begin, first = len(row_of), members[0]
+        size = padded(first.stop - first.start, sizes)
+        for piece in members:
+            for row in range(piece.start, piece.stop):
+                place_of[row] = len(row_of) + row - piece.start
+            count = piece.stop - piece.start
+            row_of += [*range(piece.start, piece.stop), *[piece.stop - 1] * (size - count)]
+        mine = hidden[row_of[begin:], : first.extent].view(len(members), 1, 1, size, first.extent)
+        repeated = (1 if len(members) == 1 else spec.kv_heads, heads // spec.kv_heads)
+        stacks.append(
+            Stack(
+                store=first.slab.store,
+                slabs=slice(first.slab.index, first.slab.index + len(members)),
+                extent=first.extent,
+                sink=spec.sink,
+                size=size,
+                queries=slice(begin, len(row_of)),
+                hidden=mine.expand(-1, *repeated, -1, -1).flatten(2, 3).flatten(0, 1),
+                is_past_window=first.is_past_window,
+            )
+        )
+    rows = torch.tensor(row_of, device=spec.device)
     slots = torch.tensor([spec.slot(row.position) for row in batch.rows], device=spec.device)
     sink_turn = None
     if spec.sink and any(piece.is_past_window for piece in pieces):
@@ -66,18 +98,30 @@ def plan_forward(batch: RowBatch, sizes: tuple[int, ...], rotary: ExactRotary, h
         sink_turn = cosines.to(spec.dtype), sines.to(spec.dtype)
     return ForwardPlan(
         pieces=tuple(
-            PiecePlan(
-                piece=piece,
-                end=batch.rows[piece.stop - 1].position + 1,
-                slots=slots[piece.start : piece.stop],
-                queries=mine,
-                hidden=hidden[mine, : piece.extent].repeat(heads // spec.kv_heads, 1),
-            )
-            for piece, mine in zip(pieces, queries, strict=True)
+            PiecePlan(piece, batch.rows[piece.stop - 1].position + 1, slots[piece.start : piece.stop])
+            for piece in pieces
         ),
+        stacks=tuple(stacks),
         rows=rows,
+        places=torch.tensor(place_of, device=spec.device),
         sink_turn=sink_turn,
     )
+
+
+def _stacked(pieces: tuple[Piece, ...], sizes: tuple[int, ...]) -> list[list[Piece]]:
+    """The pieces in runs of slabs that follow each other in one store, of one extent, size and side of the window's edge."""
+
+    def kind(piece: Piece) -> tuple[int, int, bool, int]:
+        return id(piece.slab.store), piece.extent, piece.is_past_window, padded(piece.stop - piece.start, sizes)
+
+    runs: list[list[Piece]] = []
+    for piece in sorted(pieces, key=lambda piece: (*kind(piece), piece.slab.index)):
+        before = runs[-1][-1] if runs else None
+        if before is not None and kind(before) == kind(piece) and before.slab.index + 1 == piece.slab.index:
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    return runs
 
 
 class AttentionAlone:
@@ -129,35 +173,38 @@ def slab_attention(
     layer = module.layer_idx
     assert isinstance(layer, int)
     heads, rows, head_dim = query.shape[1:]
-    groups = key.shape[1]
-    queries = query[0].index_select(1, plan.rows)
-    turned = rotate(queries, *plan.sink_turn) if plan.sink_turn else None
-
-    def grouped(some: Tensor, piece_plan: PiecePlan) -> Tensor:
-        return some[:, piece_plan.queries].reshape(groups, -1, head_dim)
-
-    attended = []
     for piece_plan in plan.pieces:
         piece = piece_plan.piece
         inside = slice(piece.start, piece.stop)
         piece.slab.write(layer, piece_plan.slots, piece_plan.end, key[0, :, inside], value[0, :, inside])
-        to_sink = None if turned is None or not piece.is_past_window else grouped(turned, piece_plan)
-        output = _attend(grouped(queries, piece_plan), to_sink, layer, piece_plan, scaling)
-        attended.append(output.view(heads, -1, head_dim)[:, : piece.stop - piece.start])
-    attended.append(query.new_zeros(heads, rows - plan.pieces[-1].piece.stop, head_dim))
-    return torch.cat(attended, dim=1).transpose(0, 1).unsqueeze(0), None
+    queries = query[0].index_select(1, plan.rows)
+    turned = rotate(queries, *plan.sink_turn) if plan.sink_turn else None
+    attended = torch.cat(
+        [_attend(queries, turned, layer, stack, key.shape[1], scaling) for stack in plan.stacks], dim=1
+    )
+    filler = query.new_zeros(heads, rows - len(plan.places), head_dim)
+    return torch.cat((attended.index_select(1, plan.places), filler), dim=1).transpose(0, 1).unsqueeze(0), None
 
 
-def _attend(query: Tensor, to_sink: Tensor | None, layer: int, plan: PiecePlan, scaling: float) -> Tensor:
-    """Softmax attention of `query` [G, Q*size, D] over the piece's extent, in explicit steps: fused kernels tile by count.
+def _attend(queries: Tensor, turned: Tensor | None, layer: int, stack: Stack, groups: int, scaling: float) -> Tensor:
+    """Softmax attention of a stack's queries over its extent, in explicit steps: fused kernels tile by count.
 
-    `to_sink` is the query as the sink's keys are to meet it, where that is not the same.
+    Of `queries` [G*Q, queries, D]; `turned` is as the sinks' keys are to meet them. Returns [G*Q, the stack's queries, D].
     """
-    slab, extent, hidden = plan.piece.slab, plan.piece.extent, plan.hidden
-    sink = slab.spec.sink
-    keys, values = slab.keys[layer, :, :extent], slab.values[layer, :, :extent]  # [G, extent, D]
-    scores = torch.baddbmm(hidden, query, keys.transpose(1, 2), alpha=scaling)
-    if to_sink is not None:
-        scores[..., :sink] = torch.baddbmm(hidden[:, :sink], to_sink, keys[:, :sink].transpose(1, 2), alpha=scaling)
-    shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.bmm(shares, values)
+    heads, _, head_dim = queries.shape
+    shape = (groups, heads // groups, -1, stack.size, head_dim)
+
+    def grouped(some: Tensor) -> Tensor:  # [slabs * G, Q * size, D]
+        apart = some[:, stack.queries].reshape(shape).permute(2, 0, 1, 3, 4)
+        return apart.reshape(-1, apart.shape[2] * stack.size, head_dim)
+
+    keys, values = stack.store.stacked(layer, stack.slabs, stack.extent)
+    scores = torch.baddbmm(stack.hidden, grouped(queries), keys.transpose(1, 2), alpha=scaling)
+    if turned is not None and stack.is_past_window:
+        sinks = keys[:, : stack.sink]
+        scores[..., : stack.sink] = torch.baddbmm(
+            stack.hidden[..., : stack.sink], grouped(turned), sinks.transpose(1, 2), alpha=scaling
+        )
+    shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(queries.dtype)
+    attended = torch.bmm(shares, values).view(-1, groups, heads // groups, stack.size, head_dim)
+    return attended.permute(1, 2, 0, 3, 4).reshape(heads, -1, head_dim)

@@ -116,6 +116,30 @@ def test_sessions_in_one_batch_do_not_see_each_other() -> None:
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 2, 0, 3, 1), (3, 0), (1, 4, 2)])
+def test_sessions_side_by_side_or_apart_get_what_each_gets_alone(order: tuple[int, ...]) -> None:
+    """Some inside the window and some past it, with one row or several, in any order of their slabs, of two pools."""
+    slabs = [
+        *(pool.acquire() for pool in [SlabPool(SPEC, 3)] * 3),
+        *(pool.acquire() for pool in [SlabPool(SPEC, 2)] * 2),
+    ]
+    histories = {slab: History(60, seed) for seed, slab in enumerate(slabs)}
+    chosen = [slabs[index] for index in order]
+    ends = {slab: (9, 30, 31, 31, 40)[index] for index, slab in enumerate(slabs)}
+    counts = {slab: (1, 1, 1, 3, 2)[index] for index, slab in enumerate(slabs)}
+    for slab in chosen:
+        for start in range(0, ends[slab], 8):
+            attend(RowBatch(rows_of(slab, start, min(start + 8, ends[slab]))), histories)
+
+    batch = RowBatch(tuple(row for slab in chosen for row in rows_of(slab, ends[slab], ends[slab] + counts[slab])))
+    output = attend(batch, histories)
+
+    expected = torch.stack([histories[row.slab].expected(row.position) for row in batch.rows])
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+    alone = [attend(RowBatch(rows_of(slab, ends[slab], ends[slab] + counts[slab])), histories) for slab in chosen]
+    assert torch.equal(output, torch.cat(alone))
+
+
 def test_layers_keep_keys_and_values_of_their_own() -> None:
     slab = SlabPool(SPEC, 1).acquire()
     first, second = History(10, seed=1), History(10, seed=2)
