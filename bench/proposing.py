@@ -31,7 +31,7 @@ from runtime.text import Text
 
 BUDGET_S = 40
 NONE = "none"
-PROMPT_TOKENS, ANSWER_TOKENS = 256, 96
+PROMPT_TOKENS, ANSWER_TOKENS = 256, 48
 PASSAGE_TOKENS, NEW_TOKENS = 32, 2
 # A question that comes again gets the answer that it got.
 QUESTIONS = ("Tell me a story.", "What is the capital of France?", "Count from one to ten.")
@@ -160,7 +160,7 @@ async def run(setup: Setup) -> Result:
     async with open_each(settings, proposers) as (engine, runtimes):
         vocabulary = engine.facts.vocabulary
         scripts = {"quoting": quoting_script(vocabulary), "unforeseen": unforeseen_script(vocabulary)}
-        for number in repeats(BUDGET_S, least=4):
+        for number in repeats(BUDGET_S, least=9):
             for name, runtime in runtimes.items():
                 for work, script in scripts.items():
                     if is_scripted:

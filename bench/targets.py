@@ -34,18 +34,28 @@ def at_least(bound: float, needs: str = "") -> Target:
     return Target(bound, True, needs)
 
 
+_FEW_ROWS = (
+    "Without bf16 in hardware the engine computes in float32, and 8 rows take twice as long as one in a packed linear though "
+    "they read the same weights; each stream reads keys and values of its own besides. A machine with bf16 and AMX, or kernels for "
+    "few rows that keep up with memory, as llama.cpp has."
+)
+_INTEGERS = (
+    "torch's kernels turn the weights into numbers of bfloat16, which this machine emulates; llama.cpp multiplies integers. A "
+    "kernel, of a library if there is one, with integer products and a scale for each row."
+)
+
 # By the scenario and model that a result is of, and the figure's name in it.
 TARGETS: Mapping[tuple[str, str], Mapping[str, Target]] = {
     ("speed", QWEN3_06B): {
         "a step of 1 stream over the floor's": at_most(1.10),
-        "8 streams over 1": at_least(7),
-        "32 streams over 1": at_least(16),
+        "8 streams over 1": at_least(7, _FEW_ROWS),
+        "32 streams over 1": at_least(16, _FEW_ROWS),
         "prefill, strict over fast": at_least(0.6),
         "prefill, fast over the floor": at_least(0.9),
         "prefill, strict over llama.cpp BF16": at_least(1),
         "prefill, fast over llama.cpp BF16": at_least(1),
-        "1 stream, int8 over llama.cpp Q8_0": at_least(1),
-        "1 stream, int4 over llama.cpp Q4_K_M": at_least(1),
+        "1 stream, int8 over llama.cpp Q8_0": at_least(1, _INTEGERS),
+        "1 stream, int4 over llama.cpp Q4_K_M": at_least(1, _INTEGERS),
     },
     **{
         ("scheduling", model): {

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import trio
-from transformers import AutoConfig
+from transformers import AutoConfig, BertConfig, BertForMaskedLM
 
 from actors import Runtime, open_runtime
 from runtime import Settings
@@ -26,6 +26,14 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "nucleus": {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "seed": 6},
 }
 SESSIONS, LENGTH = 8, 90
+MASKED = BertConfig(
+    vocab_size=2049,
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=64,
+    mask_token_id=2048,
+)
 PROPOSERS = ("ngram", "draft", "diffusion")
 ALL = tuple((name, number) for name in SAMPLINGS for number in range(SESSIONS))
 Answers = Mapping[tuple[str, int], list[int]]
@@ -86,6 +94,21 @@ async def test_a_fork_and_a_restored_session_go_on_with_the_same_tokens(tmp_path
         expected, *found = [await generated(one, 40) for one in (session, *others)]
 
         assert found == [expected] * 2
+
+
+@pytest.mark.parametrize("proposer", PROPOSERS)
+async def test_a_model_of_random_weights_says_the_same_with_each(
+    small_models: Mapping[str, Path], tmp_path: Path, proposer: str
+) -> None:
+    settings = replace(SETTINGS, model=str(small_models["qwen3"]))
+    BertForMaskedLM(MASKED).save_pretrained(tmp_path)
+    # What drafts thinks as the model does, and so is often right; what fills masks says nothing of use.
+    proposer_model = str(tmp_path) if proposer == "diffusion" else settings.model
+    async with open_runtime(settings) as runtime:
+        expected = await answers(runtime)
+    async with open_runtime(replace(settings, proposer=proposer, proposer_model=proposer_model)) as runtime:
+        assert await answers(runtime) == expected
+        assert sample(runtime.metrics, "proposed_tokens_total") > 0
 
 
 async def test_a_draft_leaves_the_engine_its_threads() -> None:
