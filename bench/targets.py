@@ -36,8 +36,8 @@ def at_least(bound: float, needs: str = "") -> Target:
 
 _FEW_ROWS = (
     "Without bf16 in hardware the engine computes in float32, and 8 rows take twice as long as one in a packed linear though "
-    "they read the same weights; each stream reads keys and values of its own besides. A machine with bf16 and AMX, or kernels for "
-    "few rows that keep up with memory, as llama.cpp has."
+    "they read the same weights; each stream reads keys and values of its own besides. A machine with bf16 and AMX, or kernels "
+    "for few rows that keep up with memory, as llama.cpp has."
 )
 _INTEGERS = (
     "torch's kernels turn the weights into numbers of bfloat16, which this machine emulates; llama.cpp multiplies integers. A "
