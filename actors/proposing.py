@@ -19,7 +19,7 @@ from runtime.errors import ModelUnavailable
 from runtime.events import Sampling
 from runtime.metrics import Metrics
 from runtime.models import find_proposer_model
-from runtime.proposers import NgramProposer, ProposalLength, Proposer
+from runtime.proposers import Experience, NgramProposer, ProposalLength, Proposer
 from runtime.proposers.diffusion import MaskedModel
 from runtime.sampling import Draw
 from runtime.settings import Settings
@@ -127,10 +127,10 @@ class Filler:
 class Proposals:
     """A session's proposals, and how much of them pays."""
 
-    def __init__(self, source: Source, most: int, vocabulary: int) -> None:
+    def __init__(self, source: Source, most: int, vocabulary: int, experience: Experience | None = None) -> None:
         """Proposals are of at most `most` tokens, each of which the model of that `vocabulary` could draw."""
         self._source = source
-        self._length = ProposalLength(most)
+        self._length = ProposalLength(most, experience)
         self._vocabulary = vocabulary
 
     def extend(self, token_ids: Sequence[int]) -> None:
@@ -168,8 +168,10 @@ async def open_proposing(settings: Settings, facts: EngineFacts, thread: EngineT
     # A proposal and the token before it share a forward.
     most = min(settings.block_size, facts.row_tile - 1)
 
+    experience = Experience()
+
     def proposals(source: Source) -> Proposals:
-        return Proposals(source, most, facts.vocabulary)
+        return Proposals(source, most, facts.vocabulary, experience)
 
     match settings.proposer:
         case "ngram":

@@ -160,7 +160,7 @@ async def run(setup: Setup) -> Result:
     async with open_each(settings, proposers) as (engine, runtimes):
         vocabulary = engine.facts.vocabulary
         scripts = {"quoting": quoting_script(vocabulary), "unforeseen": unforeseen_script(vocabulary)}
-        for number in repeats(BUDGET_S, least=9):
+        for number in repeats(BUDGET_S, least=5):
             for name, runtime in runtimes.items():
                 for work, script in scripts.items():
                     if is_scripted:

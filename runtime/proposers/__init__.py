@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from runtime.proposers.length import ProposalLength
+from runtime.proposers.length import Experience, ProposalLength
 from runtime.proposers.ngram import NgramProposer
 
-__all__ = ["NgramProposer", "ProposalLength", "Proposer"]
+__all__ = ["Experience", "NgramProposer", "ProposalLength", "Proposer"]
 
 
 class Proposer(Protocol):

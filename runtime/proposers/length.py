@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 # Weight of the newest measurement in a running mean.
 _NEWEST = 0.1
+_NEWEST_OF_ALL = 0.01
 # What was not chosen for so many forwards is tried once more, for what it costs and brings may have changed.
 _STALE_FORWARDS = 64
+
+
+@dataclass
+class Experience:
+    """What all sessions of a server have seen of proposals: a new one begins with it, or it would pay for each lesson anew."""
+
+    acceptance: float = 0.5
+    seconds: dict[int, float] = field(default_factory=dict)  # Of a forward, by how many tokens were proposed for it.
 
 
 class ProposalLength:
@@ -15,10 +26,11 @@ class ProposalLength:
     (arXiv 2211.17192); the length with the most tokens a second is chosen.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, experience: Experience | None = None) -> None:
         self._most = most
-        self._acceptance = 0.5
-        self._seconds: dict[int, float] = {}
+        self._experience = experience or Experience()
+        self._acceptance = self._experience.acceptance
+        self._seconds = self._experience.seconds
         self._since_plain = self._since_tried = 0
 
     def choose(self) -> int:
@@ -35,6 +47,7 @@ class ProposalLength:
         # Those behind the first rejected one were not judged.
         for index in range(min(accepted + 1, proposed)):
             self._acceptance += _NEWEST * ((index < accepted) - self._acceptance)
+        self._experience.acceptance += _NEWEST_OF_ALL * proposed * (self._acceptance - self._experience.acceptance)
         self._since_plain = self._since_plain + 1 if proposed else 0
         self._since_tried = 0 if proposed else self._since_tried + 1
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from runtime.proposers.length import ProposalLength
+from runtime.proposers.length import Experience, ProposalLength
 
 ROW_S, FORWARD_S = 0.001, 0.02
 
@@ -52,6 +52,22 @@ def test_no_stream_is_more_than_three_per_cent_slower_than_without(acceptance: f
     a_token, _ = run(acceptance, 5000, row_s=row_s)
 
     assert a_token <= 1.03 * FORWARD_S
+
+
+@pytest.mark.parametrize("row_s", [0.001, 0.01, 0.02])
+def test_short_streams_learn_from_those_before_them(row_s: float) -> None:
+    """Proposals that never hold cost all of them together little, however often one begins."""
+    experience = Experience()
+    spent = made = 0.0
+    for _ in range(200):
+        length = ProposalLength(8, experience)
+        for _ in range(20):
+            count = length.choose()
+            length.learn(count, 0, seconds(count, row_s))
+            spent += seconds(count, row_s)
+            made += 1
+
+    assert spent / made <= 1.03 * FORWARD_S
 
 
 def test_it_comes_back_when_proposals_hold_again() -> None:
