@@ -15,6 +15,7 @@ from actors import Runtime, SessionHandle, open_runtime
 from bench.figures import Figure, figure, repeats
 from bench.peers.speeds import prompt
 from bench.scenario import Result, Setup
+from bench.speed import prefill
 from runtime.events import Token
 
 T = TypeVar("T")
@@ -77,16 +78,6 @@ async def streaming_while(runtime: Runtime, work: Callable[[], Awaitable[T]]) ->
     return Streaming(gaps, len(gaps) / seconds), worked
 
 
-async def append(runtime: Runtime, count: int) -> float:
-    """A new session reads so many tokens: tokens a second."""
-    session = await runtime.create_session()
-    began = time.perf_counter()
-    await session.append(prompt(0, count))
-    seconds = time.perf_counter() - began
-    await session.close()
-    return count / seconds
-
-
 @dataclass(frozen=True, slots=True)
 class Round:
     """Streams alone, an append alone, and both."""
@@ -119,15 +110,15 @@ class Round:
 
 async def one_round(runtime: Runtime, count: int) -> Round:
     streams, _ = await streaming_while(runtime, partial(trio.sleep, ALONE_S))
-    alone = await append(runtime, count)
-    return Round(streams, alone, *await streaming_while(runtime, partial(append, runtime, count)))
+    alone = await prefill(runtime, count)
+    return Round(streams, alone, *await streaming_while(runtime, partial(prefill, runtime, count)))
 
 
 async def run(setup: Setup) -> Result:
     """Several rounds on one runtime."""
     settings = replace(setup.settings, capacity=STREAMS + 1, max_concurrent=1, window=WINDOW)
     async with open_runtime(settings) as runtime:
-        count = min(MOST_APPENDED, int(await append(runtime, _PACE_TOKENS) * LONGEST_APPEND_S))
+        count = min(MOST_APPENDED, int(await prefill(runtime, _PACE_TOKENS) * LONGEST_APPEND_S))
         rounds = [await one_round(runtime, count) for _ in repeats(BUDGET_S)]
 
     def of(unit: str, value: Callable[[Round], float]) -> Figure:

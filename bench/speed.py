@@ -74,13 +74,14 @@ async def decode(runtime: Runtime, streams: int) -> float:
     return sum(speeds)
 
 
-async def prefill(runtime: Runtime) -> float:
+async def prefill(runtime: Runtime, count: int) -> float:
+    """Tokens a second at which a new session reads so many."""
     session = await runtime.create_session()
     began = time.perf_counter()
-    await session.append(prompt(0, PREFILL_TOKENS))
+    await session.append(prompt(0, count))
     seconds = time.perf_counter() - began
     await session.close()
-    return PREFILL_TOKENS / seconds
+    return count / seconds
 
 
 async def ours(settings: Settings, streams: Sequence[int]) -> tuple[str, dict[str, Figure]]:
@@ -89,7 +90,7 @@ async def ours(settings: Settings, streams: Sequence[int]) -> tuple[str, dict[st
     async with open_runtime(settings) as runtime:
         await decode(runtime, 1)
         for _ in repeats(BUDGET_S):
-            taken[PREFILL].append(await prefill(runtime))
+            taken[PREFILL].append(await prefill(runtime, PREFILL_TOKENS))
             for count in streams:
                 taken[decoding(count)].append(await decode(runtime, count))
         return runtime.facts.dtype, {name: figure("tokens/s", values) for name, values in taken.items()}

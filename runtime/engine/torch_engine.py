@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,12 +10,10 @@ from typing import Any
 
 import psutil
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
+from runtime.checkpoints import CONFIG_ERRORS, load_weights, one_line
 from runtime.engine import EngineFacts
 from runtime.engine.attention import ATTENTION_NAME, AttentionAlone, padded, plan_forward, slab_attention
 from runtime.engine.linears import can_pack, replace_linears, weights_bytes
@@ -36,9 +33,6 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 STRICT_ROW_TILES = (256, 32)
 FAST_ROW_TILE = 256
 FAST_SIZES = RowSizes(doubling(1, FAST_ROW_TILE), doubling(1, FAST_ROW_TILE))
-
-# What transformers raises over a config.json whose values make no sense.
-_CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, StrictDataclassError, TypeError, ValueError)
 
 # Handing so little out to more threads costs more than it saves, several times more where other programs run.
 _ONE_THREAD_BYTES = 32 * 2**20
@@ -93,7 +87,7 @@ class TorchEngine:
             return cls(model, specs[0], False, FAST_SIZES)
         for spec in specs:
             shallow_spec = replace(spec, layers=min(spec.layers, _PROBED_LAYERS))
-            find = partial(_find_sizes, _first_layers(model, shallow_spec.layers), shallow_spec)
+            find = partial(_find_sizes, model, shallow_spec)
             if sizes := proven(f"{config} {settings.weights}", shallow_spec, find):
                 return cls(model, spec, True, sizes)
         raise InvalidSetting(
@@ -146,13 +140,14 @@ class TorchEngine:
         return logits[: len(wanted)].float()
 
 
-def _find_sizes(shallow: Any, spec: SlabSpec) -> RowSizes | None:
-    """The least padding for a model that is `shallow` under which its rows are bit-equal in every batch, or None."""
-    config, rotary = shallow.config, shallow.get_decoder().rotary_emb
+def _find_sizes(model: Any, spec: SlabSpec) -> RowSizes | None:
+    """The least padding under which rows of the model's first `spec.layers` are bit-equal in every batch, or None."""
+    config, rotary = model.config, model.get_decoder().rotary_emb
     attending = partial(AttentionAlone, spec, config.num_attention_heads, rotary)
     queries = find_sizes(attending, spec, AttentionAlone.tokens)
     if queries is None:
         return None
+    shallow = _first_layers(model, spec.layers)
     rows = find_sizes(lambda rows: TorchEngine(shallow, spec, True, RowSizes(rows, queries)), spec, config.vocab_size)
     return RowSizes(rows, queries) if rows else None
 
@@ -160,9 +155,9 @@ def _find_sizes(shallow: Any, spec: SlabSpec) -> RowSizes | None:
 def _read_config(directory: Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(directory)
-    except _CONFIG_ERRORS as error:
+    except CONFIG_ERRORS as error:
         raise ModelUnavailable(
-            f"{directory} has no configuration that transformers can read: {_line(error)}"
+            f"{directory} has no configuration that transformers can read: {one_line(error)}"
         ) from error
     if config.model_type not in ARCHITECTURES:
         raise ModelUnavailable(
@@ -175,21 +170,13 @@ def _count_weights(config: PreTrainedConfig, directory: Path) -> int:
     try:
         with torch.device("meta"):
             return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
-    except _CONFIG_ERRORS as error:
-        raise ModelUnavailable(f"the configuration in {directory} makes no model: {_line(error)}") from error
+    except CONFIG_ERRORS as error:
+        raise ModelUnavailable(f"the configuration in {directory} makes no model: {one_line(error)}") from error
 
 
 def _load_model(directory: Path, dtype: torch.dtype) -> Any:
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation=ATTENTION_NAME, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelUnavailable(f"the weights in {directory} cannot be loaded: {_line(error)}") from error
-    if report["missing_keys"]:
-        raise ModelUnavailable(f"the weights in {directory} lack {sorted(report['missing_keys'])[0]} and maybe more")
+    refusal = f"the weights in {directory} cannot be loaded"
+    model = load_weights(AutoModelForCausalLM, directory, dtype, refusal, attn_implementation=ATTENTION_NAME)
     decoder = model.get_decoder()
     decoder.rotary_emb = ExactRotary(decoder.rotary_emb)
     return model.eval()
@@ -256,9 +243,3 @@ def _check_memory(weights: int, settings: Settings, spec: SlabSpec, beside: Engi
             f"{needed / 2**30:.1f} GiB needed (weights {weights * spec.dtype.itemsize / 2**30:.1f}, {slabs} slabs of "
             f"{spec.ceiling_bytes / 2**30:.2f}) and {free / 2**30:.1f} free: lower window, capacity or max_concurrent"
         )
-
-
-def _line(error: BaseException) -> str:
-    words = next(iter(str(error).strip().splitlines()), "")
-    # Some errors say no more than a key.
-    return f"{type(error).__name__}: {words}" if isinstance(error, LookupError) else words or type(error).__name__

@@ -9,22 +9,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
+from runtime.checkpoints import FILE_ERRORS, load_weights, one_line
 from runtime.errors import ModelUnavailable
 
 # What a fill looks at of the history: its first tokens and its last.
 SINK, WINDOW = 4, 124
 
-# What transformers raises over files that make no sense.
-_FILE_ERRORS = (
-    ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, SafetensorError, StrictDataclassError,
-    TypeError, ValueError,
-)  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 _PROBE_CONTEXT, _PROBE_MASKS = 8, 4
 
@@ -63,12 +56,13 @@ class MaskedModel:
         The mask is the one that the tokenizer in the directory names, else `mask_token_id` of its config.json. Raises
         ModelUnavailable.
         """
+        refusal = f"{directory} holds no masked language model"
         try:
             config = AutoConfig.from_pretrained(directory)
             has = config.vocab_size
             mask_id = _mask_id(directory, config)
-        except _FILE_ERRORS as error:
-            raise ModelUnavailable(f"{directory} holds no masked language model: {_line(error)}") from error
+        except FILE_ERRORS as error:
+            raise ModelUnavailable(f"{refusal}: {one_line(error)}") from error
         if has < vocabulary:
             raise ModelUnavailable(
                 f"the masked model in {directory} has {has} tokens and the model {vocabulary}: they must share a tokenizer"
@@ -77,15 +71,12 @@ class MaskedModel:
             raise ModelUnavailable(
                 f"the masked model in {directory} names no mask: its tokenizer needs mask_token, or config.json mask_token_id"
             )
-        return cls(_load_weights(directory, dtype).to(device), mask_id, vocabulary, sink, window)
+        model = load_weights(AutoModelForMaskedLM, directory, dtype, refusal)
+        return cls(model.to(device), mask_id, vocabulary, sink, window)
 
     @property
     def mask_id(self) -> int:
         return self._mask_id
-
-    @property
-    def weights_bytes(self) -> int:
-        return sum(weight.nbytes for weight in self._model.parameters())
 
     def context(self, history: Sequence[int], count: int = 0) -> list[int]:
         """What a fill of `count` tokens behind `history` looks at; the history is not copied, and may be this already."""
@@ -140,8 +131,8 @@ class MaskedModel:
         try:
             dense = self._model(input_ids=torch.tensor([tokens], device=self._model.device)).logits[0].float()
             sparse = self.logits(tokens, masked)
-        except _FILE_ERRORS as error:
-            raise ModelUnavailable(f"{name} cannot run as a diffusion proposer: {_line(error)}") from error
+        except FILE_ERRORS as error:
+            raise ModelUnavailable(f"{name} cannot run as a diffusion proposer: {one_line(error)}") from error
         # Kernels may round otherwise for fewer rows.
         tolerance = 1e-3 if self._model.dtype is torch.float32 else 5e-2
         if sparse.shape != dense[masked].shape or not torch.allclose(
@@ -182,19 +173,3 @@ def _mask_id(directory: Path, config: Any) -> int | None:
     if any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
         found = AutoTokenizer.from_pretrained(directory).mask_token_id
     return getattr(config, "mask_token_id", None) if found is None else found
-
-
-def _load_weights(directory: Path, dtype: torch.dtype) -> Any:
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    try:
-        model, report = AutoModelForMaskedLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
-    except _FILE_ERRORS as error:
-        raise ModelUnavailable(f"{directory} holds no masked language model: {_line(error)}") from error
-    if report["missing_keys"]:
-        raise ModelUnavailable(f"the weights in {directory} lack {sorted(report['missing_keys'])[0]} and maybe more")
-    return model
-
-
-def _line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

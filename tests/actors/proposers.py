@@ -5,10 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from actors.proposing import AtOnce, Proposals
-from runtime.proposers import Proposer
+import trio
 
+from actors import Runtime
+from actors.proposing import AtOnce, Proposals
+from runtime import Sampling
+from runtime.proposers import Proposer
+from tests.actors.engines import LedgerEngine, generated
+
+PROMPT = [5, 6, 7, *range(20, 50)]
+SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=1.0, seed=11)}
 Making = Callable[[list[int], int], Sequence[int]]
+
+
+def asked(sampling: Sampling) -> dict[str, float]:
+    return {"temperature": sampling.temperature, "seed": sampling.seed}
 
 
 class Scripted:
@@ -45,3 +56,28 @@ def erring(make: Making, wrong: float) -> Scripted:
         return [(token + 1) % 90 if chance.random() < wrong else token for token in make(history, count)]
 
     return Scripted(err)
+
+
+async def converse_as_without(runtime: Runtime, engine: LedgerEngine, sampling: Sampling, sessions: int = 8) -> None:
+    """Several turns past the window in sessions side by side; what they come to has to be what the engine makes of it alone."""
+    found: dict[int, list[int]] = {}
+
+    async def converse(number: int) -> None:
+        session = await runtime.create_session()
+        history = [*PROMPT, number]
+        await session.append(history)
+        for turn in range(3):
+            history += await generated(session, 25, **asked(sampling))
+            await session.append([turn])
+            history.append(turn)
+        found[number] = history
+
+    async with trio.open_nursery() as askers:
+        for number in range(sessions):
+            askers.start_soon(converse, number)
+
+    for number in range(sessions):
+        expected = [*PROMPT, number]
+        for turn in range(3):
+            expected += [*engine.continued(expected, 25, sampling), turn]
+        assert found[number] == expected

@@ -17,10 +17,8 @@ from runtime import Done, Sampling, Token
 from runtime.metrics import Metrics
 from runtime.slab import SlabPool
 from tests.actors.engines import VOCABULARY, LedgerEngine, generated, open_lab, sample
-from tests.actors.proposers import Eager
+from tests.actors.proposers import PROMPT, SAMPLINGS, Eager, converse_as_without
 
-PROMPT = [5, 6, 7, *range(20, 50)]
-SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=1.0, seed=11)}
 BLOCK = 5
 
 
@@ -49,10 +47,6 @@ async def drafting(engine: LedgerEngine, slabs: int = 8) -> AsyncIterator[Draft]
             nursery.cancel_scope.cancel()
 
 
-def asked(sampling: Sampling) -> dict[str, float]:
-    return {"temperature": sampling.temperature, "seed": sampling.seed}
-
-
 @pytest.fixture
 def engine() -> LedgerEngine:
     return LedgerEngine()
@@ -64,31 +58,12 @@ async def test_tokens_are_those_without_a_draft_past_the_window_and_beside_other
     engine: LedgerEngine, window: int, sampling: Sampling
 ) -> None:
     metrics = Metrics()
-    found: dict[int, list[int]] = {}
-
-    async def converse(number: int) -> None:
-        session = await runtime.create_session()
-        history = [*PROMPT, number]
-        await session.append(history)
-        for turn in range(3):
-            history += await generated(session, 25, **asked(sampling))
-            await session.append([turn])
-            history.append(turn)
-        found[number] = history
-
     async with (
         drafting(LedgerEngine(window=window)) as draft,
         open_lab(engine, metrics, new_proposals=draft.new_proposals) as runtime,
-        trio.open_nursery() as askers,
     ):
-        for number in range(8):
-            askers.start_soon(converse, number)
+        await converse_as_without(runtime, engine, sampling)
 
-    for number, history in found.items():
-        expected = [*PROMPT, number]
-        for turn in range(3):
-            expected += [*engine.continued(expected, 25, sampling), turn]
-        assert history == expected
     proposed, accepted = (sample(metrics, f"{kind}_tokens_total") for kind in ("proposed", "accepted"))
     assert proposed > 0
     assert (accepted == proposed) == (window == 14)

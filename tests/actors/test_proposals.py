@@ -13,10 +13,7 @@ from actors.proposing import Proposals
 from runtime import Done, Sampling, Token
 from runtime.metrics import Metrics
 from tests.actors.engines import VOCABULARY, LedgerEngine, generated, open_lab, sample
-from tests.actors.proposers import Scripted, eager, erring
-
-PROMPT = [5, 6, 7, *range(20, 50)]
-SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=1.0, seed=11)}
+from tests.actors.proposers import PROMPT, SAMPLINGS, Scripted, asked, converse_as_without, eager, erring
 
 
 @pytest.fixture
@@ -27,10 +24,6 @@ def engine() -> LedgerEngine:
 def oracle(engine: LedgerEngine, sampling: Sampling, wrong: float = 0.0) -> Scripted:
     """Knows what comes, and errs in a share of the tokens."""
     return erring(lambda history, count: engine.continued(history, count, sampling), wrong)
-
-
-def asked(sampling: Sampling) -> dict[str, float]:
-    return {"temperature": sampling.temperature, "seed": sampling.seed}
 
 
 GARBAGE: dict[str, Callable[[list[int], int], Sequence[int]]] = {
@@ -68,27 +61,9 @@ async def test_tokens_are_those_without_a_proposer_past_the_window_and_beside_ot
     def new() -> Proposals:
         return eager(oracle(engine, sampling, wrong), 7, VOCABULARY)
 
-    found: dict[int, list[int]] = {}
+    async with open_lab(engine, metrics, new_proposals=new) as runtime:
+        await converse_as_without(runtime, engine, sampling)
 
-    async def converse(number: int) -> None:
-        session = await runtime.create_session()
-        history = [*PROMPT, number]
-        await session.append(history)
-        for turn in range(3):
-            history += await generated(session, 25, **asked(sampling))
-            await session.append([turn])
-            history.append(turn)
-        found[number] = history
-
-    async with open_lab(engine, metrics, new_proposals=new) as runtime, trio.open_nursery() as askers:
-        for number in range(8):
-            askers.start_soon(converse, number)
-
-    for number, history in found.items():
-        expected = [*PROMPT, number]
-        for turn in range(3):
-            expected += [*engine.continued(expected, 25, sampling), turn]
-        assert history == expected
     assert sample(metrics, "cache_invariant_violations_total", kind="inv1") == 0
     proposed, accepted = (sample(metrics, f"{kind}_tokens_total") for kind in ("proposed", "accepted"))
     assert 0 < accepted <= proposed

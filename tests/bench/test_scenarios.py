@@ -45,7 +45,7 @@ def test_each_line_of_the_marathon_is_as_long_as_was_asked_for(script: marathon.
 
 async def test_streams_and_an_append_beside_them_leave_no_session() -> None:
     async with open_runtime(Settings(capacity=5, max_concurrent=1, window=60)) as runtime:
-        streaming, pace = await scheduling.streaming_while(runtime, partial(scheduling.append, runtime, 64))
+        streaming, pace = await scheduling.streaming_while(runtime, partial(speed.prefill, runtime, 64))
 
         assert pace > 0
         assert streaming.gaps_ms

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, softmax
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from tools.seedling.train import END_ID, OUTPUT, PAD_ID, SEED, VOCABULARY, Encoder, Optimizer, Stage, batches, save
+from tools.seedling.train import OUTPUT, SEED, Encoder, Optimizer, Stage, batches, new_model, save
 
 DRAFT = "draft"
 CORPUS_STAGES = (Stage(400, 24, 256, 7),)
@@ -30,25 +30,7 @@ WARM_UP, DECAY = 50, STEPS // 2
 
 def new_draft() -> Qwen3ForCausalLM:
     """The draft's shape with random weights."""
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=288,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=END_ID,
-        pad_token_id=PAD_ID,
-    )
-    model = Qwen3ForCausalLM(config)
-    model.generation_config.do_sample = False
-    return model
+    return new_model(hidden_size=128, intermediate_size=288, num_hidden_layers=2, head_dim=32)
 
 
 def loss_of(model: Any, teacher: Any | None, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

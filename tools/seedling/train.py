@@ -84,16 +84,18 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def new_model() -> Qwen3ForCausalLM:
-    """Seedling's shape with random weights."""
+def new_model(**sizes: int) -> Qwen3ForCausalLM:
+    """Seedling's shape with random weights, or one of other `sizes`."""
+    shape = {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    }
     config = Qwen3Config(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
         rms_norm_eps=1e-6,
         max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
@@ -101,6 +103,7 @@ def new_model() -> Qwen3ForCausalLM:
         bos_token_id=None,
         eos_token_id=END_ID,
         pad_token_id=PAD_ID,
+        **shape | sizes,
     )
     model = Qwen3ForCausalLM(config)
     model.generation_config.do_sample = False
