@@ -12,6 +12,7 @@ import trio
 
 from actors.mailbox import Envelope, Inbox
 from actors.messages import Forward, Ran
+from actors.pace import Pace
 from runtime.engine import Engine
 from runtime.errors import EngineFailed
 from runtime.metrics import Metrics
@@ -24,8 +25,8 @@ T = TypeVar("T")
 # one forward stay in one forward: take the reply, hand the token on, ask again.
 _PASSES_TO_COME_BACK = 3
 
-# Where streams run, a forward of a whole tile of prompt would hold them up for as long as it takes.
-_ROWS_BESIDE_STREAMS = 32
+# However many streams run, so many rows go to those that wait for their first token.
+_ROWS_KEPT_FREE = 8
 
 
 async def settled(future: Future[T]) -> T:
@@ -65,6 +66,7 @@ class ModelExecutor:
         self._inbox = inbox
         self._metrics = metrics
         self._waiting: list[Envelope[Ran]] = []
+        self._pace = Pace()
 
     async def run(self) -> None:
         """Runs forwards until cancelled. Raises EngineFailed; everyone who waits is told."""
@@ -87,9 +89,7 @@ class ModelExecutor:
         decodes = [envelope for envelope in self._waiting if not _forward_of(envelope).is_prefill]
         prefills = [envelope for envelope in self._waiting if _forward_of(envelope).is_prefill]
         tile = self._engine.facts.row_tile
-        beside = min(tile, _ROWS_BESIDE_STREAMS)
-        # However many streams run, a few rows go to those that wait for their first token.
-        kept_free = beside // 4 if prefills else 0
+        kept_free = min(tile // 4, _ROWS_KEPT_FREE) if prefills else 0
         chosen: list[tuple[Envelope[Ran], tuple[Row, ...]]] = []
         left: list[Envelope[Ran]] = []
         used = 0
@@ -105,7 +105,8 @@ class ModelExecutor:
                     used += len(rows)
 
         take(decodes, tile - kept_free)
-        take(prefills, max(beside, used + kept_free) if used else tile)
+        # A whole tile of prompt would hold streams up for as long as it takes.
+        take(prefills, min(tile, used + self._pace.prefill_rows) if used else tile)
         self._waiting = left
         return chosen
 
@@ -123,7 +124,10 @@ class ModelExecutor:
             wanted = sum(row.draw is not None for row in batch.rows)
             if len(tokens) != wanted:
                 raise EngineFailed(f"the engine failed: {len(tokens)} tokens drawn where {wanted} were asked for")
-            self._metrics.forward_duration_seconds.observe(time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            prefill_rows = sum(len(rows) for envelope, rows in chosen if _forward_of(envelope).is_prefill)
+            self._pace.record(len(batch.rows) - prefill_rows, prefill_rows, seconds)
+            self._metrics.forward_duration_seconds.observe(seconds)
             self._metrics.forward_rows.observe(len(batch.rows))
             drawn = iter(tokens)
             for envelope, rows in chosen:

@@ -1,4 +1,4 @@
-"""The floor: a model's linears alone, reading their weights once."""
+"""The floor: a model's linears alone, in the form in which our engine holds them, reading their weights once."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from transformers import AutoModelForCausalLM
 
 from bench.figures import Figure, figure, repeats
 from bench.peers.speeds import PREFILL, decoding
+from runtime.engine.linears import replace_linears
 from runtime.models import find_model
 
 BUDGET_S = 8
 PREFILL_ROWS = 256
 
 
-def tokens_a_second(linears: Sequence[nn.Linear], rows: int) -> float:
-    """What the linears do with so many rows at once."""
-    inputs = {
-        linear.in_features: torch.randn(rows, linear.in_features, dtype=linear.weight.dtype) for linear in linears
-    }
+def tokens_a_second(linears: Sequence[tuple[int, nn.Module]], rows: int, dtype: torch.dtype) -> float:
+    """What linears, each beside its width, do with so many rows at once."""
+    inputs = {width: torch.randn(rows, width, dtype=dtype) for width, _ in linears}
     with torch.inference_mode():
         began = time.perf_counter()
-        for linear in linears:
-            linear(inputs[linear.in_features])
+        for width, linear in linears:
+            linear(inputs[width])
         return rows / (time.perf_counter() - began)
 
 
 def floors(model: str, dtype: torch.dtype, streams: Sequence[int]) -> dict[str, Figure]:
-    """Tokens a second that no engine on torch's linears exceeds, by what is done."""
+    """Tokens a second that no engine on these linears exceeds, by what is done: decode in our form, a prompt in torch's own."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(find_model(model), dtype=dtype)
-    everything = [module for module in loaded.modules() if isinstance(module, nn.Linear)]
+    head = loaded.get_output_embeddings()
+    widths = {name: part.in_features for name, part in loaded.named_modules() if isinstance(part, nn.Linear)}
+
+    def measured(rows: int, is_head_needed: bool) -> Figure:
+        parts = {name: loaded.get_submodule(name) for name in widths}
+        linears = [(widths[name], part) for name, part in parts.items() if is_head_needed or part is not head]
+        tokens_a_second(linears, rows, dtype)
+        return figure("tokens/s", [tokens_a_second(linears, rows, dtype) for _ in repeats(BUDGET_S)])
+
     # Only the last token of a prompt needs the head.
-    layers = [module for module in loaded.get_decoder().modules() if isinstance(module, nn.Linear)]
-
-    def measured(linears: Sequence[nn.Linear], rows: int) -> Figure:
-        tokens_a_second(linears, rows)
-        return figure("tokens/s", [tokens_a_second(linears, rows) for _ in repeats(BUDGET_S)])
-
-    return {PREFILL: measured(layers, PREFILL_ROWS)} | {
-        decoding(count): measured(everything, count) for count in streams
-    }
+    taken = {PREFILL: measured(PREFILL_ROWS, is_head_needed=False)}
+    replace_linears(loaded, head, "none", dtype, torch.device("cpu"))
+    return taken | {decoding(count): measured(count, is_head_needed=True) for count in streams}

@@ -1,5 +1,8 @@
 """One conversation of hundreds of turns: how long a turn takes at its end and at its start, and what memory it holds.
 
+A machine changes its pace within minutes, so the turns of the last tenth alternate with those of another session's second
+tenth, which has waited for them since its first.
+
 Ours is a session that is sent each turn's new tokens. A peer's server is sent the whole conversation each turn, as its
 protocol wants, and gets as far as it can in the time that all of our turns took, or in `LONGEST_PEER_S`.
 """
@@ -13,7 +16,7 @@ from itertools import accumulate
 import psutil
 import trio
 
-from api.client import connect
+from api.client import ClientSession, connect
 from bench.figures import Figure, figure
 from bench.flatness import turn
 from bench.models import SMALL
@@ -73,20 +76,40 @@ class Script:
         return self._text.render([{"role": "user", "content": self.line(number)}])
 
 
-async def our_run(settings: Settings, script: Script, length: Length) -> Run:
-    run = Run()
+class Conversation:
+    """A session that is told the script, turn by turn."""
+
+    def __init__(self, session: ClientSession, process: psutil.Process, script: Script, length: Length) -> None:
+        self._session, self._process, self._script, self._length = session, process, script, length
+        self.run = Run()
+
+    async def go_on(self, turns: int) -> None:
+        for _ in range(turns):
+            tokens = self._script.tokens(len(self.run.seconds))
+            self.run.seconds.append((await turn(self._session, tokens, self._length.generated)).total_s)
+            info = await self._session.info()
+            self.run.resident.append(self._process.memory_info().rss)
+            self.run.history.append(info.history_length)
+            self.run.live_bytes.append(info.kv_live_bytes)
+
+
+async def our_runs(settings: Settings, script: Script, length: Length) -> tuple[Run, Run]:
+    """What was seen of the whole conversation, and of the first two tenths of one whose second ran beside its last."""
+    tenth = length.turns // 10
     async with (
         serving(settings) as (address, process),
         connect(address) as client,
+        client.session() as short_session,
         client.session() as session,
     ):
-        for number in range(length.turns):
-            run.seconds.append((await turn(session, script.tokens(number), length.generated)).total_s)
-            info = await session.info()
-            run.resident.append(process.memory_info().rss)
-            run.history.append(info.history_length)
-            run.live_bytes.append(info.kv_live_bytes)
-    return run
+        short = Conversation(short_session, process, script, length)
+        whole = Conversation(session, process, script, length)
+        await short.go_on(tenth)
+        await whole.go_on(length.turns - tenth)
+        for number in range(tenth):
+            for conversation in (short, whole) if number % 2 else (whole, short):
+                await conversation.go_on(1)
+    return whole.run, short.run
 
 
 async def peer_run(kind: ServerKind, setup: Setup, script: Script, length: Length, seconds: float) -> tuple[Run, str]:
@@ -114,11 +137,11 @@ async def peer_run(kind: ServerKind, setup: Setup, script: Script, length: Lengt
 async def run(setup: Setup) -> Result:
     """Ours on either model; the peers on the small one, whose context takes the whole conversation."""
     length = LENGTHS.get(setup.model, LENGTHS[SMALL])
-    settings = replace(setup.settings, sink=SINK, window=WINDOW, capacity=1, max_concurrent=1)
+    settings = replace(setup.settings, sink=SINK, window=WINDOW, capacity=2, max_concurrent=1, idle_ttl_s=0.0)
     script = Script(Text.load(find_model(settings.model)), length)
-    ours = await our_run(settings, script, length)
+    ours, short = await our_runs(settings, script, length)
     result = Result(
-        WINDOW, our_figures(ours, settings), {LATENCY: {OURS: ours.seconds}, MEMORY: {OURS: _megabytes(ours)}}
+        WINDOW, our_figures(ours, short, settings), {LATENCY: {OURS: ours.seconds}, MEMORY: {OURS: _megabytes(ours)}}
     )
     if setup.model != SMALL:
         return result
@@ -143,11 +166,13 @@ async def run(setup: Setup) -> Result:
     return result
 
 
-def our_figures(run: Run, settings: Settings) -> dict[str, Figure]:
+def our_figures(run: Run, short: Run, settings: Settings) -> dict[str, Figure]:
+    """Of the whole conversation, and of the one whose second tenth ran beside its last."""
     tenth = len(run.seconds) // 10
     early, late = run.seconds[tenth : 2 * tenth], run.seconds[-tenth:]
     # By then the window is full, and allocators have seen the largest forward.
     grown = run.resident[-1] - run.resident[tenth - 1] - 4 * (run.history[-1] - run.history[tenth - 1])
+    beside = zip(run.seconds[-tenth:], short.seconds[-tenth:], strict=True)
     full = [held for held, long in zip(run.live_bytes, run.history, strict=True) if long >= SINK + settings.window]
     return {
         "turns": figure("turns", [len(run.seconds)]),
@@ -155,6 +180,7 @@ def our_figures(run: Run, settings: Settings) -> dict[str, Figure]:
         "a turn, second tenth": figure("s", early),
         "a turn, last tenth": figure("s", late),
         "p50 of the last tenth over the second's": figure("x", [statistics.median(late) / statistics.median(early)]),
+        "a turn of the last tenth over one of the second beside it": figure("x", [last / second for last, second in beside]),
         "resident growth from the first tenth on, less 4 bytes a token": figure("MB", [grown / 1e6]),
         "kv_live_bytes once full, most over least": figure("x", [max(full) / min(full)]),
     }

@@ -44,6 +44,11 @@ _INTEGERS = (
     "kernel, of a library if there is one, with integer products and a scale for each row."
 )
 
+_MINUTES_APART = (
+    "The two tenths are minutes apart, and the machine's own pace changes meanwhile: the next figure in the table is of the same "
+    "tenths, turn beside turn. A machine that nobody shares."
+)
+
 # By the scenario and model that a result is of, and the figure's name in it.
 TARGETS: Mapping[tuple[str, str], Mapping[str, Target]] = {
     ("speed", QWEN3_06B): {
@@ -80,7 +85,8 @@ TARGETS: Mapping[tuple[str, str], Mapping[str, Target]] = {
     ("loop", SEEDLING): {"a token but for its forward": at_most(200)},
     **{
         ("marathon", model): {
-            "p50 of the last tenth over the second's": at_most(1.02),
+            "p50 of the last tenth over the second's": at_most(1.02, _MINUTES_APART),
+            "a turn of the last tenth over one of the second beside it": at_most(1.02),
             "resident growth from the first tenth on, less 4 bytes a token": at_most(1),
             "kv_live_bytes once full, most over least": at_most(1),
         }

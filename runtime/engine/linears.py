@@ -5,10 +5,27 @@ In each a row's result is the same bits however many rows are beside it, from so
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from runtime.errors import InvalidSetting
+
+# FBGEMM's kernels for AVX2 sum the rows of a block of 3 to 6 in one order, and those of a smaller one in another.
+_BLOCK_ROWS = 6
+_SMALLEST_BLOCK_ROWS = 3
+
+# A weight that half precision moves by no more than this, half its smallest step, moves a sum by less than float32 rounds.
+_HALF_ROUNDING = 2.0**-25
+
+# A row is multiplied as two digits from -64 to 64 each: sums of two products of 7 and 8 bits fit into the 16 that AVX2 has
+# for them, and together the digits hold 14 bits.
+_DIGIT = 128
+_DIGIT_ZERO = 64
+_LARGEST_ROW_STEP = 63 * _DIGIT + 63
 
 # Weights of a row in so many columns share a scale and a zero.
 INT4_GROUP = 32
@@ -32,6 +49,78 @@ class PackedLinear(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")  # noqa: SLF001
         return result
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Weights as FBGEMM holds them, and how many bytes they are. Never changed, so copies of a model share them."""
+
+    weights: torch.ScriptObject
+    bytes: int
+
+    def __deepcopy__(self, memo: object) -> Packed:
+        return self
+
+
+class HalfLinear(nn.Module):
+    """A linear whose weights are read in half precision and multiplied in float32, by FBGEMM.
+
+    For weights that half precision holds: those of a checkpoint in bfloat16 or float16.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+        self.packed = Packed(packed, weight.numel() * torch.float16.itemsize)
+        self.bias = linear.bias
+
+    @staticmethod
+    def holds(linear: nn.Linear) -> bool:
+        """Whether half precision rounds no weight away."""
+        weight = linear.weight.detach()
+        return bool((weight.half().float() - weight).abs().max() <= _HALF_ROUNDING)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        flat = rows.flatten(0, -2)
+        count = len(flat)
+        if 0 < count % _BLOCK_ROWS < _SMALLEST_BLOCK_ROWS:
+            flat = nn.functional.pad(flat, (0, 0, 0, -count % _SMALLEST_BLOCK_ROWS))
+        result: Tensor = torch.ops.quantized.linear_dynamic_fp16(flat, self.packed.weights)
+        result = result[:count].unflatten(0, rows.shape[:-1])
+        return result if self.bias is None else result + self.bias
+
+
+class IntegerLinear(nn.Module):
+    """A linear with weights of 8 bits and a scale for each output, and rows of 14 bits and a scale each, by FBGEMM.
+
+    Products and sums are whole numbers, so no order of them rounds anything.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+            zeros = torch.zeros(len(scales), dtype=torch.long)
+            steps = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
+        packed = torch.ops.quantized.linear_prepack(steps, None)
+        self.packed = Packed(packed, weight.numel() + scales.numel() * scales.itemsize)
+        self.bias = linear.bias
+
+    def forward(self, rows: Tensor) -> Tensor:
+        flat = rows.flatten(0, -2)
+        size = torch.linalg.vector_norm(flat, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-30)
+        exact = flat * (_LARGEST_ROW_STEP / _DIGIT / size)
+        high = exact.round()
+        digits = torch.cat((high, (exact - high) * _DIGIT))  # The kernel rounds the low ones.
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        products: Tensor = multiply(digits, 1.0, _DIGIT_ZERO, self.packed.weights)
+        high_products, low_products = products.chunk(2)
+        result = low_products.add(high_products, alpha=_DIGIT).mul_(size / _LARGEST_ROW_STEP)
+        result = result.unflatten(0, rows.shape[:-1])
+        return result if self.bias is None else result + self.bias
 
 
 class Int8Linear(nn.Module):
@@ -103,12 +192,15 @@ def replace_linears(model: nn.Module, head: nn.Module, weights: str, dtype: torc
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.Linear):
                 continue
+            form: Callable[[nn.Linear], nn.Module] | None = None
             if weights == "int8" or (weights == "int4" and child is head):
-                setattr(parent, name, Int8Linear(child))
+                form = IntegerLinear if knows_fbgemm() else Int8Linear
             elif weights == "int4":
-                setattr(parent, name, Int4Linear(child))
+                form = Int4Linear
             elif can_pack(dtype, device):
-                setattr(parent, name, PackedLinear(child))
+                form = HalfLinear if knows_fbgemm() and HalfLinear.holds(child) else PackedLinear
+            if form is not None:
+                setattr(parent, name, form(child))
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -116,8 +208,16 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32 and device.type == "cpu" and torch.backends.mkldnn.is_available()
 
 
+def knows_fbgemm() -> bool:
+    """Whether FBGEMM is there with the kernels whose order of sums is known here: those for AVX2."""
+    # Tensors of quantised types, from which it packs, are to leave torch.
+    has_operators = hasattr(torch, "quantize_per_channel") and "fbgemm" in torch.backends.quantized.supported_engines
+    return has_operators and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def weights_bytes(model: nn.Module) -> int:
     """What the weights of a model take, in whichever form its linears hold theirs."""
     forms = (PackedLinear, Int8Linear, Int4Linear)
     held = [buffer for module in model.modules() if isinstance(module, forms) for buffer in module.buffers()]
-    return sum(weight.numel() * weight.itemsize for weight in (*model.parameters(), *held))
+    packed = sum(module.packed.bytes for module in model.modules() if isinstance(module, (HalfLinear, IntegerLinear)))
+    return sum(weight.numel() * weight.itemsize for weight in (*model.parameters(), *held)) + packed

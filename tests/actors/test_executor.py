@@ -151,8 +151,8 @@ async def test_prefill_gets_all_that_decode_leaves(engine: LedgerEngine, metrics
     assert named(batch, {"a": a, "b": b, "c": c}) == ["a", *"bbbb", *"ccc"]
 
 
-@pytest.mark.parametrize(("streams", "prompt_rows"), [(0, 64), (1, 31), (20, 12), (30, 8), (56, 8)])
-async def test_a_prompt_takes_a_large_tile_alone_and_a_small_share_beside_streams(
+@pytest.mark.parametrize(("streams", "prompt_rows"), [(0, 64), (1, 32), (20, 32), (40, 24), (60, 8)])
+async def test_a_prompt_takes_a_large_tile_alone_and_a_share_beside_streams(
     metrics: Metrics, streams: int, prompt_rows: int
 ) -> None:
     engine = LedgerEngine(window=100, row_tile=64)

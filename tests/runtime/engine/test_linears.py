@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.engine.linears import INT4_GROUP, Int4Linear, Int8Linear, PackedLinear, can_pack, replace_linears
+from runtime.engine.linears import (
+    INT4_GROUP,
+    HalfLinear,
+    Int4Linear,
+    Int8Linear,
+    IntegerLinear,
+    PackedLinear,
+    can_pack,
+    knows_fbgemm,
+    replace_linears,
+)
 from runtime.errors import InvalidSetting
 
 CPU = torch.device("cpu")
@@ -18,6 +28,8 @@ FORMS: dict[str, tuple[Callable[[nn.Linear], nn.Module], float]] = {
     "int8": (Int8Linear, 0.02),
     "int4": (Int4Linear, 0.15),
 }
+if knows_fbgemm():
+    FORMS |= {"half": (HalfLinear, 1e-3), "integer": (IntegerLinear, 0.01)}
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -75,11 +87,35 @@ def test_a_model_gets_the_form_that_its_weights_are_to_have() -> None:
         found[weights] = forms(model)
 
     plain = PackedLinear if can_pack(torch.float32, CPU) else nn.Linear
+    eight = IntegerLinear if knows_fbgemm() else Int8Linear
     assert found == {
         "none": [plain] * 3,
-        "int8": [Int8Linear] * 3,
-        "int4": [Int4Linear, Int4Linear, Int8Linear],
+        "int8": [eight] * 3,
+        "int4": [Int4Linear, Int4Linear, eight],
     }
+
+
+@pytest.mark.skipif(not knows_fbgemm(), reason="FBGEMM's kernels for AVX2 are not here")
+@pytest.mark.parametrize("of", [torch.bfloat16, torch.float16])
+def test_weights_of_a_checkpoint_in_half_precision_are_read_in_it(of: torch.dtype) -> None:
+    model = Model().to(of).float()
+    replace_linears(model, model.head, "none", torch.float32, CPU)
+
+    assert forms(model) == [HalfLinear] * 3
+
+
+def test_weights_that_half_precision_would_round_are_not_held_in_it() -> None:
+    assert not HalfLinear.holds(nn.Linear(64, 48))
+
+
+@pytest.mark.skipif(not knows_fbgemm(), reason="FBGEMM's kernels for AVX2 are not here")
+@pytest.mark.parametrize("inputs", [64, 1000, 3072])
+def test_integer_products_of_the_largest_rows_and_weights_do_not_overflow(inputs: int) -> None:
+    linear = nn.Linear(inputs, 32, bias=False)
+    nn.init.constant_(linear.weight, -0.5)
+    rows = torch.stack((torch.full((inputs,), 3.0), torch.full((inputs,), -3.0)))
+
+    torch.testing.assert_close(IntegerLinear(linear)(rows), linear(rows), rtol=1e-4, atol=0)
 
 
 def test_where_kernels_of_another_type_are_known_to_be_right_nothing_is_replaced() -> None:

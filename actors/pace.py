@@ -1,0 +1,39 @@
+"""How much of a prompt runs beside streams, from how long forwards have taken."""
+
+from __future__ import annotations
+
+# A stream may wait for its next token so many times as long as without the prompt. A little is left to chance.
+_STRETCH = 1.75
+
+# So many rows run beside streams before anything is known, and at least so many ever: a prompt has to come to its end.
+_FIRST_ROWS, _LEAST_ROWS = 32, 8
+
+# What the newest forward weighs against those before it.
+_NEWEST = 0.2
+
+
+class Pace:
+    """The prefill rows of a forward beside decode rows: as many as stretch it by no more than `_STRETCH`."""
+
+    def __init__(self) -> None:
+        self._decode_s: float | None = None
+        self._prefill_row_s: float | None = None
+
+    @property
+    def prefill_rows(self) -> int:
+        if not self._decode_s or not self._prefill_row_s:
+            return _FIRST_ROWS
+        return max(_LEAST_ROWS, int(self._decode_s * (_STRETCH - 1) / self._prefill_row_s))
+
+    def record(self, decode_rows: int, prefill_rows: int, seconds: float) -> None:
+        """Learns from a forward that has ended. One without decode rows tells nothing of those beside streams."""
+        if not decode_rows:
+            return
+        if not prefill_rows:
+            self._decode_s = _blended(self._decode_s, seconds)
+        elif self._decode_s is not None:
+            self._prefill_row_s = _blended(self._prefill_row_s, max(0.0, seconds - self._decode_s) / prefill_rows)
+
+
+def _blended(before: float | None, newest: float) -> float:
+    return newest if before is None else before + _NEWEST * (newest - before)

@@ -1,0 +1,60 @@
+"""How many rows of a prompt run beside streams."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.pace import Pace
+
+DECODE_ROWS = 4
+SECONDS = st.floats(0.001, 10)
+
+
+def learnt(decode_s: float, row_s: float) -> Pace:
+    """What a machine teaches whose forwards take `decode_s`, and `row_s` more for each row of a prompt."""
+    pace = Pace()
+    for _ in range(50):
+        pace.record(DECODE_ROWS, 0, decode_s)
+        rows = pace.prefill_rows
+        pace.record(DECODE_ROWS, rows, decode_s + rows * row_s)
+    return pace
+
+
+@given(decode_s=SECONDS, row_s=SECONDS)
+def test_a_stream_waits_twice_as_long_at_most_unless_for_the_least_rows(decode_s: float, row_s: float) -> None:
+    rows = learnt(decode_s, row_s).prefill_rows
+
+    assert rows == 8 or decode_s + rows * row_s <= 2 * decode_s
+
+
+@given(decode_s=SECONDS, row_s=SECONDS)
+def test_most_of_what_a_stream_may_wait_is_used(decode_s: float, row_s: float) -> None:
+    rows = learnt(decode_s, row_s).prefill_rows
+
+    assert decode_s + (rows + 1) * row_s > 1.7 * decode_s
+
+
+def test_where_nothing_is_known_a_few_rows_run() -> None:
+    pace = Pace()
+    pace.record(0, 256, 3.0)
+    pace.record(DECODE_ROWS, 8, 1.0)
+
+    assert pace.prefill_rows == 32
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_rows_that_cost_nothing_are_not_limited_by_chance(seconds: float) -> None:
+    pace = Pace()
+    pace.record(DECODE_ROWS, 0, 0.5)
+    pace.record(DECODE_ROWS, 16, seconds)
+
+    assert pace.prefill_rows == 32
+
+
+def test_a_machine_that_slows_down_is_followed() -> None:
+    pace = learnt(0.1, 0.001)
+    fast = pace.prefill_rows
+    for _ in range(50):
+        pace.record(DECODE_ROWS, pace.prefill_rows, 0.1 + pace.prefill_rows * 0.004)
+
+    assert pace.prefill_rows == pytest.approx(fast / 4, abs=1)
