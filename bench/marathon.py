@@ -180,7 +180,9 @@ def our_figures(run: Run, short: Run, settings: Settings) -> dict[str, Figure]:
         "a turn, second tenth": figure("s", early),
         "a turn, last tenth": figure("s", late),
         "p50 of the last tenth over the second's": figure("x", [statistics.median(late) / statistics.median(early)]),
-        "a turn of the last tenth over one of the second beside it": figure("x", [last / second for last, second in beside]),
+        "a turn of the last tenth over one of the second beside it": figure(
+            "x", [last / second for last, second in beside]
+        ),
         "resident growth from the first tenth on, less 4 bytes a token": figure("MB", [grown / 1e6]),
         "kv_live_bytes once full, most over least": figure("x", [max(full) / min(full)]),
     }

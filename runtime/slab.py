@@ -1,6 +1,6 @@
 """The slab: one session's keys and values, of fixed size, written in place.
 
-Letters for shapes, here and in the engine: L layers, B slabs, G kv heads, Q query heads a kv head, S slots, D head
+Letters for shapes, here and in the engines: L layers, B slabs, G kv heads, Q query heads a kv head, S slots, D head
 dimension, N rows.
 
 The first `sink` slots hold the first tokens for ever; the others are a ring, so that a position's slot is a function of
@@ -10,7 +10,8 @@ record of what was written when.
 
 from __future__ import annotations
 
-import mmap
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -79,28 +80,14 @@ class SlabSpec:
         return torch.where(is_sink, age >= 0, in_window)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SlabStore:
-    """The memory of slabs that lie side by side: keys and values [L, B, G, S, D]."""
+class Slab(ABC):
+    """Keys and values of one session. Positions are written in order; a rewritten one keeps its slot.
 
-    keys: Tensor
-    values: Tensor
+    An engine's own kind of slab holds them, in arrays of its backend.
+    """
 
-    def stacked(self, layer: int, slabs: slice, extent: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [slabs * G, extent, D] of one layer, where they lie."""
-        keys, values = (store[layer, slabs].flatten(0, 1)[:, :extent] for store in (self.keys, self.values))
-        return keys, values
-
-
-class Slab:
-    """Keys and values [L, G, S, D] of one session. Positions are written in order; a rewritten one keeps its slot."""
-
-    def __init__(self, spec: SlabSpec, store: SlabStore, index: int) -> None:
+    def __init__(self, spec: SlabSpec) -> None:
         self.spec = spec
-        self.store = store
-        self.index = index
-        self.keys = store.keys[:, index]
-        self.values = store.values[:, index]
         self._frontiers = [0] * spec.layers
 
     @property
@@ -122,30 +109,28 @@ class Slab:
     def live_bytes(self) -> int:
         return self.live_length * self.spec.token_bytes
 
-    def write(self, layer: int, slots: Tensor, end: int, keys: Tensor, values: Tensor) -> None:
-        """Puts `keys` and `values` [G, N, D] of consecutive positions up to `end` (exclusive) into `slots` [N]."""
-        self.keys[layer].index_copy_(1, slots, keys)
-        self.values[layer].index_copy_(1, slots, values)
-        self._frontiers[layer] = max(self._frontiers[layer], end)
-
-    def copy_from(self, other: Slab) -> None:
-        """Holds from now on what `other`, of the same shape, holds."""
-        used = min(other.frontier, self.spec.slots)
-        self.fill(other.keys[:, :, :used], other.values[:, :, :used], other.frontier)
+    @property
+    def used(self) -> int:
+        """Slots that hold something, from the first on."""
+        return min(self.frontier, self.spec.slots)
 
     def fill(self, keys: Tensor, values: Tensor, frontier: int) -> None:
         """Holds `keys` and `values` [L, G, slots, D], the first slots of a slab whose next position is `frontier`.
 
         Raises ValueError, and is empty then, where they are of another shape or type than this slab.
         """
-        used = min(frontier, self.spec.slots)
         self.clear()
-        for store, given in ((self.keys, keys), (self.values, values)):
-            held = store[:, :, :used]
-            if given.shape != held.shape or given.dtype != held.dtype:
-                raise ValueError(f"keys and values are {given.dtype} {tuple(given.shape)}, not {tuple(held.shape)}")
-            held.copy_(given)
-        self._frontiers = [frontier] * self.spec.layers
+        spec = self.spec
+        shape = (spec.layers, spec.kv_heads, min(frontier, spec.slots), spec.head_dim)
+        for given in (keys, values):
+            if given.shape != shape or given.dtype != spec.dtype:
+                raise ValueError(f"keys and values are {given.dtype} {tuple(given.shape)}, not {spec.dtype} {shape}")
+        self.put(keys, values)
+        self._frontiers = [frontier] * spec.layers
+
+    def copy_from(self, other: Slab) -> None:
+        """Holds from now on what `other`, of the same shape, holds."""
+        self.fill(*other.contents(), other.frontier)
 
     def retract(self, frontier: int) -> None:
         """Forgets what was written from `frontier` on, at most a tile less one of rows: the window is whole still."""
@@ -154,24 +139,38 @@ class Slab:
 
     def skip(self, frontier: int) -> None:
         """Goes on at `frontier`: of what lies before it only the sinks are there, and the rest is seen as zeros."""
-        for store in (self.keys, self.values):
-            store[:, :, self.spec.sink :].zero_()
-        self._frontiers = [max(frontier, each) for each in self._frontiers]
+        self.blank()
+        for layer in range(self.spec.layers):
+            self.advance(layer, frontier)
 
     def clear(self) -> None:
         """Forgets every token. The bytes stay; no later query sees them."""
         self._frontiers = [0] * self.spec.layers
 
+    def advance(self, layer: int, end: int) -> None:
+        """Says that a layer holds the positions up to `end` (exclusive)."""
+        self._frontiers[layer] = max(self._frontiers[layer], end)
+
+    @abstractmethod
+    def contents(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [L, G, used, D] of the slots used."""
+
+    @abstractmethod
+    def put(self, keys: Tensor, values: Tensor) -> None:
+        """Writes keys and values [L, G, slots, D] into the first slots."""
+
+    @abstractmethod
+    def blank(self) -> None:
+        """Makes zeros of all slots but the sinks'."""
+
 
 class SlabPool:
-    """`count` slabs, allocated once. Pages of memory are touched only as tokens arrive."""
+    """Slabs that are there from the start, lent to one session at a time."""
 
-    def __init__(self, spec: SlabSpec, count: int) -> None:
+    def __init__(self, spec: SlabSpec, slabs: Iterable[Slab]) -> None:
         self.spec = spec
-        self.total = count
-        shape = (spec.layers, count, spec.kv_heads, spec.slots, spec.head_dim)
-        store = SlabStore(_lazy_zeros(shape, spec), _lazy_zeros(shape, spec))
-        self._free = [Slab(spec, store, index) for index in reversed(range(count))]
+        self._free = [*slabs][::-1]
+        self.total = len(self._free)
 
     @property
     def in_use(self) -> int:
@@ -188,12 +187,3 @@ class SlabPool:
     def release(self, slab: Slab) -> None:
         assert slab not in self._free
         self._free.append(slab)
-
-
-def _lazy_zeros(shape: tuple[int, ...], spec: SlabSpec) -> Tensor:
-    """Zeros whose pages the system provides on first touch. A masked slot is multiplied by 0, so it must be finite."""
-    if spec.device.type != "cpu":
-        return torch.zeros(shape, dtype=spec.dtype, device=spec.device)
-    count = torch.Size(shape).numel()
-    pages = mmap.mmap(-1, max(1, count * spec.dtype.itemsize), flags=mmap.MAP_PRIVATE)
-    return torch.frombuffer(pages, dtype=spec.dtype, count=count).view(shape)

@@ -78,11 +78,11 @@ def write_snapshot(path: Path, identity: Identity, terms: Terms, slab: Slab, his
 
     The history may be longer than what the slab has read: whoever goes on from the snapshot feeds the rest.
     """
-    used = min(slab.frontier, slab.spec.slots)
+    keys, values = slab.contents()
     tensors = {
         "history": torch.from_numpy(np.array(history, dtype=np.uint32).view(np.int32)),
-        "keys": slab.keys[:, :, :used].contiguous(),
-        "values": slab.values[:, :, :used].contiguous(),
+        "keys": keys.contiguous(),
+        "values": values.contiguous(),
     }
     metadata = {"identity": identity.to_json(), "terms": terms.to_json(), "frontier": str(slab.frontier)}
     fresh = path.with_name(f"{path.name}.new")

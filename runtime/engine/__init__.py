@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -51,8 +53,18 @@ def load_engine(settings: Settings, directory: Path, beside: EngineFacts | None 
 
     Raises InvalidSetting, ModelUnavailable or NotEnoughMemory, each with one line that says what to do.
     """
-    if settings.backend == "mlx":
-        raise InvalidSetting("backend=mlx is not available in this release: set backend to auto or torch")
+    if settings.backend == "mlx" or (settings.backend == "auto" and _is_apple_silicon() and find_spec("mlx_lm")):
+        try:
+            from runtime.engine.mlx_engine import MlxEngine
+        except ImportError as error:
+            raise InvalidSetting(
+                f"backend=mlx cannot import mlx-lm ({error}): pip install 'perennial[mlx]', or set backend to torch"
+            ) from error
+        return MlxEngine.load(settings, directory, beside)
     from runtime.engine.torch_engine import TorchEngine
 
     return TorchEngine.load(settings, directory, beside)
+
+
+def _is_apple_silicon() -> bool:
+    return (platform.system(), platform.machine()) == ("Darwin", "arm64")

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from runtime.engine.rotary import ExactRotary, rotate
+from runtime.engine.torch_slab import SlabStore, as_torch, torch_pool
 from runtime.rows import Piece, RowBatch
-from runtime.slab import SlabSpec, SlabStore
+from runtime.slab import SlabPool, SlabSpec
 
 ATTENTION_NAME = "perennial_slab"
 
@@ -69,7 +70,7 @@ def plan_forward(batch: RowBatch, sizes: tuple[int, ...], rotary: ExactRotary, h
     place_of = [0] * len(batch.rows)
     stacks = []
     for members in _stacked(pieces, sizes):
-        begin, first = len(row_of), members[0]
+        begin, first, lead = len(row_of), members[0], as_torch(members[0].slab)
         size = padded(first.stop - first.start, sizes)
         for piece in members:
             for row in range(piece.start, piece.stop):
@@ -80,8 +81,8 @@ def plan_forward(batch: RowBatch, sizes: tuple[int, ...], rotary: ExactRotary, h
         repeated = (1 if len(members) == 1 else spec.kv_heads, heads // spec.kv_heads)
         stacks.append(
             Stack(
-                store=first.slab.store,
-                slabs=slice(first.slab.index, first.slab.index + len(members)),
+                store=lead.store,
+                slabs=slice(lead.index, lead.index + len(members)),
                 extent=first.extent,
                 sink=spec.sink,
                 size=size,
@@ -112,12 +113,21 @@ def _stacked(pieces: tuple[Piece, ...], sizes: tuple[int, ...]) -> list[list[Pie
     """The pieces in runs of slabs that follow each other in one store, of one extent, size and side of the window's edge."""
 
     def kind(piece: Piece) -> tuple[int, int, bool, int]:
-        return id(piece.slab.store), piece.extent, piece.is_past_window, padded(piece.stop - piece.start, sizes)
+        return (
+            id(as_torch(piece.slab).store),
+            piece.extent,
+            piece.is_past_window,
+            padded(piece.stop - piece.start, sizes),
+        )
 
     runs: list[list[Piece]] = []
-    for piece in sorted(pieces, key=lambda piece: (*kind(piece), piece.slab.index)):
+    for piece in sorted(pieces, key=lambda piece: (*kind(piece), as_torch(piece.slab).index)):
         before = runs[-1][-1] if runs else None
-        if before is not None and kind(before) == kind(piece) and before.slab.index + 1 == piece.slab.index:
+        if (
+            before is not None
+            and kind(before) == kind(piece)
+            and as_torch(before.slab).index + 1 == as_torch(piece.slab).index
+        ):
             runs[-1].append(piece)
         else:
             runs.append([piece])
@@ -139,6 +149,9 @@ class AttentionAlone:
         self._table = torch.randn(self.tokens, parts, spec.head_dim, generator=generator).to(spec.device, spec.dtype)
         self._layer = nn.Module()
         self._layer.layer_idx = 0  # type: ignore[assignment]
+
+    def new_pool(self, count: int) -> SlabPool:
+        return torch_pool(self._spec, count)
 
     @torch.inference_mode()
     def logits(self, batch: RowBatch) -> Tensor:
@@ -176,7 +189,7 @@ def slab_attention(
     for piece_plan in plan.pieces:
         piece = piece_plan.piece
         inside = slice(piece.start, piece.stop)
-        piece.slab.write(layer, piece_plan.slots, piece_plan.end, key[0, :, inside], value[0, :, inside])
+        as_torch(piece.slab).write(layer, piece_plan.slots, piece_plan.end, key[0, :, inside], value[0, :, inside])
     queries = query[0].index_select(1, plan.rows)
     turned = rotate(queries, *plan.sink_turn) if plan.sink_turn else None
     attended = torch.cat(

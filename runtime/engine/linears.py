@@ -118,7 +118,7 @@ class IntegerLinear(nn.Module):
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         products: Tensor = multiply(digits, 1.0, _DIGIT_ZERO, self.packed.weights)
         high_products, low_products = products.chunk(2)
-        result = low_products.add(high_products, alpha=_DIGIT).mul_(size / _LARGEST_ROW_STEP)
+        result: Tensor = low_products.add(high_products, alpha=_DIGIT).mul_(size / _LARGEST_ROW_STEP)
         result = result.unflatten(0, rows.shape[:-1])
         return result if self.bias is None else result + self.bias
 

@@ -37,6 +37,8 @@ def doubling(smallest: int, tile: int) -> tuple[int, ...]:
 
 
 class LogitsEngine(Protocol):
+    def new_pool(self, count: int) -> SlabPool: ...
+
     def logits(self, batch: RowBatch) -> Tensor: ...
 
 
@@ -53,7 +55,7 @@ def is_bit_exact(engine: LogitsEngine, spec: SlabSpec, vocabulary: int) -> bool:
 
     Tried at the head of a history, across a bucket's edge, and past the window, over slabs of random content.
     """
-    pool = SlabPool(spec, 2)
+    pool = engine.new_pool(2)
     slab, neighbour = pool.acquire(), pool.acquire()
     choice = random.Random(0)
     for one in (slab, neighbour):
@@ -112,11 +114,10 @@ def _cut(
 
 
 def _fill(slab: Slab) -> None:
+    """Leaves random bytes in every slot of an empty slab."""
     generator = torch.Generator().manual_seed(0)
     spec = slab.spec
-    block = torch.randn(spec.kv_heads, BUCKET_SLOTS, spec.head_dim, generator=generator)
-    block = block.to(device=spec.device, dtype=spec.dtype)
-    for store in (slab.keys, slab.values):
-        for low in range(0, spec.slots, BUCKET_SLOTS):
-            high = min(low + BUCKET_SLOTS, spec.slots)
-            store[:, :, low:high] = block[:, : high - low]
+    block = torch.randn(spec.layers, spec.kv_heads, BUCKET_SLOTS, spec.head_dim, generator=generator)
+    whole = block.to(spec.dtype).repeat(1, 1, -(-spec.slots // BUCKET_SLOTS), 1)[:, :, : spec.slots]
+    slab.fill(whole, whole, spec.slots)
+    slab.clear()

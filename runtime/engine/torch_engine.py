@@ -11,28 +11,31 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from runtime.checkpoints import CONFIG_ERRORS, load_weights, one_line
 from runtime.engine import EngineFacts
 from runtime.engine.attention import ATTENTION_NAME, AttentionAlone, padded, plan_forward, slab_attention
+from runtime.engine.configuration import (
+    FAST_ROW_TILE,
+    FAST_SIZES,
+    STRICT_ROW_TILES,
+    check_memory,
+    read_config,
+    slab_spec,
+    strict_refused,
+)
 from runtime.engine.linears import can_pack, replace_linears, weights_bytes
-from runtime.engine.probe import RowSizes, doubling, find_sizes
+from runtime.engine.probe import RowSizes, find_sizes
 from runtime.engine.proven import proven
 from runtime.engine.rotary import ExactRotary
-from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory
+from runtime.engine.torch_slab import torch_pool
+from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.events import Token
 from runtime.rows import RowBatch
 from runtime.sampling import drawn
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
-
-# Those whose logits the test suite compares with transformers' own.
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-# The largest first: the more rows in a forward, the faster a prompt is read.
-STRICT_ROW_TILES = (256, 32)
-FAST_ROW_TILE = 256
-FAST_SIZES = RowSizes(doubling(1, FAST_ROW_TILE), doubling(1, FAST_ROW_TILE))
 
 # Handing so little out to more threads costs more than it saves, several times more where other programs run.
 _ONE_THREAD_BYTES = 32 * 2**20
@@ -66,17 +69,18 @@ class TorchEngine:
 
         Raises InvalidSetting, ModelUnavailable or NotEnoughMemory.
         """
-        config = _read_config(directory)
+        config = read_config(directory)
         device = _choose_device(settings)
         dtype = _choose_dtype(settings, device)
         is_strict = settings.determinism == "strict"
         tiles = STRICT_ROW_TILES if is_strict else (FAST_ROW_TILE,)
-        specs = [_slab_spec(config, settings, dtype, device, tile) for tile in tiles]
+        specs = [slab_spec(config, settings, dtype, device, tile) for tile in tiles]
         weights = _count_weights(config, directory)
         if config.tie_word_embeddings and (settings.weights != "none" or can_pack(dtype, device)):
             # The embedding stays as it is beside the form that the head gets.
             weights += config.vocab_size * config.hidden_size
-        _check_memory(weights, settings, specs[0], beside)
+        free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+        check_memory(weights * dtype.itemsize, free, settings, specs[0], beside)
         if device.type == "cpu" and beside is None:
             torch.set_num_threads(
                 1 if weights * dtype.itemsize < _ONE_THREAD_BYTES else psutil.cpu_count(logical=False) or 1
@@ -90,10 +94,7 @@ class TorchEngine:
             find = partial(_find_sizes, model, shallow_spec)
             if sizes := proven(f"{config} {settings.weights}", shallow_spec, find):
                 return cls(model, spec, True, sizes)
-        raise InvalidSetting(
-            f"determinism=strict cannot be had here: {settings.model} in {dtype} on {device.type} gives a row other "
-            "bits in other batches; set determinism=fast, or another dtype"
-        )
+        raise strict_refused(settings, f"{dtype} on {device.type}")
 
     @property
     def facts(self) -> EngineFacts:
@@ -111,7 +112,7 @@ class TorchEngine:
         )
 
     def new_pool(self, count: int) -> SlabPool:
-        return SlabPool(self._spec, count)
+        return torch_pool(self._spec, count)
 
     def forward(self, batch: RowBatch) -> tuple[Token, ...]:
         drawing = [(row.draw, row.position) for row in batch.rows if row.draw is not None]
@@ -150,20 +151,6 @@ def _find_sizes(model: Any, spec: SlabSpec) -> RowSizes | None:
     shallow = _first_layers(model, spec.layers)
     rows = find_sizes(lambda rows: TorchEngine(shallow, spec, True, RowSizes(rows, queries)), spec, config.vocab_size)
     return RowSizes(rows, queries) if rows else None
-
-
-def _read_config(directory: Path) -> PreTrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except CONFIG_ERRORS as error:
-        raise ModelUnavailable(
-            f"{directory} has no configuration that transformers can read: {one_line(error)}"
-        ) from error
-    if config.model_type not in ARCHITECTURES:
-        raise ModelUnavailable(
-            f"{directory} is of architecture {config.model_type!r}; this release runs {', '.join(ARCHITECTURES)}"
-        )
-    return config
 
 
 def _count_weights(config: PreTrainedConfig, directory: Path) -> int:
@@ -209,37 +196,3 @@ def _choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     # Without hardware for it, bfloat16 on a CPU is emulated and slower than float32.
     is_native = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 (torch has no public name)
     return torch.bfloat16 if is_native else torch.float32
-
-
-def _slab_spec(
-    config: PreTrainedConfig, settings: Settings, dtype: torch.dtype, device: torch.device, row_tile: int
-) -> SlabSpec:
-    longest = config.max_position_embeddings
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        longest = min(longest, config.sliding_window)
-    if settings.sink >= longest:
-        raise InvalidSetting(f"sink must be less than the model's maximum context of {longest}, got {settings.sink}")
-    heads = config.num_attention_heads
-    return SlabSpec(
-        layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        sink=settings.sink,
-        window=min(settings.window, longest - settings.sink),
-        row_tile=row_tile,
-        dtype=dtype,
-        device=device,
-    )
-
-
-def _check_memory(weights: int, settings: Settings, spec: SlabSpec, beside: EngineFacts | None) -> None:
-    slabs = settings.capacity + settings.max_concurrent
-    # Slabs take their memory as they fill.
-    others = slabs * beside.slab.ceiling_bytes if beside else 0
-    needed = weights * spec.dtype.itemsize + slabs * spec.ceiling_bytes + others
-    free = torch.cuda.mem_get_info()[0] if spec.device.type == "cuda" else psutil.virtual_memory().available
-    if needed > free:
-        raise NotEnoughMemory(
-            f"{needed / 2**30:.1f} GiB needed (weights {weights * spec.dtype.itemsize / 2**30:.1f}, {slabs} slabs of "
-            f"{spec.ceiling_bytes / 2**30:.2f}) and {free / 2**30:.1f} free: lower window, capacity or max_concurrent"
-        )

@@ -24,6 +24,7 @@ from actors.proposing import NewProposals
 from actors.tree import open_sessions
 from runtime import Sampling, Settings, Token
 from runtime.engine import EngineFacts
+from runtime.engine.torch_slab import as_torch, torch_pool
 from runtime.metrics import Metrics
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
@@ -92,7 +93,7 @@ class LedgerEngine:
         )
 
     def new_pool(self, count: int) -> SlabPool:
-        return SlabPool(self.spec, count)
+        return torch_pool(self.spec, count)
 
     def hold(self) -> None:
         """From now on a forward waits, before it does anything, until `end` or `open` is called."""
@@ -161,13 +162,14 @@ class LedgerEngine:
         key = torch.full((1, 1, 1), float(row.token_id), dtype=self.spec.dtype)
         value = torch.full((1, 1, 1), float(row.position), dtype=self.spec.dtype)
         for layer in range(self.spec.layers - (row.token_id == SKIPS_A_LAYER)):
-            row.slab.write(layer, slot, row.position + 1, key, value)
+            as_torch(row.slab).write(layer, slot, row.position + 1, key, value)
 
     def _draw(self, slab: Slab, position: int, sampling: Sampling) -> int:
+        held = as_torch(slab)
         extent = self.spec.extent(position)
         visible = self.spec.visible_slots(torch.tensor([position]), extent)[0]
-        tokens = slab.keys[-1, 0, :extent, 0][visible].tolist()
-        positions = slab.values[-1, 0, :extent, 0][visible].tolist()
+        tokens = held.keys[-1, 0, :extent, 0][visible].tolist()
+        positions = held.values[-1, 0, :extent, 0][visible].tolist()
         return _drawn(sorted(zip(positions, tokens, strict=True)), sampling)
 
 

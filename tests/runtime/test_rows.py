@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.engine.torch_slab import torch_pool
 from runtime.rows import Row, RowBatch
-from runtime.slab import SlabPool, SlabSpec
+from runtime.slab import SlabSpec
 
 SPEC = SlabSpec(
     layers=1,
@@ -25,7 +26,7 @@ SESSIONS = st.lists(st.tuples(STARTS, st.integers(1, 20)), min_size=1, max_size=
 
 
 def batch_of(sessions: list[tuple[int, int]]) -> RowBatch:
-    pool = SlabPool(SPEC, len(sessions))
+    pool = torch_pool(SPEC, len(sessions))
     return RowBatch(
         tuple(
             Row(slab, position, 0)

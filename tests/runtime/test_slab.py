@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.engine.torch_slab import TorchSlab, as_torch, torch_pool
 from runtime.errors import CapacityExhausted
 from runtime.slab import BUCKET_SLOTS, Slab, SlabPool, SlabSpec
 from tests.reference.window import positions_seen
@@ -115,9 +116,9 @@ def test_short_histories_cost_one_bucket_of_a_long_window() -> None:
 
 def test_the_ceiling_counts_keys_and_values_of_every_slot_in_every_layer() -> None:
     spec = spec_of(4, 60, 32, layers=3, kv_heads=2, head_dim=5)
-    pool = SlabPool(spec, 1)
+    pool = torch_pool(spec, 1)
 
-    slab = pool.acquire()
+    slab = as_torch(pool.acquire())
 
     assert spec.ceiling_bytes == slab.keys.nbytes + slab.values.nbytes
 
@@ -126,12 +127,12 @@ def written(slab: Slab, layer: int, start: int, count: int, value: float = 1.0) 
     spec = slab.spec
     slots = torch.tensor([spec.slot(position) for position in range(start, start + count)])
     rows = torch.full((spec.kv_heads, count, spec.head_dim), value)
-    slab.write(layer, slots, start + count, rows, -rows)
+    as_torch(slab).write(layer, slots, start + count, rows, -rows)
 
 
 def test_a_write_lands_in_its_slots_of_its_layer_and_nowhere_else() -> None:
     spec = spec_of(2, 5, 3, layers=2, kv_heads=2, head_dim=4)
-    slab = SlabPool(spec, 1).acquire()
+    slab = as_torch(torch_pool(spec, 1).acquire())
 
     written(slab, layer=1, start=8, count=3, value=7.0)
 
@@ -142,7 +143,7 @@ def test_a_write_lands_in_its_slots_of_its_layer_and_nowhere_else() -> None:
 
 
 def test_the_live_length_is_that_of_the_layer_that_has_fewest() -> None:
-    slab = SlabPool(spec_of(2, 50, 8, layers=2), 1).acquire()
+    slab = as_torch(torch_pool(spec_of(2, 50, 8, layers=2), 1).acquire())
 
     written(slab, layer=0, start=0, count=8)
     written(slab, layer=1, start=0, count=5)
@@ -151,7 +152,7 @@ def test_the_live_length_is_that_of_the_layer_that_has_fewest() -> None:
 
 
 def test_a_rewritten_position_takes_no_more_room() -> None:
-    slab = SlabPool(spec_of(2, 50, 8), 1).acquire()
+    slab = as_torch(torch_pool(spec_of(2, 50, 8), 1).acquire())
     written(slab, layer=0, start=0, count=8)
 
     written(slab, layer=0, start=4, count=2)
@@ -161,7 +162,7 @@ def test_a_rewritten_position_takes_no_more_room() -> None:
 
 def test_the_live_length_stops_at_sink_and_window() -> None:
     spec = spec_of(2, 10, 8)
-    slab = SlabPool(spec, 1).acquire()
+    slab = as_torch(torch_pool(spec, 1).acquire())
 
     for start in range(0, 80, 8):
         written(slab, layer=0, start=start, count=8)
@@ -170,7 +171,7 @@ def test_the_live_length_stops_at_sink_and_window() -> None:
 
 
 def test_a_cleared_slab_holds_no_token() -> None:
-    slab = SlabPool(spec_of(2, 10, 8), 1).acquire()
+    slab = as_torch(torch_pool(spec_of(2, 10, 8), 1).acquire())
     written(slab, layer=0, start=0, count=8)
 
     slab.clear()
@@ -183,7 +184,7 @@ def test_a_cleared_slab_holds_no_token() -> None:
 def test_a_pool_lends_each_slab_to_one_at_a_time_and_refuses_when_none_is_free(
     total: int, steps: list[str | int]
 ) -> None:
-    pool = SlabPool(spec_of(1, 4, 4), total)
+    pool = torch_pool(spec_of(1, 4, 4), total)
     lent: list[Slab] = []
 
     for step in steps:
@@ -202,7 +203,7 @@ def test_a_pool_lends_each_slab_to_one_at_a_time_and_refuses_when_none_is_free(
 
 
 def test_slabs_of_a_pool_share_no_slot() -> None:
-    pool = SlabPool(spec_of(1, 4, 4, layers=2, kv_heads=2, head_dim=3), 3)
+    pool = torch_pool(spec_of(1, 4, 4, layers=2, kv_heads=2, head_dim=3), 3)
     slabs = list(acquired(pool))
 
     for number, slab in enumerate(slabs):
@@ -213,16 +214,16 @@ def test_slabs_of_a_pool_share_no_slot() -> None:
     assert [slab.values.unique().tolist() for slab in slabs] == [[0], [-1], [-2]]
 
 
-def acquired(pool: SlabPool) -> Iterator[Slab]:
+def acquired(pool: SlabPool) -> Iterator[TorchSlab]:
     while pool.in_use < pool.total:
-        yield pool.acquire()
+        yield as_torch(pool.acquire())
 
 
 def test_memory_is_taken_as_tokens_arrive_and_not_before() -> None:
     spec = spec_of(4, 4092, 32, layers=16, kv_heads=8, head_dim=64)
     before = psutil.Process().memory_info().rss
 
-    pool = SlabPool(spec, 4)
+    pool = torch_pool(spec, 4)
     written(pool.acquire(), layer=0, start=0, count=32)
 
     assert psutil.Process().memory_info().rss - before < spec.ceiling_bytes // 4

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from runtime.engine.attention import padded, plan_forward, slab_attention
 from runtime.engine.rotary import ExactRotary, rotate
+from runtime.engine.torch_slab import as_torch, torch_pool
 from runtime.rows import Row, RowBatch
-from runtime.slab import Slab, SlabPool, SlabSpec
+from runtime.slab import Slab, SlabSpec
 from tests.reference.window import positions_seen
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
@@ -93,7 +94,7 @@ def rows_of(slab: Slab, start: int, stop: int) -> tuple[Row, ...]:
 @pytest.mark.parametrize("tile", [1, 5, 16])
 def test_every_position_gets_what_a_loop_over_its_window_gives(tile: int) -> None:
     history = History(80, seed=0)
-    slab = SlabPool(SPEC, 1).acquire()
+    slab = torch_pool(SPEC, 1).acquire()
 
     outputs = [
         attend(RowBatch(rows_of(slab, start, min(start + tile, 80))), {slab: history}) for start in range(0, 80, tile)
@@ -104,7 +105,7 @@ def test_every_position_gets_what_a_loop_over_its_window_gives(tile: int) -> Non
 
 
 def test_sessions_in_one_batch_do_not_see_each_other() -> None:
-    pool = SlabPool(SPEC, 2)
+    pool = torch_pool(SPEC, 2)
     histories = {pool.acquire(): History(40, seed) for seed in (1, 2)}
     one, other = histories
 
@@ -120,8 +121,8 @@ def test_sessions_in_one_batch_do_not_see_each_other() -> None:
 def test_sessions_side_by_side_or_apart_get_what_each_gets_alone(order: tuple[int, ...]) -> None:
     """Some inside the window and some past it, with one row or several, in any order of their slabs, of two pools."""
     slabs = [
-        *(pool.acquire() for pool in [SlabPool(SPEC, 3)] * 3),
-        *(pool.acquire() for pool in [SlabPool(SPEC, 2)] * 2),
+        *(pool.acquire() for pool in [torch_pool(SPEC, 3)] * 3),
+        *(pool.acquire() for pool in [torch_pool(SPEC, 2)] * 2),
     ]
     histories = {slab: History(60, seed) for seed, slab in enumerate(slabs)}
     chosen = [slabs[index] for index in order]
@@ -141,7 +142,7 @@ def test_sessions_side_by_side_or_apart_get_what_each_gets_alone(order: tuple[in
 
 
 def test_layers_keep_keys_and_values_of_their_own() -> None:
-    slab = SlabPool(SPEC, 1).acquire()
+    slab = torch_pool(SPEC, 1).acquire()
     first, second = History(10, seed=1), History(10, seed=2)
     attend(RowBatch(rows_of(slab, 0, 9)), {slab: first}, layer=0)
     attend(RowBatch(rows_of(slab, 0, 9)), {slab: second}, layer=1)
@@ -153,7 +154,7 @@ def test_layers_keep_keys_and_values_of_their_own() -> None:
 
 def test_what_lies_in_hidden_slots_does_not_matter() -> None:
     history = History(30, seed=0)
-    clean, used = (SlabPool(SPEC, 1).acquire() for _ in range(2))
+    clean, used = (as_torch(torch_pool(SPEC, 1).acquire()) for _ in range(2))
     for store in (used.keys, used.values):
         store.normal_(std=1e4, generator=torch.Generator().manual_seed(3))
 
@@ -163,7 +164,7 @@ def test_what_lies_in_hidden_slots_does_not_matter() -> None:
 
 
 def test_rows_beyond_the_batch_come_back_as_zeros() -> None:
-    slab = SlabPool(SPEC, 1).acquire()
+    slab = torch_pool(SPEC, 1).acquire()
     plan = plan_forward(RowBatch(rows_of(slab, 0, 3)), SIZES, a_rotary(), HEADS)
     query, key = torch.randn(1, HEADS, 8, HEAD_DIM), torch.randn(1, KV_HEADS, 8, HEAD_DIM)
 

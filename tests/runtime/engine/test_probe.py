@@ -9,8 +9,9 @@ from torch import Tensor
 
 from runtime.engine.attention import padded
 from runtime.engine.probe import doubling, find_sizes, is_bit_exact
+from runtime.engine.torch_slab import as_torch, torch_pool
 from runtime.rows import Row, RowBatch
-from runtime.slab import SlabSpec
+from runtime.slab import SlabPool, SlabSpec
 
 VOCABULARY = 50
 SPEC = SlabSpec(
@@ -29,12 +30,16 @@ Error = Callable[[RowBatch, int], float]
 class OneLayerEngine:
     """Writes each row's token into the slab and answers with a sum over it, which an error may disturb."""
 
-    def __init__(self, error: Error = lambda batch, index: 0.0) -> None:
+    def __init__(self, error: Error = lambda batch, index: 0.0, spec: SlabSpec = SPEC) -> None:
         self._error = error
+        self._spec = spec
+
+    def new_pool(self, count: int) -> SlabPool:
+        return torch_pool(self._spec, count)
 
     def logits(self, batch: RowBatch) -> Tensor:
         for row in batch.rows:
-            row.slab.keys[0, 0, row.slab.spec.slot(row.position), 0] = row.token_id
+            as_torch(row.slab).keys[0, 0, row.slab.spec.slot(row.position), 0] = row.token_id
         lines = [
             self._line(row) + self._error(batch, index) for index, row in enumerate(batch.rows) if row.draw is not None
         ]
@@ -43,7 +48,7 @@ class OneLayerEngine:
     def _line(self, row: Row) -> Tensor:
         extent = row.slab.spec.extent(row.position)
         visible = row.slab.spec.visible_slots(torch.tensor([row.position]), extent)[0]
-        return (row.slab.keys[0, 0, :extent, 0] * visible).sum() + torch.arange(VOCABULARY)
+        return (as_torch(row.slab).keys[0, 0, :extent, 0] * visible).sum() + torch.arange(VOCABULARY)
 
 
 LAST_BIT = 2.0**-10
@@ -109,9 +114,10 @@ def test_the_smallest_padding_that_holds_is_found(tile: int, exact_from: int) ->
         def by_kernel(batch: RowBatch, index: int) -> float:
             return LAST_BIT * (index % 2) if padded(len(batch.rows), sizes) < exact_from else 0.0
 
-        return OneLayerEngine(by_kernel)
+        return OneLayerEngine(by_kernel, spec)
 
-    found = find_sizes(engine_padded_to, replace(SPEC, row_tile=tile), VOCABULARY)
+    spec = replace(SPEC, row_tile=tile)
+    found = find_sizes(engine_padded_to, spec, VOCABULARY)
 
     assert found == (None if exact_from == 64 else doubling(exact_from, tile))
 
@@ -121,7 +127,8 @@ def test_an_engine_of_large_batches_alone_that_errs_is_refused(tile: int) -> Non
     def by_more_than_half_a_tile(batch: RowBatch, index: int) -> float:
         return LAST_BIT * (len(batch.rows) > tile // 2)
 
-    assert not is_bit_exact(OneLayerEngine(by_more_than_half_a_tile), replace(SPEC, row_tile=tile), VOCABULARY)
+    spec = replace(SPEC, row_tile=tile)
+    assert not is_bit_exact(OneLayerEngine(by_more_than_half_a_tile, spec), spec, VOCABULARY)
 
 
 def test_sizes_double_up_to_the_tile() -> None:
@@ -143,4 +150,4 @@ def test_slabs_of_any_size_can_be_probed(sink: int, window: int) -> None:
         device=torch.device("cpu"),
     )
 
-    assert is_bit_exact(OneLayerEngine(), spec, VOCABULARY)
+    assert is_bit_exact(OneLayerEngine(spec=spec), spec, VOCABULARY)

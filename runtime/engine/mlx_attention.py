@@ -1,0 +1,174 @@
+"""Attention of a row batch over slabs, in the place where mlx-lm's models call theirs.
+
+The same as for torch, in MLX's operations: the sink and the window as of each query's own position, the distance to a
+sink no longer than the longest inside the window. mlx-lm's own rotating cache does not give that: it keeps what a call
+left of the history, so that a token sees more or less of it by how the history was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import torch
+from torch import Tensor
+
+from runtime.engine.attention import padded
+from runtime.engine.mlx_slab import MlxSlab, Run, to_mlx
+from runtime.engine.rotary import ExactRotary
+from runtime.rows import Piece, Row, RowBatch
+from runtime.slab import SlabSpec
+
+Turn = tuple[mx.array, mx.array]  # cosines and sines [N, D]
+
+
+@dataclass(frozen=True, slots=True)
+class PiecePlan:
+    """Where the keys and values of one piece go, and what its queries see."""
+
+    slab: MlxSlab
+    rows: slice
+    runs: tuple[Run, ...]
+    end: int
+    extent: int
+    sink: int
+    queries: mx.array  # [N], rows of the batch; the last is repeated up to a proven size
+    hidden: mx.array  # [N, extent]: 0 where a query sees a slot, else -inf
+    sink_turn: Turn | None  # brings the queries within reach of the sinks, past the window
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPlan:
+    """What every layer needs of a batch; as `offset` of a cache it comes to the rotary embedding too."""
+
+    pieces: tuple[PiecePlan, ...]
+    turn: Turn
+    filler: int  # rows behind the batch's own
+
+
+def plan_forward(batch: RowBatch, rows: int, sizes: tuple[int, ...], rotary: ExactRotary) -> ForwardPlan:
+    """The plan of a batch that is padded to `rows`, and the queries of a piece to the next of `sizes`."""
+    spec = batch.rows[0].slab.spec
+    filler = rows - len(batch.rows)
+    positions = torch.tensor([row.position for row in batch.rows])
+    cosines, sines = rotary(torch.empty(0, dtype=spec.dtype), torch.nn.functional.pad(positions, (0, filler)))
+    return ForwardPlan(
+        tuple(_plan_piece(piece, batch.rows, positions, sizes, rotary, spec) for piece in batch.pieces()),
+        (to_mlx(cosines), to_mlx(sines)),
+        filler,
+    )
+
+
+def _plan_piece(
+    piece: Piece, rows: tuple[Row, ...], positions: Tensor, sizes: tuple[int, ...], rotary: ExactRotary, spec: SlabSpec
+) -> PiecePlan:
+    assert isinstance(piece.slab, MlxSlab)
+    count = piece.stop - piece.start
+    queries = [*range(piece.start, piece.stop), *[piece.stop - 1] * (padded(count, sizes) - count)]
+    at = positions[queries]
+    hidden = torch.zeros(len(queries), piece.extent, dtype=spec.dtype)
+    hidden.masked_fill_(~spec.visible_slots(at, piece.extent), float("-inf"))
+    sink_turn = None
+    if spec.sink and piece.is_past_window:
+        cosines, sines = rotary.turn((spec.visible - 1 - at).clamp(max=0))
+        sink_turn = to_mlx(cosines.to(spec.dtype)), to_mlx(sines.to(spec.dtype))
+    mine = rows[piece.start : piece.stop]
+    return PiecePlan(
+        slab=piece.slab,
+        rows=slice(piece.start, piece.stop),
+        runs=_runs([spec.slot(row.position) for row in mine]),
+        end=mine[-1].position + 1,
+        extent=piece.extent,
+        sink=spec.sink,
+        queries=mx.array(queries),
+        hidden=to_mlx(hidden),
+        sink_turn=sink_turn,
+    )
+
+
+def _runs(slots: list[int]) -> tuple[Run, ...]:
+    """The slots of rows one behind the other, cut where the ring begins anew."""
+    begins = [row for row, slot in enumerate(slots) if row == 0 or slot != slots[row - 1] + 1]
+    return tuple(
+        Run(slots[row], row, end - row) for row, end in zip(begins, [*begins[1:], len(slots)], strict=True)
+    )
+
+
+class PlannedRotary:
+    """Takes the place of a model's rotary embedding: turns rows by the angles of the plan that comes as `offset`."""
+
+    def __call__(self, vectors: mx.array, offset: ForwardPlan) -> mx.array:
+        return rotate(vectors, *offset.turn)
+
+
+class SlabCache:
+    """What mlx-lm takes for the cache of one layer."""
+
+    def __init__(self, plan: ForwardPlan, layer: int) -> None:
+        self.offset = plan
+        self._layer = layer
+
+    def make_mask(self, *_: Any, **__: Any) -> None:
+        """Every piece has a mask of its own."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Writes `keys` and `values` [1, G, rows, D] into the slabs. What is returned, `attend` does not look at."""
+        for piece in self.offset.pieces:
+            piece.slab.write(self._layer, piece.runs, piece.end, keys[0, :, piece.rows], values[0, :, piece.rows])
+        return keys, values
+
+    def attend(self, queries: mx.array, scale: float) -> mx.array:
+        """What `queries` [1, G*Q, rows, D] attend to, of the same shape; zeros for rows that fill the batch up."""
+        found = [self._attend(queries[0], piece, scale) for piece in self.offset.pieces]
+        if self.offset.filler:
+            found.append(mx.zeros((queries.shape[1], self.offset.filler, queries.shape[3]), queries.dtype))
+        return mx.concatenate(found, axis=1)[None]
+
+    def _attend(self, queries: mx.array, piece: PiecePlan, scale: float) -> mx.array:
+        """Softmax attention of one piece, in explicit steps: fused kernels tile by count. Returns [G*Q, its rows, D]."""
+        heads, _, head_dim = queries.shape
+        keys, values = piece.slab.held(self._layer, piece.extent)
+        groups, size = keys.shape[0], piece.queries.size
+        mine = mx.take(queries, piece.queries, axis=1)
+
+        def scores(some: mx.array, seen: mx.array, hidden: mx.array) -> mx.array:  # [G, Q, N, slots]
+            products = (some.reshape(groups, -1, head_dim) * scale) @ seen.swapaxes(1, 2)
+            return products.reshape(groups, heads // groups, size, -1) + hidden
+
+        if piece.sink_turn is None:
+            seen = scores(mine, keys, piece.hidden)
+        else:
+            sink = piece.sink
+            turned = scores(rotate(mine, *piece.sink_turn), keys[:, :sink], piece.hidden[:, :sink])
+            seen = mx.concatenate((turned, scores(mine, keys[:, sink:], piece.hidden[:, sink:])), axis=-1)
+        shares = mx.softmax(seen, axis=-1, precise=True)
+        attended = shares.reshape(groups, -1, piece.extent) @ values
+        return attended.reshape(heads, size, head_dim)[:, : piece.rows.stop - piece.rows.start]
+
+
+class AttentionOrSlabs:
+    """A model's attention function, but for rows whose cache is a SlabCache."""
+
+    def __init__(self, original: Callable[..., mx.array]) -> None:
+        self._original = original
+
+    def __call__(self, queries: mx.array, keys: mx.array, values: mx.array, cache: Any, **options: Any) -> mx.array:
+        if isinstance(cache, SlabCache):
+            return cache.attend(queries, options["scale"])
+        return self._original(queries, keys, values, cache=cache, **options)
+
+
+def let_attend_over_slabs(module: ModuleType) -> None:
+    """Has the models of a module of mlx-lm call ours for our caches. It has no registry of attention functions."""
+    original = module.scaled_dot_product_attention
+    if not isinstance(original, AttentionOrSlabs):
+        module.scaled_dot_product_attention = AttentionOrSlabs(original)  # type: ignore[attr-defined]
+
+
+def rotate(vectors: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
+    """`vectors` [..., N, D] turned by angles given as `cosines` and `sines` [N, D]."""
+    low, high = mx.split(vectors, 2, axis=-1)
+    return vectors * cosines + mx.concatenate((-high, low), axis=-1) * sines

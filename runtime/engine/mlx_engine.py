@@ -1,0 +1,204 @@
+"""The MLX engine: mlx-lm's own model code, fed with row batches, attending over slabs. For Apple silicon; runs on any CPU too."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import psutil
+import torch
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from runtime.checkpoints import FILE_ERRORS, one_line
+from runtime.engine import EngineFacts
+from runtime.engine.attention import padded
+from runtime.engine.configuration import (
+    FAST_ROW_TILE,
+    FAST_SIZES,
+    STRICT_ROW_TILES,
+    check_memory,
+    read_config,
+    slab_spec,
+    strict_refused,
+)
+from runtime.engine.mlx_attention import PlannedRotary, SlabCache, let_attend_over_slabs, plan_forward
+from runtime.engine.mlx_slab import MlxSlab, as_mlx, mlx_pool, to_torch
+from runtime.engine.probe import RowSizes, find_sizes
+from runtime.engine.proven import proven
+from runtime.engine.rotary import ExactRotary
+from runtime.errors import InvalidSetting, ModelUnavailable
+from runtime.events import Token
+from runtime.rows import RowBatch
+from runtime.sampling import drawn
+from runtime.settings import Settings
+from runtime.slab import SlabPool, SlabSpec
+
+_BITS = {"int8": 8, "int4": 4}
+# The largest first: weights in a row of so many share a scale and a zero.
+_GROUPS = (64, 32)
+
+
+class MlxEngine:
+    """A causal language model of one of `ARCHITECTURES` on MLX's default device or the CPU."""
+
+    def __init__(
+        self, model: Any, config: PreTrainedConfig, spec: SlabSpec, is_bit_exact: bool, sizes: tuple[int, ...]
+    ) -> None:
+        """`model` is mlx-lm's, with its rotary embeddings replaced; of its layers the first `spec.layers` run."""
+        self._model = model
+        self._config = config
+        self._spec = spec
+        self._is_bit_exact = is_bit_exact
+        self._sizes = sizes
+        self._rotary = _rotary(config)
+
+    @classmethod
+    def load(cls, settings: Settings, directory: Path, beside: EngineFacts | None = None) -> MlxEngine:
+        """The engine for the model in `directory`, its row sizes proven on this machine under `strict`.
+
+        One that is loaded `beside` another leaves it its memory. Raises InvalidSetting, ModelUnavailable or NotEnoughMemory.
+        """
+        config = read_config(directory)
+        mx.set_default_device(_choose_device(settings))
+        dtype = _choose_dtype(settings)
+        is_strict = settings.determinism == "strict"
+        tiles = STRICT_ROW_TILES if is_strict else (FAST_ROW_TILE,)
+        specs = [slab_spec(config, settings, dtype, torch.device("cpu"), tile) for tile in tiles]
+        model = _load_model(directory, settings, dtype)
+        # Nothing was read from the files yet.
+        check_memory(_weights_bytes(model), psutil.virtual_memory().available, settings, specs[0], beside)
+        try:
+            mx.eval(model.parameters())
+        except RuntimeError as error:
+            raise ModelUnavailable(f"the weights in {directory} cannot be read: {one_line(error)}") from error
+        _plug_in(model)
+        if not is_strict:
+            return cls(model, config, specs[0], False, FAST_SIZES.rows)
+        described = f"mlx {mx.__version__} {mx.default_device()} {config} {settings.weights}"
+        for spec in specs:
+            if sizes := proven(described, spec, partial(_find_sizes, model, config, spec)):
+                return cls(model, config, spec, True, sizes.rows)
+        raise strict_refused(settings, f"{dtype} on {mx.default_device()}")
+
+    @property
+    def facts(self) -> EngineFacts:
+        return EngineFacts(
+            backend="mlx",
+            device=mx.default_device().type.name,
+            dtype=str(self._spec.dtype).removeprefix("torch."),
+            architecture=self._config.model_type,
+            vocabulary=self._config.vocab_size,
+            weights_bytes=_weights_bytes(self._model),
+            row_tile=self._spec.row_tile,
+            row_sizes=self._sizes,
+            is_bit_exact=self._is_bit_exact,
+            slab=self._spec,
+        )
+
+    def new_pool(self, count: int) -> SlabPool:
+        return mlx_pool(self._spec, count)
+
+    def forward(self, batch: RowBatch) -> tuple[Token, ...]:
+        drawing = [(row.draw, row.position) for row in batch.rows if row.draw is not None]
+        logits = self.logits(batch)
+        return tuple(drawn(line, draw, position + 1) for (draw, position), line in zip(drawing, logits, strict=True))
+
+    def logits(self, batch: RowBatch) -> Tensor:
+        """Runs the batch and returns the logits of its rows with `draw`, [rows, vocabulary] float32, in row order.
+
+        All is evaluated when it returns, so that a forward's time is a forward's time.
+        """
+        rows = batch.rows
+        assert 0 < len(rows) <= self._spec.row_tile
+        size = padded(len(rows), self._sizes)
+        plan = plan_forward(batch, size, self._sizes, self._rotary)
+        for piece in plan.pieces:
+            piece.slab.reserve(piece.extent)
+        tokens = mx.array([[*(row.token_id for row in rows), *[0] * plan.filler]])
+        caches = [SlabCache(plan, layer) for layer in range(self._spec.layers)]
+        hidden = self._model.model(tokens, caches)[0]
+        written = [array for piece in plan.pieces for array in piece.slab.arrays()]
+        wanted = [index for index, row in enumerate(rows) if row.draw is not None]
+        if not wanted:
+            mx.eval(written)
+            return torch.empty(0, self._config.vocab_size)
+        filled = [*wanted, *[wanted[-1]] * (padded(len(wanted), self._sizes) - len(wanted))]
+        logits = self._head(mx.take(hidden, mx.array(filled), axis=0)).astype(mx.float32)
+        mx.eval(logits, written)
+        return to_torch(logits)[: len(wanted)]
+
+    def _head(self, hidden: mx.array) -> mx.array:
+        model = self._model
+        head = model.model.embed_tokens.as_linear if self._config.tie_word_embeddings else model.lm_head
+        logits: mx.array = head(hidden)
+        return logits
+
+
+def _find_sizes(model: Any, config: PreTrainedConfig, spec: SlabSpec) -> RowSizes | None:
+    """The least padding under which rows are bit-equal in every batch, or None."""
+    sizes = find_sizes(lambda sizes: MlxEngine(model, config, spec, True, sizes), spec, config.vocab_size)
+    return RowSizes(sizes, sizes) if sizes else None
+
+
+def _choose_device(settings: Settings) -> mx.Device:
+    has_gpu = mx.metal.is_available()
+    if settings.device == "cuda" or (settings.device == "mps" and not has_gpu):
+        raise InvalidSetting(f"device={settings.device} is not available to backend=mlx here: set device to auto or cpu")
+    return mx.Device(mx.cpu if settings.device == "cpu" or not has_gpu else mx.gpu)
+
+
+def _choose_dtype(settings: Settings) -> torch.dtype:
+    if settings.dtype == "auto":
+        # MLX's products of bfloat16 on a CPU are many times slower than those of float32.
+        return torch.float32 if mx.default_device() == mx.Device(mx.cpu) else torch.bfloat16
+    chosen = getattr(torch, settings.dtype)
+    assert isinstance(chosen, torch.dtype)
+    return chosen
+
+
+def _load_model(directory: Path, settings: Settings, dtype: torch.dtype) -> Any:
+    """The model, its weights still to be read. A checkpoint that is quantised stays so."""
+    try:
+        model, config = load_model(directory, lazy=True)
+    except FILE_ERRORS as error:
+        raise ModelUnavailable(f"the weights in {directory} cannot be loaded by mlx-lm: {one_line(error)}") from error
+    model.set_dtype(as_mlx(dtype))
+    if settings.weights != "none" and not config.get("quantization"):
+        _quantise(model, settings.weights)
+    return model
+
+
+def _quantise(model: Any, weights: str) -> None:
+    widths = {part.weight.shape[-1] for _, part in model.named_modules() if hasattr(part, "to_quantized")}
+    group = next((size for size in _GROUPS if all(width % size == 0 for width in widths)), None)
+    if group is None:
+        raise InvalidSetting(
+            f"weights={weights} cannot hold layers of {min(widths)} columns, which are no multiple of {_GROUPS[-1]}: set "
+            "weights to none"
+        )
+    nn.quantize(model, group_size=group, bits=_BITS[weights])
+
+
+def _plug_in(model: Any) -> None:
+    """Gives every layer our rotary embedding and our attention."""
+    for layer in model.layers:
+        layer.self_attn.rope = PlannedRotary()
+        let_attend_over_slabs(sys.modules[type(layer.self_attn).__module__])
+
+
+def _rotary(config: PreTrainedConfig) -> ExactRotary:
+    """The angles that the torch engine turns by: transformers' frequencies for this configuration."""
+    with torch.device("meta"):
+        kind: Any = type(AutoModelForCausalLM.from_config(config).get_decoder().rotary_emb)
+    return ExactRotary(kind(config))
+
+
+def _weights_bytes(model: Any) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
