@@ -191,7 +191,7 @@ async def open_sessions(
 
 def _identity(facts: EngineFacts, settings: Settings, model: str) -> Identity:
     slab = facts.slab
-    return Identity(model, settings.weights, facts.dtype, slab.sink, slab.window, slab.ring)
+    return Identity(model, facts.backend, settings.weights, facts.dtype, slab.sink, slab.window, slab.ring)
 
 
 def _log_start(settings: Settings, facts: EngineFacts) -> None:

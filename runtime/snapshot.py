@@ -29,6 +29,7 @@ class Identity:
     """What a slab's bits depend on. A session on disk goes on only where all of it is the same."""
 
     model: str
+    backend: str
     weights: str
     dtype: str
     sink: int
@@ -105,7 +106,7 @@ def read_snapshot(path: Path, identity: Identity, slab: Slab) -> tuple[Terms, ar
             metadata = file.metadata() or {}
             if metadata["identity"] != identity.to_json():
                 raise SnapshotMismatch(
-                    "the snapshot was made with another model, weights, dtype, sink or window: restore it on a server "
+                    "the snapshot was made with another model, backend, weights, dtype, sink or window: restore it on a server "
                     f"with these: {metadata['identity']}"
                 )
             terms = Terms.from_json(metadata["terms"])

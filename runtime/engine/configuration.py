@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,9 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 STRICT_ROW_TILES = (256, 32)
 FAST_ROW_TILE = 256
 FAST_SIZES = RowSizes(doubling(1, FAST_ROW_TILE), doubling(1, FAST_ROW_TILE))
+
+# All layers of these architectures have the same shapes, and so the same kernels: more would show nothing more.
+_PROBED_LAYERS = 1
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
@@ -57,6 +61,11 @@ def slab_spec(
         dtype=dtype,
         device=device,
     )
+
+
+def shallow(spec: SlabSpec) -> SlabSpec:
+    """The shape of slabs for so many layers as the probe runs."""
+    return replace(spec, layers=min(spec.layers, _PROBED_LAYERS))
 
 
 def check_memory(weights: int, free: int, settings: Settings, spec: SlabSpec, beside: EngineFacts | None) -> None:

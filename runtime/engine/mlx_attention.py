@@ -92,9 +92,7 @@ def _plan_piece(
 def _runs(slots: list[int]) -> tuple[Run, ...]:
     """The slots of rows one behind the other, cut where the ring begins anew."""
     begins = [row for row, slot in enumerate(slots) if row == 0 or slot != slots[row - 1] + 1]
-    return tuple(
-        Run(slots[row], row, end - row) for row, end in zip(begins, [*begins[1:], len(slots)], strict=True)
-    )
+    return tuple(Run(slots[row], row, end) for row, end in zip(begins, [*begins[1:], len(slots)], strict=True))
 
 
 class PlannedRotary:
@@ -143,7 +141,7 @@ class SlabCache:
         else:
             sink = piece.sink
             turned = scores(rotate(mine, *piece.sink_turn), keys[:, :sink], piece.hidden[:, :sink])
-            seen = mx.concatenate((turned, scores(mine, keys[:, sink:], piece.hidden[:, sink:])), axis=-1)
+            seen = mx.concatenate([turned, scores(mine, keys[:, sink:], piece.hidden[:, sink:])], axis=-1)
         shares = mx.softmax(seen, axis=-1, precise=True)
         attended = shares.reshape(groups, -1, piece.extent) @ values
         return attended.reshape(heads, size, head_dim)[:, : piece.rows.stop - piece.rows.start]
@@ -171,4 +169,4 @@ def let_attend_over_slabs(module: ModuleType) -> None:
 def rotate(vectors: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
     """`vectors` [..., N, D] turned by angles given as `cosines` and `sines` [N, D]."""
     low, high = mx.split(vectors, 2, axis=-1)
-    return vectors * cosines + mx.concatenate((-high, low), axis=-1) * sines
+    return vectors * cosines + mx.concatenate([-high, low], axis=-1) * sines

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import psutil
 import torch
-import mlx.nn as nn
+from mlx.nn.layers.quantized import quantize
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from torch import Tensor
@@ -25,11 +26,12 @@ from runtime.engine.configuration import (
     STRICT_ROW_TILES,
     check_memory,
     read_config,
+    shallow,
     slab_spec,
     strict_refused,
 )
 from runtime.engine.mlx_attention import PlannedRotary, SlabCache, let_attend_over_slabs, plan_forward
-from runtime.engine.mlx_slab import MlxSlab, as_mlx, mlx_pool, to_torch
+from runtime.engine.mlx_slab import as_mlx, mlx_pool, to_torch
 from runtime.engine.probe import RowSizes, find_sizes
 from runtime.engine.proven import proven
 from runtime.engine.rotary import ExactRotary
@@ -69,7 +71,7 @@ class MlxEngine:
         mx.set_default_device(_choose_device(settings))
         dtype = _choose_dtype(settings)
         is_strict = settings.determinism == "strict"
-        tiles = STRICT_ROW_TILES if is_strict else (FAST_ROW_TILE,)
+        tiles = _strict_row_tiles() if is_strict else (FAST_ROW_TILE,)
         specs = [slab_spec(config, settings, dtype, torch.device("cpu"), tile) for tile in tiles]
         model = _load_model(directory, settings, dtype)
         # Nothing was read from the files yet.
@@ -81,9 +83,10 @@ class MlxEngine:
         _plug_in(model)
         if not is_strict:
             return cls(model, config, specs[0], False, FAST_SIZES.rows)
-        described = f"mlx {mx.__version__} {mx.default_device()} {config} {settings.weights}"
+        described = f"mlx {version('mlx')} {mx.default_device()} {config} {settings.weights}"
         for spec in specs:
-            if sizes := proven(described, spec, partial(_find_sizes, model, config, spec)):
+            first_layers = shallow(spec)
+            if sizes := proven(described, first_layers, partial(_find_sizes, model, config, first_layers)):
                 return cls(model, config, spec, True, sizes.rows)
         raise strict_refused(settings, f"{dtype} on {mx.default_device()}")
 
@@ -147,17 +150,28 @@ def _find_sizes(model: Any, config: PreTrainedConfig, spec: SlabSpec) -> RowSize
     return RowSizes(sizes, sizes) if sizes else None
 
 
+def _strict_row_tiles() -> tuple[int, ...]:
+    # On a CPU MLX's products take as long for each row of many as for each of a few.
+    return STRICT_ROW_TILES[-1:] if _is_on_cpu() else STRICT_ROW_TILES
+
+
+def _is_on_cpu() -> bool:
+    return mx.default_device() == mx.Device(mx.cpu)
+
+
 def _choose_device(settings: Settings) -> mx.Device:
     has_gpu = mx.metal.is_available()
     if settings.device == "cuda" or (settings.device == "mps" and not has_gpu):
-        raise InvalidSetting(f"device={settings.device} is not available to backend=mlx here: set device to auto or cpu")
+        raise InvalidSetting(
+            f"device={settings.device} is not available to backend=mlx here: set device to auto or cpu"
+        )
     return mx.Device(mx.cpu if settings.device == "cpu" or not has_gpu else mx.gpu)
 
 
 def _choose_dtype(settings: Settings) -> torch.dtype:
     if settings.dtype == "auto":
         # MLX's products of bfloat16 on a CPU are many times slower than those of float32.
-        return torch.float32 if mx.default_device() == mx.Device(mx.cpu) else torch.bfloat16
+        return torch.float32 if _is_on_cpu() else torch.bfloat16
     chosen = getattr(torch, settings.dtype)
     assert isinstance(chosen, torch.dtype)
     return chosen
@@ -183,7 +197,7 @@ def _quantise(model: Any, weights: str) -> None:
             f"weights={weights} cannot hold layers of {min(widths)} columns, which are no multiple of {_GROUPS[-1]}: set "
             "weights to none"
         )
-    nn.quantize(model, group_size=group, bits=_BITS[weights])
+    quantize(model, group_size=group, bits=_BITS[weights])
 
 
 def _plug_in(model: Any) -> None:
@@ -201,4 +215,5 @@ def _rotary(config: PreTrainedConfig) -> ExactRotary:
 
 
 def _weights_bytes(model: Any) -> int:
-    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    weights: Any = tree_flatten(model.parameters())
+    return sum(array.nbytes for _, array in weights)

@@ -16,11 +16,11 @@ from runtime.slab import Slab, SlabPool, SlabSpec
 
 
 class Run(NamedTuple):
-    """`count` rows from `row` on go into the slots from `slot` on."""
+    """The rows from `first` to `last` (exclusive) go into the slots from `slot` on."""
 
     slot: int
-    row: int
-    count: int
+    first: int
+    last: int
 
 
 class MlxSlab(Slab):
@@ -28,72 +28,63 @@ class MlxSlab(Slab):
 
     def __init__(self, spec: SlabSpec) -> None:
         super().__init__(spec)
-        self._keys: list[mx.array] = []
-        self._values: list[mx.array] = []
+        # The keys of every layer, then the values of every layer.
+        self._arrays: list[mx.array] = []
 
     def reserve(self, slots: int) -> None:
         """Has at least so many slots from now on; new ones are zeros, for a masked slot is multiplied by 0."""
         spec = self.spec
-        missing = slots - (self._keys[0].shape[1] if self._keys else 0)
+        missing = slots - (self._arrays[0].shape[1] if self._arrays else 0)
         if missing <= 0:
             return
         more = mx.zeros((spec.kv_heads, missing, spec.head_dim), as_mlx(spec.dtype))
-        for arrays in (self._keys, self._values):
-            arrays[:] = [mx.concatenate((array, more), axis=1) for array in arrays] or [more] * spec.layers
-        mx.eval(self._keys, self._values)
+        grown = [mx.concatenate([array, more], axis=1) for array in self._arrays]
+        self._arrays = grown or [alias(more) for _ in range(2 * spec.layers)]
+        mx.eval(self._arrays)
 
     def write(self, layer: int, runs: tuple[Run, ...], end: int, keys: mx.array, values: mx.array) -> None:
         """Puts `keys` and `values` [G, N, D] of consecutive positions up to `end` (exclusive) into the slots of `runs`."""
-        for arrays, rows in ((self._keys, keys), (self._values, values)):
-            # Assigning changes the array that is named, and another slab may name the same one.
-            arrays[layer] = apart = alias(arrays[layer])
-            for slot, row, count in runs:
-                apart[:, slot : slot + count] = rows[:, row : row + count]
+        for index, rows in ((layer, keys), (self.spec.layers + layer, values)):
+            # Assigning changes the array under this name alone: another slab may hold it too.
+            self._arrays[index] = mine = alias(self._arrays[index])
+            for slot, first, last in runs:
+                mine[:, slot : slot + last - first] = rows[:, first:last]
         self.advance(layer, end)
 
     def held(self, layer: int, extent: int) -> tuple[mx.array, mx.array]:
         """Keys and values [G, extent, D] of a layer's first slots."""
-        return self._keys[layer][:, :extent], self._values[layer][:, :extent]
+        return self._arrays[layer][:, :extent], self._arrays[self.spec.layers + layer][:, :extent]
 
     def arrays(self) -> list[mx.array]:
         """All that a forward has to evaluate."""
-        return [*self._keys, *self._values]
+        return self._arrays
 
     def copy_from(self, other: Slab) -> None:
         """Shares the arrays of `other` until either is written."""
         assert isinstance(other, MlxSlab)
         self.clear()
-        self._keys, self._values = ([alias(array) for array in arrays] for arrays in (other._keys, other._values))
-        self._frontiers = [other.frontier] * self.spec.layers
+        self._arrays = [alias(array) for array in other.arrays()]
+        for layer in range(self.spec.layers):
+            self.advance(layer, other.frontier)
 
     def contents(self) -> tuple[Tensor, Tensor]:
         spec = self.spec
-        if not self._keys:
-            nothing = torch.empty(spec.layers, spec.kv_heads, 0, spec.head_dim, dtype=spec.dtype)
-            return nothing, nothing
-        keys, values = (
-            torch.stack([to_torch(array)[:, : self.used] for array in arrays]) for arrays in (self._keys, self._values)
-        )
-        return keys, values
+        whole = torch.zeros(2 * spec.layers, spec.kv_heads, self.used, spec.head_dim, dtype=spec.dtype)
+        for held, array in zip(whole, self._arrays, strict=False):  # There are none before the first token.
+            held.copy_(to_torch(array)[:, : self.used])
+        return whole[: spec.layers], whole[spec.layers :]
 
     def put(self, keys: Tensor, values: Tensor) -> None:
         count = keys.shape[2]
-        if count == 0:
-            return
-        # The last slot that is used says how many there have to be.
-        extent = self.spec.extent(count - 1)
-        self._keys, self._values = (
-            [to_mlx(torch.nn.functional.pad(layer, (0, 0, 0, extent - count))) for layer in given]
-            for given in (keys, values)
-        )
+        if count:
+            # As many as a forward that ended there would have reserved.
+            missing = (0, 0, 0, self.spec.extent(count - 1) - count)
+            self._arrays = [to_mlx(torch.nn.functional.pad(layer, missing)) for layer in (*keys, *values)]
 
     def blank(self) -> None:
-        keys, values = self.contents()
-        missing = (0, 0, 0, self.spec.slots - min(keys.shape[2], self.spec.sink))
-        sinks = slice(self.spec.sink)
-        self.put(
-            torch.nn.functional.pad(keys[:, :, sinks], missing), torch.nn.functional.pad(values[:, :, sinks], missing)
-        )
+        sinks = [part[:, :, : self.spec.sink] for part in self.contents()]
+        keys, values = (torch.nn.functional.pad(part, (0, 0, 0, self.spec.slots - part.shape[2])) for part in sinks)
+        self.put(keys, values)
 
 
 def mlx_pool(spec: SlabSpec, count: int) -> SlabPool:

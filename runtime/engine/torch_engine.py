@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from runtime.engine.configuration import (
     STRICT_ROW_TILES,
     check_memory,
     read_config,
+    shallow,
     slab_spec,
     strict_refused,
 )
@@ -39,9 +39,6 @@ from runtime.slab import SlabPool, SlabSpec
 
 # Handing so little out to more threads costs more than it saves, several times more where other programs run.
 _ONE_THREAD_BYTES = 32 * 2**20
-
-# All layers of these architectures have the same shapes, and so the same kernels: more would show nothing more.
-_PROBED_LAYERS = 1
 
 AttentionInterface.register(ATTENTION_NAME, slab_attention)
 
@@ -90,9 +87,9 @@ class TorchEngine:
         if not is_strict:
             return cls(model, specs[0], False, FAST_SIZES)
         for spec in specs:
-            shallow_spec = replace(spec, layers=min(spec.layers, _PROBED_LAYERS))
-            find = partial(_find_sizes, model, shallow_spec)
-            if sizes := proven(f"{config} {settings.weights}", shallow_spec, find):
+            first_layers = shallow(spec)
+            find = partial(_find_sizes, model, first_layers)
+            if sizes := proven(f"{config} {settings.weights}", first_layers, find):
                 return cls(model, spec, True, sizes)
         raise strict_refused(settings, f"{dtype} on {device.type}")
 
@@ -148,8 +145,8 @@ def _find_sizes(model: Any, spec: SlabSpec) -> RowSizes | None:
     queries = find_sizes(attending, spec, AttentionAlone.tokens)
     if queries is None:
         return None
-    shallow = _first_layers(model, spec.layers)
-    rows = find_sizes(lambda rows: TorchEngine(shallow, spec, True, RowSizes(rows, queries)), spec, config.vocab_size)
+    short = _first_layers(model, spec.layers)
+    rows = find_sizes(lambda rows: TorchEngine(short, spec, True, RowSizes(rows, queries)), spec, config.vocab_size)
     return RowSizes(rows, queries) if rows else None
 
 

@@ -1,15 +1,16 @@
 """Ways to bring a history into slabs, for tests of what comes out."""
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import count, repeat
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from runtime.engine.torch_engine import TorchEngine
+from runtime.engine import Engine, load_engine
 from runtime.events import Sampling
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
@@ -17,6 +18,16 @@ from runtime.settings import Settings
 from runtime.slab import Slab
 
 GREEDY = Draw(Sampling())
+BACKENDS = ("torch", "mlx")
+
+
+class LogitsEngine(Engine, Protocol):
+    """An engine that shows what its rows come to before tokens are drawn."""
+
+    def logits(self, batch: RowBatch) -> Tensor: ...
+
+
+Load = Callable[..., LogitsEngine]
 
 
 @cache
@@ -28,10 +39,22 @@ def load(
     window: int = 4092,
     determinism: str = "strict",
     weights: str = "none",
-) -> TorchEngine:
+    backend: str = "torch",
+) -> LogitsEngine:
     """The engine of a model, loaded once for all tests that ask for the same."""
-    settings = Settings(dtype=dtype, device="cpu", sink=sink, window=window, determinism=determinism, weights=weights)
-    return TorchEngine.load(settings, directory)
+    engine: Any = load_engine(
+        Settings(
+            dtype=dtype,
+            device="cpu",
+            sink=sink,
+            window=window,
+            determinism=determinism,
+            weights=weights,
+            backend=backend,
+        ),
+        directory,
+    )
+    return cast(LogitsEngine, engine)
 
 
 def random_tokens(length: int, vocabulary: int, seed: int = 0) -> list[int]:
@@ -47,7 +70,7 @@ def random_cut(longest: int, seed: int = 0) -> Iterator[int]:
 class BusyNeighbours:
     """Sessions at work beside the one under test: each has rows in every forward, one or several, before or behind."""
 
-    def __init__(self, engine: TorchEngine, sessions: int, seed: int = 0) -> None:
+    def __init__(self, engine: LogitsEngine, sessions: int, seed: int = 0) -> None:
         pool = engine.new_pool(sessions)
         self._vocabulary = engine.facts.vocabulary
         self._tile = engine.facts.row_tile
@@ -99,7 +122,7 @@ def batches(
 
 
 def feed(
-    engine: TorchEngine,
+    engine: LogitsEngine,
     slab: Slab,
     tokens: Sequence[int],
     cuts: Iterable[int] | None = None,

@@ -1,7 +1,7 @@
 """Bit-exactness: a row's logits, and so its token, depend on its session alone, never on how forwards were cut."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config
 
-from runtime.engine.torch_engine import TorchEngine
 from runtime.events import Sampling
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
@@ -20,6 +19,7 @@ from tests.conftest import save_random_model
 from tests.runtime.engine.feeding import (
     GREEDY,
     BusyNeighbours,
+    LogitsEngine,
     batches,
     feed,
     load,
@@ -47,16 +47,19 @@ HEADS_OF_06B = Qwen3Config(
 
 
 @pytest.fixture(scope="module")
-def directories(seedling: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def directories(
+    seedling: Path, small_models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     return {
         "seedling": seedling,
+        "small": small_models["qwen3"],
         "heads of 0.6B": save_random_model(HEADS_OF_06B, tmp_path_factory.mktemp("heads_of_06b")),
     }
 
 
 @dataclass(frozen=True)
 class Case:
-    engine: TorchEngine
+    engine: LogitsEngine
     tokens: list[int]
     whole: Tensor
 
@@ -64,17 +67,22 @@ class Case:
         return feed(self.engine, self.engine.new_pool(1).acquire(), self.tokens, cuts, neighbours=neighbours)
 
 
-MODELS = ("seedling", "heads of 0.6B")
 KINDS = (("float32", "none"), ("bfloat16", "none"), ("float32", "int8"), ("float32", "int4"))
-
-
-@pytest.fixture(
-    scope="module", params=[(model, *kind) for model in MODELS for kind in KINDS], ids=lambda param: " ".join(param)
+# MLX's products take a hundred times as long on a CPU, so that most of its cases are of a small model.
+CASES = (
+    *(("torch", model, *kind) for model in ("seedling", "heads of 0.6B") for kind in KINDS),
+    *(("mlx", "small", *kind) for kind in KINDS),
+    ("mlx", "seedling", "float32", "none"),
 )
+
+
+@pytest.fixture(scope="module", params=CASES, ids=" ".join)
 def case(request: pytest.FixtureRequest, directories: dict[str, Path]) -> Case:
     """A history three times as long as the window, and its logits when it is fed in one append."""
-    model, dtype, weights = request.param
-    engine = load(directories[model], dtype, window=64, weights=weights)
+    backend, model, dtype, weights = request.param
+    if backend == "mlx":
+        pytest.importorskip("mlx_lm")
+    engine = load(directories[model], dtype, window=64, weights=weights, backend=backend)
     tokens = random_tokens(3 * engine.facts.slab.window, engine.facts.vocabulary)
     return Case(engine, tokens, feed(engine, engine.new_pool(1).acquire(), tokens))
 
@@ -170,12 +178,13 @@ def test_verifying_a_proposal_gives_the_same_bits_as_decoding(case: Case) -> Non
     assert torch.equal(torch.cat(logits), case.whole)
 
 
-@pytest.mark.parametrize(("dtype", "weights"), KINDS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("backend", "model", "dtype", "weights"), CASES)
 def test_logits_are_the_same_bits_across_a_buckets_edge(
-    directories: dict[str, Path], model: str, dtype: str, weights: str
+    directories: dict[str, Path], backend: str, model: str, dtype: str, weights: str
 ) -> None:
-    engine = load(directories[model], dtype, window=BUCKET_SLOTS + 6, weights=weights)
+    if backend == "mlx":
+        pytest.importorskip("mlx_lm")
+    engine = load(directories[model], dtype, window=BUCKET_SLOTS + 6, weights=weights, backend=backend)
     first, start, end = BUCKET_SLOTS - 36, BUCKET_SLOTS - 12, BUCKET_SLOTS + 24
     tokens = random_tokens(end - first, engine.facts.vocabulary)
     pool = engine.new_pool(4)

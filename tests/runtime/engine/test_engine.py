@@ -1,7 +1,8 @@
-"""The torch engine: what it computes, against transformers and against the reference, and what it refuses to load."""
+"""Engines: what each computes, against transformers and against the reference, and what it refuses to load."""
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from runtime.settings import Settings
 from runtime.text import Text
 from tests.conftest import SMALL, SMALL_CONFIGS, save_random_model
 from tests.reference.decoder import ReferenceDecoder
-from tests.runtime.engine.feeding import GREEDY, feed, load, random_tokens
+from tests.runtime.engine.feeding import GREEDY, Load, feed, random_tokens
 
 FITS = 150
 ROPES: Mapping[str, PreTrainedConfig] = {
@@ -53,29 +54,31 @@ def transformers_logits(directory: Path, tokens: list[int], dtype: torch.dtype =
         return model(input_ids=torch.tensor([tokens])).logits[0].float()
 
 
-def fed(directory: Path, tokens: list[int], **settings: int | str) -> Tensor:
+def fed(load: Load, directory: Path, tokens: list[int], **settings: int | str) -> Tensor:
     engine = load(directory, **settings)
     return feed(engine, engine.new_pool(1).acquire(), tokens)
 
 
 @pytest.mark.parametrize("architecture", SMALL_CONFIGS)
 def test_logits_equal_those_of_transformers_while_the_history_fits(
-    small_models: Mapping[str, Path], architecture: str
+    small_models: Mapping[str, Path], architecture: str, load: Load
 ) -> None:
     directory = small_models[architecture]
     tokens = random_tokens(FITS, 2048)
 
-    logits = fed(directory, tokens)
+    logits = fed(load, directory, tokens)
 
     torch.testing.assert_close(logits, transformers_logits(directory, tokens), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("rope", ROPES)
-def test_logits_equal_those_of_transformers_with_scaled_rotary_embeddings(tmp_path: Path, rope: str) -> None:
+def test_logits_equal_those_of_transformers_with_scaled_rotary_embeddings(
+    tmp_path: Path, rope: str, load: Load
+) -> None:
     directory = save_random_model(ROPES[rope], tmp_path)
     tokens = random_tokens(FITS, 2048)
 
-    logits = fed(directory, tokens)
+    logits = fed(load, directory, tokens)
 
     torch.testing.assert_close(logits, transformers_logits(directory, tokens), rtol=0, atol=1e-4)
 
@@ -83,47 +86,44 @@ def test_logits_equal_those_of_transformers_with_scaled_rotary_embeddings(tmp_pa
 @pytest.mark.parametrize("architecture", SMALL_CONFIGS)
 @pytest.mark.parametrize("sink", [0, 3])
 def test_logits_past_the_window_equal_a_reference_that_recomputes_the_whole_history(
-    small_models: Mapping[str, Path], architecture: str, sink: int
+    small_models: Mapping[str, Path], architecture: str, sink: int, load: Load
 ) -> None:
     window = 24
     tokens = random_tokens(4 * window, 2048)
 
-    logits = fed(small_models[architecture], tokens, sink=sink, window=window)
+    logits = fed(load, small_models[architecture], tokens, sink=sink, window=window)
 
     expected = ReferenceDecoder(small_models[architecture]).logits(tokens, sink, window)
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-4)
 
 
-def test_fast_forwards_past_the_window_equal_the_reference_too(small_models: Mapping[str, Path]) -> None:
+def test_fast_forwards_past_the_window_equal_the_reference_too(small_models: Mapping[str, Path], load: Load) -> None:
     window = 40
     tokens = random_tokens(300, 2048)
 
-    logits = fed(small_models["qwen3"], tokens, window=window, determinism="fast")
+    logits = fed(load, small_models["qwen3"], tokens, window=window, determinism="fast")
 
     expected = ReferenceDecoder(small_models["qwen3"]).logits(tokens, 4, window)
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-4)
 
 
-def test_bfloat16_is_as_near_to_exact_logits_as_transformers_own_bfloat16(seedling: Path) -> None:
+def test_bfloat16_is_as_near_to_exact_logits_as_transformers_own_bfloat16(seedling: Path, load: Load) -> None:
     tokens = random_tokens(FITS, 2048)
     exact = transformers_logits(seedling, tokens, torch.float32)
     their_error = (transformers_logits(seedling, tokens, torch.bfloat16) - exact).square().mean().sqrt()
 
-    logits = fed(seedling, tokens, dtype="bfloat16")
+    logits = fed(load, seedling, tokens, dtype="bfloat16")
 
     assert (logits - exact).square().mean().sqrt() < 1.25 * their_error
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("question", ["Hello!", "My name is Ada. What is my name?", "Count to five."])
-def test_seedling_says_what_transformers_own_generate_says(seedling: Path, question: str, dtype: str) -> None:
+def test_seedling_says_what_transformers_own_generate_says(seedling: Path, question: str, load: Load) -> None:
     prompt = Text.load(seedling).render([{"role": "user", "content": question}])
-    model = AutoModelForCausalLM.from_pretrained(
-        seedling, dtype=getattr(torch, dtype), attn_implementation="eager"
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(seedling, dtype=torch.float32, attn_implementation="eager").eval()
     generated = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
     expected = generated[0, len(prompt) :].tolist()
-    engine = load(seedling, dtype)
+    engine = load(seedling)
     slab = engine.new_pool(1).acquire()
 
     feed(engine, slab, prompt[:-1])
@@ -136,7 +136,7 @@ def test_seedling_says_what_transformers_own_generate_says(seedling: Path, quest
 
 @pytest.mark.parametrize("sink", [0, 4])
 def test_logits_at_position_ten_million_are_those_at_position_two_thousand(
-    small_models: Mapping[str, Path], sink: int
+    small_models: Mapping[str, Path], sink: int, load: Load
 ) -> None:
     engine = load(small_models["qwen3"], sink=sink, window=64)
     head, tail = random_tokens(sink, 2048, seed=1), random_tokens(250, 2048, seed=2)
@@ -152,7 +152,7 @@ def test_logits_at_position_ten_million_are_those_at_position_two_thousand(
     assert ((far - near).norm(dim=-1) / near.norm(dim=-1)).max() < 1e-3
 
 
-def test_only_rows_that_draw_give_logits_in_row_order(small_models: Mapping[str, Path]) -> None:
+def test_only_rows_that_draw_give_logits_in_row_order(small_models: Mapping[str, Path], load: Load) -> None:
     engine = load(small_models["qwen3"])
     pool = engine.new_pool(2)
     tokens = random_tokens(12, 2048)
@@ -166,7 +166,7 @@ def test_only_rows_that_draw_give_logits_in_row_order(small_models: Mapping[str,
     assert torch.equal(logits, everything[wanted])
 
 
-def test_rows_that_draw_nothing_fill_the_slab_and_give_no_token(small_models: Mapping[str, Path]) -> None:
+def test_rows_that_draw_nothing_fill_the_slab_and_give_no_token(small_models: Mapping[str, Path], load: Load) -> None:
     engine = load(small_models["qwen3"])
     slab = engine.new_pool(1).acquire()
 
@@ -175,7 +175,7 @@ def test_rows_that_draw_nothing_fill_the_slab_and_give_no_token(small_models: Ma
     assert (drawn, slab.live_length) == ((), 9)
 
 
-def test_a_drawn_token_is_the_one_for_the_next_position(small_models: Mapping[str, Path]) -> None:
+def test_a_drawn_token_is_the_one_for_the_next_position(small_models: Mapping[str, Path], load: Load) -> None:
 
     engine = load(small_models["qwen3"])
     pool = engine.new_pool(2)
@@ -189,7 +189,7 @@ def test_a_drawn_token_is_the_one_for_the_next_position(small_models: Mapping[st
     assert [token.token_id for token in drawn] == [draw(line, sampling, at + 1) for at, line in enumerate(logits)]
 
 
-def test_a_rewritten_tile_leaves_no_trace_of_what_it_replaces(small_models: Mapping[str, Path]) -> None:
+def test_a_rewritten_tile_leaves_no_trace_of_what_it_replaces(small_models: Mapping[str, Path], load: Load) -> None:
     engine = load(small_models["qwen3"], window=40)
     pool = engine.new_pool(2)
     tokens, wrong = random_tokens(150, 2048), random_tokens(32, 2048, seed=9)
@@ -202,7 +202,7 @@ def test_a_rewritten_tile_leaves_no_trace_of_what_it_replaces(small_models: Mapp
     assert torch.equal(feed(engine, slab, tokens[100:], start=100), expected)
 
 
-def test_a_reused_slab_leaves_no_trace_of_the_session_before(small_models: Mapping[str, Path]) -> None:
+def test_a_reused_slab_leaves_no_trace_of_the_session_before(small_models: Mapping[str, Path], load: Load) -> None:
     engine = load(small_models["qwen3"], window=40)
     pool = engine.new_pool(1)
     tokens = random_tokens(150, 2048)
@@ -216,11 +216,11 @@ def test_a_reused_slab_leaves_no_trace_of_the_session_before(small_models: Mappi
     assert torch.equal(logits, expected)
 
 
-def test_facts_tell_what_was_loaded(small_models: Mapping[str, Path]) -> None:
+def test_facts_tell_what_was_loaded(small_models: Mapping[str, Path], load: Load, backend: str) -> None:
     facts = load(small_models["mistral"], "bfloat16", sink=2, window=100).facts
 
     model = AutoModelForCausalLM.from_pretrained(small_models["mistral"])
-    assert (facts.backend, facts.device, facts.dtype) == ("torch", "cpu", "bfloat16")
+    assert (facts.backend, facts.device, facts.dtype) == (backend, "cpu", "bfloat16")
     assert (facts.architecture, facts.vocabulary, facts.is_bit_exact) == ("mistral", 2048, True)
     assert facts.weights_bytes == 2 * sum(weight.numel() for weight in model.parameters())
     assert (facts.slab.sink, facts.slab.window, facts.slab.row_tile) == (2, 100, facts.row_tile)
@@ -228,7 +228,7 @@ def test_facts_tell_what_was_loaded(small_models: Mapping[str, Path]) -> None:
 
 @pytest.mark.parametrize(("architecture", "longest"), [("qwen3", 512), ("qwen2", 512), ("mistral", 256)])
 def test_the_window_is_cut_down_to_what_the_model_can_see(
-    small_models: Mapping[str, Path], architecture: str, longest: int
+    small_models: Mapping[str, Path], architecture: str, longest: int, load: Load
 ) -> None:
     spec = load(small_models[architecture], sink=10, window=10**6).facts.slab
 
@@ -302,13 +302,13 @@ DEFECTS: Mapping[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_model_directory_with_a_defect_is_unavailable_and_one_line_says_why(
-    small_models: Mapping[str, Path], tmp_path: Path, defect: str
+    small_models: Mapping[str, Path], tmp_path: Path, defect: str, backend: str
 ) -> None:
     directory = copied(small_models["qwen3"], tmp_path / "model")
     DEFECTS[defect](directory)
 
     with pytest.raises(ModelUnavailable) as caught:
-        load_engine(Settings(dtype="float32"), directory)
+        load_engine(Settings(dtype="float32", backend=backend), directory)
 
     assert_one_line(caught.value)
 
@@ -316,45 +316,50 @@ def test_a_model_directory_with_a_defect_is_unavailable_and_one_line_says_why(
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
-        (Settings(backend="mlx"), "backend"),
         (Settings(sink=512), "sink"),
         (Settings(sink=2**20), "sink"),
     ],
 )
 def test_a_setting_that_this_model_or_release_cannot_honour_is_refused_by_name(
-    small_models: Mapping[str, Path], settings: Settings, field: str
+    small_models: Mapping[str, Path], settings: Settings, field: str, backend: str
 ) -> None:
     with pytest.raises(InvalidSetting, match=field) as caught:
-        load_engine(settings, small_models["qwen3"])
+        load_engine(replace(settings, backend=backend), small_models["qwen3"])
 
     assert_one_line(caught.value)
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_a_device_that_is_not_here_is_refused_by_name(small_models: Mapping[str, Path], device: str) -> None:
+def test_a_device_that_is_not_here_is_refused_by_name(
+    small_models: Mapping[str, Path], device: str, backend: str
+) -> None:
     if {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[device]:
         pytest.skip(f"{device} is here")
 
     with pytest.raises(InvalidSetting, match=f"device={device}") as caught:
-        load_engine(Settings(device=device), small_models["qwen3"])
+        load_engine(Settings(device=device, backend=backend), small_models["qwen3"])
 
     assert_one_line(caught.value)
 
 
 @pytest.mark.parametrize("settings", [Settings(capacity=2**20), Settings(max_concurrent=2**20)])
-def test_slabs_that_cannot_fit_in_memory_stop_the_start(small_models: Mapping[str, Path], settings: Settings) -> None:
+def test_slabs_that_cannot_fit_in_memory_stop_the_start(
+    small_models: Mapping[str, Path], settings: Settings, backend: str
+) -> None:
     with pytest.raises(NotEnoughMemory, match="lower window, capacity or max_concurrent") as caught:
-        load_engine(settings, small_models["qwen3"])
+        load_engine(replace(settings, backend=backend), small_models["qwen3"])
 
     assert_one_line(caught.value)
 
 
-def test_a_window_that_cannot_fit_in_memory_stops_the_start(small_models: Mapping[str, Path], tmp_path: Path) -> None:
+def test_a_window_that_cannot_fit_in_memory_stops_the_start(
+    small_models: Mapping[str, Path], tmp_path: Path, backend: str
+) -> None:
     directory = copied(small_models["qwen3"], tmp_path / "model")
     with_config(max_position_embeddings=2**31)(directory)
 
     with pytest.raises(NotEnoughMemory) as caught:
-        load_engine(Settings(window=2**31), directory)
+        load_engine(Settings(window=2**31, backend=backend), directory)
 
     assert_one_line(caught.value)
 
