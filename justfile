@@ -17,6 +17,12 @@ check: lint
 test:
     pytest -q -n 2 --dist loadfile
 
+# The MLX engine on this machine: what it finds, its suite, and both doors' contract tests on it.
+mlx:
+    PERENNIAL_BACKEND=mlx perennial doctor
+    pytest -q -n 2 --dist loadfile tests/runtime/engine -k mlx
+    PERENNIAL_BACKEND=mlx PERENNIAL_DEVICE=auto pytest -q -n 2 --dist loadfile tests/contract
+
 # Regenerates proto/ from runtime.proto.
 proto:
     python -m grpc_tools.protoc -Iproto --python_betterproto2_out=proto --python_betterproto2_opt=client_generation=async,server_generation=async --descriptor_set_out=proto/kakeya/v1/runtime.binpb kakeya/v1/runtime.proto

@@ -43,7 +43,10 @@ def _report(runtime: Runtime) -> list[tuple[str, str]]:
         ("weights", _size(facts.weights_bytes)),
         ("sink, window", f"{slab.sink}, {slab.window} tokens"),
         ("slabs", f"{slabs} of at most {_size(slab.ceiling_bytes)}, all at most {_size(slabs * slab.ceiling_bytes)}"),
-        ("row tile", f"{facts.row_tile} rows, padded to {', '.join(map(str, facts.row_sizes))}"),
+        (
+            "row tile",
+            f"{facts.row_tile} rows of any sessions a forward, padded to {', '.join(map(str, facts.row_sizes))}",
+        ),
         ("bit-exactness", exactness),
     ]
 

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import trio
 
-from bench import door, flatness, loop, marathon, proposing, report, results, scheduling, speed
+from bench import door, flatness, loop, marathon, mlx, proposing, report, results, scheduling, speed
 from bench.machine import describe_machine, our_versions
 from bench.models import MODELS, QWEN3_06B, SMALL, bench_model
 from bench.results import Record
@@ -31,6 +31,8 @@ SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
     "loop": loop.run,
     "proposing": proposing.run,
     "marathon": marathon.run,
+    "mlx": mlx.run,
+    "marathon-mlx": marathon.run_on_mlx,
 }
 ALL = (
     ("speed", QWEN3_06B),
@@ -45,6 +47,9 @@ ALL = (
     ("loop", SEEDLING),
     ("door", SEEDLING),
     ("flatness", SEEDLING),
+    ("mlx", QWEN3_06B),
+    ("mlx", SEEDLING),
+    ("marathon-mlx", SEEDLING),
 )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import accumulate
 
 import psutil
@@ -134,8 +135,23 @@ async def peer_run(kind: ServerKind, setup: Setup, script: Script, length: Lengt
         return run, str(error)
 
 
+async def run_on_mlx(setup: Setup) -> Result:
+    """Ours alone, on the MLX engine."""
+    if find_spec("mlx_lm") is None:
+        return Result(WINDOW, remarks=["mlx-lm is not installed here"])
+    result, _ = await _ours(replace(setup, settings=replace(setup.settings, backend="mlx")))
+    return result
+
+
 async def run(setup: Setup) -> Result:
     """Ours on either model; the peers on the small one, whose context takes the whole conversation."""
+    result, ours = await _ours(setup)
+    if setup.model == SMALL:
+        await _measure_peers(setup, ours, result)
+    return result
+
+
+async def _ours(setup: Setup) -> tuple[Result, Run]:
     length = LENGTHS.get(setup.model, LENGTHS[SMALL])
     settings = replace(setup.settings, sink=SINK, window=WINDOW, capacity=2, max_concurrent=1, idle_ttl_s=0.0)
     script = Script(Text.load(find_model(settings.model)), length)
@@ -143,8 +159,12 @@ async def run(setup: Setup) -> Result:
     result = Result(
         WINDOW, our_figures(ours, short, settings), {LATENCY: {OURS: ours.seconds}, MEMORY: {OURS: _megabytes(ours)}}
     )
-    if setup.model != SMALL:
-        return result
+    return result, ours
+
+
+async def _measure_peers(setup: Setup, ours: Run, result: Result) -> None:
+    length = LENGTHS[SMALL]
+    script = Script(Text.load(find_model(setup.settings.model)), length)
     seconds = min(sum(ours.seconds), LONGEST_PEER_S)
     within = sum(passed <= seconds for passed in accumulate(ours.seconds))
     result.figures |= {
@@ -163,7 +183,6 @@ async def run(setup: Setup) -> Result:
             result.figures |= peer_figures(kind.label, theirs)
             result.series[LATENCY][kind.label] = theirs.seconds
             result.series[MEMORY][kind.label] = _megabytes(theirs)
-    return result
 
 
 def our_figures(run: Run, short: Run, settings: Settings) -> dict[str, Figure]:

@@ -14,11 +14,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from actors import Runtime
+from actors import Runtime, SessionHandle
 from actors.executor import EngineThread
 from actors.proposing import open_proposing
 from actors.tree import open_sessions
-from bench.figures import Figure, figure, over, repeats
+from bench.figures import Figure, figure, repeats
 from bench.scenario import Result, Setup
 from runtime.engine import Engine, EngineFacts, load_engine
 from runtime.events import Token
@@ -33,6 +33,7 @@ BUDGET_S = 40
 NONE = "none"
 PROMPT_TOKENS, ANSWER_TOKENS = 256, 48
 PASSAGE_TOKENS, NEW_TOKENS = 32, 2
+CHUNK_TOKENS = 8
 # A question that comes again gets the answer that it got.
 QUESTIONS = ("Tell me a story.", "What is the capital of France?", "Count from one to ten.")
 ASKED_AGAIN = 3
@@ -65,10 +66,7 @@ class Pace:
     tokens: int = 0
     seconds: float = 0.0
 
-    async def generate(self, runtime: Runtime, history: Sequence[int], count: int, **sampling: Any) -> list[int]:
-        """Continues a history that is read before the clock starts."""
-        session = await runtime.create_session(runtime.text.eos_token_ids)
-        await session.append(history)
+    async def generate(self, session: SessionHandle, count: int, **sampling: Any) -> list[int]:
         said = []
         began = time.perf_counter()
         async with session.generate(count, **sampling) as events:
@@ -77,7 +75,6 @@ class Pace:
                     said.append(event.token_id)
         self.seconds += time.perf_counter() - began
         self.tokens += len(said)
-        await session.close()
         return said
 
     @property
@@ -124,10 +121,19 @@ async def open_each(
             yield scripted, runtimes
 
 
-async def scripted_speed(runtime: Runtime, engine: ScriptedEngine, script: list[int]) -> float:
-    engine.script = script
+@asynccontextmanager
+async def open_session(runtime: Runtime, history: Sequence[int]) -> AsyncIterator[SessionHandle]:
+    """A session that has read a history."""
+    session = await runtime.create_session(runtime.text.eos_token_ids)
+    await session.append(history)
+    yield session
+    await session.close()
+
+
+async def scripted_speed(runtime: Runtime, script: Sequence[int]) -> float:
     pace = Pace()
-    await pace.generate(runtime, script[:PROMPT_TOKENS], ANSWER_TOKENS)
+    async with open_session(runtime, script[:PROMPT_TOKENS]) as session:
+        await pace.generate(session, ANSWER_TOKENS)
     return pace.tokens_a_second
 
 
@@ -137,18 +143,27 @@ async def quoting_speed(runtime: Runtime) -> float:
     pace = Pace()
     for turn in range(ASKED_AGAIN * len(QUESTIONS)):
         messages.append({"role": "user", "content": QUESTIONS[turn % len(QUESTIONS)]})
-        history = runtime.text.encode(runtime.text.apply_template(messages))
-        said = await (Pace() if turn < len(QUESTIONS) else pace).generate(runtime, history, ANSWER_TOKENS)
+        async with open_session(runtime, runtime.text.encode(runtime.text.apply_template(messages))) as session:
+            said = await (Pace() if turn < len(QUESTIONS) else pace).generate(session, ANSWER_TOKENS)
         messages.append({"role": "assistant", "content": runtime.text.decode(said)})
     return pace.tokens_a_second
 
 
-async def unforeseen_speed(runtime: Runtime) -> float:
-    pace = Pace()
-    history = runtime.text.encode(runtime.text.apply_template([{"role": "user", "content": QUESTIONS[0]}]))
-    for _ in range(4):
-        await pace.generate(runtime, history, ANSWER_TOKENS, **UNFORESEEN)
-    return pace.tokens_a_second
+async def unforeseen_speeds(
+    runtimes: Mapping[str, Runtime], history: Sequence[int], count: int, **sampling: Any
+) -> dict[str, float]:
+    """Of each runtime's stream after a history, a few tokens of each by turns: a machine changes its pace within seconds."""
+    paces = {name: Pace() for name in runtimes}
+    async with AsyncExitStack() as stack:
+        sessions = {
+            name: await stack.enter_async_context(open_session(runtime, history)) for name, runtime in runtimes.items()
+        }
+        names = list(runtimes)
+        for _ in range(count // CHUNK_TOKENS):
+            names.reverse()
+            for name in names:
+                await paces[name].generate(sessions[name], CHUNK_TOKENS, **sampling)
+    return {name: pace.tokens_a_second for name, pace in paces.items()}
 
 
 async def run(setup: Setup) -> Result:
@@ -159,23 +174,32 @@ async def run(setup: Setup) -> Result:
     taken: dict[tuple[str, str], list[float]] = {}
     async with open_each(settings, proposers) as (engine, runtimes):
         vocabulary = engine.facts.vocabulary
-        scripts = {"quoting": quoting_script(vocabulary), "unforeseen": unforeseen_script(vocabulary)}
-        for number in repeats(BUDGET_S, least=5):
+        for number in repeats(BUDGET_S, least=6):
+            these: dict[tuple[str, str], float] = {}
+            engine.script = quoting_script(vocabulary)
             for name, runtime in runtimes.items():
-                for work, script in scripts.items():
-                    if is_scripted:
-                        speed = await scripted_speed(runtime, engine, script)
-                    else:
-                        speed = await (quoting_speed if work == "quoting" else unforeseen_speed)(runtime)
-                    # The first round warms up.
-                    if number:
-                        taken.setdefault((work, name), []).append(speed)
+                once = scripted_speed(runtime, engine.script) if is_scripted else quoting_speed(runtime)
+                these["quoting", name] = await once
+            engine.script = unforeseen_script(vocabulary)
+            if is_scripted:
+                speeds = await unforeseen_speeds(runtimes, engine.script[:PROMPT_TOKENS], ANSWER_TOKENS)
+            else:
+                text = runtimes[NONE].text
+                question = text.encode(text.apply_template([{"role": "user", "content": QUESTIONS[0]}]))
+                speeds = await unforeseen_speeds(runtimes, question, 4 * ANSWER_TOKENS, **UNFORESEEN)
+            these |= {("unforeseen", name): speed for name, speed in speeds.items()}
+            # The first round warms up.
+            if number:
+                for key, speed in these.items():
+                    taken.setdefault(key, []).append(speed)
     figures: dict[str, Figure] = {
         f"{work}: {name}": figure("tokens/s", speeds) for (work, name), speeds in taken.items()
     }
     ratios = {
-        f"{work}: {name} over none": over(figures[f"{work}: {name}"], figures[f"{work}: {NONE}"])
-        for work, name in taken
+        f"{work}: {name} over none": figure(
+            "x", [one / other for one, other in zip(speeds, taken[work, NONE], strict=True)]
+        )
+        for (work, name), speeds in taken.items()
         if name != NONE
     }
     return Result(engine.facts.slab.window, figures | ratios)

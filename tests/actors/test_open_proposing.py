@@ -63,6 +63,14 @@ async def answers(runtime: Runtime) -> Answers:
     return found
 
 
+@pytest.fixture(params=["torch", "mlx"])
+def on_each(request: pytest.FixtureRequest) -> Settings:
+    """The settings with each backend."""
+    if request.param == "mlx":
+        pytest.importorskip("mlx_lm")
+    return replace(SETTINGS, backend=request.param)
+
+
 @pytest.fixture(scope="module")
 def plain() -> Answers:
     async def run() -> Answers:
@@ -83,8 +91,10 @@ async def test_tokens_are_those_without_a_proposer_and_some_were_proposed(plain:
 
 
 @pytest.mark.parametrize("proposer", PROPOSERS)
-async def test_a_fork_and_a_restored_session_go_on_with_the_same_tokens(tmp_path: Path, proposer: str) -> None:
-    async with open_runtime(replace(SETTINGS, proposer=proposer, state_dir=str(tmp_path))) as runtime:
+async def test_a_fork_and_a_restored_session_go_on_with_the_same_tokens(
+    tmp_path: Path, proposer: str, on_each: Settings
+) -> None:
+    async with open_runtime(replace(on_each, proposer=proposer, state_dir=str(tmp_path))) as runtime:
         session = await runtime.create_session()
         await session.append(prompt(runtime, 0))
         await generated(session, 40)
@@ -98,9 +108,9 @@ async def test_a_fork_and_a_restored_session_go_on_with_the_same_tokens(tmp_path
 
 @pytest.mark.parametrize("proposer", PROPOSERS)
 async def test_a_model_of_random_weights_says_the_same_with_each(
-    small_models: Mapping[str, Path], tmp_path: Path, proposer: str
+    small_models: Mapping[str, Path], tmp_path: Path, proposer: str, on_each: Settings
 ) -> None:
-    settings = replace(SETTINGS, model=str(small_models["qwen3"]))
+    settings = replace(on_each, model=str(small_models["qwen3"]))
     BertForMaskedLM(MASKED).save_pretrained(tmp_path)
     # What drafts thinks as the model does, and so is often right; what fills masks says nothing of use.
     proposer_model = str(tmp_path) if proposer == "diffusion" else settings.model

@@ -76,7 +76,7 @@ def command(kind: str, http: str, *flags: str, application: str = "api.http:app"
 
 
 def environment(settings: dict[str, object]) -> dict[str, str]:
-    chosen = {"grpc_bind": "127.0.0.1:0", "device": "cpu"} | settings
+    chosen = {"grpc_bind": "127.0.0.1:0", "device": os.environ.get("PERENNIAL_DEVICE", "cpu")} | settings
     return os.environ | {f"PERENNIAL_{name.upper()}": str(value) for name, value in chosen.items()}
 
 

@@ -45,7 +45,7 @@ def load(
     engine: Any = load_engine(
         Settings(
             dtype=dtype,
-            device="cpu",
+            device="cpu" if backend == "torch" else "auto",
             sink=sink,
             window=window,
             determinism=determinism,
