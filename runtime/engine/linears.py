@@ -85,7 +85,7 @@ class HalfLinear(nn.Module):
         flat = rows.flatten(0, -2)
         count = len(flat)
         if 0 < count % _BLOCK_ROWS < _SMALLEST_BLOCK_ROWS:
-            flat = nn.functional.pad(flat, (0, 0, 0, -count % _SMALLEST_BLOCK_ROWS))
+            flat = torch.cat((flat, flat[:1].expand(-count % _SMALLEST_BLOCK_ROWS, -1)))
         result: Tensor = torch.ops.quantized.linear_dynamic_fp16(flat, self.packed.weights)
         result = result[:count].unflatten(0, rows.shape[:-1])
         return result if self.bias is None else result + self.bias
