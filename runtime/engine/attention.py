@@ -7,13 +7,13 @@ window, so the model meets no distance that the window does not have.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from runtime.engine.probe import padded
 from runtime.engine.rotary import ExactRotary, rotate
 from runtime.engine.torch_slab import SlabStore, as_torch, torch_pool
 from runtime.rows import Piece, RowBatch
@@ -161,11 +161,6 @@ class AttentionAlone:
         query, key, value = parts.split((self._heads, self._spec.kv_heads, self._spec.kv_heads), dim=1)
         attended, _ = slab_attention(self._layer, query, key, value, None, scaling=self._spec.head_dim**-0.5, plan=plan)
         return attended[0].flatten(1)[[index for index, row in enumerate(batch.rows) if row.draw is not None]]
-
-
-def padded(count: int, sizes: tuple[int, ...]) -> int:
-    """The least of the ascending `sizes` that is `count` or more."""
-    return sizes[bisect_left(sizes, count)]
 
 
 def slab_attention(

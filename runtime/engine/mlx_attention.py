@@ -16,8 +16,8 @@ import mlx.core as mx
 import torch
 from torch import Tensor
 
-from runtime.engine.attention import padded
 from runtime.engine.mlx_slab import MlxSlab, Run, to_mlx
+from runtime.engine.probe import padded
 from runtime.engine.rotary import ExactRotary
 from runtime.rows import Piece, Row, RowBatch
 from runtime.slab import SlabSpec

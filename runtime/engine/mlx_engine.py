@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import FILE_ERRORS, one_line
 from runtime.engine import EngineFacts
-from runtime.engine.attention import padded
 from runtime.engine.configuration import (
     FAST_ROW_TILE,
     FAST_SIZES,
@@ -30,15 +29,14 @@ from runtime.engine.configuration import (
     slab_spec,
     strict_refused,
 )
+from runtime.engine.drawing import DrawingEngine
 from runtime.engine.mlx_attention import PlannedRotary, SlabCache, let_attend_over_slabs, plan_forward
 from runtime.engine.mlx_slab import as_mlx, mlx_pool, to_torch
-from runtime.engine.probe import RowSizes, find_sizes
+from runtime.engine.probe import RowSizes, find_sizes, padded
 from runtime.engine.proven import proven
 from runtime.engine.rotary import ExactRotary
 from runtime.errors import InvalidSetting, ModelUnavailable
-from runtime.events import Token
 from runtime.rows import RowBatch
-from runtime.sampling import drawn
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
 
@@ -47,7 +45,7 @@ _BITS = {"int8": 8, "int4": 4}
 _GROUPS = (64, 32)
 
 
-class MlxEngine:
+class MlxEngine(DrawingEngine):
     """A causal language model of one of `ARCHITECTURES` on MLX's default device or the CPU."""
 
     def __init__(
@@ -108,16 +106,8 @@ class MlxEngine:
     def new_pool(self, count: int) -> SlabPool:
         return mlx_pool(self._spec, count)
 
-    def forward(self, batch: RowBatch) -> tuple[Token, ...]:
-        drawing = [(row.draw, row.position) for row in batch.rows if row.draw is not None]
-        logits = self.logits(batch)
-        return tuple(drawn(line, draw, position + 1) for (draw, position), line in zip(drawing, logits, strict=True))
-
     def logits(self, batch: RowBatch) -> Tensor:
-        """Runs the batch and returns the logits of its rows with `draw`, [rows, vocabulary] float32, in row order.
-
-        All is evaluated when it returns, so that a forward's time is a forward's time.
-        """
+        """As every engine's; all is evaluated when it returns, so that a forward's time is a forward's time."""
         rows = batch.rows
         assert 0 < len(rows) <= self._spec.row_tile
         size = padded(len(rows), self._sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,6 +35,11 @@ class RowSizes:
 def doubling(smallest: int, tile: int) -> tuple[int, ...]:
     """`smallest`, and its doubles up to `tile`."""
     return (*(size for size in (smallest << power for power in range(tile.bit_length())) if size < tile), tile)
+
+
+def padded(count: int, sizes: tuple[int, ...]) -> int:
+    """The least of the ascending `sizes` that is `count` or more."""
+    return sizes[bisect_left(sizes, count)]
 
 
 class LogitsEngine(Protocol):

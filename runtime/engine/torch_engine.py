@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 
 from runtime.checkpoints import CONFIG_ERRORS, load_weights, one_line
 from runtime.engine import EngineFacts
-from runtime.engine.attention import ATTENTION_NAME, AttentionAlone, padded, plan_forward, slab_attention
+from runtime.engine.attention import ATTENTION_NAME, AttentionAlone, plan_forward, slab_attention
 from runtime.engine.configuration import (
     FAST_ROW_TILE,
     FAST_SIZES,
@@ -25,15 +25,14 @@ from runtime.engine.configuration import (
     slab_spec,
     strict_refused,
 )
+from runtime.engine.drawing import DrawingEngine
 from runtime.engine.linears import can_pack, replace_linears, weights_bytes
-from runtime.engine.probe import RowSizes, find_sizes
+from runtime.engine.probe import RowSizes, find_sizes, padded
 from runtime.engine.proven import proven
 from runtime.engine.rotary import ExactRotary
 from runtime.engine.torch_slab import torch_pool
 from runtime.errors import InvalidSetting, ModelUnavailable
-from runtime.events import Token
 from runtime.rows import RowBatch
-from runtime.sampling import drawn
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
 
@@ -43,7 +42,7 @@ _ONE_THREAD_BYTES = 32 * 2**20
 AttentionInterface.register(ATTENTION_NAME, slab_attention)
 
 
-class TorchEngine:
+class TorchEngine(DrawingEngine):
     """A causal language model of one of `ARCHITECTURES` on one torch device."""
 
     def __init__(self, model: PreTrainedModel, spec: SlabSpec, is_bit_exact: bool, sizes: RowSizes) -> None:
@@ -111,14 +110,8 @@ class TorchEngine:
     def new_pool(self, count: int) -> SlabPool:
         return torch_pool(self._spec, count)
 
-    def forward(self, batch: RowBatch) -> tuple[Token, ...]:
-        drawing = [(row.draw, row.position) for row in batch.rows if row.draw is not None]
-        logits = self.logits(batch)
-        return tuple(drawn(line, draw, position + 1) for (draw, position), line in zip(drawing, logits, strict=True))
-
     @torch.inference_mode()
     def logits(self, batch: RowBatch) -> Tensor:
-        """Runs the batch and returns the logits of its rows with `draw`, [rows, vocabulary] float32, in row order."""
         rows = batch.rows
         assert 0 < len(rows) <= self._spec.row_tile
         device = self._spec.device

@@ -10,7 +10,7 @@ import trio
 from actors import Runtime
 from actors.proposing import AtOnce, Proposals
 from runtime import Sampling
-from runtime.proposers import Proposer
+from runtime.proposers import Experience, Proposer
 from tests.actors.engines import LedgerEngine, generated
 
 PROMPT = [5, 6, 7, *range(20, 50)]
@@ -45,7 +45,8 @@ class Eager(Proposals):
 
 def eager(proposer: Proposer, most: int, vocabulary: int) -> Eager:
     """Eager ones, of a proposer that needs no forward."""
-    return Eager(AtOnce(proposer), most, vocabulary)
+    known = Experience(seconds={0: 1.0} | dict.fromkeys(range(1, most + 1), 1e-9))
+    return Eager(AtOnce(proposer), most, vocabulary, known)
 
 
 def erring(make: Making, wrong: float) -> Scripted:

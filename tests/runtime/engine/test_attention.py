@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from runtime.engine.attention import padded, plan_forward, slab_attention
+from runtime.engine.attention import plan_forward, slab_attention
+from runtime.engine.probe import padded
 from runtime.engine.rotary import ExactRotary, rotate
 from runtime.engine.torch_slab import as_torch, torch_pool
 from runtime.rows import Row, RowBatch

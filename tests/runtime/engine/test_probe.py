@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.engine.attention import padded
-from runtime.engine.probe import doubling, find_sizes, is_bit_exact
+from runtime.engine.probe import doubling, find_sizes, is_bit_exact, padded
 from runtime.engine.torch_slab import as_torch, torch_pool
 from runtime.rows import Row, RowBatch
 from runtime.slab import SlabPool, SlabSpec
