@@ -71,6 +71,16 @@ def test_logits_equal_those_of_transformers_while_the_history_fits(
     torch.testing.assert_close(logits, transformers_logits(directory, tokens), rtol=0, atol=1e-4)
 
 
+def test_logits_of_a_checkpoint_in_half_precision_equal_those_of_transformers_in_float32(
+    seedling: Path, load: Load
+) -> None:
+    tokens = random_tokens(FITS, 2048)
+
+    logits = fed(load, seedling, tokens)
+
+    torch.testing.assert_close(logits, transformers_logits(seedling, tokens), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("rope", ROPES)
 def test_logits_equal_those_of_transformers_with_scaled_rotary_embeddings(
     tmp_path: Path, rope: str, load: Load
