@@ -35,8 +35,9 @@ def at_least(bound: float, needs: str = "") -> Target:
 
 
 _BETWEEN_LINEARS = (
-    "With weights in half precision the linears take two thirds of a step. The rest is attention, some 80 small operations a layer "
-    "and the Python between them: layers that run as one compiled whole, which torch.compile does not make of them (ADR 6)."
+    "With weights in half precision the linears take two thirds of a step. The rest is attention, some 80 small operations in "
+    "each layer, and the Python between them: layers that run as one compiled whole, which torch.compile does not make of them "
+    "(ADR 6)."
 )
 _FEW_ROWS = (
     "AVX2 multiplies in float32, and from about 8 rows on arithmetic and not memory bounds a linear; each stream reads keys and "
