@@ -3,7 +3,7 @@
 | actor | owns, nobody else writes or holds it | takes | asks | its failure |
 | --- | --- | --- | --- | --- |
 | Session | history, slab contents, terms, journal, last-used time | its SessionMessages | executor | this session |
-| ModelExecutor | engine, its thread, rows that wait | Forward | nobody | all: the tree ends |
+| ModelExecutor | engine, its thread, rows that wait, pace of forwards | Forward | nobody | all: the tree ends |
 | SessionRegistry | ids to sessions, slab pools | (synchronous methods) | nobody | all: the tree ends |
 | Admission | permits, FIFO of waiters | (a context manager) | nobody | cannot fail |
 

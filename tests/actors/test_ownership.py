@@ -26,6 +26,7 @@ OWNED: dict[str, dict[str, set[str]]] = {
         "engine": {"_engine"},
         "its thread": {"_thread"},
         "rows that wait": {"_waiting"},
+        "pace of forwards": {"_pace"},
     },
     "SessionRegistry": {
         "ids to sessions": {"_entries"},
