@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-# A stream may wait for its next token so many times as long as without the prompt. A little is left to chance.
-_STRETCH = 1.75
+# A stream may wait for its next token twice as long as without the prompt. Forwards vary by a third, so fewer rows are aimed at.
+_STRETCH = 1.5
 
 # So many rows run beside streams before anything is known, and at least so many ever: a prompt has to come to its end.
-_FIRST_ROWS, _LEAST_ROWS = 32, 8
+_FIRST_ROWS, _LEAST_ROWS = 32, 4
 
 # What the newest forward weighs against those before it.
 _NEWEST = 0.2
@@ -19,8 +19,15 @@ class Pace:
         self._decode_s: float | None = None
         self._prefill_row_s: float | None = None
 
+    def rows_beside(self, decode_rows: int, sizes: tuple[int, ...]) -> int:
+        """How many rows a forward may have with these, up to the last of `sizes`: none for which others are mere padding."""
+        most = decode_rows + self.prefill_rows
+        full = (size for size in sizes if decode_rows + _LEAST_ROWS <= size <= most)
+        return max(full, default=min(most, sizes[-1]))
+
     @property
     def prefill_rows(self) -> int:
+        """How many of them prefill rows may be."""
         if not self._decode_s or not self._prefill_row_s:
             return _FIRST_ROWS
         return max(_LEAST_ROWS, int(self._decode_s * (_STRETCH - 1) / self._prefill_row_s))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from runtime.checkpoints import CONFIG_ERRORS, one_line
 from runtime.engine import EngineFacts
-from runtime.engine.probe import RowSizes, doubling
+from runtime.engine.probe import RowSizes, growing
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory
 from runtime.settings import Settings
 from runtime.slab import SlabSpec
@@ -20,10 +19,7 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # The largest first: the more rows in a forward, the faster a prompt is read.
 STRICT_ROW_TILES = (256, 32)
 FAST_ROW_TILE = 256
-FAST_SIZES = RowSizes(doubling(1, FAST_ROW_TILE), doubling(1, FAST_ROW_TILE))
-
-# All layers of these architectures have the same shapes, and so the same kernels: more would show nothing more.
-_PROBED_LAYERS = 1
+FAST_SIZES = RowSizes(growing(1, FAST_ROW_TILE), growing(1, FAST_ROW_TILE))
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
@@ -63,9 +59,11 @@ def slab_spec(
     )
 
 
-def shallow(spec: SlabSpec) -> SlabSpec:
-    """The shape of slabs for so many layers as the probe runs."""
-    return replace(spec, layers=min(spec.layers, _PROBED_LAYERS))
+def named_dtype(name: str) -> torch.dtype:
+    """The type that the setting `dtype` names, unless it says auto."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def check_memory(weights: int, free: int, settings: Settings, spec: SlabSpec, beside: EngineFacts | None) -> None:

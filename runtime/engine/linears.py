@@ -110,7 +110,7 @@ class IntegerLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, rows: Tensor) -> Tensor:
-        flat = rows.flatten(0, -2)
+        flat = rows.flatten(0, -2).float()
         size = torch.linalg.vector_norm(flat, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-30)
         exact = flat * (_LARGEST_ROW_STEP / _DIGIT / size)
         high = exact.round()
@@ -119,7 +119,7 @@ class IntegerLinear(nn.Module):
         products: Tensor = multiply(digits, 1.0, _DIGIT_ZERO, self.packed.weights)
         high_products, low_products = products.chunk(2)
         result: Tensor = low_products.add(high_products, alpha=_DIGIT).mul_(size / _LARGEST_ROW_STEP)
-        result = result.unflatten(0, rows.shape[:-1])
+        result = result.to(rows.dtype).unflatten(0, rows.shape[:-1])
         return result if self.bias is None else result + self.bias
 
 

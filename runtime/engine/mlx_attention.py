@@ -35,8 +35,8 @@ class PiecePlan:
     end: int
     extent: int
     sink: int
-    queries: mx.array  # [N], rows of the batch; the last is repeated up to a proven size
-    hidden: mx.array  # [N, extent]: 0 where a query sees a slot, else -inf
+    filler: int  # times that the last query is repeated, up to a proven size
+    hidden: mx.array  # [N, extent]: 0 where a query sees a slot, else -inf; N counts the filler too
     sink_turn: Turn | None  # brings the queries within reach of the sinks, past the window
 
 
@@ -67,9 +67,9 @@ def _plan_piece(
 ) -> PiecePlan:
     assert isinstance(piece.slab, MlxSlab)
     count = piece.stop - piece.start
-    queries = [*range(piece.start, piece.stop), *[piece.stop - 1] * (padded(count, sizes) - count)]
-    at = positions[queries]
-    hidden = torch.zeros(len(queries), piece.extent, dtype=spec.dtype)
+    filler = padded(count, sizes) - count
+    at = positions[[*range(piece.start, piece.stop), *[piece.stop - 1] * filler]]
+    hidden = torch.zeros(len(at), piece.extent, dtype=spec.dtype)
     hidden.masked_fill_(~spec.visible_slots(at, piece.extent), float("-inf"))
     sink_turn = None
     if spec.sink and piece.is_past_window:
@@ -83,7 +83,7 @@ def _plan_piece(
         end=mine[-1].position + 1,
         extent=piece.extent,
         sink=spec.sink,
-        queries=mx.array(queries),
+        filler=filler,
         hidden=to_mlx(hidden),
         sink_turn=sink_turn,
     )
@@ -129,8 +129,10 @@ class SlabCache:
         """Softmax attention of one piece, in explicit steps: fused kernels tile by count. Returns [G*Q, its rows, D]."""
         heads, _, head_dim = queries.shape
         keys, values = piece.slab.held(self._layer, piece.extent)
-        groups, size = keys.shape[0], piece.queries.size
-        mine = mx.take(queries, piece.queries, axis=1)
+        groups, size = keys.shape[0], piece.hidden.shape[0]
+        mine = queries[:, piece.rows]
+        if piece.filler:
+            mine = mx.concatenate([mine, mx.repeat(mine[:, -1:], piece.filler, axis=1)], axis=1)
 
         def scores(some: mx.array, seen: mx.array, hidden: mx.array) -> mx.array:  # [G, Q, N, slots]
             products = (some.reshape(groups, -1, head_dim) * scale) @ seen.swapaxes(1, 2)
@@ -144,7 +146,7 @@ class SlabCache:
             seen = mx.concatenate([turned, scores(mine, keys[:, sink:], piece.hidden[:, sink:])], axis=-1)
         shares = mx.softmax(seen, axis=-1, precise=True)
         attended = shares.reshape(groups, -1, piece.extent) @ values
-        return attended.reshape(heads, size, head_dim)[:, : piece.rows.stop - piece.rows.start]
+        return attended.reshape(heads, size, head_dim)[:, : size - piece.filler]
 
 
 class AttentionOrSlabs:

@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import psutil
@@ -24,8 +24,8 @@ from runtime.engine.configuration import (
     FAST_SIZES,
     STRICT_ROW_TILES,
     check_memory,
+    named_dtype,
     read_config,
-    shallow,
     slab_spec,
     strict_refused,
 )
@@ -33,7 +33,7 @@ from runtime.engine.drawing import DrawingEngine
 from runtime.engine.mlx_attention import PlannedRotary, SlabCache, let_attend_over_slabs, plan_forward
 from runtime.engine.mlx_slab import as_mlx, mlx_pool, to_torch
 from runtime.engine.probe import RowSizes, find_sizes, padded
-from runtime.engine.proven import proven
+from runtime.engine.proven import first_proven
 from runtime.engine.rotary import ExactRotary
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.rows import RowBatch
@@ -45,19 +45,23 @@ _BITS = {"int8": 8, "int4": 4}
 _GROUPS = (64, 32)
 
 
+class Plugged(NamedTuple):
+    """A model of mlx-lm whose layers turn and attend as ours, what it is, and the angles that it turns by."""
+
+    model: Any
+    config: PreTrainedConfig
+    rotary: ExactRotary
+
+
 class MlxEngine(DrawingEngine):
     """A causal language model of one of `ARCHITECTURES` on MLX's default device or the CPU."""
 
-    def __init__(
-        self, model: Any, config: PreTrainedConfig, spec: SlabSpec, is_bit_exact: bool, sizes: tuple[int, ...]
-    ) -> None:
-        """`model` is mlx-lm's, with its rotary embeddings replaced; of its layers the first `spec.layers` run."""
-        self._model = model
-        self._config = config
+    def __init__(self, plugged: Plugged, spec: SlabSpec, is_bit_exact: bool, sizes: tuple[int, ...]) -> None:
+        """Of the model's layers the first `spec.layers` run."""
+        self._model, self._config, self._rotary = plugged
         self._spec = spec
         self._is_bit_exact = is_bit_exact
         self._sizes = sizes
-        self._rotary = _rotary(config)
 
     @classmethod
     def load(cls, settings: Settings, directory: Path, beside: EngineFacts | None = None) -> MlxEngine:
@@ -78,15 +82,15 @@ class MlxEngine(DrawingEngine):
             mx.eval(model.parameters())
         except RuntimeError as error:
             raise ModelUnavailable(f"the weights in {directory} cannot be read: {one_line(error)}") from error
-        _plug_in(model)
+        plugged = _plug_in(model, config)
         if not is_strict:
-            return cls(model, config, specs[0], False, FAST_SIZES.rows)
+            return cls(plugged, specs[0], False, FAST_SIZES.rows)
         described = f"mlx {version('mlx')} {mx.default_device()} {config} {settings.weights}"
-        for spec in specs:
-            first_layers = shallow(spec)
-            if sizes := proven(described, first_layers, partial(_find_sizes, model, config, first_layers)):
-                return cls(model, config, spec, True, sizes.rows)
-        raise strict_refused(settings, f"{dtype} on {mx.default_device()}")
+        found = first_proven(specs, described, partial(_find_sizes, plugged))
+        if found is None:
+            raise strict_refused(settings, f"{dtype} on {mx.default_device()}")
+        spec, sizes = found
+        return cls(plugged, spec, True, sizes.rows)
 
     @property
     def facts(self) -> EngineFacts:
@@ -134,9 +138,9 @@ class MlxEngine(DrawingEngine):
         return logits
 
 
-def _find_sizes(model: Any, config: PreTrainedConfig, spec: SlabSpec) -> RowSizes | None:
+def _find_sizes(plugged: Plugged, spec: SlabSpec) -> RowSizes | None:
     """The least padding under which rows are bit-equal in every batch, or None."""
-    sizes = find_sizes(lambda sizes: MlxEngine(model, config, spec, True, sizes), spec, config.vocab_size)
+    sizes = find_sizes(lambda sizes: MlxEngine(plugged, spec, True, sizes), spec, plugged.config.vocab_size)
     return RowSizes(sizes, sizes) if sizes else None
 
 
@@ -159,12 +163,10 @@ def _choose_device(settings: Settings) -> mx.Device:
 
 
 def _choose_dtype(settings: Settings) -> torch.dtype:
-    if settings.dtype == "auto":
-        # MLX's products of bfloat16 on a CPU are many times slower than those of float32.
-        return torch.float32 if _is_on_cpu() else torch.bfloat16
-    chosen = getattr(torch, settings.dtype)
-    assert isinstance(chosen, torch.dtype)
-    return chosen
+    if settings.dtype != "auto":
+        return named_dtype(settings.dtype)
+    # On a CPU bfloat16 saves one row nothing, and float32 is what the torch engine computes in there.
+    return torch.float32 if _is_on_cpu() else torch.bfloat16
 
 
 def _load_model(directory: Path, settings: Settings, dtype: torch.dtype) -> Any:
@@ -190,18 +192,14 @@ def _quantise(model: Any, weights: str) -> None:
     quantize(model, group_size=group, bits=_BITS[weights])
 
 
-def _plug_in(model: Any) -> None:
-    """Gives every layer our rotary embedding and our attention."""
+def _plug_in(model: Any, config: PreTrainedConfig) -> Plugged:
+    """Gives every layer our rotary embedding and our attention. The angles are those of the torch engine."""
     for layer in model.layers:
         layer.self_attn.rope = PlannedRotary()
         let_attend_over_slabs(sys.modules[type(layer.self_attn).__module__])
-
-
-def _rotary(config: PreTrainedConfig) -> ExactRotary:
-    """The angles that the torch engine turns by: transformers' frequencies for this configuration."""
     with torch.device("meta"):
-        kind: Any = type(AutoModelForCausalLM.from_config(config).get_decoder().rotary_emb)
-    return ExactRotary(kind(config))
+        rotary: Any = type(AutoModelForCausalLM.from_config(config).get_decoder().rotary_emb)
+    return Plugged(model, config, ExactRotary(rotary(config)))
 
 
 def _weights_bytes(model: Any) -> int:

@@ -18,9 +18,9 @@ from runtime.slab import BUCKET_SLOTS, Slab, SlabPool, SlabSpec
 
 # The smallest padding first: fewer rows are wasted on a lone token. What fails is a kernel class of its own for few rows.
 SMALLEST = (1, 2, 4, 8, 16, 32)
-_SMALL_CUT = (1, 1, 2, 3, 5, 8, 12)
-_CUTS_BESIDE_OTHERS = ((7, 7, 7, 7, 4), (13, 13, 6))
-_SMALL_TILE = sum(_SMALL_CUT)
+_SMALL_TILE = 32
+# Of a small tile; a larger one is cut into as many parts, each so many times as large.
+_UNEVEN_CUTS = ((7, 7, 7, 7, 4), (13, 13, 6))
 _GREEDY = Draw(Sampling())
 
 
@@ -32,9 +32,11 @@ class RowSizes:
     queries: tuple[int, ...]
 
 
-def doubling(smallest: int, tile: int) -> tuple[int, ...]:
-    """`smallest`, and its doubles up to `tile`."""
-    return (*(size for size in (smallest << power for power in range(tile.bit_length())) if size < tile), tile)
+def growing(smallest: int, tile: int) -> tuple[int, ...]:
+    """From `smallest` up to `tile`: its doubles, and what lies half-way between them, so that little is wasted on padding."""
+    doubles = [smallest << power for power in range(tile.bit_length())]
+    between = [3 * size // 2 for size in doubles if size % 2 == 0]
+    return (*sorted(size for size in {*doubles, *between} if size < tile), tile)
 
 
 def padded(count: int, sizes: tuple[int, ...]) -> int:
@@ -52,7 +54,7 @@ def find_sizes(
     padded_to: Callable[[tuple[int, ...]], LogitsEngine], spec: SlabSpec, vocabulary: int
 ) -> tuple[int, ...] | None:
     """The least padding under which rows are bit-equal in every batch of a tile that was tried, or None."""
-    candidates = (doubling(smallest, spec.row_tile) for smallest in SMALLEST)
+    candidates = (growing(smallest, spec.row_tile) for smallest in SMALLEST)
     return next((sizes for sizes in candidates if is_bit_exact(padded_to(sizes), spec, vocabulary)), None)
 
 
@@ -98,12 +100,23 @@ def _random_rows(slab: Slab, start: int, vocabulary: int, choice: random.Random)
 
 def _cuts(tile: int, beside: tuple[Row, ...]) -> Iterator[tuple[tuple[int, ...], tuple[Row, ...]]]:
     """Ways to cut a tile, and the rows of which some run beside each part."""
-    whole_tiles = tile // _SMALL_TILE
-    small = (*_SMALL_CUT, *(_SMALL_TILE << power for power in range(whole_tiles.bit_length() - 1)))
-    yield small, ()
-    yield small, beside
-    for cuts in _CUTS_BESIDE_OTHERS:
-        yield tuple(count * whole_tiles for count in cuts), beside
+    for cuts in _of_every_size(tile):
+        yield cuts, ()
+        yield cuts, beside
+    for cuts in _UNEVEN_CUTS:
+        yield tuple(count * (tile // _SMALL_TILE) for count in cuts), beside
+
+
+def _of_every_size(tile: int) -> list[tuple[int, ...]]:
+    """Cuts of a tile in which every size comes up to which anything is padded, but for the tile itself."""
+    found: list[tuple[int, ...]] = []
+    cuts: tuple[int, ...] = ()
+    for size in growing(1, tile)[:-1]:
+        if sum(cuts) + size > tile:
+            found.append((*cuts, tile - sum(cuts)))
+            cuts = ()
+        cuts = (*cuts, size)
+    return [*found, (*cuts, tile - sum(cuts))]
 
 
 def _cut(

@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -17,14 +17,30 @@ import torch
 from runtime.engine.probe import RowSizes
 from runtime.slab import SlabSpec
 
+_PROBED_LAYERS = 1
 
-def proven(model: str, spec: SlabSpec, find: Callable[[], RowSizes | None]) -> RowSizes | None:
+
+def first_proven(
+    specs: Sequence[SlabSpec], model: str, find: Callable[[SlabSpec], RowSizes | None]
+) -> tuple[SlabSpec, RowSizes] | None:
+    """The first of `specs` for which row sizes are proven here, for a `model` of this description, and the sizes.
+
+    `find` looks for the sizes of slabs with the first layers alone.
+    """
+    for spec in specs:
+        # All layers of our architectures have the same shapes, and so the same kernels: more would show nothing more.
+        if sizes := proven(model, replace(spec, layers=min(spec.layers, _PROBED_LAYERS)), find):
+            return spec, sizes
+    return None
+
+
+def proven(model: str, spec: SlabSpec, find: Callable[[SlabSpec], RowSizes | None]) -> RowSizes | None:
     """What `find` finds for a `model` of this description here, from the file if it was found before."""
     key = _key(model, spec)
     found = _read().get(key)
     if found is not None:
         return RowSizes(*map(tuple, found.values()))
-    sizes = find()
+    sizes = find(spec)
     if sizes is not None:
         _write(_read() | {key: asdict(sizes)})
     return sizes

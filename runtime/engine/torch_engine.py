@@ -20,15 +20,15 @@ from runtime.engine.configuration import (
     FAST_SIZES,
     STRICT_ROW_TILES,
     check_memory,
+    named_dtype,
     read_config,
-    shallow,
     slab_spec,
     strict_refused,
 )
 from runtime.engine.drawing import DrawingEngine
 from runtime.engine.linears import can_pack, replace_linears, weights_bytes
 from runtime.engine.probe import RowSizes, find_sizes, padded
-from runtime.engine.proven import proven
+from runtime.engine.proven import first_proven
 from runtime.engine.rotary import ExactRotary
 from runtime.engine.torch_slab import torch_pool
 from runtime.errors import InvalidSetting, ModelUnavailable
@@ -85,12 +85,11 @@ class TorchEngine(DrawingEngine):
         replace_linears(model, model.get_output_embeddings(), settings.weights, dtype, device)
         if not is_strict:
             return cls(model, specs[0], False, FAST_SIZES)
-        for spec in specs:
-            first_layers = shallow(spec)
-            find = partial(_find_sizes, model, first_layers)
-            if sizes := proven(f"{config} {settings.weights}", first_layers, find):
-                return cls(model, spec, True, sizes)
-        raise strict_refused(settings, f"{dtype} on {device.type}")
+        found = first_proven(specs, f"{config} {settings.weights}", partial(_find_sizes, model))
+        if found is None:
+            raise strict_refused(settings, f"{dtype} on {device.type}")
+        spec, sizes = found
+        return cls(model, spec, True, sizes)
 
     @property
     def facts(self) -> EngineFacts:
@@ -180,9 +179,7 @@ def _choose_device(settings: Settings) -> torch.device:
 
 def _choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     if settings.dtype != "auto":
-        chosen = getattr(torch, settings.dtype)
-        assert isinstance(chosen, torch.dtype)
-        return chosen
+        return named_dtype(settings.dtype)
     # Without hardware for it, bfloat16 on a CPU is emulated and slower than float32.
     is_native = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 (torch has no public name)
     return torch.bfloat16 if is_native else torch.float32

@@ -6,7 +6,7 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import trio
@@ -15,6 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 from actors.executor import EngineThread, ModelExecutor
 from actors.mailbox import ActorFailed, ActorStopped, Mailbox, open_mailbox
 from actors.messages import Forward, Ran
+from runtime.engine import EngineFacts
 from runtime.errors import EngineFailed
 from runtime.events import Token
 from runtime.metrics import Metrics
@@ -156,6 +157,26 @@ async def test_a_prompt_takes_a_large_tile_alone_and_a_share_beside_streams(
     metrics: Metrics, streams: int, prompt_rows: int
 ) -> None:
     engine = LedgerEngine(window=100, row_tile=64)
+    slabs = engine.new_pool(streams + 2)
+    prefilling, spare = slabs.acquire(), slabs.acquire()
+    messages = [*(decode(slabs.acquire()) for _ in range(streams)), prefill(prefilling, 64)]
+    batch, _ = await batch_after_a_held_one(engine, metrics, spare, messages)
+    assert [row.slab is prefilling for row in batch.rows].count(True) == prompt_rows
+
+
+class PaddingEngine(LedgerEngine):
+    """Pads a forward's rows to one of a few sizes."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        return replace(super().facts, row_sizes=(4, 8, 16, 64))
+
+
+@pytest.mark.parametrize(("streams", "prompt_rows"), [(0, 64), (1, 15), (14, 32), (40, 24)])
+async def test_a_prompt_fills_what_a_forward_is_padded_to_anyway_and_pads_no_further(
+    metrics: Metrics, streams: int, prompt_rows: int
+) -> None:
+    engine = PaddingEngine(window=100, row_tile=64)
     slabs = engine.new_pool(streams + 2)
     prefilling, spare = slabs.acquire(), slabs.acquire()
     messages = [*(decode(slabs.acquire()) for _ in range(streams)), prefill(prefilling, 64)]

@@ -60,6 +60,19 @@ def test_a_row_has_the_same_bits_in_every_batch(form: str) -> None:
             assert torch.equal(linear(rows[first:last]), whole[first:last])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", [form for form in FORMS if form.startswith("int")])
+def test_quantised_forms_take_rows_of_any_type_and_give_the_same(form: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    linear = nn.Linear(128, 64, bias=False).to(dtype)
+    rows = torch.randn(5, 128).to(dtype)
+
+    found = FORMS[form][0](linear)(rows)
+
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, linear(rows), rtol=0.1, atol=0.3)
+
+
 def test_a_weight_of_nothing_stays_nothing() -> None:
     linear = nn.Linear(64, 32, bias=False)
     nn.init.zeros_(linear.weight)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.engine.probe import doubling, find_sizes, is_bit_exact, padded
+from runtime.engine.probe import find_sizes, growing, is_bit_exact, padded
 from runtime.engine.torch_slab import as_torch, torch_pool
 from runtime.rows import Row, RowBatch
 from runtime.slab import SlabPool, SlabSpec
@@ -118,7 +118,7 @@ def test_the_smallest_padding_that_holds_is_found(tile: int, exact_from: int) ->
     spec = replace(SPEC, row_tile=tile)
     found = find_sizes(engine_padded_to, spec, VOCABULARY)
 
-    assert found == (None if exact_from == 64 else doubling(exact_from, tile))
+    assert found == (None if exact_from == 64 else growing(exact_from, tile))
 
 
 @pytest.mark.parametrize("tile", [32, 256])
@@ -130,10 +130,20 @@ def test_an_engine_of_large_batches_alone_that_errs_is_refused(tile: int) -> Non
     assert not is_bit_exact(OneLayerEngine(by_more_than_half_a_tile, spec), spec, VOCABULARY)
 
 
-def test_sizes_double_up_to_the_tile() -> None:
-    assert doubling(4, 32) == (4, 8, 16, 32)
-    assert doubling(1, 24) == (1, 2, 4, 8, 16, 24)
-    assert doubling(32, 32) == (32,)
+def test_sizes_grow_by_a_half_or_a_third_up_to_the_tile() -> None:
+    assert growing(4, 32) == (4, 6, 8, 12, 16, 24, 32)
+    assert growing(1, 20) == (1, 2, 3, 4, 6, 8, 12, 16, 20)
+    assert growing(32, 32) == (32,)
+
+
+@pytest.mark.parametrize("size", [3, 12, 24, 96, 192])
+def test_an_engine_that_errs_at_one_size_alone_is_refused(size: int) -> None:
+    spec = replace(SPEC, row_tile=256)
+
+    def at_that_size(batch: RowBatch, index: int) -> float:
+        return LAST_BIT * (padded(len(batch.rows), growing(1, 256)) == size)
+
+    assert not is_bit_exact(OneLayerEngine(at_that_size, spec), spec, VOCABULARY)
 
 
 @pytest.mark.parametrize(("sink", "window"), [(0, 1), (0, 16), (4, 2000)])

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from runtime.engine.probe import RowSizes
-from runtime.engine.proven import proven
+from runtime.engine.proven import first_proven, proven
+from runtime.slab import SlabSpec
 from tests.runtime.engine.test_probe import SPEC
 
 SIZES = RowSizes((1, 2, 32), (4, 32))
@@ -20,7 +21,7 @@ class Probe:
         self.count = 0
         self._found = found
 
-    def __call__(self) -> RowSizes | None:
+    def __call__(self, spec: SlabSpec) -> RowSizes | None:
         self.count += 1
         return self._found
 
@@ -47,6 +48,20 @@ def test_another_model_shape_or_thread_count_is_looked_for(home: Path, monkeypat
     proven("a model", SPEC, probe)
 
     assert probe.count == 4
+
+
+def test_the_first_shape_for_which_sizes_are_found_is_taken_and_one_layer_of_it_is_probed(home: Path) -> None:
+    asked: list[SlabSpec] = []
+
+    def only_small_tiles(spec: SlabSpec) -> RowSizes | None:
+        asked.append(spec)
+        return SIZES if spec.row_tile == 32 else None
+
+    specs = [replace(SPEC, layers=5, row_tile=tile) for tile in (256, 32, 16)]
+
+    assert first_proven(specs, "a model", only_small_tiles) == (specs[1], SIZES)
+    assert asked == [replace(spec, layers=1) for spec in specs[:2]]
+    assert first_proven(specs[:1], "a model", only_small_tiles) is None
 
 
 def test_that_nothing_was_found_is_not_kept(home: Path) -> None:
