@@ -81,8 +81,11 @@ TARGETS: Mapping[tuple[str, str], Mapping[str, Target]] = {
         for model in (QWEN3_06B, SMALL)
     },
     **{
-        ("proposing", model): {"quoting: ngram over none": at_least(2.5), "unforeseen: ngram over none": at_least(0.97)}
-        for model in (QWEN3_06B, SEEDLING)
+        ("proposing", model): {
+            "quoting: ngram over none": at_least(2.5),
+            **{f"unforeseen: {name} over none": at_least(0.97) for name in proposers},
+        }
+        for model, proposers in ((QWEN3_06B, ("ngram",)), (SEEDLING, ("ngram", "draft", "diffusion")))
     },
     ("loop", QWEN3_06B): {"share of a token that is not its forward": at_most(3)},
     ("loop", SEEDLING): {"a token but for its forward": at_most(200)},
