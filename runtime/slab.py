@@ -25,7 +25,7 @@ BUCKET_SLOTS = 256
 
 @dataclass(frozen=True, slots=True)
 class SlabSpec:
-    """The shape of every slab of one engine; `row_tile` is the most rows that one forward brings."""
+    """The shape of every slab of one engine; `row_tile` is the most rows that one forward brings, `bucket` counts slots."""
 
     layers: int
     kv_heads: int
@@ -35,6 +35,7 @@ class SlabSpec:
     row_tile: int
     dtype: torch.dtype
     device: torch.device
+    bucket: int = BUCKET_SLOTS
 
     @property
     def ring(self) -> int:
@@ -67,7 +68,7 @@ class SlabSpec:
     def extent(self, position: int) -> int:
         """How many of the first slots a query at `position` attends over: a function of the position alone."""
         needed = min(position + 1, self.slots)
-        return min(-(-needed // BUCKET_SLOTS) * BUCKET_SLOTS, self.slots)
+        return min(-(-needed // self.bucket) * self.bucket, self.slots)
 
     def visible_slots(self, positions: Tensor, extent: int) -> Tensor:
         """Whether the query at each of `positions` [N] attends to each of the first `extent` slots, bool [N, extent]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +41,8 @@ from runtime.rows import RowBatch
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
 
+# Over 256 slots attention of a lone short history would take an eighth of a step.
+_BUCKET_SLOTS = 64
 _BITS = {"int8": 8, "int4": 4}
 # The largest first: weights in a row of so many share a scale and a zero.
 _GROUPS = (64, 32)
@@ -74,7 +77,8 @@ class MlxEngine(DrawingEngine):
         dtype = _choose_dtype(settings)
         is_strict = settings.determinism == "strict"
         tiles = _strict_row_tiles() if is_strict else (FAST_ROW_TILE,)
-        specs = [slab_spec(config, settings, dtype, torch.device("cpu"), tile) for tile in tiles]
+        shapes = [slab_spec(config, settings, dtype, torch.device("cpu"), tile) for tile in tiles]
+        specs = [replace(shape, bucket=_BUCKET_SLOTS) for shape in shapes]
         model = _load_model(directory, settings, dtype)
         # Nothing was read from the files yet.
         check_memory(_weights_bytes(model), psutil.virtual_memory().available, settings, specs[0], beside)

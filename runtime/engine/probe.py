@@ -68,7 +68,7 @@ def is_bit_exact(engine: LogitsEngine, spec: SlabSpec, vocabulary: int) -> bool:
     choice = random.Random(0)
     for one in (slab, neighbour):
         _fill(one)
-    for start in sorted({0, min(BUCKET_SLOTS, spec.visible) - _SMALL_TILE // 2, 3 * spec.slots}):
+    for start in sorted({0, min(spec.bucket, spec.visible) - _SMALL_TILE // 2, 3 * spec.slots}):
         rows = _random_rows(slab, max(0, start), vocabulary, choice)
         beside = _random_rows(neighbour, max(0, start) // 2, vocabulary, choice)
         whole = engine.logits(RowBatch(rows))

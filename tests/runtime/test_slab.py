@@ -1,6 +1,7 @@
 """The slab: where tokens lie, which of them a query sees, and who holds it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -112,6 +113,12 @@ def test_short_histories_cost_one_bucket_of_a_long_window() -> None:
     spec = spec_of(4, 4092, 32)
 
     assert [spec.extent(position) for position in (0, 255, 256, 511, 512)] == [256, 256, 512, 512, 768]
+
+
+def test_a_smaller_bucket_lets_short_histories_cost_less() -> None:
+    spec = replace(spec_of(4, 4092, 32), bucket=64)
+
+    assert [spec.extent(position) for position in (0, 63, 64, 255, 256, 10**6)] == [64, 64, 128, 256, 320, spec.slots]
 
 
 def test_the_ceiling_counts_keys_and_values_of_every_slot_in_every_layer() -> None:
