@@ -47,6 +47,11 @@ _FOUR_BITS = (
     "torch's kernel for weights of 4 bits computes in bfloat16, which this machine emulates; llama.cpp multiplies integers. No "
     "library here multiplies 4 by 8 bits on AVX2: FBGEMM begins at 8, torchao's kernels want AVX-512."
 )
+_HAND_OVERS = (
+    "Each token is handed to the engine's thread and back, and passes executor, session and asker: two wake-ups of a thread and "
+    "about a dozen scheduler passes, every one several times as long here as on a machine of its own. The executor would have "
+    "to draw several tokens of a stream before it wakes the loop."
+)
 _MINUTES_APART = (
     "The two tenths are minutes apart, and the machine's own pace changes meanwhile: the next figure in the table is of the same "
     "tenths, turn beside turn. A machine that nobody shares."
@@ -88,7 +93,7 @@ TARGETS: Mapping[tuple[str, str], Mapping[str, Target]] = {
         for model, proposers in ((QWEN3_06B, ("ngram",)), (SEEDLING, ("ngram", "draft", "diffusion")))
     },
     ("loop", QWEN3_06B): {"share of a token that is not its forward": at_most(3)},
-    ("loop", SEEDLING): {"a token but for its forward": at_most(200)},
+    ("loop", SEEDLING): {"a token but for its forward": at_most(200, _HAND_OVERS)},
     **{
         (scenario, model): {
             "p50 of the last tenth over the second's": at_most(1.02, _MINUTES_APART),
