@@ -88,7 +88,8 @@ class ModelExecutor:
         """What runs next, taken from those that wait. An asker that has left is passed over."""
         decodes = [envelope for envelope in self._waiting if not _forward_of(envelope).is_prefill]
         prefills = [envelope for envelope in self._waiting if _forward_of(envelope).is_prefill]
-        tile = self._engine.facts.row_tile
+        facts = self._engine.facts
+        tile = facts.row_tile
         kept_free = min(tile // 4, _ROWS_KEPT_FREE) if prefills else 0
         chosen: list[tuple[Envelope[Ran], tuple[Row, ...]]] = []
         left: list[Envelope[Ran]] = []
@@ -106,7 +107,7 @@ class ModelExecutor:
 
         take(decodes, tile - kept_free)
         # A whole tile of prompt would hold streams up for as long as it takes.
-        take(prefills, self._pace.rows_beside(used, self._engine.facts.row_sizes) if used else tile)
+        take(prefills, self._pace.rows_beside(used, facts.row_sizes) if used else tile)
         self._waiting = left
         return chosen
 

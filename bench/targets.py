@@ -48,9 +48,8 @@ _FOUR_BITS = (
     "library here multiplies 4 by 8 bits on AVX2: FBGEMM begins at 8, torchao's kernels want AVX-512."
 )
 _HAND_OVERS = (
-    "Each token is handed to the engine's thread and back, and passes executor, session and asker: two wake-ups of a thread and "
-    "about a dozen scheduler passes, every one several times as long here as on a machine of its own. The executor would have "
-    "to draw several tokens of a stream before it wakes the loop."
+    "Each token is handed to the engine's thread and back, and passes executor, session and asker. A round trip to a session and "
+    "a hand-over are a quarter of it; where the rest goes was not found. A profile of the loop first."
 )
 _MINUTES_APART = (
     "The two tenths are minutes apart, and the machine's own pace changes meanwhile: the next figure in the table is of the same "

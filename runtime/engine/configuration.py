@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
@@ -10,16 +13,17 @@ from transformers import AutoConfig, PreTrainedConfig
 from runtime.checkpoints import CONFIG_ERRORS, one_line
 from runtime.engine import EngineFacts
 from runtime.engine.probe import RowSizes, growing
+from runtime.engine.proven import first_proven
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory
 from runtime.settings import Settings
-from runtime.slab import SlabSpec
+from runtime.slab import BUCKET_SLOTS, SlabSpec
 
 # Those whose logits the test suite compares with transformers' own.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # The largest first: the more rows in a forward, the faster a prompt is read.
 STRICT_ROW_TILES = (256, 32)
-FAST_ROW_TILE = 256
-FAST_SIZES = RowSizes(growing(1, FAST_ROW_TILE), growing(1, FAST_ROW_TILE))
+_FAST_ROW_TILE = 256
+_FAST_SIZES = RowSizes(growing(1, _FAST_ROW_TILE), growing(1, _FAST_ROW_TILE))
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
@@ -37,26 +41,37 @@ def read_config(directory: Path) -> PreTrainedConfig:
     return config
 
 
-def slab_spec(
-    config: PreTrainedConfig, settings: Settings, dtype: torch.dtype, device: torch.device, row_tile: int
-) -> SlabSpec:
-    """The shape of slabs, of a window that is cut down to what the model can see. Raises InvalidSetting."""
+def slab_specs(
+    config: PreTrainedConfig,
+    settings: Settings,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    strict_tiles: Sequence[int] = STRICT_ROW_TILES,
+    bucket: int = BUCKET_SLOTS,
+) -> list[SlabSpec]:
+    """The shapes that slabs may have, the one to be tried first before the others. The window is cut down to what the
+    model can see. Raises InvalidSetting.
+    """
     longest = config.max_position_embeddings
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         longest = min(longest, config.sliding_window)
     if settings.sink >= longest:
         raise InvalidSetting(f"sink must be less than the model's maximum context of {longest}, got {settings.sink}")
     heads = config.num_attention_heads
-    return SlabSpec(
+    of_any_tile = partial(
+        SlabSpec,
         layers=config.num_hidden_layers,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         sink=settings.sink,
         window=min(settings.window, longest - settings.sink),
-        row_tile=row_tile,
         dtype=dtype,
         device=device,
+        bucket=bucket,
     )
+    tiles = strict_tiles if settings.determinism == "strict" else (_FAST_ROW_TILE,)
+    return [of_any_tile(row_tile=tile) for tile in tiles]
 
 
 def named_dtype(name: str) -> torch.dtype:
@@ -79,9 +94,29 @@ def check_memory(weights: int, free: int, settings: Settings, spec: SlabSpec, be
         )
 
 
-def strict_refused(settings: Settings, where: str) -> InvalidSetting:
-    """What to say where no padding makes rows agree."""
-    return InvalidSetting(
-        f"determinism=strict cannot be had here: {settings.model} in {where} gives a row other bits in other batches; "
-        "set determinism=fast, or another dtype"
-    )
+class Choice(NamedTuple):
+    """The shape of an engine's slabs, what its rows are padded to, and whether that was proven bit-exact."""
+
+    spec: SlabSpec
+    is_bit_exact: bool
+    sizes: RowSizes
+
+
+def choose_sizes(
+    settings: Settings,
+    specs: Sequence[SlabSpec],
+    described: str,
+    device: str,
+    find: Callable[[SlabSpec], RowSizes | None],
+) -> Choice:
+    """Under `strict` the first of `specs` for which `find` finds sizes for the model `described`. Raises InvalidSetting."""
+    if settings.determinism == "fast":
+        return Choice(specs[0], False, _FAST_SIZES)
+    found = first_proven(specs, described, find)
+    if found is None:
+        raise InvalidSetting(
+            f"determinism=strict cannot be had here: {settings.model} in {specs[0].dtype} on {device} gives a row "
+            "other bits in other batches; set determinism=fast, or another dtype"
+        )
+    spec, sizes = found
+    return Choice(spec, True, sizes)

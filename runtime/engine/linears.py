@@ -62,7 +62,21 @@ class Packed:
         return self
 
 
-class HalfLinear(nn.Module):
+class OverRows(nn.Module):
+    """A linear that multiplies rows of any shape as one list of them; its bias comes on top."""
+
+    bias: nn.Parameter | None
+
+    def forward(self, rows: Tensor) -> Tensor:
+        result: Tensor = self.multiply(rows.flatten(0, -2)).to(rows.dtype).unflatten(0, rows.shape[:-1])
+        return result if self.bias is None else result + self.bias
+
+    def multiply(self, flat: Tensor) -> Tensor:
+        """Rows [N, inputs] times the weights, in whichever type it computes."""
+        raise NotImplementedError
+
+
+class HalfLinear(OverRows):
     """A linear whose weights are read in half precision and multiplied in float32, by FBGEMM.
 
     For weights that half precision holds: those of a checkpoint in bfloat16 or float16.
@@ -81,17 +95,15 @@ class HalfLinear(nn.Module):
         weight = linear.weight.detach()
         return bool((weight.half().float() - weight).abs().max() <= _HALF_ROUNDING)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        flat = rows.flatten(0, -2)
+    def multiply(self, flat: Tensor) -> Tensor:
         count = len(flat)
         if 0 < count % _BLOCK_ROWS < _SMALLEST_BLOCK_ROWS:
             flat = torch.cat((flat, flat[:1].expand(-count % _SMALLEST_BLOCK_ROWS, -1)))
         result: Tensor = torch.ops.quantized.linear_dynamic_fp16(flat, self.packed.weights)
-        result = result[:count].unflatten(0, rows.shape[:-1])
-        return result if self.bias is None else result + self.bias
+        return result[:count]
 
 
-class IntegerLinear(nn.Module):
+class IntegerLinear(OverRows):
     """A linear with weights of 8 bits and a scale for each output, and rows of 14 bits and a scale each, by FBGEMM.
 
     Products and sums are whole numbers, so no order of them rounds anything.
@@ -109,8 +121,8 @@ class IntegerLinear(nn.Module):
         self.packed = Packed(packed, weight.numel() + scales.numel() * scales.itemsize)
         self.bias = linear.bias
 
-    def forward(self, rows: Tensor) -> Tensor:
-        flat = rows.flatten(0, -2).float()
+    def multiply(self, flat: Tensor) -> Tensor:
+        flat = flat.float()
         size = torch.linalg.vector_norm(flat, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-30)
         exact = flat * (_LARGEST_ROW_STEP / _DIGIT / size)
         high = exact.round()
@@ -119,11 +131,10 @@ class IntegerLinear(nn.Module):
         products: Tensor = multiply(digits, 1.0, _DIGIT_ZERO, self.packed.weights)
         high_products, low_products = products.chunk(2)
         result: Tensor = low_products.add(high_products, alpha=_DIGIT).mul_(size / _LARGEST_ROW_STEP)
-        result = result.to(rows.dtype).unflatten(0, rows.shape[:-1])
-        return result if self.bias is None else result + self.bias
+        return result
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(OverRows):
     """A linear with weights of 8 bits and a scale for each output; it computes in bfloat16."""
 
     weight: Tensor
@@ -139,14 +150,12 @@ class Int8Linear(nn.Module):
         self.register_buffer("scales", scales, persistent=False)
         self.bias = linear.bias
 
-    def forward(self, rows: Tensor) -> Tensor:
-        flat = rows.flatten(0, -2).bfloat16()
-        result: Tensor = torch._weight_int8pack_mm(flat, self.weight, self.scales).to(rows.dtype)  # noqa: SLF001
-        result = result.unflatten(0, rows.shape[:-1])
-        return result if self.bias is None else result + self.bias
+    def multiply(self, flat: Tensor) -> Tensor:
+        result: Tensor = torch._weight_int8pack_mm(flat.bfloat16(), self.weight, self.scales)  # noqa: SLF001
+        return result
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(OverRows):
     """A linear with weights of 4 bits, a scale and a zero for each `INT4_GROUP` of them; it computes in bfloat16."""
 
     packed: Tensor
@@ -173,12 +182,10 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales_and_zeros", together, persistent=False)
         self.bias = linear.bias
 
-    def forward(self, rows: Tensor) -> Tensor:
-        flat = rows.flatten(0, -2).bfloat16()
+    def multiply(self, flat: Tensor) -> Tensor:
         mm = torch.ops.aten._weight_int4pack_mm_for_cpu  # noqa: SLF001
-        result: Tensor = mm(flat, self.packed, INT4_GROUP, self.scales_and_zeros).to(rows.dtype)
-        result = result.unflatten(0, rows.shape[:-1])
-        return result if self.bias is None else result + self.bias
+        result: Tensor = mm(flat.bfloat16(), self.packed, INT4_GROUP, self.scales_and_zeros)
+        return result
 
 
 def replace_linears(model: nn.Module, head: nn.Module, weights: str, dtype: torch.dtype, device: torch.device) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,20 +20,18 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from runtime.checkpoints import FILE_ERRORS, one_line
 from runtime.engine import EngineFacts
 from runtime.engine.configuration import (
-    FAST_ROW_TILE,
-    FAST_SIZES,
     STRICT_ROW_TILES,
+    Choice,
     check_memory,
+    choose_sizes,
     named_dtype,
     read_config,
-    slab_spec,
-    strict_refused,
+    slab_specs,
 )
 from runtime.engine.drawing import DrawingEngine
 from runtime.engine.mlx_attention import PlannedRotary, SlabCache, let_attend_over_slabs, plan_forward
 from runtime.engine.mlx_slab import as_mlx, mlx_pool, to_torch
 from runtime.engine.probe import RowSizes, find_sizes, padded
-from runtime.engine.proven import first_proven
 from runtime.engine.rotary import ExactRotary
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.rows import RowBatch
@@ -59,12 +56,10 @@ class Plugged(NamedTuple):
 class MlxEngine(DrawingEngine):
     """A causal language model of one of `ARCHITECTURES` on MLX's default device or the CPU."""
 
-    def __init__(self, plugged: Plugged, spec: SlabSpec, is_bit_exact: bool, sizes: tuple[int, ...]) -> None:
-        """Of the model's layers the first `spec.layers` run."""
+    def __init__(self, plugged: Plugged, choice: Choice) -> None:
+        """Of the model's layers run as many as the slabs of `choice` have."""
         self._model, self._config, self._rotary = plugged
-        self._spec = spec
-        self._is_bit_exact = is_bit_exact
-        self._sizes = sizes
+        self._spec, self._is_bit_exact, self._sizes = choice
 
     @classmethod
     def load(cls, settings: Settings, directory: Path, beside: EngineFacts | None = None) -> MlxEngine:
@@ -75,10 +70,10 @@ class MlxEngine(DrawingEngine):
         config = read_config(directory)
         mx.set_default_device(_choose_device(settings))
         dtype = _choose_dtype(settings)
-        is_strict = settings.determinism == "strict"
-        tiles = _strict_row_tiles() if is_strict else (FAST_ROW_TILE,)
-        shapes = [slab_spec(config, settings, dtype, torch.device("cpu"), tile) for tile in tiles]
-        specs = [replace(shape, bucket=_BUCKET_SLOTS) for shape in shapes]
+        # On a CPU MLX's products take as long for each row of many as for each of a few.
+        tiles = STRICT_ROW_TILES[-1:] if _is_on_cpu() else STRICT_ROW_TILES
+        # Its arrays are MLX's own; what torch computes for it, it computes on the CPU.
+        specs = slab_specs(config, settings, dtype, torch.device("cpu"), strict_tiles=tiles, bucket=_BUCKET_SLOTS)
         model = _load_model(directory, settings, dtype)
         # Nothing was read from the files yet.
         check_memory(_weights_bytes(model), psutil.virtual_memory().available, settings, specs[0], beside)
@@ -87,16 +82,11 @@ class MlxEngine(DrawingEngine):
         except RuntimeError as error:
             raise ModelUnavailable(f"the weights in {directory} cannot be read: {one_line(error)}") from error
         plugged = _plug_in(model, config)
-        if not is_strict:
-            return cls(plugged, specs[0], False, FAST_SIZES.rows)
-        described = f"mlx {version('mlx')} {mx.default_device()} {config} {settings.weights}"
-        found = first_proven(specs, described, partial(_find_sizes, plugged))
-        if found is None:
-            raise strict_refused(settings, f"{dtype} on {mx.default_device()}")
-        spec, sizes = found
-        return cls(plugged, spec, True, sizes.rows)
+        device = str(mx.default_device())
+        described = f"mlx {version('mlx')} {device} {config} {settings.weights}"
+        return cls(plugged, choose_sizes(settings, specs, described, device, partial(_find_sizes, plugged)))
 
-    @property
+    @cached_property
     def facts(self) -> EngineFacts:
         return EngineFacts(
             backend="mlx",
@@ -106,7 +96,7 @@ class MlxEngine(DrawingEngine):
             vocabulary=self._config.vocab_size,
             weights_bytes=_weights_bytes(self._model),
             row_tile=self._spec.row_tile,
-            row_sizes=self._sizes,
+            row_sizes=self._sizes.rows,
             is_bit_exact=self._is_bit_exact,
             slab=self._spec,
         )
@@ -118,8 +108,8 @@ class MlxEngine(DrawingEngine):
         """As every engine's; all is evaluated when it returns, so that a forward's time is a forward's time."""
         rows = batch.rows
         assert 0 < len(rows) <= self._spec.row_tile
-        size = padded(len(rows), self._sizes)
-        plan = plan_forward(batch, size, self._sizes, self._rotary)
+        size = padded(len(rows), self._sizes.rows)
+        plan = plan_forward(batch, size, self._sizes.queries, self._rotary)
         for piece in plan.pieces:
             piece.slab.reserve(piece.extent)
         tokens = mx.array([[*(row.token_id for row in rows), *[0] * plan.filler]])
@@ -130,7 +120,7 @@ class MlxEngine(DrawingEngine):
         if not wanted:
             mx.eval(written)
             return torch.empty(0, self._config.vocab_size)
-        filled = [*wanted, *[wanted[-1]] * (padded(len(wanted), self._sizes) - len(wanted))]
+        filled = [*wanted, *[wanted[-1]] * (padded(len(wanted), self._sizes.rows) - len(wanted))]
         logits = self._head(mx.take(hidden, mx.array(filled), axis=0)).astype(mx.float32)
         mx.eval(logits, written)
         return to_torch(logits)[: len(wanted)]
@@ -144,13 +134,12 @@ class MlxEngine(DrawingEngine):
 
 def _find_sizes(plugged: Plugged, spec: SlabSpec) -> RowSizes | None:
     """The least padding under which rows are bit-equal in every batch, or None."""
-    sizes = find_sizes(lambda sizes: MlxEngine(plugged, spec, True, sizes), spec, plugged.config.vocab_size)
+
+    def padded_to(sizes: tuple[int, ...]) -> MlxEngine:
+        return MlxEngine(plugged, Choice(spec, True, RowSizes(sizes, sizes)))
+
+    sizes = find_sizes(padded_to, spec, plugged.config.vocab_size)
     return RowSizes(sizes, sizes) if sizes else None
-
-
-def _strict_row_tiles() -> tuple[int, ...]:
-    # On a CPU MLX's products take as long for each row of many as for each of a few.
-    return STRICT_ROW_TILES[-1:] if _is_on_cpu() else STRICT_ROW_TILES
 
 
 def _is_on_cpu() -> bool:

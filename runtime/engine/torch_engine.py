@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,16 @@ from runtime.checkpoints import CONFIG_ERRORS, load_weights, one_line
 from runtime.engine import EngineFacts
 from runtime.engine.attention import ATTENTION_NAME, AttentionAlone, plan_forward, slab_attention
 from runtime.engine.configuration import (
-    FAST_ROW_TILE,
-    FAST_SIZES,
-    STRICT_ROW_TILES,
+    Choice,
     check_memory,
+    choose_sizes,
     named_dtype,
     read_config,
-    slab_spec,
-    strict_refused,
+    slab_specs,
 )
 from runtime.engine.drawing import DrawingEngine
 from runtime.engine.linears import can_pack, replace_linears, weights_bytes
 from runtime.engine.probe import RowSizes, find_sizes, padded
-from runtime.engine.proven import first_proven
 from runtime.engine.rotary import ExactRotary
 from runtime.engine.torch_slab import torch_pool
 from runtime.errors import InvalidSetting, ModelUnavailable
@@ -45,17 +42,15 @@ AttentionInterface.register(ATTENTION_NAME, slab_attention)
 class TorchEngine(DrawingEngine):
     """A causal language model of one of `ARCHITECTURES` on one torch device."""
 
-    def __init__(self, model: PreTrainedModel, spec: SlabSpec, is_bit_exact: bool, sizes: RowSizes) -> None:
+    def __init__(self, model: PreTrainedModel, choice: Choice) -> None:
         """`model` attends by `ATTENTION_NAME` and turns by an ExactRotary."""
         decoder = model.get_decoder()
         self._decoder = decoder
         self._rotary: ExactRotary = decoder.rotary_emb
         self._head = model.get_output_embeddings()
         self._config: PreTrainedConfig = model.config
-        self._spec = spec
-        self._sizes = sizes
+        self._spec, self._is_bit_exact, self._sizes = choice
         self._weights_bytes = weights_bytes(model)
-        self._is_bit_exact = is_bit_exact
 
     @classmethod
     def load(cls, settings: Settings, directory: Path, beside: EngineFacts | None = None) -> TorchEngine:
@@ -68,9 +63,7 @@ class TorchEngine(DrawingEngine):
         config = read_config(directory)
         device = _choose_device(settings)
         dtype = _choose_dtype(settings, device)
-        is_strict = settings.determinism == "strict"
-        tiles = STRICT_ROW_TILES if is_strict else (FAST_ROW_TILE,)
-        specs = [slab_spec(config, settings, dtype, device, tile) for tile in tiles]
+        specs = slab_specs(config, settings, dtype, device)
         weights = _count_weights(config, directory)
         if config.tie_word_embeddings and (settings.weights != "none" or can_pack(dtype, device)):
             # The embedding stays as it is beside the form that the head gets.
@@ -83,15 +76,10 @@ class TorchEngine(DrawingEngine):
             )
         model = _load_model(directory, dtype).to(device)
         replace_linears(model, model.get_output_embeddings(), settings.weights, dtype, device)
-        if not is_strict:
-            return cls(model, specs[0], False, FAST_SIZES)
-        found = first_proven(specs, f"{config} {settings.weights}", partial(_find_sizes, model))
-        if found is None:
-            raise strict_refused(settings, f"{dtype} on {device.type}")
-        spec, sizes = found
-        return cls(model, spec, True, sizes)
+        described = f"{config} {settings.weights}"
+        return cls(model, choose_sizes(settings, specs, described, device.type, partial(_find_sizes, model)))
 
-    @property
+    @cached_property
     def facts(self) -> EngineFacts:
         return EngineFacts(
             backend="torch",
@@ -138,7 +126,9 @@ def _find_sizes(model: Any, spec: SlabSpec) -> RowSizes | None:
     if queries is None:
         return None
     short = _first_layers(model, spec.layers)
-    rows = find_sizes(lambda rows: TorchEngine(short, spec, True, RowSizes(rows, queries)), spec, config.vocab_size)
+    rows = find_sizes(
+        lambda rows: TorchEngine(short, Choice(spec, True, RowSizes(rows, queries))), spec, config.vocab_size
+    )
     return RowSizes(rows, queries) if rows else None
 
 
