@@ -107,7 +107,7 @@ class ModelExecutor:
 
         take(decodes, tile - kept_free)
         # A whole tile of prompt would hold streams up for as long as it takes.
-        take(prefills, self._pace.rows_beside(used, facts.row_sizes) if used else tile)
+        take(prefills, self._pace.rows_beside(used, facts.row_step, tile) if used else tile)
         self._waiting = left
         return chosen
 

@@ -19,11 +19,11 @@ class Pace:
         self._decode_s: float | None = None
         self._prefill_row_s: float | None = None
 
-    def rows_beside(self, decode_rows: int, sizes: tuple[int, ...]) -> int:
-        """How many rows a forward may have with these, up to the last of `sizes`: none for which others are mere padding."""
-        most = decode_rows + self.prefill_rows
-        full = (size for size in sizes if decode_rows + _LEAST_ROWS <= size <= most)
-        return max(full, default=min(most, sizes[-1]))
+    def rows_beside(self, decode_rows: int, step: int, tile: int) -> int:
+        """How many rows a forward may have with these: the largest multiple of `step` that the prefill budget can fill."""
+        most = min(decode_rows + self.prefill_rows, tile)
+        full = most - most % step
+        return full if full >= decode_rows + _LEAST_ROWS else most
 
     @property
     def prefill_rows(self) -> int:

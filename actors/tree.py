@@ -145,7 +145,7 @@ async def open_runtime(settings: Settings, metrics: Metrics | None = None) -> As
         with ExitStack() as stack:
             state = None
             if settings.state_dir:
-                identity = _identity(engine.facts, settings, await trio.to_thread.run_sync(fingerprint, directory))
+                identity = _identity(engine.facts, await trio.to_thread.run_sync(fingerprint, directory))
                 state = stack.enter_context(StateDirectory.open(settings.state_dir, identity))
             async with (
                 open_proposing(settings, engine.facts, thread) as new_proposals,
@@ -189,16 +189,25 @@ async def open_sessions(
         executor_nursery.cancel_scope.cancel()
 
 
-def _identity(facts: EngineFacts, settings: Settings, model: str) -> Identity:
+def _identity(facts: EngineFacts, model: str) -> Identity:
     slab = facts.slab
-    return Identity(model, facts.backend, settings.weights, facts.dtype, slab.sink, slab.window, slab.ring)
+    kernels = f"{facts.kernel_class}, {'strict' if facts.is_bit_exact else 'fast'}"
+    return Identity(model, facts.backend, kernels, facts.weights, facts.dtype, slab.sink, slab.window, slab.ring)
 
 
 def _log_start(settings: Settings, facts: EngineFacts) -> None:
     slabs = settings.capacity + settings.max_concurrent
     _log.info(
-        "model loaded model=%s architecture=%s device=%s dtype=%s row_tile=%d sink=%d window=%d "
+        "model loaded model=%s architecture=%s device=%s dtype=%s weights=%s form=%r row_tile=%d sink=%d window=%d "
         "session_ceiling_bytes=%d slabs=%d all_slabs_ceiling_bytes=%d",
-        *(settings.model, facts.architecture, facts.device, facts.dtype, facts.row_tile),
+        *(
+            settings.model,
+            facts.architecture,
+            facts.device,
+            facts.dtype,
+            facts.weights,
+            facts.form_reason,
+            facts.row_tile,
+        ),
         *(facts.slab.sink, facts.slab.window, facts.slab.ceiling_bytes, slabs, slabs * facts.slab.ceiling_bytes),
     )

@@ -1,4 +1,4 @@
-"""What this machine gives for a model, and whether bit-exactness was verified on it."""
+"""What this machine gives for a model, and why its forwards are bit-exact."""
 
 from __future__ import annotations
 
@@ -30,24 +30,31 @@ def _report(runtime: Runtime) -> list[tuple[str, str]]:
     slab = facts.slab
     slabs = settings.capacity + settings.max_concurrent
     memory = psutil.virtual_memory()
-    if facts.is_bit_exact:
-        exactness = f"verified here: a row's logits are the same bits in every batch of 1 to {facts.row_tile} rows"
-    else:
-        exactness = "not claimed: determinism=fast"
+    chosen = f" ({facts.form_reason})" if facts.form_reason else ""
     return [
         ("machine", f"{platform.machine()}, {psutil.cpu_count()} CPUs, Python {platform.python_version()}"),
+        ("CPU features", facts.cpu_features),
+        ("kernel class", facts.kernel_class),
         ("memory", f"{_size(memory.available)} available of {_size(memory.total)}"),
         ("model", f"{settings.model} ({facts.architecture}, vocabulary {facts.vocabulary})"),
         ("backend", f"{facts.backend} on {facts.device}"),
         ("dtype", facts.dtype),
-        ("weights", _size(facts.weights_bytes)),
+        ("weights", f"{facts.weights}, {_size(facts.weights_bytes)}{chosen}"),
         ("sink, window", f"{slab.sink}, {slab.window} tokens"),
         ("slabs", f"{slabs} of at most {_size(slab.ceiling_bytes)}, all at most {_size(slabs * slab.ceiling_bytes)}"),
-        (
-            "row tile",
-            f"{facts.row_tile} rows of any sessions a forward, padded to {', '.join(map(str, facts.row_sizes))}",
-        ),
-        ("bit-exactness", exactness),
+        ("row tile", f"at most {facts.row_tile} rows of any sessions a forward"),
+        *_exactness(runtime),
+    ]
+
+
+def _exactness(runtime: Runtime) -> list[tuple[str, str]]:
+    facts = runtime.facts
+    if not facts.is_bit_exact:
+        return [("bit-exactness", "not claimed: determinism=fast")]
+    return [
+        ("bit-exactness", "a row's logits are the same bits in every forward, for its kernels allow nothing else:"),
+        *(("", claim) for claim in facts.claims),
+        ("tried here", facts.tried),
     ]
 
 

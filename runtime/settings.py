@@ -80,7 +80,11 @@ class Settings:
     backend: str = _setting("auto", "engine that runs the model", one_of("auto", "torch", "mlx"))
     device: str = _setting("auto", "torch device", one_of("auto", "cpu", "cuda", "mps"))
     dtype: str = _setting("auto", "type of weights and KV", one_of("auto", "bfloat16", "float16", "float32"))
-    weights: str = _setting("none", "weight-only quantisation", one_of("none", "int8", "int4"))
+    weights: str = _setting(
+        "auto",
+        "bits a weight; auto: on a CPU the most that are exact and read at the memory's speed",
+        one_of("auto", "none", "int8", "int4"),
+    )
     sink: int = _setting(4, "tokens kept for ever at the head of a history", between(0, 2**20))
     window: int = _setting(4092, "most recent tokens kept; cut down to the model's own maximum", between(1, 2**31))
     http_overflow: str = _setting(

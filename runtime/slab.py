@@ -21,6 +21,8 @@ from runtime.errors import CapacityExhausted
 
 # Attention covers whole buckets of slots, so that a long window costs nothing while the history is short.
 BUCKET_SLOTS = 256
+# So many slots are whole lines of 64 bytes, whatever the head dimension.
+_LINE_SLOTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +41,14 @@ class SlabSpec:
 
     @property
     def ring(self) -> int:
-        # Room for a whole tile besides the window: its first row still needs the window - 1 tokens before it.
-        return self.window + self.row_tile
+        return self.slots - self.sink
 
     @property
     def slots(self) -> int:
-        return self.sink + self.ring
+        # Room for a whole tile besides the window: its first row still needs the window - 1 tokens before it. Each head's
+        # slots begin at a whole line of memory, for kernels choose their order of sums by that too.
+        needed = self.sink + self.window + self.row_tile
+        return -(-needed // _LINE_SLOTS) * _LINE_SLOTS
 
     @property
     def visible(self) -> int:

@@ -30,6 +30,7 @@ class Identity:
 
     model: str
     backend: str
+    kernels: str
     weights: str
     dtype: str
     sink: int
@@ -106,8 +107,8 @@ def read_snapshot(path: Path, identity: Identity, slab: Slab) -> tuple[Terms, ar
             metadata = file.metadata() or {}
             if metadata["identity"] != identity.to_json():
                 raise SnapshotMismatch(
-                    "the snapshot was made with another model, backend, weights, dtype, sink or window: restore it on a server "
-                    f"with these: {metadata['identity']}"
+                    "the snapshot was made with another model, backend, kernels, weights, dtype, sink or window: restore "
+                    f"it on a server with these: {metadata['identity']}"
                 )
             terms = Terms.from_json(metadata["terms"])
             history = array("I", file.get_tensor("history").numpy().tobytes())

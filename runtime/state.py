@@ -58,7 +58,10 @@ class StateDirectory:
                 self.set_aside(path.stem, error)
                 continue
             if journal is None:
-                _log.warning("session left on disk: %s was made with another model, dtype, sink or window", path.name)
+                _log.warning(
+                    "session left on disk: %s was made with another model, kernels, weights, dtype, sink or window",
+                    path.name,
+                )
             else:
                 yield path.stem, journal
 

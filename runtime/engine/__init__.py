@@ -19,17 +19,28 @@ __all__ = ["Engine", "EngineFacts", "load_engine"]
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What this machine gives for the chosen model: `row_tile` rows a forward, padded to the next of `row_sizes`."""
+    """What this machine gives for the chosen model.
+
+    A forward runs at most `row_tile` rows, and costs what the next multiple of `row_step` costs. `form_reason` says why a
+    form was taken that no setting named. Where bit-exactness is claimed, `claims` are its grounds, a line each, and `tried`
+    is what a probe tried on top. Machines of one `kernel_class` give each other's bits.
+    """
 
     backend: str
     device: str
     dtype: str
+    weights: str
+    form_reason: str
     architecture: str
     vocabulary: int
     weights_bytes: int
     row_tile: int
-    row_sizes: tuple[int, ...]
+    row_step: int
     is_bit_exact: bool
+    claims: tuple[str, ...]
+    tried: str
+    cpu_features: str
+    kernel_class: str
     slab: SlabSpec
 
 

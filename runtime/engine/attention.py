@@ -3,6 +3,11 @@
 Every token attends to the `sink` first tokens and the `window` most recent, itself included, as of its own position
 (attention sinks: arXiv 2309.17453). The distance to a sink never exceeds `sink + window - 1`, the longest inside the
 window, so the model meets no distance that the window does not have.
+
+Queries go to torch's flash attention in blocks of one fixed size. On a CPU it computes each block of each kv head by
+itself, on one thread, over runs of 512 slots (FlashAttentionKernel.cpp), so that a block's bits depend on its own queries
+and slots alone: as long as these, and what each thread writes in between, lie alike in lines of 64 bytes, by which MKL
+chooses an order of sums.
 """
 
 from __future__ import annotations
@@ -13,13 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.engine.probe import padded
+from runtime.engine.exact import Claim, Ground
 from runtime.engine.rotary import ExactRotary, rotate
 from runtime.engine.torch_slab import SlabStore, as_torch, torch_pool
 from runtime.rows import Piece, RowBatch
 from runtime.slab import SlabPool, SlabSpec
 
 ATTENTION_NAME = "perennial_slab"
+
+CLAIMS = (
+    Claim("attention", "flash attention of torch, in blocks of as many queries", Ground.FIXED_ROWS),
+    Claim("norms", "torch's sums over a row", Ground.ROW_BY_ROW),
+    Claim("activations, rotation", "torch's vectors, no row's end left over", Ground.ROW_BY_ROW),
+)
+
+# Each thread's share of flash attention's buffers is a whole number of lines where a block has a multiple of so many.
+_QUERY_STEP = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +47,17 @@ class PiecePlan:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Pieces over slabs that lie side by side, alike in all that shapes a product: one serves them all."""
+    """Blocks that one call serves: those of one piece, or one each of pieces over slabs that lie side by side."""
 
     store: SlabStore
     slabs: slice
     extent: int
     sink: int
-    size: int  # queries of each piece; its last row is repeated up to a proven size
-    queries: slice  # of the forward's queries, one piece's behind the other's
-    hidden: Tensor  # [Q * size, extent] of one slab, or [slabs * G, Q * size, extent]: 0 where a query sees a slot, else -inf
+    blocks: int
+    queries: slice  # of the forward's queries, one block's behind the other's
+    # [blocks, 1 or G, M, extent], 0 where a query sees a slot, else -inf. Past the window each layer writes into its first
+    # columns what brings the sinks within reach.
+    hidden: Tensor
     is_past_window: bool
 
 
@@ -56,38 +72,46 @@ class ForwardPlan:
     sink_turn: tuple[Tensor, Tensor] | None  # cosines and sines [queries, D] that bring a query within reach
 
 
-def plan_forward(batch: RowBatch, sizes: tuple[int, ...], rotary: ExactRotary, heads: int) -> ForwardPlan:
-    """The plan of a batch, for a model of that many query `heads`.
+def block_shape(heads_a_group: int) -> tuple[int, int]:
+    """How many rows R make a block, and how many queries M it has: those of all Q heads of a group, and padding."""
+    rows = max(1, _QUERY_STEP // heads_a_group)
+    return rows, -(-rows * heads_a_group // _QUERY_STEP) * _QUERY_STEP
 
-    Queries of a piece are padded to the next of `sizes`, for which kernels agree in bits.
-    """
+
+def plan_forward(batch: RowBatch, rotary: ExactRotary, heads: int) -> ForwardPlan:
+    """The plan of a batch, for a model of that many query `heads`."""
     pieces = batch.pieces()
     spec = batch.rows[0].slab.spec
+    size, queries = block_shape(heads // spec.kv_heads)
     positions = torch.tensor([row.position for row in batch.rows], device=spec.device)
     visible = spec.visible_slots(positions, max(piece.extent for piece in pieces))
-    hidden = torch.zeros(visible.shape, dtype=spec.dtype, device=spec.device).masked_fill_(~visible, float("-inf"))
+    # Other devices than CPUs take a mask of the queries' own type alone.
+    kind = torch.float32 if spec.device.type == "cpu" else spec.dtype
+    hidden = torch.zeros(visible.shape, dtype=kind, device=spec.device).masked_fill_(~visible, float("-inf"))
     row_of: list[int] = []
     place_of = [0] * len(batch.rows)
     stacks = []
-    for members in _stacked(pieces, sizes):
+    for members in _stacked(pieces, size):
         begin, first, lead = len(row_of), members[0], as_torch(members[0].slab)
-        size = padded(first.stop - first.start, sizes)
         for piece in members:
-            for row in range(piece.start, piece.stop):
-                place_of[row] = len(row_of) + row - piece.start
             count = piece.stop - piece.start
-            row_of += [*range(piece.start, piece.stop), *[piece.stop - 1] * (size - count)]
-        mine = hidden[row_of[begin:], : first.extent].view(len(members), 1, 1, size, first.extent)
-        repeated = (1 if len(members) == 1 else spec.kv_heads, heads // spec.kv_heads)
+            place_of[piece.start : piece.stop] = range(len(row_of), len(row_of) + count)
+            row_of += [*range(piece.start, piece.stop), *[piece.stop - 1] * (-count % size)]
+        if spec.kv_heads == 1 and len(row_of) - begin == size:
+            # A call for a single block would run outside torch's threads, where the product inside it has threads of its own.
+            row_of += [row_of[-1]] * size
+        blocks = (len(row_of) - begin) // size
+        seen = hidden[row_of[begin:], : first.extent].view(blocks, 1, 1, size, first.extent)
+        of_each_head = spec.kv_heads if first.is_past_window and spec.sink else 1
         stacks.append(
             Stack(
                 store=lead.store,
                 slabs=slice(lead.index, lead.index + len(members)),
                 extent=first.extent,
                 sink=spec.sink,
-                size=size,
+                blocks=blocks,
                 queries=slice(begin, len(row_of)),
-                hidden=mine.expand(-1, *repeated, -1, -1).flatten(2, 3).flatten(0, 1),
+                hidden=_padded(seen.expand(-1, of_each_head, heads // spec.kv_heads, -1, -1).flatten(2, 3), queries),
                 is_past_window=first.is_past_window,
             )
         )
@@ -96,7 +120,7 @@ def plan_forward(batch: RowBatch, sizes: tuple[int, ...], rotary: ExactRotary, h
     sink_turn = None
     if spec.sink and any(piece.is_past_window for piece in pieces):
         cosines, sines = rotary.turn((spec.visible - 1 - positions.index_select(0, rows)).clamp(max=0))
-        sink_turn = cosines.to(spec.dtype), sines.to(spec.dtype)
+        sink_turn = cosines.float(), sines.float()
     return ForwardPlan(
         pieces=tuple(
             PiecePlan(piece, batch.rows[piece.stop - 1].position + 1, slots[piece.start : piece.stop])
@@ -109,16 +133,18 @@ def plan_forward(batch: RowBatch, sizes: tuple[int, ...], rotary: ExactRotary, h
     )
 
 
-def _stacked(pieces: tuple[Piece, ...], sizes: tuple[int, ...]) -> list[list[Piece]]:
-    """The pieces in runs of slabs that follow each other in one store, of one extent, size and side of the window's edge."""
+def _padded(blocks: Tensor, queries: int) -> Tensor:
+    """Blocks [..., queries so far, columns] with rows of zeros behind them, in memory of their own."""
+    return nn.functional.pad(blocks, (0, 0, 0, queries - blocks.shape[-2])).contiguous()
 
-    def kind(piece: Piece) -> tuple[int, int, bool, int]:
-        return (
-            id(as_torch(piece.slab).store),
-            piece.extent,
-            piece.is_past_window,
-            padded(piece.stop - piece.start, sizes),
-        )
+
+def _stacked(pieces: tuple[Piece, ...], size: int) -> list[list[Piece]]:
+    """The pieces of one block each in runs of slabs that follow each other in one store, of one extent and side of the
+    window's edge; each longer piece by itself.
+    """
+
+    def kind(piece: Piece) -> tuple[int, int, bool]:
+        return id(as_torch(piece.slab).store), piece.extent, piece.is_past_window
 
     runs: list[list[Piece]] = []
     for piece in sorted(pieces, key=lambda piece: (*kind(piece), as_torch(piece.slab).index)):
@@ -127,6 +153,7 @@ def _stacked(pieces: tuple[Piece, ...], sizes: tuple[int, ...]) -> list[list[Pie
             before is not None
             and kind(before) == kind(piece)
             and as_torch(before.slab).index + 1 == as_torch(piece.slab).index
+            and max(before.stop - before.start, piece.stop - piece.start) <= size
         ):
             runs[-1].append(piece)
         else:
@@ -135,18 +162,15 @@ def _stacked(pieces: tuple[Piece, ...], sizes: tuple[int, ...]) -> list[list[Pie
 
 
 class AttentionAlone:
-    """A model that is nothing but attention over slabs, of random queries, keys and values for each token.
+    """A model that is nothing but attention over slabs, of a query, keys and values for each token of a `table`.
 
     What linears round away, its output still shows.
     """
 
-    tokens = 64
-
-    def __init__(self, spec: SlabSpec, heads: int, rotary: ExactRotary, sizes: tuple[int, ...]) -> None:
-        self._spec, self._heads, self._rotary, self._sizes = spec, heads, rotary, sizes
-        generator = torch.Generator().manual_seed(1)
-        parts = heads + 2 * spec.kv_heads
-        self._table = torch.randn(self.tokens, parts, spec.head_dim, generator=generator).to(spec.device, spec.dtype)
+    def __init__(self, spec: SlabSpec, heads: int, rotary: ExactRotary, table: Tensor) -> None:
+        """`table` is [tokens, heads + 2 G, D]."""
+        self._spec, self._heads, self._rotary = spec, heads, rotary
+        self._table = table.to(spec.device, spec.dtype)
         self._layer = nn.Module()
         self._layer.layer_idx = 0  # type: ignore[assignment]
 
@@ -156,7 +180,7 @@ class AttentionAlone:
     @torch.inference_mode()
     def logits(self, batch: RowBatch) -> Tensor:
         """What each row with `draw` attends to, [rows, Q*G*D]."""
-        plan = plan_forward(batch, self._sizes, self._rotary, self._heads)
+        plan = plan_forward(batch, self._rotary, self._heads)
         parts = self._table[[row.token_id for row in batch.rows]].transpose(0, 1).unsqueeze(0)
         query, key, value = parts.split((self._heads, self._spec.kv_heads, self._spec.kv_heads), dim=1)
         attended, _ = slab_attention(self._layer, query, key, value, None, scaling=self._spec.head_dim**-0.5, plan=plan)
@@ -176,43 +200,52 @@ def slab_attention(
 ) -> tuple[Tensor, None]:
     """Writes `key`, `value` [1, G, rows, D] into the slabs of `plan`, then attends `query` [1, G*Q, rows, D] over them.
 
-    Returns [1, rows, G*Q, D]; rows that belong to no piece come back as zeros.
+    Returns [1, rows, G*Q, D].
     """
     layer = module.layer_idx
     assert isinstance(layer, int)
-    heads, rows, head_dim = query.shape[1:]
     for piece_plan in plan.pieces:
         piece = piece_plan.piece
         inside = slice(piece.start, piece.stop)
         as_torch(piece.slab).write(layer, piece_plan.slots, piece_plan.end, key[0, :, inside], value[0, :, inside])
     queries = query[0].index_select(1, plan.rows)
-    turned = rotate(queries, *plan.sink_turn) if plan.sink_turn else None
-    attended = torch.cat(
-        [_attend(queries, turned, layer, stack, key.shape[1], scaling) for stack in plan.stacks], dim=1
-    )
-    filler = query.new_zeros(heads, rows - len(plan.places), head_dim)
-    return torch.cat((attended.index_select(1, plan.places), filler), dim=1).transpose(0, 1).unsqueeze(0), None
+    # In float32, for their difference is small beside them.
+    reach = rotate(queries.float(), *plan.sink_turn) - queries.float() if plan.sink_turn else None
+    attended = torch.cat([_attend(queries, reach, layer, stack, key.shape[1], scaling) for stack in plan.stacks], dim=1)
+    return attended.index_select(1, plan.places).transpose(0, 1).unsqueeze(0), None
 
 
-def _attend(queries: Tensor, turned: Tensor | None, layer: int, stack: Stack, groups: int, scaling: float) -> Tensor:
-    """Softmax attention of a stack's queries over its extent, in explicit steps: fused kernels tile by count.
+def _attend(queries: Tensor, reach: Tensor | None, layer: int, stack: Stack, groups: int, scaling: float) -> Tensor:
+    """Softmax attention of a stack's `queries` [G*Q, queries, D] over its extent.
 
-    Of `queries` [G*Q, queries, D]; `turned` is as the sinks' keys are to meet them. Returns [G*Q, the stack's queries, D].
+    `reach` is what to add to a query for it to meet the sinks within the window. Returns [G*Q, the stack's queries, D].
     """
     heads, _, head_dim = queries.shape
-    shape = (groups, heads // groups, -1, stack.size, head_dim)
+    size, each = stack.hidden.shape[-2], heads // groups
+    in_blocks = (groups, each, stack.blocks, -1, head_dim)
 
-    def grouped(some: Tensor) -> Tensor:  # [slabs * G, Q * size, D]
-        apart = some[:, stack.queries].reshape(shape).permute(2, 0, 1, 3, 4)
-        return apart.reshape(-1, apart.shape[2] * stack.size, head_dim)
+    def folded(some: Tensor) -> Tensor:  # [blocks, G, M, D]
+        return _padded(some[:, stack.queries].reshape(in_blocks).permute(2, 0, 1, 3, 4).flatten(2, 3), size)
 
     keys, values = stack.store.stacked(layer, stack.slabs, stack.extent)
-    scores = torch.baddbmm(stack.hidden, grouped(queries), keys.transpose(1, 2), alpha=scaling)
-    if turned is not None and stack.is_past_window:
-        sinks = keys[:, : stack.sink]
-        scores[..., : stack.sink] = torch.baddbmm(
-            stack.hidden[..., : stack.sink], grouped(turned), sinks.transpose(1, 2), alpha=scaling
-        )
-    shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(queries.dtype)
-    attended = torch.bmm(shares, values).view(-1, groups, heads // groups, stack.size, head_dim)
-    return attended.permute(1, 2, 0, 3, 4).reshape(heads, -1, head_dim)
+    if reach is not None and stack.is_past_window:
+        sinks = keys[:, :, None, : stack.sink].float()
+        # Scores beyond those of the query itself. A sum over a row, not a product, whose kernel would depend on the blocks.
+        stack.hidden[..., : stack.sink] = (folded(reach).unsqueeze(3) * sinks).sum(dim=-1) * scaling
+    blocks = folded(queries)
+    keys, values = (held.expand(stack.blocks, -1, -1, -1) for held in (keys, values))
+    attended = _flash(blocks, keys, values, stack.hidden, scaling)
+    used = each * (stack.queries.stop - stack.queries.start) // stack.blocks
+    apart: Tensor = attended[:, :, :used].unflatten(2, (each, -1))
+    return apart.permute(1, 2, 0, 3, 4).reshape(heads, -1, head_dim)
+
+
+def _flash(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scaling: float) -> Tensor:
+    """Softmax attention of `queries` [B, G, M, D] over `keys` and `values` [B, G, S, D], of the same shape as the queries."""
+    attend = nn.functional.scaled_dot_product_attention
+    if queries.device.type == "cpu":
+        # By name, so that no other kernel is chosen.
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
+    found: Any = attend(queries, keys, values, attn_mask=hidden, scale=scaling)
+    attended: Tensor = found if isinstance(found, Tensor) else found[0]
+    return attended

@@ -1,29 +1,36 @@
-"""What a model's configuration and the settings make of an engine, whatever runs it: shapes, row tiles, memory."""
+"""Setup shared by all engines: what a model's configuration and the settings make of slabs, forms and memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from runtime.checkpoints import CONFIG_ERRORS, one_line
 from runtime.engine import EngineFacts
-from runtime.engine.probe import RowSizes, growing
-from runtime.engine.proven import first_proven
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory
 from runtime.settings import Settings
 from runtime.slab import BUCKET_SLOTS, SlabSpec
 
 # Those whose logits the test suite compares with transformers' own.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-# The largest first: the more rows in a forward, the faster a prompt is read.
-STRICT_ROW_TILES = (256, 32)
-_FAST_ROW_TILE = 256
-_FAST_SIZES = RowSizes(growing(1, _FAST_ROW_TILE), growing(1, _FAST_ROW_TILE))
+# The more rows in a forward, the faster a prompt is read.
+ROW_TILE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The type that an engine computes in and how it holds its weights; `reason` says why, where a setting was auto."""
+
+    dtype: torch.dtype
+    weights: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"dtype={str(self.dtype).removeprefix('torch.')} weights={self.weights}"
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
@@ -41,37 +48,33 @@ def read_config(directory: Path) -> PreTrainedConfig:
     return config
 
 
-def slab_specs(
+def slab_spec(
     config: PreTrainedConfig,
     settings: Settings,
     dtype: torch.dtype,
     device: torch.device,
     *,
-    strict_tiles: Sequence[int] = STRICT_ROW_TILES,
+    row_tile: int = ROW_TILE,
     bucket: int = BUCKET_SLOTS,
-) -> list[SlabSpec]:
-    """The shapes that slabs may have, the one to be tried first before the others. The window is cut down to what the
-    model can see. Raises InvalidSetting.
-    """
+) -> SlabSpec:
+    """The shape of slabs. The window is cut down to what the model can see. Raises InvalidSetting."""
     longest = config.max_position_embeddings
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         longest = min(longest, config.sliding_window)
     if settings.sink >= longest:
         raise InvalidSetting(f"sink must be less than the model's maximum context of {longest}, got {settings.sink}")
     heads = config.num_attention_heads
-    of_any_tile = partial(
-        SlabSpec,
+    return SlabSpec(
         layers=config.num_hidden_layers,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         sink=settings.sink,
         window=min(settings.window, longest - settings.sink),
+        row_tile=row_tile,
         dtype=dtype,
         device=device,
         bucket=bucket,
     )
-    tiles = strict_tiles if settings.determinism == "strict" else (_FAST_ROW_TILE,)
-    return [of_any_tile(row_tile=tile) for tile in tiles]
 
 
 def named_dtype(name: str) -> torch.dtype:
@@ -94,29 +97,9 @@ def check_memory(weights: int, free: int, settings: Settings, spec: SlabSpec, be
         )
 
 
-class Choice(NamedTuple):
-    """The shape of an engine's slabs, what its rows are padded to, and whether that was proven bit-exact."""
-
-    spec: SlabSpec
-    is_bit_exact: bool
-    sizes: RowSizes
-
-
-def choose_sizes(
-    settings: Settings,
-    specs: Sequence[SlabSpec],
-    described: str,
-    device: str,
-    find: Callable[[SlabSpec], RowSizes | None],
-) -> Choice:
-    """Under `strict` the first of `specs` for which `find` finds sizes for the model `described`. Raises InvalidSetting."""
-    if settings.determinism == "fast":
-        return Choice(specs[0], False, _FAST_SIZES)
-    found = first_proven(specs, described, find)
-    if found is None:
-        raise InvalidSetting(
-            f"determinism=strict cannot be had here: {settings.model} in {specs[0].dtype} on {device} gives a row "
-            "other bits in other batches; set determinism=fast, or another dtype"
-        )
-    spec, sizes = found
-    return Choice(spec, True, sizes)
+def refuse(failed: Sequence[Form]) -> InvalidSetting:
+    """What is said where none of the forms that the settings leave is bit-exact on this machine."""
+    return InvalidSetting(
+        f"determinism=strict cannot be had here with {' or '.join(map(str, failed))}: a row gets other bits in other "
+        "batches; set dtype and weights to auto, or determinism to fast"
+    )

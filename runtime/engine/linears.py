@@ -1,6 +1,6 @@
-"""Linear layers in the forms that CPU kernels read fastest, and the quantised ones.
+"""Linear layers in forms in which a row has the same bits whatever rows are beside it, and the quantised ones.
 
-In each a row's result is the same bits however many rows are beside it, from some number of rows on; the probe finds it.
+Each form names the ground on which that stands (`runtime.engine.exact`); docs/adr/0010 has the sources.
 """
 
 from __future__ import annotations
@@ -8,11 +8,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from runtime.engine.exact import Ground
+from runtime.engine.machine import Level, level
 from runtime.errors import InvalidSetting
+
+# No kernel is called with more rows, so that every count of them can be tried.
+MOST_ROWS = 128
+# A head draws for one row of each session, and its probe takes longest.
+HEAD_MOST_ROWS = 32
+
+# A product in 16 bits on AMX costs for one row what it costs for so many; elsewhere few rows cost less.
+_FIXED_ROWS_ON_AMX, _FIXED_ROWS_ON_CPU, _FIXED_ROWS_ELSEWHERE = 32, 8, 32
 
 # FBGEMM's kernels for AVX2 sum the rows of a block of 3 to 6 in one order, and those of a smaller one in another.
 _BLOCK_ROWS = 6
@@ -20,6 +32,10 @@ _SMALLEST_BLOCK_ROWS = 3
 
 # A weight that half precision moves by no more than this, half its smallest step, moves a sum by less than float32 rounds.
 _HALF_ROUNDING = 2.0**-25
+
+# The low half of a weight lies so many bits below the high one; both are scaled to use the largest exponents that half has.
+_LOW_SHIFT = 2.0**11
+_LARGEST_EXPONENT = 14
 
 # A row is multiplied as two digits from -64 to 64 each: sums of two products of 7 and 8 bits fit into the 16 that AVX2 has
 # for them, and together the digits hold 14 bits.
@@ -30,25 +46,6 @@ _LARGEST_ROW_STEP = 63 * _DIGIT + 63
 # Weights of a row in so many columns share a scale and a zero.
 INT4_GROUP = 32
 _INT4_OUTPUTS = 16
-
-
-class PackedLinear(nn.Module):
-    """A linear with its weights in the blocks in which oneDNN's kernels read them.
-
-    Unpacked, a few rows cost several times what one costs, and one row is summed in another order than several.
-    """
-
-    packed: Tensor
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())  # noqa: SLF001 (torch has no public name)
-        self.register_buffer("packed", packed, persistent=False)
-        self.bias = linear.bias
-
-    def forward(self, rows: Tensor) -> Tensor:
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")  # noqa: SLF001
-        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,55 +59,116 @@ class Packed:
         return self
 
 
-class OverRows(nn.Module):
-    """A linear that multiplies rows of any shape as one list of them; its bias comes on top."""
+class RowLinear(nn.Module):
+    """A linear that multiplies rows of any shape as one list of them, at most `most_rows` at once; its bias comes on top."""
 
+    ground: ClassVar[Ground]
     bias: nn.Parameter | None
 
+    def __init__(self, linear: nn.Linear, most_rows: int = MOST_ROWS) -> None:
+        super().__init__()
+        self.inputs, self.outputs = linear.in_features, linear.out_features
+        self.most_rows = most_rows
+        self.bias = linear.bias
+
     def forward(self, rows: Tensor) -> Tensor:
-        result: Tensor = self.multiply(rows.flatten(0, -2)).to(rows.dtype).unflatten(0, rows.shape[:-1])
+        parts = [self.multiply(part) for part in rows.flatten(0, -2).split(self.most_rows)]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        result: Tensor = whole.to(rows.dtype).unflatten(0, rows.shape[:-1])
         return result if self.bias is None else result + self.bias
 
     def multiply(self, flat: Tensor) -> Tensor:
-        """Rows [N, inputs] times the weights, in whichever type it computes."""
+        """Rows [N, inputs], at most `most_rows`, times the weights, in whichever type it computes."""
         raise NotImplementedError
 
 
-class HalfLinear(OverRows):
+class FixedRowsLinear(RowLinear):
+    """torch's own linear, always on the same number of rows: its kernels choose their order of sums by that number."""
+
+    ground = Ground.FIXED_ROWS
+
+    def __init__(self, linear: nn.Linear, rows: int) -> None:
+        super().__init__(linear, rows)
+        self.linear: nn.Linear = linear
+        self.bias = None
+
+    def multiply(self, flat: Tensor) -> Tensor:
+        missing = self.most_rows - len(flat)
+        padded = nn.functional.pad(flat, (0, 0, 0, missing)) if missing else flat
+        products: Tensor = self.linear(padded)
+        return products[: len(flat)]
+
+
+class HalfLinear(RowLinear):
     """A linear whose weights are read in half precision and multiplied in float32, by FBGEMM.
 
     For weights that half precision holds: those of a checkpoint in bfloat16 or float16.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight = linear.weight.detach()
-        packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
-        self.packed = Packed(packed, weight.numel() * torch.float16.itemsize)
-        self.bias = linear.bias
+    ground = Ground.ROW_BY_ROW
+
+    def __init__(self, linear: nn.Linear, most_rows: int = MOST_ROWS) -> None:
+        super().__init__(linear, most_rows)
+        self.packed = _packed_halves(linear.weight.detach())
 
     @staticmethod
     def holds(linear: nn.Linear) -> bool:
         """Whether half precision rounds no weight away."""
         weight = linear.weight.detach()
-        return bool((weight.half().float() - weight).abs().max() <= _HALF_ROUNDING)
+        low, high = torch.aminmax(weight)
+        if max(-low, high) > torch.finfo(torch.float16).max:
+            return False
+        # bfloat16 has fewer digits than half precision, and is told by its lower bits.
+        is_bfloat16 = not (weight.view(torch.int32) & 0xFFFF).any()
+        return is_bfloat16 or bool((weight.half().float() - weight).abs().max() <= _HALF_ROUNDING)
 
     def multiply(self, flat: Tensor) -> Tensor:
-        count = len(flat)
-        if 0 < count % _BLOCK_ROWS < _SMALLEST_BLOCK_ROWS:
-            flat = torch.cat((flat, flat[:1].expand(-count % _SMALLEST_BLOCK_ROWS, -1)))
-        result: Tensor = torch.ops.quantized.linear_dynamic_fp16(flat, self.packed.weights)
-        return result[:count]
+        return _times_halves(flat, self.packed)
 
 
-class IntegerLinear(OverRows):
-    """A linear with weights of 8 bits and a scale for each output, and rows of 14 bits and a scale each, by FBGEMM.
+class TwoHalvesLinear(RowLinear):
+    """A linear whose weights in float32 are read as two halves each, the rounded one and what it leaves, by FBGEMM.
 
-    Products and sums are whole numbers, so no order of them rounds anything.
+    Together they hold a weight to half of its last bit, unless it is 2^-25 times as small as the largest or less.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
+    ground = Ground.ROW_BY_ROW
+
+    def __init__(self, linear: nn.Linear, most_rows: int = MOST_ROWS) -> None:
+        super().__init__(linear, most_rows)
+        weight = linear.weight.detach()
+        largest = float(weight.abs().max()) or 1.0
+        # A power of two, so that scaling rounds nothing.
+        self._scale = float(2.0 ** (_LARGEST_EXPONENT - torch.tensor(largest).log2().floor()))
+        scaled = weight * self._scale
+        self.packed = _packed_halves(scaled)
+        self.low = _packed_halves((scaled - scaled.half().float()) * _LOW_SHIFT)
+
+    def multiply(self, flat: Tensor) -> Tensor:
+        low = _times_halves(flat, self.low)
+        return _times_halves(flat, self.packed).add_(low, alpha=1 / _LOW_SHIFT).mul_(1 / self._scale)
+
+
+def _packed_halves(weight: Tensor) -> Packed:
+    packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+    return Packed(packed, weight.numel() * torch.float16.itemsize)
+
+
+def _times_halves(flat: Tensor, packed: Packed) -> Tensor:
+    count = len(flat)
+    if 0 < count % _BLOCK_ROWS < _SMALLEST_BLOCK_ROWS:
+        flat = torch.cat((flat, flat[:1].expand(-count % _SMALLEST_BLOCK_ROWS, -1)))
+    result: Tensor = torch.ops.quantized.linear_dynamic_fp16(flat.float(), packed.weights)
+    return result[:count]
+
+
+class IntegerLinear(RowLinear):
+    """A linear with weights of 8 bits and a scale for each output, and rows of 14 bits and a scale each, by FBGEMM."""
+
+    ground = Ground.WHOLE_NUMBERS
+
+    def __init__(self, linear: nn.Linear, most_rows: int = MOST_ROWS) -> None:
+        super().__init__(linear, most_rows)
         weight = linear.weight.detach().float()
         scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
         with warnings.catch_warnings():
@@ -119,7 +177,6 @@ class IntegerLinear(OverRows):
             steps = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(steps, None)
         self.packed = Packed(packed, weight.numel() + scales.numel() * scales.itemsize)
-        self.bias = linear.bias
 
     def multiply(self, flat: Tensor) -> Tensor:
         flat = flat.float()
@@ -134,36 +191,37 @@ class IntegerLinear(OverRows):
         return result
 
 
-class Int8Linear(OverRows):
+class Int8Linear(RowLinear):
     """A linear with weights of 8 bits and a scale for each output; it computes in bfloat16."""
 
+    ground = Ground.ROW_BY_ROW
     weight: Tensor
     scales: Tensor
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
+    def __init__(self, linear: nn.Linear, most_rows: int = MOST_ROWS) -> None:
+        super().__init__(linear, most_rows)
         weight = linear.weight.detach().float()
         # The weights are rounded against the scale as it is kept, so that its own rounding costs nothing.
         scales = (weight.abs().amax(dim=1).clamp(min=1e-12) / 127).bfloat16()
         steps = (weight / scales.float().unsqueeze(1)).round().clamp(-128, 127)
         self.register_buffer("weight", steps.to(torch.int8), persistent=False)
         self.register_buffer("scales", scales, persistent=False)
-        self.bias = linear.bias
 
     def multiply(self, flat: Tensor) -> Tensor:
         result: Tensor = torch._weight_int8pack_mm(flat.bfloat16(), self.weight, self.scales)  # noqa: SLF001
         return result
 
 
-class Int4Linear(OverRows):
+class Int4Linear(RowLinear):
     """A linear with weights of 4 bits, a scale and a zero for each `INT4_GROUP` of them; it computes in bfloat16."""
 
+    ground = Ground.ROW_BY_ROW
     packed: Tensor
     scales_and_zeros: Tensor
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, most_rows: int = MOST_ROWS) -> None:
         """Raises InvalidSetting where the weights do not divide into groups."""
-        super().__init__()
+        super().__init__(linear, most_rows)
         outputs, inputs = linear.weight.shape
         if inputs % INT4_GROUP or outputs % _INT4_OUTPUTS:
             raise InvalidSetting(
@@ -180,7 +238,6 @@ class Int4Linear(OverRows):
         self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), persistent=False)  # noqa: SLF001
         together = torch.stack((scales, zeros), dim=-1).transpose(0, 1).contiguous()  # [groups, outputs, 2]
         self.register_buffer("scales_and_zeros", together, persistent=False)
-        self.bias = linear.bias
 
     def multiply(self, flat: Tensor) -> Tensor:
         mm = torch.ops.aten._weight_int4pack_mm_for_cpu  # noqa: SLF001
@@ -188,43 +245,52 @@ class Int4Linear(OverRows):
         return result
 
 
-def replace_linears(model: nn.Module, head: nn.Module, weights: str, dtype: torch.dtype, device: torch.device) -> None:
+def replace_linears(
+    model: nn.Module, head: nn.Module, weights: str, dtype: torch.dtype, device: torch.device, *, is_strict: bool = True
+) -> None:
     """Gives the linears of `model` the form for this setting of `weights`, one after the other, so that memory holds one twice.
 
-    The `head` is kept in 8 bits under int4 too: it decides between tokens. Raises InvalidSetting.
+    The `head` is kept in 8 bits under int4 too: it decides between tokens. Unless `is_strict`, linears that would be given
+    a fixed number of rows stay torch's own. Raises InvalidSetting.
     """
     if weights != "none" and device.type != "cpu":
         raise InvalidSetting(f"weights={weights} runs on device=cpu only: set weights to none, or device to cpu")
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if not isinstance(child, nn.Linear):
-                continue
-            form: Callable[[nn.Linear], nn.Module] | None = None
-            if weights == "int8" or (weights == "int4" and child is head):
-                form = IntegerLinear if knows_fbgemm() else Int8Linear
-            elif weights == "int4":
-                form = Int4Linear
-            elif can_pack(dtype, device):
-                form = HalfLinear if knows_fbgemm() and HalfLinear.holds(child) else PackedLinear
-            if form is not None:
-                setattr(parent, name, form(child))
+            if isinstance(child, nn.Linear):
+                form = _form_of(child, child is head, weights, dtype, device)(child)
+                if is_strict or not isinstance(form, FixedRowsLinear):
+                    setattr(parent, name, form)
 
 
-def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether oneDNN's packed form is there and known to be the faster one."""
-    return dtype == torch.float32 and device.type == "cpu" and torch.backends.mkldnn.is_available()
+def _form_of(
+    linear: nn.Linear, is_head: bool, weights: str, dtype: torch.dtype, device: torch.device
+) -> Callable[[nn.Linear], RowLinear]:
+    most_rows = HEAD_MOST_ROWS if is_head else MOST_ROWS
+    if weights == "int4" and not is_head:
+        return partial(Int4Linear, most_rows=most_rows)
+    if weights in ("int8", "int4"):
+        return partial(IntegerLinear if has_fbgemm() else Int8Linear, most_rows=most_rows)
+    if dtype == torch.float32 and device.type == "cpu" and has_fbgemm():
+        return partial(HalfLinear if HalfLinear.holds(linear) else TwoHalvesLinear, most_rows=most_rows)
+    if device.type != "cpu":
+        return partial(FixedRowsLinear, rows=_FIXED_ROWS_ELSEWHERE)
+    is_on_amx = dtype == torch.bfloat16 and level() == Level.AMX
+    return partial(FixedRowsLinear, rows=_FIXED_ROWS_ON_AMX if is_on_amx else _FIXED_ROWS_ON_CPU)
 
 
-def knows_fbgemm() -> bool:
-    """Whether FBGEMM is there with the kernels whose order of sums is known here: those for AVX2."""
+def has_fbgemm() -> bool:
+    """Whether FBGEMM is there with the kernels whose order of sums is known: those for AVX2 and AVX-512."""
     # Tensors of quantised types, from which it packs, are to leave torch.
     has_operators = hasattr(torch, "quantize_per_channel") and "fbgemm" in torch.backends.quantized.supported_engines
-    return has_operators and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return has_operators and level() >= Level.AVX2
 
 
 def weights_bytes(model: nn.Module) -> int:
     """What the weights of a model take, in whichever form its linears hold theirs."""
-    forms = (PackedLinear, Int8Linear, Int4Linear)
-    held = [buffer for module in model.modules() if isinstance(module, forms) for buffer in module.buffers()]
-    packed = sum(module.packed.bytes for module in model.modules() if isinstance(module, (HalfLinear, IntegerLinear)))
-    return sum(weight.numel() * weight.itemsize for weight in (*model.parameters(), *held)) + packed
+    modules = list(model.modules())
+    held = [buffer for part in modules if isinstance(part, (Int8Linear, Int4Linear)) for buffer in part.buffers()]
+    packed = [value for part in modules for value in vars(part).values() if isinstance(value, Packed)]
+    return sum(weight.numel() * weight.itemsize for weight in (*model.parameters(), *held)) + sum(
+        one.bytes for one in packed
+    )

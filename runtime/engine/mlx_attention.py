@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from runtime.engine.mlx_slab import MlxSlab, Run, to_mlx
-from runtime.engine.probe import padded
 from runtime.engine.rotary import ExactRotary
 from runtime.rows import Piece, Row, RowBatch
 from runtime.slab import SlabSpec
@@ -35,7 +34,7 @@ class PiecePlan:
     end: int
     extent: int
     sink: int
-    filler: int  # times that the last query is repeated, up to a proven size
+    filler: int  # times that the last query is repeated, up to the fixed number of rows
     hidden: mx.array  # [N, extent]: 0 where a query sees a slot, else -inf; N counts the filler too
     sink_turn: Turn | None  # brings the queries within reach of the sinks, past the window
 
@@ -49,25 +48,25 @@ class ForwardPlan:
     filler: int  # rows behind the batch's own
 
 
-def plan_forward(batch: RowBatch, rows: int, sizes: tuple[int, ...], rotary: ExactRotary) -> ForwardPlan:
-    """The plan of a batch that is padded to `rows`, and the queries of a piece to the next of `sizes`."""
+def plan_forward(batch: RowBatch, rows: int, rotary: ExactRotary) -> ForwardPlan:
+    """The plan of a batch that is padded to `rows`, as the queries of each piece are."""
     spec = batch.rows[0].slab.spec
     filler = rows - len(batch.rows)
     positions = torch.tensor([row.position for row in batch.rows])
     cosines, sines = rotary(torch.empty(0, dtype=spec.dtype), torch.nn.functional.pad(positions, (0, filler)))
     return ForwardPlan(
-        tuple(_plan_piece(piece, batch.rows, positions, sizes, rotary, spec) for piece in batch.pieces()),
+        tuple(_plan_piece(piece, batch.rows, positions, rows, rotary, spec) for piece in batch.pieces()),
         (to_mlx(cosines), to_mlx(sines)),
         filler,
     )
 
 
 def _plan_piece(
-    piece: Piece, rows: tuple[Row, ...], positions: Tensor, sizes: tuple[int, ...], rotary: ExactRotary, spec: SlabSpec
+    piece: Piece, rows: tuple[Row, ...], positions: Tensor, size: int, rotary: ExactRotary, spec: SlabSpec
 ) -> PiecePlan:
     assert isinstance(piece.slab, MlxSlab)
     count = piece.stop - piece.start
-    filler = padded(count, sizes) - count
+    filler = size - count
     at = positions[[*range(piece.start, piece.stop), *[piece.stop - 1] * filler]]
     hidden = torch.zeros(len(at), piece.extent, dtype=spec.dtype)
     hidden.masked_fill_(~spec.visible_slots(at, piece.extent), float("-inf"))

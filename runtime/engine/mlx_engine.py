@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,25 +20,23 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import FILE_ERRORS, one_line
 from runtime.engine import EngineFacts
-from runtime.engine.configuration import (
-    STRICT_ROW_TILES,
-    Choice,
-    check_memory,
-    choose_sizes,
-    named_dtype,
-    read_config,
-    slab_specs,
-)
+from runtime.engine.configuration import ROW_TILE, Form, check_memory, named_dtype, read_config, refuse, slab_spec
 from runtime.engine.drawing import DrawingEngine
+from runtime.engine.exact import Claim, Ground
+from runtime.engine.findings import found
+from runtime.engine.machine import features, kernel_class
 from runtime.engine.mlx_attention import PlannedRotary, SlabCache, let_attend_over_slabs, plan_forward
 from runtime.engine.mlx_slab import as_mlx, mlx_pool, to_torch
-from runtime.engine.probe import RowSizes, find_sizes, padded
+from runtime.engine.probe import is_bit_exact
 from runtime.engine.rotary import ExactRotary
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.rows import RowBatch
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
 
+# On a CPU MLX's products take as long for each row of many as for one alone. On a GPU one row costs what so many cost.
+_FIXED_ROWS_ON_CPU, _FIXED_ROWS_ON_GPU = 1, 32
+_ROW_TILE_ON_CPU = 32
 # Over 256 slots attention of a lone short history would take an eighth of a step.
 _BUCKET_SLOTS = 64
 _BITS = {"int8": 8, "int4": 4}
@@ -56,35 +55,48 @@ class Plugged(NamedTuple):
 class MlxEngine(DrawingEngine):
     """A causal language model of one of `ARCHITECTURES` on MLX's default device or the CPU."""
 
-    def __init__(self, plugged: Plugged, choice: Choice) -> None:
-        """Of the model's layers run as many as the slabs of `choice` have."""
+    def __init__(self, plugged: Plugged, spec: SlabSpec, form: Form, fixed_rows: int | None) -> None:
+        """Of the model's layers run as many as the slabs of `spec` have, and of a batch `fixed_rows` at once, or all."""
         self._model, self._config, self._rotary = plugged
-        self._spec, self._is_bit_exact, self._sizes = choice
+        self._spec, self._form, self._fixed_rows = spec, form, fixed_rows
 
     @classmethod
     def load(cls, settings: Settings, directory: Path, beside: EngineFacts | None = None) -> MlxEngine:
-        """The engine for the model in `directory`, its row sizes proven on this machine under `strict`.
+        """The engine for the model in `directory`, probed on this machine under `strict`.
 
         One that is loaded `beside` another leaves it its memory. Raises InvalidSetting, ModelUnavailable or NotEnoughMemory.
         """
         config = read_config(directory)
         mx.set_default_device(_choose_device(settings))
         dtype = _choose_dtype(settings)
-        # On a CPU MLX's products take as long for each row of many as for each of a few.
-        tiles = STRICT_ROW_TILES[-1:] if _is_on_cpu() else STRICT_ROW_TILES
+        is_strict = settings.determinism == "strict"
+        tile = _ROW_TILE_ON_CPU if is_strict and _is_on_cpu() else ROW_TILE
         # Its arrays are MLX's own; what torch computes for it, it computes on the CPU.
-        specs = slab_specs(config, settings, dtype, torch.device("cpu"), strict_tiles=tiles, bucket=_BUCKET_SLOTS)
-        model = _load_model(directory, settings, dtype)
+        spec = slab_spec(config, settings, dtype, torch.device("cpu"), row_tile=tile, bucket=_BUCKET_SLOTS)
+        # A checkpoint that is quantised says so itself.
+        form = Form(dtype, "none" if settings.weights == "auto" else settings.weights)
+        model = _load_model(directory, form)
         # Nothing was read from the files yet.
-        check_memory(_weights_bytes(model), psutil.virtual_memory().available, settings, specs[0], beside)
+        check_memory(_weights_bytes(model), psutil.virtual_memory().available, settings, spec, beside)
         try:
             mx.eval(model.parameters())
         except RuntimeError as error:
             raise ModelUnavailable(f"the weights in {directory} cannot be read: {one_line(error)}") from error
         plugged = _plug_in(model, config)
-        device = str(mx.default_device())
-        described = f"mlx {version('mlx')} {device} {config} {settings.weights}"
-        return cls(plugged, choose_sizes(settings, specs, described, device, partial(_find_sizes, plugged)))
+        if not is_strict:
+            return cls(plugged, spec, form, None)
+        engine = cls(plugged, spec, form, _FIXED_ROWS_ON_CPU if _is_on_cpu() else _FIXED_ROWS_ON_GPU)
+        if not engine.is_proven():
+            raise refuse([form])
+        return engine
+
+    def is_proven(self) -> bool:
+        """Whether the model's first layer gives rows the same bits in every batch here."""
+        tried = replace(self._spec, layers=1)
+        plugged = Plugged(self._model, self._config, self._rotary)
+        engine = MlxEngine(plugged, tried, self._form, self._fixed_rows)
+        described = f"mlx {version('mlx')} {mx.default_device()} {self._config} {self._form} {tried} {self._fixed_rows}"
+        return found(described, partial(is_bit_exact, engine, tried, self._config.vocab_size))
 
     @cached_property
     def facts(self) -> EngineFacts:
@@ -92,14 +104,26 @@ class MlxEngine(DrawingEngine):
             backend="mlx",
             device=mx.default_device().type.name,
             dtype=str(self._spec.dtype).removeprefix("torch."),
+            weights=self._form.weights,
+            form_reason=self._form.reason,
             architecture=self._config.model_type,
             vocabulary=self._config.vocab_size,
             weights_bytes=_weights_bytes(self._model),
             row_tile=self._spec.row_tile,
-            row_sizes=self._sizes.rows,
-            is_bit_exact=self._is_bit_exact,
+            row_step=self._fixed_rows or 1,
+            is_bit_exact=self._fixed_rows is not None,
+            claims=self._claims(),
+            tried="a layer and the head in batches of two sessions" if self._fixed_rows else "",
+            cpu_features=features(),
+            kernel_class=f"{kernel_class()}, mlx {version('mlx')} on {mx.default_device().type.name}",
             slab=self._spec,
         )
+
+    def _claims(self) -> tuple[str, ...]:
+        if self._fixed_rows is None:
+            return ()
+        claim = Claim("whole forwards", f"{self._fixed_rows} rows", Ground.FIXED_ROWS)
+        return (f"{claim.part} ({claim.form}): {claim.ground}",)
 
     def new_pool(self, count: int) -> SlabPool:
         return mlx_pool(self._spec, count)
@@ -108,8 +132,14 @@ class MlxEngine(DrawingEngine):
         """As every engine's; all is evaluated when it returns, so that a forward's time is a forward's time."""
         rows = batch.rows
         assert 0 < len(rows) <= self._spec.row_tile
-        size = padded(len(rows), self._sizes.rows)
-        plan = plan_forward(batch, size, self._sizes.queries, self._rotary)
+        at_once = self._fixed_rows or len(rows)
+        parts = [RowBatch(rows[at : at + at_once]) for at in range(0, len(rows), at_once)]
+        return torch.cat([self._logits(part, at_once) for part in parts])
+
+    def _logits(self, batch: RowBatch, size: int) -> Tensor:
+        """Of a batch that is padded to `size` rows, each piece of it too."""
+        rows = batch.rows
+        plan = plan_forward(batch, size, self._rotary)
         for piece in plan.pieces:
             piece.slab.reserve(piece.extent)
         tokens = mx.array([[*(row.token_id for row in rows), *[0] * plan.filler]])
@@ -120,7 +150,7 @@ class MlxEngine(DrawingEngine):
         if not wanted:
             mx.eval(written)
             return torch.empty(0, self._config.vocab_size)
-        filled = [*wanted, *[wanted[-1]] * (padded(len(wanted), self._sizes.rows) - len(wanted))]
+        filled = [*wanted, *[wanted[-1]] * (size - len(wanted))]
         logits = self._head(mx.take(hidden, mx.array(filled), axis=0)).astype(mx.float32)
         mx.eval(logits, written)
         return to_torch(logits)[: len(wanted)]
@@ -130,16 +160,6 @@ class MlxEngine(DrawingEngine):
         head = model.model.embed_tokens.as_linear if self._config.tie_word_embeddings else model.lm_head
         logits: mx.array = head(hidden)
         return logits
-
-
-def _find_sizes(plugged: Plugged, spec: SlabSpec) -> RowSizes | None:
-    """The least padding under which rows are bit-equal in every batch, or None."""
-
-    def padded_to(sizes: tuple[int, ...]) -> MlxEngine:
-        return MlxEngine(plugged, Choice(spec, True, RowSizes(sizes, sizes)))
-
-    sizes = find_sizes(padded_to, spec, plugged.config.vocab_size)
-    return RowSizes(sizes, sizes) if sizes else None
 
 
 def _is_on_cpu() -> bool:
@@ -162,15 +182,15 @@ def _choose_dtype(settings: Settings) -> torch.dtype:
     return torch.float32 if _is_on_cpu() else torch.bfloat16
 
 
-def _load_model(directory: Path, settings: Settings, dtype: torch.dtype) -> Any:
+def _load_model(directory: Path, form: Form) -> Any:
     """The model, its weights still to be read. A checkpoint that is quantised stays so."""
     try:
         model, config = load_model(directory, lazy=True)
     except FILE_ERRORS as error:
         raise ModelUnavailable(f"the weights in {directory} cannot be loaded by mlx-lm: {one_line(error)}") from error
-    model.set_dtype(as_mlx(dtype))
-    if settings.weights != "none" and not config.get("quantization"):
-        _quantise(model, settings.weights)
+    model.set_dtype(as_mlx(form.dtype))
+    if form.weights != "none" and not config.get("quantization"):
+        _quantise(model, form.weights)
     return model
 
 

@@ -1,11 +1,12 @@
-"""Finds the row counts for which this machine's kernels give a row the same bits in every batch, and proves it."""
+"""Tries on this machine whether rows get the same bits in every batch: the second net under the grounds of `exact`.
+
+Each part is tried alone and in depth first, for a model as a whole rounds rare differences away; then the model is.
+"""
 
 from __future__ import annotations
 
 import random
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,32 +17,16 @@ from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
 from runtime.slab import BUCKET_SLOTS, Slab, SlabPool, SlabSpec
 
-# The smallest padding first: fewer rows are wasted on a lone token. What fails is a kernel class of its own for few rows.
-SMALLEST = (1, 2, 4, 8, 16, 32)
+PROBED_ROWS = 4096
+# Each count of rows is tried on so many rows at least, at several places: one count alone may err, in few values.
+_ROWS_A_COUNT = 128
+# Rows computed again, by other counts, for each that is computed for reference.
+_TRIED_FOR_EACH = 4
+
 _SMALL_TILE = 32
 # Of a small tile; a larger one is cut into as many parts, each so many times as large.
 _UNEVEN_CUTS = ((7, 7, 7, 7, 4), (13, 13, 6))
 _GREEDY = Draw(Sampling())
-
-
-@dataclass(frozen=True, slots=True)
-class RowSizes:
-    """The ascending counts to which a forward's `rows`, and the `queries` of each piece, are padded; the last is the tile."""
-
-    rows: tuple[int, ...]
-    queries: tuple[int, ...]
-
-
-def growing(smallest: int, tile: int) -> tuple[int, ...]:
-    """From `smallest` up to `tile`: its doubles, and what lies half-way between them, so that little is wasted on padding."""
-    doubles = [smallest << power for power in range(tile.bit_length())]
-    between = [3 * size // 2 for size in doubles if size % 2 == 0]
-    return (*sorted(size for size in {*doubles, *between} if size < tile), tile)
-
-
-def padded(count: int, sizes: tuple[int, ...]) -> int:
-    """The least of the ascending `sizes` that is `count` or more."""
-    return sizes[bisect_left(sizes, count)]
 
 
 class LogitsEngine(Protocol):
@@ -50,12 +35,71 @@ class LogitsEngine(Protocol):
     def logits(self, batch: RowBatch) -> Tensor: ...
 
 
-def find_sizes(
-    padded_to: Callable[[tuple[int, ...]], LogitsEngine], spec: SlabSpec, vocabulary: int
-) -> tuple[int, ...] | None:
-    """The least padding under which rows are bit-equal in every batch of a tile that was tried, or None."""
-    candidates = (growing(smallest, spec.row_tile) for smallest in SMALLEST)
-    return next((sizes for sizes in candidates if is_bit_exact(padded_to(sizes), spec, vocabulary)), None)
+def is_exact_function(function: Callable[[Tensor], Tensor], columns: int, dtype: torch.dtype, most_rows: int) -> bool:
+    """Whether `function` of rows [N, columns] gives a row `torch.equal` results in every company that is tried.
+
+    Tried: every N up to `most_rows`, each at several places, at least `PROBED_ROWS` rows of `hard_rows` in all.
+    """
+    choice = random.Random(columns)
+    generator = torch.Generator().manual_seed(columns)
+    each = max(_ROWS_A_COUNT, PROBED_ROWS // most_rows)
+    counts = [count for count in range(1, most_rows + 1) for _ in range(max(2, each // count))]
+    choice.shuffle(counts)
+    while counts:
+        rows = hard_rows(2 * most_rows, columns, dtype, generator)
+        reference = torch.cat([function(part) for part in rows.split(most_rows)])
+        tried = 0
+        while counts and tried < _TRIED_FOR_EACH * len(rows):
+            count = counts.pop()
+            first = choice.randrange(len(rows) - count + 1)
+            if not torch.equal(function(rows[first : first + count]), reference[first : first + count]):
+                return False
+            tried += count
+    return True
+
+
+def hard_rows(count: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Rows [count, columns] whose sums show their order: of wide exponents, that cancel, with subnormals, and equal ones."""
+    limits = torch.finfo(dtype)
+    plain = torch.randn(count, columns, generator=generator)
+    spread = min(24, int(-torch.tensor(limits.tiny).log2()) // 2)
+    exponents = torch.randint(-spread, spread // 2, plain.shape, generator=generator)
+    wide = plain * torch.pow(2.0, exponents)
+    cancelling = torch.cat((plain[:, : columns // 2], -plain[:, : columns - columns // 2]), dim=1)
+    cancelling += wide * 2.0**-spread
+    is_tiny = torch.rand(plain.shape, generator=generator) < 0.05
+    subnormal = torch.where(is_tiny, plain * limits.tiny / 8, plain)
+    equal = plain[:1].expand_as(plain)
+    kinds = torch.stack((plain, wide, cancelling, subnormal, equal))
+    return kinds[torch.arange(count) % len(kinds), torch.arange(count)].to(dtype)
+
+
+def is_exact_at_every_count(engine: LogitsEngine, spec: SlabSpec, vocabulary: int) -> bool:
+    """Whether rows of a slab get `torch.equal` results at every count up to a tile, alone and beside a neighbour's.
+
+    Counts up to 32 are tried at each place that `is_bit_exact` tries, larger ones at one of them.
+    """
+    pool = engine.new_pool(2)
+    slab, neighbour = pool.acquire(), pool.acquire()
+    choice = random.Random(1)
+    for one in (slab, neighbour):
+        _fill(one)
+    tile = spec.row_tile
+    beside = tuple(Row(neighbour, n, choice.randrange(vocabulary)) for n in range(tile))
+    starts = _starts(spec)
+    for index, start in enumerate(starts):
+        rows = tuple(Row(slab, start + n, choice.randrange(vocabulary), _GREEDY) for n in range(tile))
+        reference = engine.logits(RowBatch(rows))
+        for count in range(1, tile + 1):
+            companies = [(), beside[: tile - count]]
+            if count > _SMALL_TILE:
+                companies = [choice.choice(companies)] if count % len(starts) == index else []
+            for theirs in companies:
+                first = choice.randrange(tile - count + 1)
+                mine = rows[first : first + count]
+                if not torch.equal(engine.logits(RowBatch((*theirs, *mine))), reference[first : first + count]):
+                    return False
+    return True
 
 
 def is_bit_exact(engine: LogitsEngine, spec: SlabSpec, vocabulary: int) -> bool:
@@ -68,9 +112,9 @@ def is_bit_exact(engine: LogitsEngine, spec: SlabSpec, vocabulary: int) -> bool:
     choice = random.Random(0)
     for one in (slab, neighbour):
         _fill(one)
-    for start in sorted({0, min(spec.bucket, spec.visible) - _SMALL_TILE // 2, 3 * spec.slots}):
-        rows = _random_rows(slab, max(0, start), vocabulary, choice)
-        beside = _random_rows(neighbour, max(0, start) // 2, vocabulary, choice)
+    for start in _starts(spec):
+        rows = _random_rows(slab, start, vocabulary, choice)
+        beside = _random_rows(neighbour, start // 2, vocabulary, choice)
         whole = engine.logits(RowBatch(rows))
         for cuts, neighbours in _cuts(spec.row_tile, beside):
             at = 0
@@ -81,6 +125,11 @@ def is_bit_exact(engine: LogitsEngine, spec: SlabSpec, vocabulary: int) -> bool:
                     return False
                 at += len(logits)
     return True
+
+
+def _starts(spec: SlabSpec) -> list[int]:
+    """First positions of a tile: at the head of a history, before a bucket's edge, and past the window."""
+    return sorted({0, max(0, min(spec.bucket, spec.visible) - _SMALL_TILE // 2), 3 * spec.slots})
 
 
 def _random_rows(slab: Slab, start: int, vocabulary: int, choice: random.Random) -> tuple[Row, ...]:
@@ -100,18 +149,21 @@ def _random_rows(slab: Slab, start: int, vocabulary: int, choice: random.Random)
 
 def _cuts(tile: int, beside: tuple[Row, ...]) -> Iterator[tuple[tuple[int, ...], tuple[Row, ...]]]:
     """Ways to cut a tile, and the rows of which some run beside each part."""
-    for cuts in _of_every_size(tile):
+    for cuts in _of_growing_size(tile):
         yield cuts, ()
         yield cuts, beside
-    for cuts in _UNEVEN_CUTS:
-        yield tuple(count * (tile // _SMALL_TILE) for count in cuts), beside
+    if tile % _SMALL_TILE == 0:
+        for cuts in _UNEVEN_CUTS:
+            yield tuple(count * (tile // _SMALL_TILE) for count in cuts), beside
 
 
-def _of_every_size(tile: int) -> list[tuple[int, ...]]:
-    """Cuts of a tile in which every size comes up to which anything is padded, but for the tile itself."""
+def _of_growing_size(tile: int) -> list[tuple[int, ...]]:
+    """Cuts of a tile in which each power of two comes up, and what lies half-way between them, but for the tile itself."""
+    doubles = [1 << power for power in range(tile.bit_length())]
+    sizes = sorted(size for size in {*doubles, *(3 * size // 2 for size in doubles[1:])} if size < tile)
     found: list[tuple[int, ...]] = []
     cuts: tuple[int, ...] = ()
-    for size in growing(1, tile)[:-1]:
+    for size in sizes:
         if sum(cuts) + size > tile:
             found.append((*cuts, tile - sum(cuts)))
             cuts = ()

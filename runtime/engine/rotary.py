@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from runtime.engine.exact import row_by_row
 from runtime.errors import ModelUnavailable
 
 # Types whose frequencies do not depend on the length of the input.
@@ -40,7 +41,7 @@ class ExactRotary(nn.Module):
         """Cosines and sines [..., D] in float64 that turn a vector by `distance` [...] positions."""
         angles = distance.unsqueeze(-1).double() * self.frequencies
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+        return row_by_row(torch.cos, angles), row_by_row(torch.sin, angles)
 
 
 def rotate(vectors: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -14,18 +16,14 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 
 from runtime.checkpoints import CONFIG_ERRORS, load_weights, one_line
 from runtime.engine import EngineFacts
-from runtime.engine.attention import ATTENTION_NAME, AttentionAlone, plan_forward, slab_attention
-from runtime.engine.configuration import (
-    Choice,
-    check_memory,
-    choose_sizes,
-    named_dtype,
-    read_config,
-    slab_specs,
-)
+from runtime.engine.attention import ATTENTION_NAME, CLAIMS, AttentionAlone, plan_forward, slab_attention
+from runtime.engine.configuration import Form, check_memory, named_dtype, read_config, refuse, slab_spec
 from runtime.engine.drawing import DrawingEngine
-from runtime.engine.linears import can_pack, replace_linears, weights_bytes
-from runtime.engine.probe import RowSizes, find_sizes, padded
+from runtime.engine.exact import Claim, RowByRow
+from runtime.engine.findings import found
+from runtime.engine.linears import FixedRowsLinear, RowLinear, replace_linears, weights_bytes
+from runtime.engine.machine import Level, features, kernel_class, level
+from runtime.engine.probe import PROBED_ROWS, hard_rows, is_bit_exact, is_exact_at_every_count, is_exact_function
 from runtime.engine.rotary import ExactRotary
 from runtime.engine.torch_slab import torch_pool
 from runtime.errors import InvalidSetting, ModelUnavailable
@@ -33,8 +31,16 @@ from runtime.rows import RowBatch
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
 
+_log = logging.getLogger("perennial.engine")
+
 # Handing so little out to more threads costs more than it saves, several times more where other programs run.
 _ONE_THREAD_BYTES = 32 * 2**20
+
+# All layers of our architectures have the same shapes, and so the same kernels: more would show nothing more.
+_PROBED_LAYERS = 1
+# Attention is tried over no longer windows: more runs of slots are the same product again.
+_PROBED_WINDOW = 1020
+_PROBED_TOKENS = 64
 
 AttentionInterface.register(ATTENTION_NAME, slab_attention)
 
@@ -42,42 +48,50 @@ AttentionInterface.register(ATTENTION_NAME, slab_attention)
 class TorchEngine(DrawingEngine):
     """A causal language model of one of `ARCHITECTURES` on one torch device."""
 
-    def __init__(self, model: PreTrainedModel, choice: Choice) -> None:
-        """`model` attends by `ATTENTION_NAME` and turns by an ExactRotary."""
+    def __init__(self, model: PreTrainedModel, spec: SlabSpec, form: Form, *, is_bit_exact: bool) -> None:
+        """`model` attends by `ATTENTION_NAME` and turns by an ExactRotary; `form` says what its linears are."""
         decoder = model.get_decoder()
         self._decoder = decoder
         self._rotary: ExactRotary = decoder.rotary_emb
         self._head = model.get_output_embeddings()
         self._config: PreTrainedConfig = model.config
-        self._spec, self._is_bit_exact, self._sizes = choice
+        self._spec = spec
+        self._form = form
+        self._linears = [part for part in model.modules() if isinstance(part, RowLinear)]
+        self._is_bit_exact = is_bit_exact
         self._weights_bytes = weights_bytes(model)
 
     @classmethod
     def load(cls, settings: Settings, directory: Path, beside: EngineFacts | None = None) -> TorchEngine:
-        """The engine for the model in `directory`, its row sizes proven on this machine under `strict`.
+        """The engine for the model in `directory`, under `strict` in the first form that a probe finds exact here.
 
-        One that is loaded `beside` another leaves it its memory, and its threads, for which its row sizes were proven.
+        One that is loaded `beside` another leaves it its memory, and its threads, for which the other was probed.
 
         Raises InvalidSetting, ModelUnavailable or NotEnoughMemory.
         """
         config = read_config(directory)
         device = _choose_device(settings)
-        dtype = _choose_dtype(settings, device)
-        specs = slab_specs(config, settings, dtype, device)
-        weights = _count_weights(config, directory)
-        if config.tie_word_embeddings and (settings.weights != "none" or can_pack(dtype, device)):
-            # The embedding stays as it is beside the form that the head gets.
-            weights += config.vocab_size * config.hidden_size
+        count = _count_weights(config, directory)
+        forms = _forms(settings, device, count)
+        widest = max(form.dtype.itemsize for form in forms)
+        # Beside the form that the head gets, the embedding that it shares its weights with stays as it is.
+        held = count + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
         free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
-        check_memory(weights * dtype.itemsize, free, settings, specs[0], beside)
+        check_memory(held * widest, free, settings, slab_spec(config, settings, forms[0].dtype, device), beside)
         if device.type == "cpu" and beside is None:
-            torch.set_num_threads(
-                1 if weights * dtype.itemsize < _ONE_THREAD_BYTES else psutil.cpu_count(logical=False) or 1
-            )
-        model = _load_model(directory, dtype).to(device)
-        replace_linears(model, model.get_output_embeddings(), settings.weights, dtype, device)
-        described = f"{config} {settings.weights}"
-        return cls(model, choose_sizes(settings, specs, described, device.type, partial(_find_sizes, model)))
+            torch.set_num_threads(1 if _is_small(count) else psutil.cpu_count(logical=False) or 1)
+        is_strict = settings.determinism == "strict"
+        for form in forms:
+            spec = slab_spec(config, settings, form.dtype, device)
+            model = _load_model(directory, form, device, is_strict=is_strict)
+            if not is_strict or _is_proven(model, spec, form):
+                return cls(model, spec, form, is_bit_exact=is_strict)
+            _log.warning("not bit-exact here: %s", form)
+        if (settings.dtype, settings.weights) != ("auto", "auto"):
+            raise refuse(forms)
+        # A row that is always alone has no company that its bits could depend on.
+        alone = Form(forms[-1].dtype, forms[-1].weights, "no form is bit-exact in batches here: one row a forward")
+        return cls(model, slab_spec(config, settings, alone.dtype, device, row_tile=1), alone, is_bit_exact=True)
 
     @cached_property
     def facts(self) -> EngineFacts:
@@ -85,13 +99,35 @@ class TorchEngine(DrawingEngine):
             backend="torch",
             device=self._spec.device.type,
             dtype=str(self._spec.dtype).removeprefix("torch."),
+            weights=self._form.weights,
+            form_reason=self._form.reason,
             architecture=self._config.model_type,
             vocabulary=self._config.vocab_size,
             weights_bytes=self._weights_bytes,
             row_tile=self._spec.row_tile,
-            row_sizes=self._sizes.rows,
+            row_step=max((one.most_rows for one in self._linears if isinstance(one, FixedRowsLinear)), default=1),
             is_bit_exact=self._is_bit_exact,
+            claims=self._claims() if self._is_bit_exact else (),
+            tried=self._tried(),
+            cpu_features=features(),
+            kernel_class=kernel_class(),
             slab=self._spec,
+        )
+
+    def _claims(self) -> tuple[str, ...]:
+        kinds = {type(one): one for one in self._linears}
+        linears = tuple(Claim("linears", kind.__name__, kind.ground) for kind in kinds)
+        return tuple(f"{claim.part} ({claim.form}): {claim.ground}" for claim in (*linears, *CLAIMS))
+
+    def _tried(self) -> str:
+        if not self._is_bit_exact:
+            return ""
+        if self._spec.row_tile == 1:
+            return "other rows in a forward: they change a row's bits, so each runs alone"
+        counts = sorted({one.most_rows for one in self._linears})
+        return (
+            f"each linear at every count up to {' or '.join(map(str, counts))} on {PROBED_ROWS} rows or more, attention at "
+            f"every count up to {self._spec.row_tile}, a layer and the head in batches of two sessions"
         )
 
     def new_pool(self, count: int) -> SlabPool:
@@ -102,34 +138,60 @@ class TorchEngine(DrawingEngine):
         rows = batch.rows
         assert 0 < len(rows) <= self._spec.row_tile
         device = self._spec.device
-        filler = padded(len(rows), self._sizes.rows) - len(rows)
         hidden: Tensor = self._decoder(
-            input_ids=torch.tensor([[*(row.token_id for row in rows), *[0] * filler]], device=device),
-            position_ids=torch.tensor([[*(row.position for row in rows), *[0] * filler]], device=device),
+            input_ids=torch.tensor([[row.token_id for row in rows]], device=device),
+            position_ids=torch.tensor([[row.position for row in rows]], device=device),
             use_cache=False,
-            plan=plan_forward(batch, self._sizes.queries, self._rotary, self._config.num_attention_heads),
+            plan=plan_forward(batch, self._rotary, self._config.num_attention_heads),
         ).last_hidden_state[0]
         wanted = [index for index, row in enumerate(rows) if row.draw is not None]
         if not wanted:
             return hidden.new_empty(0, self._config.vocab_size, dtype=torch.float32)
-        size = padded(len(wanted), self._sizes.rows)
-        indices = torch.tensor([*wanted, *[wanted[-1]] * (size - len(wanted))], device=device)
-        logits: Tensor = self._head(hidden.index_select(0, indices))
-        return logits[: len(wanted)].float()
+        logits: Tensor = self._head(hidden[wanted])
+        return logits.float()
 
 
-def _find_sizes(model: Any, spec: SlabSpec) -> RowSizes | None:
-    """The least padding under which rows of the model's first `spec.layers` are bit-equal in every batch, or None."""
-    config, rotary = model.config, model.get_decoder().rotary_emb
-    attending = partial(AttentionAlone, spec, config.num_attention_heads, rotary)
-    queries = find_sizes(attending, spec, AttentionAlone.tokens)
-    if queries is None:
-        return None
-    short = _first_layers(model, spec.layers)
-    rows = find_sizes(
-        lambda rows: TorchEngine(short, Choice(spec, True, RowSizes(rows, queries))), spec, config.vocab_size
-    )
-    return RowSizes(rows, queries) if rows else None
+def _is_proven(model: Any, spec: SlabSpec, form: Form) -> bool:
+    """Whether each part of the model, and its first layers as a whole, give rows the same bits in every batch here."""
+    return _linears_are_exact(model, form) and _attention_is_exact(model, spec) and _layers_are_exact(model, spec, form)
+
+
+@torch.inference_mode()
+def _linears_are_exact(model: Any, form: Form) -> bool:
+    distinct: dict[str, tuple[str, RowLinear]] = {}
+    for name, part in model.named_modules():
+        if isinstance(part, RowLinear):
+            kind = f"{type(part).__name__} {part.inputs} x {part.outputs} {form.dtype}, at most {part.most_rows} rows"
+            distinct.setdefault(kind, (name, part))
+    for kind, (name, part) in distinct.items():
+        if not found(kind, partial(is_exact_function, part, part.inputs, form.dtype, part.most_rows)):
+            _log.warning("a row gets other bits in other batches of %s (%s)", name, kind)
+            return False
+    return True
+
+
+def _attention_is_exact(model: Any, spec: SlabSpec) -> bool:
+    heads, rotary = model.config.num_attention_heads, model.get_decoder().rotary_emb
+    tried = replace(spec, layers=1, window=min(spec.window, _PROBED_WINDOW))
+    parts = heads + 2 * spec.kv_heads
+    generator = torch.Generator().manual_seed(1)
+    table = hard_rows(_PROBED_TOKENS * parts, spec.head_dim, spec.dtype, generator).view(_PROBED_TOKENS, parts, -1)
+    alone = AttentionAlone(tried, heads, rotary, table)
+    kind = f"attention of {heads} heads over {tried}"
+    holds = found(kind, partial(is_exact_at_every_count, alone, tried, _PROBED_TOKENS))
+    if not holds:
+        _log.warning("a row gets other bits in other batches of %s", kind)
+    return holds
+
+
+def _layers_are_exact(model: Any, spec: SlabSpec, form: Form) -> bool:
+    tried = replace(spec, layers=min(spec.layers, _PROBED_LAYERS))
+
+    def probe() -> bool:
+        engine = TorchEngine(_first_layers(model, tried.layers), tried, form, is_bit_exact=False)
+        return is_bit_exact(engine, tried, model.config.vocab_size)
+
+    return found(f"{model.config} {form} {tried}", probe)
 
 
 def _count_weights(config: PreTrainedConfig, directory: Path) -> int:
@@ -140,11 +202,15 @@ def _count_weights(config: PreTrainedConfig, directory: Path) -> int:
         raise ModelUnavailable(f"the configuration in {directory} makes no model: {one_line(error)}") from error
 
 
-def _load_model(directory: Path, dtype: torch.dtype) -> Any:
+def _load_model(directory: Path, form: Form, device: torch.device, *, is_strict: bool) -> Any:
     refusal = f"the weights in {directory} cannot be loaded"
-    model = load_weights(AutoModelForCausalLM, directory, dtype, refusal, attn_implementation=ATTENTION_NAME)
+    model = load_weights(AutoModelForCausalLM, directory, form.dtype, refusal, attn_implementation=ATTENTION_NAME)
     decoder = model.get_decoder()
     decoder.rotary_emb = ExactRotary(decoder.rotary_emb)
+    for layer in decoder.layers:
+        layer.mlp.act_fn = RowByRow(layer.mlp.act_fn)
+    model = model.to(device)
+    replace_linears(model, model.get_output_embeddings(), form.weights, form.dtype, device, is_strict=is_strict)
     return model.eval()
 
 
@@ -167,9 +233,30 @@ def _choose_device(settings: Settings) -> torch.device:
     return torch.device(name)
 
 
-def _choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    if settings.dtype != "auto":
-        return named_dtype(settings.dtype)
-    # Without hardware for it, bfloat16 on a CPU is emulated and slower than float32.
-    is_native = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 (torch has no public name)
-    return torch.bfloat16 if is_native else torch.float32
+def _forms(settings: Settings, device: torch.device, weights: int) -> list[Form]:
+    """The forms that the settings leave for a model of so many `weights`, the one to be tried first before the others."""
+    is_dtype_auto, is_weights_auto = settings.dtype == "auto", settings.weights == "auto"
+    if device.type != "cpu":
+        dtype = torch.bfloat16 if is_dtype_auto else named_dtype(settings.dtype)
+        return [Form(dtype, "none" if is_weights_auto else settings.weights)]
+    here = level()
+    if not is_dtype_auto:
+        dtypes = [named_dtype(settings.dtype)]
+    elif here == Level.AMX:
+        dtypes = [torch.bfloat16, torch.float32]
+    else:
+        # Elsewhere few rows are multiplied faster in float32, from weights of 16 bits too.
+        dtypes = [torch.float32]
+    if not is_weights_auto:
+        return [Form(dtype, settings.weights) for dtype in dtypes]
+    if _is_small(weights):
+        choices = {"none": "so small a model stays in the CPU's cache", "int8": ""}
+    elif here >= Level.AVX512_BF16:
+        choices = {"none": "this CPU reads 16 bits a weight at its memory's speed", "int8": ""}
+    else:
+        choices = {"int8": "this CPU multiplies no numbers of 16 bits", "none": ""}
+    return [Form(dtype, name, reason) for dtype in dtypes for name, reason in choices.items()]
+
+
+def _is_small(weights: int) -> bool:
+    return weights * torch.float32.itemsize < _ONE_THREAD_BYTES

@@ -19,9 +19,8 @@ class SlabStore:
     values: Tensor
 
     def stacked(self, layer: int, slabs: slice, extent: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [slabs * G, extent, D] of one layer, where they lie."""
-        keys, values = (store[layer, slabs].flatten(0, 1)[:, :extent] for store in (self.keys, self.values))
-        return keys, values
+        """Keys and values [slabs, G, extent, D] of one layer, where they lie."""
+        return self.keys[layer, slabs, :, :extent], self.values[layer, slabs, :, :extent]
 
 
 class TorchSlab(Slab):

@@ -27,7 +27,7 @@ from runtime.state import StateDirectory
 from tests.actors.engines import LedgerEngine, generated, open_lab
 
 PROMPT = [7, 8, 9, 10] * 10
-IDENTITY = Identity("ledger", "ledger", "none", "float64", 2, 14, 22)
+IDENTITY = Identity("ledger", "ledger", "ledger", "none", "float64", 2, 14, 22)
 
 
 @asynccontextmanager
@@ -140,7 +140,7 @@ async def test_a_snapshot_of_another_model_is_refused_and_costs_no_slab(tmp_path
         await session.append(PROMPT)
         saved = await runtime.save_session(session.id)
         await session.close()
-    other = Identity("other", "ledger", "none", "float64", 2, 14, 22)
+    other = Identity("other", "ledger", "ledger", "none", "float64", 2, 14, 22)
     async with open_durable(tmp_path, other, capacity=1) as runtime:
         with pytest.raises(SnapshotMismatch):
             await runtime.restore_session(saved.snapshot_id)
@@ -240,7 +240,7 @@ async def test_sessions_of_another_model_stay_on_disk_until_it_is_back(tmp_path:
     async with open_durable(tmp_path) as runtime:
         session = await runtime.create_session()
         await session.append(PROMPT)
-    async with open_durable(tmp_path, Identity("other", "ledger", "none", "float64", 2, 14, 22)) as runtime:
+    async with open_durable(tmp_path, Identity("other", "ledger", "ledger", "none", "float64", 2, 14, 22)) as runtime:
         with pytest.raises(SessionNotFound):
             runtime.find_session(session.id)
     async with open_durable(tmp_path) as runtime:

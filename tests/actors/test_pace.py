@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.pace import Pace
-from runtime.engine.probe import growing
 
 DECODE_ROWS = 4
 SECONDS = st.floats(0.001, 10)
@@ -35,14 +34,13 @@ def test_most_of_what_a_stream_may_wait_is_used(decode_s: float, row_s: float) -
     assert decode_s + (rows + 1) * row_s > 1.45 * decode_s
 
 
-@given(decode_rows=st.integers(1, 250), row_s=SECONDS)
-def test_a_forward_is_filled_up_to_a_size_that_it_is_padded_to(decode_rows: int, row_s: float) -> None:
-    sizes = growing(1, 256)
+@given(decode_rows=st.integers(1, 250), row_s=SECONDS, step=st.sampled_from([1, 8, 32]))
+def test_a_forward_is_filled_up_to_what_it_is_padded_to(decode_rows: int, row_s: float, step: int) -> None:
     pace = learnt(1.0, row_s)
-    rows = pace.rows_beside(decode_rows, sizes)
+    rows = pace.rows_beside(decode_rows, step, 256)
 
     assert decode_rows < rows <= min(decode_rows + pace.prefill_rows, 256)
-    assert rows in sizes or not any(decode_rows + 4 <= size <= rows for size in sizes)
+    assert rows % step == 0 or not any(decode_rows + 4 <= size <= rows for size in range(step, 257, step))
 
 
 def test_where_nothing_is_known_a_few_rows_run() -> None:

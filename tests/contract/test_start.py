@@ -219,11 +219,14 @@ def perennial_run(*arguments: str, typed: str = "", **settings: object) -> subpr
     )
 
 
-def test_doctor_says_that_bit_exactness_was_verified_here() -> None:
+def test_doctor_says_on_which_grounds_forwards_are_bit_exact_and_what_was_tried() -> None:
     run = perennial_run("doctor")
 
     assert run.returncode == 0, run.stderr
-    assert re.search(r"^bit-exactness +verified here", run.stdout, re.MULTILINE)
+    for part in ("linears", "attention", "norms", "activations"):
+        assert re.search(rf"^ +{part}.*: .*(itself|whole numbers|fixed number of rows)", run.stdout, re.MULTILINE)
+    assert re.search(r"^tried here +each linear at every count", run.stdout, re.MULTILINE)
+    assert re.search(r"^kernel class +\S+ \S+ \S+", run.stdout, re.MULTILINE)
     assert not re.search("warning|Traceback", run.stdout + run.stderr)
 
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import count, repeat
 from pathlib import Path
@@ -65,6 +66,17 @@ def random_tokens(length: int, vocabulary: int, seed: int = 0) -> list[int]:
 def random_cut(longest: int, seed: int = 0) -> Iterator[int]:
     choice = random.Random(seed)
     return (choice.randint(1, longest) for _ in count())
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch on so many threads: kernels share out their work by it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class BusyNeighbours:

@@ -1,18 +1,20 @@
 """Attention over slabs, by itself: against a loop over positions."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from runtime.engine.attention import plan_forward, slab_attention
-from runtime.engine.probe import padded
+from runtime.engine.attention import AttentionAlone, block_shape, plan_forward, slab_attention
+from runtime.engine.probe import is_exact_at_every_count
 from runtime.engine.rotary import ExactRotary, rotate
 from runtime.engine.torch_slab import as_torch, torch_pool
 from runtime.rows import Row, RowBatch
 from runtime.slab import Slab, SlabSpec
 from tests.reference.window import positions_seen
+from tests.runtime.engine.feeding import threads
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 SPEC = SlabSpec(
@@ -25,13 +27,12 @@ SPEC = SlabSpec(
     dtype=torch.float32,
     device=torch.device("cpu"),
 )
-SIZES = (8, 16)
 
 
-def a_rotary() -> ExactRotary:
+def a_rotary(head_dim: int = HEAD_DIM) -> ExactRotary:
     original = nn.Module()
     original.rope_type = "default"
-    original.register_buffer("inv_freq", 100.0 ** (-torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)))
+    original.register_buffer("inv_freq", 100.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2)))
     return ExactRotary(original)
 
 
@@ -83,7 +84,7 @@ def attend(batch: RowBatch, histories: dict[Slab, History], layer: int = 0) -> T
         values.unsqueeze(0),
         None,
         scaling=1 / math.sqrt(HEAD_DIM),
-        plan=plan_forward(batch, SIZES, rotary, HEADS),
+        plan=plan_forward(batch, rotary, HEADS),
     )
     return output[0]
 
@@ -164,17 +165,23 @@ def test_what_lies_in_hidden_slots_does_not_matter() -> None:
     assert torch.equal(*outputs)
 
 
-def test_rows_beyond_the_batch_come_back_as_zeros() -> None:
-    slab = torch_pool(SPEC, 1).acquire()
-    plan = plan_forward(RowBatch(rows_of(slab, 0, 3)), SIZES, a_rotary(), HEADS)
-    query, key = torch.randn(1, HEADS, 8, HEAD_DIM), torch.randn(1, KV_HEADS, 8, HEAD_DIM)
+@pytest.mark.parametrize("heads_a_group", range(1, 17))
+def test_a_block_has_whole_lines_of_queries_and_wastes_less_than_half(heads_a_group: int) -> None:
+    rows, queries = block_shape(heads_a_group)
 
-    output, _ = slab_attention(Layer(0), query, key, key, None, scaling=1.0, plan=plan)
-
-    assert not output[0, 3:].any()
-    assert slab.frontiers == (3, 0)
+    assert queries % 8 == 0
+    assert queries / 2 < rows * heads_a_group <= queries
 
 
-@pytest.mark.parametrize(("count", "size"), [(1, 8), (8, 8), (9, 16), (16, 16)])
-def test_a_count_is_padded_to_the_next_size(count: int, size: int) -> None:
-    assert padded(count, SIZES) == size
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (5, 1, 64), (12, 4, 80), (6, 3, 30)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_the_thread_that_computes_a_block(
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    """A block's thread follows from how many there are; each thread writes to a place of its own in memory."""
+    spec = replace(SPEC, kv_heads=kv_heads, head_dim=head_dim, window=600, row_tile=64, dtype=dtype)
+    table = torch.randn(64, heads + 2 * kv_heads, head_dim, generator=torch.Generator().manual_seed(0))
+    engine = AttentionAlone(spec, heads, a_rotary(head_dim), table)
+
+    with threads(2):
+        assert is_exact_at_every_count(engine, spec, len(table))

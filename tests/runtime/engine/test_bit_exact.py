@@ -1,7 +1,7 @@
 """Bit-exactness: a row's logits, and so its token, depend on its session alone, never on how forwards were cut."""
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen3Config
+from transformers import LlamaConfig, Qwen3Config
 
+from runtime.engine.machine import Level, level
 from runtime.events import Sampling
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
@@ -25,9 +26,12 @@ from tests.runtime.engine.feeding import (
     load,
     random_cut,
     random_tokens,
+    threads,
 )
 
 NEIGHBOURS = 7
+# Engines of small models choose one thread; with several, kernels have more ways to sum.
+THREADS = 2
 SAMPLED = Draw(Sampling(temperature=0.8, top_p=0.95, top_k=50, seed=2**63 + 11))
 # The shape of attention in Qwen3-0.6B; all else is small.
 HEADS_OF_06B = Qwen3Config(
@@ -46,6 +50,22 @@ HEADS_OF_06B = Qwen3Config(
 )
 
 
+# That of SmolLM2-135M in its layers: three heads a group, and widths that are no powers of two.
+WIDTHS_OF_SMOLLM2 = LlamaConfig(
+    vocab_size=1024,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=2,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    max_position_embeddings=1024,
+    eos_token_id=2,
+    bos_token_id=None,
+    pad_token_id=0,
+    tie_word_embeddings=True,
+)
+
+
 @pytest.fixture(scope="module")
 def directories(
     seedling: Path, small_models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
@@ -54,6 +74,7 @@ def directories(
         "seedling": seedling,
         "small": small_models["qwen3"],
         "heads of 0.6B": save_random_model(HEADS_OF_06B, tmp_path_factory.mktemp("heads_of_06b")),
+        "widths of SmolLM2": save_random_model(WIDTHS_OF_SMOLLM2, tmp_path_factory.mktemp("widths_of_smollm2")),
     }
 
 
@@ -64,16 +85,22 @@ class Case:
     whole: Tensor
 
     def fed(self, cuts: Iterable[int], neighbours: BusyNeighbours | None = None) -> Tensor:
+        cuts = (min(count, self.engine.facts.row_tile) for count in cuts)
         return feed(self.engine, self.engine.new_pool(1).acquire(), self.tokens, cuts, neighbours=neighbours)
 
 
 KINDS = (("float32", "none"), ("bfloat16", "none"), ("float32", "int8"), ("float32", "int4"))
 # Where bfloat16 is emulated the second model's would take minutes, and seedling's are of the same kernels.
-IS_BFLOAT16_NATIVE = torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 (torch has no public name)
+IS_BFLOAT16_NATIVE = level() >= Level.AVX512_BF16
 # MLX's products take a hundred times as long on a CPU, so that most of its cases are of a small model.
 CASES = (
     *(("torch", "seedling", *kind) for kind in KINDS),
-    *(("torch", "heads of 0.6B", *kind) for kind in KINDS if kind[0] == "float32" or IS_BFLOAT16_NATIVE),
+    *(
+        ("torch", model, *kind)
+        for model in ("heads of 0.6B", "widths of SmolLM2")
+        for kind in KINDS
+        if kind[0] == "float32" or IS_BFLOAT16_NATIVE
+    ),
     *(("mlx", "small", *kind) for kind in KINDS),
     ("mlx", "seedling", "float32", "none"),
 )
@@ -87,13 +114,23 @@ def case(request: pytest.FixtureRequest, directories: dict[str, Path]) -> Case:
         pytest.importorskip("mlx_lm")
     engine = load(directories[model], dtype, window=64, weights=weights, backend=backend)
     tokens = random_tokens(3 * engine.facts.slab.window, engine.facts.vocabulary)
+    torch.set_num_threads(THREADS)
     return Case(engine, tokens, feed(engine, engine.new_pool(1).acquire(), tokens))
+
+
+@pytest.fixture(autouse=True)
+def several_threads() -> Iterator[None]:
+    with threads(THREADS):
+        yield
 
 
 CUTS = {
     "ones": lambda: repeat(1),
     "sevens": lambda: repeat(7),
+    "33s": lambda: repeat(33),
+    "a hundred and the rest": lambda: repeat(100),
     "a random cut": lambda: random_cut(32),
+    "a random cut in larger parts": lambda: random_cut(150, seed=9),
 }
 
 

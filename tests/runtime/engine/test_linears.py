@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,26 +11,31 @@ from torch import nn
 
 from runtime.engine.linears import (
     INT4_GROUP,
+    MOST_ROWS,
+    FixedRowsLinear,
     HalfLinear,
     Int4Linear,
     Int8Linear,
     IntegerLinear,
-    PackedLinear,
-    can_pack,
-    knows_fbgemm,
+    RowLinear,
+    TwoHalvesLinear,
+    has_fbgemm,
     replace_linears,
 )
+from runtime.engine.probe import is_exact_function
 from runtime.errors import InvalidSetting
+from tests.runtime.engine.feeding import threads
 
 CPU = torch.device("cpu")
-FORMS: dict[str, tuple[Callable[[nn.Linear], nn.Module], float]] = {
-    "packed": (PackedLinear, 1e-5),
+FORMS: dict[str, tuple[Callable[[nn.Linear], RowLinear], float]] = {
+    "fixed rows": (partial(FixedRowsLinear, rows=8), 1e-6),
     # Shares of the result's own size: bfloat16 has 8 bits, and weights 8 or 4.
     "int8": (Int8Linear, 0.02),
     "int4": (Int4Linear, 0.15),
 }
-if knows_fbgemm():
-    FORMS |= {"half": (HalfLinear, 1e-3), "integer": (IntegerLinear, 0.01)}
+if has_fbgemm():
+    FORMS |= {"half": (HalfLinear, 1e-3), "two halves": (TwoHalvesLinear, 1e-6), "integer": (IntegerLinear, 0.01)}
+NEEDS_FBGEMM = pytest.mark.skipif(not has_fbgemm(), reason="FBGEMM's kernels for AVX2 or AVX-512 are not here")
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -48,16 +54,23 @@ def test_every_form_computes_what_the_linear_does_but_for_rounding(form: str, ha
     assert (found - expected).norm() < tolerance * expected.norm()
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(1024, 512), (2048, 256), (576, 192)])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_row_has_the_same_bits_in_every_batch(form: str) -> None:
+def test_a_row_has_the_same_bits_in_every_batch(form: str, inputs: int, outputs: int) -> None:
     torch.manual_seed(1)
-    linear = FORMS[form][0](nn.Linear(1024, 512, bias=False))
-    rows = torch.randn(256, 1024)
+    linear = FORMS[form][0](nn.Linear(inputs, outputs, bias=False))
 
-    with torch.inference_mode():
-        whole = linear(rows)
-        for first, last in ((0, 1), (17, 18), (3, 5), (0, 32), (5, 70), (100, 256)):
-            assert torch.equal(linear(rows[first:last]), whole[first:last])
+    with torch.inference_mode(), threads(2):
+        assert is_exact_function(linear, inputs, torch.float32, 2 * linear.most_rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [8, 32])
+def test_torchs_own_linears_are_exact_on_one_fixed_number_of_rows(dtype: torch.dtype, rows: int) -> None:
+    linear = FixedRowsLinear(nn.Linear(2048, 512, bias=False, dtype=dtype), rows)
+
+    with torch.inference_mode(), threads(2):
+        assert is_exact_function(linear, 2048, dtype, 3 * rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -99,8 +112,8 @@ def test_a_model_gets_the_form_that_its_weights_are_to_have() -> None:
         replace_linears(model, model.head, weights, torch.float32, CPU)
         found[weights] = forms(model)
 
-    plain = PackedLinear if can_pack(torch.float32, CPU) else nn.Linear
-    eight = IntegerLinear if knows_fbgemm() else Int8Linear
+    plain = TwoHalvesLinear if has_fbgemm() else FixedRowsLinear
+    eight = IntegerLinear if has_fbgemm() else Int8Linear
     assert found == {
         "none": [plain] * 3,
         "int8": [eight] * 3,
@@ -108,7 +121,15 @@ def test_a_model_gets_the_form_that_its_weights_are_to_have() -> None:
     }
 
 
-@pytest.mark.skipif(not knows_fbgemm(), reason="FBGEMM's kernels for AVX2 are not here")
+def test_a_head_is_given_fewer_rows_at_once() -> None:
+    model = Model()
+    replace_linears(model, model.head, "int8", torch.float32, CPU)
+
+    assert model.layer[0].most_rows == MOST_ROWS
+    assert model.head.most_rows < MOST_ROWS
+
+
+@NEEDS_FBGEMM
 @pytest.mark.parametrize("of", [torch.bfloat16, torch.float16])
 def test_weights_of_a_checkpoint_in_half_precision_are_read_in_it(of: torch.dtype) -> None:
     model = Model().to(of).float()
@@ -117,11 +138,31 @@ def test_weights_of_a_checkpoint_in_half_precision_are_read_in_it(of: torch.dtyp
     assert forms(model) == [HalfLinear] * 3
 
 
+@NEEDS_FBGEMM
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_two_halves_hold_weights_of_float32_whatever_their_size(size: float) -> None:
+    torch.manual_seed(3)
+    linear = nn.Linear(512, 256, bias=False)
+    linear.weight.data.mul_(size)
+    exact = linear.weight.double()
+    rows = torch.randn(40, 512)
+
+    found = TwoHalvesLinear(linear)(rows).double()
+
+    expected = rows.double() @ exact.T
+    their_error = (linear(rows).double() - expected).square().mean().sqrt()
+    assert (found - expected).square().mean().sqrt() < 2 * their_error
+
+
 def test_weights_that_half_precision_would_round_are_not_held_in_it() -> None:
+    large = nn.Linear(64, 48)
+    large.weight.data.fill_(2.0**17)
+
     assert not HalfLinear.holds(nn.Linear(64, 48))
+    assert not HalfLinear.holds(large)
 
 
-@pytest.mark.skipif(not knows_fbgemm(), reason="FBGEMM's kernels for AVX2 are not here")
+@NEEDS_FBGEMM
 @pytest.mark.parametrize("inputs", [64, 1000, 3072])
 def test_integer_products_of_the_largest_rows_and_weights_do_not_overflow(inputs: int) -> None:
     linear = nn.Linear(inputs, 32, bias=False)
@@ -131,11 +172,13 @@ def test_integer_products_of_the_largest_rows_and_weights_do_not_overflow(inputs
     torch.testing.assert_close(IntegerLinear(linear)(rows), linear(rows), rtol=1e-4, atol=0)
 
 
-def test_where_kernels_of_another_type_are_known_to_be_right_nothing_is_replaced() -> None:
-    model = Model()
-    replace_linears(model, model.head, "none", torch.bfloat16, CPU)
+def test_in_a_type_of_16_bits_torchs_own_linears_get_a_fixed_number_of_rows_unless_speed_is_all() -> None:
+    strict, fast = Model(), Model()
+    replace_linears(strict, strict.head, "none", torch.bfloat16, CPU)
+    replace_linears(fast, fast.head, "none", torch.bfloat16, CPU, is_strict=False)
 
-    assert forms(model) == [nn.Linear] * 3
+    assert forms(strict) == [FixedRowsLinear] * 3
+    assert forms(fast) == [nn.Linear] * 3
 
 
 def test_quantised_weights_elsewhere_than_on_a_cpu_are_refused() -> None:

@@ -1,0 +1,61 @@
+"""Why a row's bits cannot depend on the rows beside it: the grounds that a strict forward stands on.
+
+A kernel chooses its order of sums by the shape of its input, how many threads it has, and where in the input a value
+lies. A strict forward calls a kernel only in a way in which none of these reaches a row's bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+
+# torch hands up to so many values to one thread.
+_GRAIN = 32_768
+# torch's loops over values take two vectors of 64 bytes at once, and what is left over by code that rounds otherwise.
+_LOOP_BYTES = 128
+
+
+class Ground(StrEnum):
+    """Why the rows of a forward do not depend on each other."""
+
+    WHOLE_NUMBERS = "sums of whole numbers, which no order rounds"
+    FIXED_ROWS = "one fixed number of rows, always padded and cut to it"
+    ROW_BY_ROW = "each row computed by itself, in one order"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One part of a forward, the form in which it runs, and the ground of its exactness."""
+
+    part: str
+    form: str
+    ground: Ground
+
+
+def row_by_row(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """An elementwise `function` of `rows` [..., columns], such that a value's bits depend on it and its column alone.
+
+    Functions like exp round otherwise in a loop's last values than in its vectors, and each thread has a loop of its own.
+    So rows are handed over as many at once as one thread takes, or one at a time where vectors do not fill a row.
+    """
+    flat = rows.reshape(-1, rows.shape[-1])
+    columns = flat.shape[1]
+    at_once = max(1, _GRAIN // columns) if columns * rows.itemsize % _LOOP_BYTES == 0 else 1
+    if rows.device.type != "cpu" or len(flat) <= at_once:
+        return function(rows)
+    return torch.cat([function(part) for part in flat.split(at_once)]).view(rows.shape)
+
+
+class RowByRow(nn.Module):
+    """An activation function applied by `row_by_row`."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return row_by_row(self.function, rows)

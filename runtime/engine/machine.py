@@ -1,0 +1,91 @@
+"""What this machine's kernels are: what its CPU multiplies, and the class of machines that give each other's bits."""
+
+from __future__ import annotations
+
+import os
+import platform
+from contextlib import suppress
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_VENDORS = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
+# What ONEDNN_MAX_CPU_ISA may name begins with one of these, the longest first.
+_ONEDNN_LIMITS = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX512", "AVX2", "AVX", "SSE41")
+
+
+class Level(IntEnum):
+    """Vector instructions of which torch's libraries have kernels of their own; each includes those before it."""
+
+    OTHER = 0
+    AVX2 = 1
+    AVX512 = 2
+    AVX512_BF16 = 3
+    AMX = 4
+
+
+def hardware_level() -> Level:
+    """The highest level that the CPU itself has."""
+    has = {
+        Level.AMX: torch.cpu._is_amx_tile_supported(),  # noqa: SLF001 (torch has no public name, here and below)
+        Level.AVX512_BF16: torch.cpu._is_avx512_bf16_supported(),  # noqa: SLF001
+        Level.AVX512: torch.cpu._is_avx512_supported(),  # noqa: SLF001
+        Level.AVX2: torch.cpu._is_avx2_supported(),  # noqa: SLF001
+    }
+    return next((level for level, is_here in has.items() if is_here), Level.OTHER)
+
+
+def level() -> Level:
+    """The highest level that torch and oneDNN use, as the environment may limit them."""
+    limits = {"AVX512": Level.AMX, "AVX2": Level.AVX2}
+    aten = limits.get(torch.backends.cpu.get_cpu_capability(), Level.OTHER)
+    return min(hardware_level(), aten, _onednn_limit())
+
+
+def features() -> str:
+    """The level in words, and what holds it below the CPU's own."""
+    own, used = hardware_level(), level()
+    return used.name if own == used else f"{used.name} (the CPU has {own.name}; the environment limits it)"
+
+
+def kernel_class() -> str:
+    """Names the machines whose kernels give the same bits as this one's: for a session that moves, or a file of digests."""
+    own, used = hardware_level(), level()
+    limited = "" if own == used else f" of {own.name.lower()}"
+    return f"{platform.machine()} {_vendor()} {used.name.lower()}{limited}, threads {torch.get_num_threads()}"
+
+
+@cache
+def cpu_flags() -> str:
+    """Every feature that the system tells of the CPU, on one line."""
+    return _cpuinfo("flags") or _cpuinfo("Features") or platform.processor()
+
+
+def _vendor() -> str:
+    name = _cpuinfo("vendor_id") or platform.processor()
+    return _VENDORS.get(name, name.lower() or "unknown")
+
+
+def _onednn_limit() -> Level:
+    name = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    prefix = next((prefix for prefix in _ONEDNN_LIMITS if name.startswith(prefix)), None)
+    return {
+        "AVX512_CORE_BF16": Level.AVX512_BF16,
+        "AVX512_CORE_FP16": Level.AVX512_BF16,
+        "AVX512": Level.AVX512,
+        "AVX2": Level.AVX2,
+        "AVX": Level.OTHER,
+        "SSE41": Level.OTHER,
+    }.get(prefix or "", Level.AMX)
+
+
+@cache
+def _cpuinfo(field: str) -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == field:
+                return value.strip()
+    return ""

@@ -1,0 +1,67 @@
+"""What a probe found is asked for once for each machine and subject; a file that lies or is torn costs nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.engine.findings import found
+
+
+class Probe:
+    def __init__(self, holds: bool = True) -> None:
+        self.count = 0
+        self._holds = holds
+
+    def __call__(self) -> bool:
+        self.count += 1
+        return self._holds
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_what_was_found_is_not_looked_for_again(home: Path, holds: bool) -> None:
+    probe = Probe(holds)
+
+    assert [found("a linear", probe) for _ in range(3)] == [holds] * 3
+    assert probe.count == 1
+
+
+def test_another_subject_thread_count_or_kernel_class_is_looked_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = Probe()
+    found("a linear", probe)
+    found("another", probe)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    found("a linear", probe)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    found("a linear", probe)
+
+    assert probe.count == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"a": 1}'])
+def test_a_file_that_says_nothing_is_written_anew(home: Path, content: bytes) -> None:
+    file = home / "perennial" / "findings.json"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    probe = Probe()
+
+    assert [found("a linear", probe) for _ in range(2)] == [True] * 2
+    assert probe.count == 1
+
+
+def test_where_no_file_can_be_written_it_is_looked_for_each_time(home: Path) -> None:
+    (home / "perennial").write_text("in the way")
+    probe = Probe()
+
+    assert [found("a linear", probe) for _ in range(2)] == [True] * 2
+    assert probe.count == 2
