@@ -35,6 +35,10 @@ seedling:
 bench *peers:
     perennial bench all {{peers}}
 
+# Adds this machine's digests of logits and tokens to those that machines of its class are held to.
+golden:
+    python -m tests.runtime.engine.golden
+
 # Takes the README's picture of the page anew; needs Chromium.
 picture:
     python -m tests.contract.screenshot docs/page.png

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,11 @@ class Form:
 
     def __str__(self) -> str:
         return f"dtype={str(self.dtype).removeprefix('torch.')} weights={self.weights}"
+
+    def after(self, failed: Sequence[Form]) -> Form:
+        """This form, its reason being that those before it `failed` too."""
+        reasons = [*(f"{one} is not bit-exact in batches here" for one in failed), self.reason]
+        return replace(self, reason=", ".join(filter(None, reasons)))
 
 
 def read_config(directory: Path) -> PreTrainedConfig:

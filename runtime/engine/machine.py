@@ -54,7 +54,9 @@ def kernel_class() -> str:
     """Names the machines whose kernels give the same bits as this one's: for a session that moves, or a file of digests."""
     own, used = hardware_level(), level()
     limited = "" if own == used else f" of {own.name.lower()}"
-    return f"{platform.machine()} {_vendor()} {used.name.lower()}{limited}, threads {torch.get_num_threads()}"
+    # Libraries choose blocks by the sizes of caches, which differ between models.
+    model = "-".join(part for part in (_vendor(), _cpuinfo("cpu family"), _cpuinfo("model")) if part)
+    return f"{platform.machine()} {model} {used.name.lower()}{limited}, threads {torch.get_num_threads()}"
 
 
 @cache

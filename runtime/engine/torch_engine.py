@@ -81,17 +81,18 @@ class TorchEngine(DrawingEngine):
         if device.type == "cpu" and beside is None:
             torch.set_num_threads(1 if _is_small(count) else psutil.cpu_count(logical=False) or 1)
         is_strict = settings.determinism == "strict"
+        failed: list[Form] = []
         for form in forms:
             spec = slab_spec(config, settings, form.dtype, device)
             model = _load_model(directory, form, device, is_strict=is_strict)
             if not is_strict or _is_proven(model, spec, form):
-                return cls(model, spec, form, is_bit_exact=is_strict)
-            _log.warning("not bit-exact here: %s", form)
+                return cls(model, spec, form.after(failed), is_bit_exact=is_strict)
+            failed.append(form)
         if (settings.dtype, settings.weights) != ("auto", "auto"):
-            raise refuse(forms)
+            raise refuse(failed)
         # A row that is always alone has no company that its bits could depend on.
-        alone = Form(forms[-1].dtype, forms[-1].weights, "no form is bit-exact in batches here: one row a forward")
-        return cls(model, slab_spec(config, settings, alone.dtype, device, row_tile=1), alone, is_bit_exact=True)
+        spec = slab_spec(config, settings, form.dtype, device, row_tile=1)
+        return cls(model, spec, replace(form, reason="one row a forward").after(failed), is_bit_exact=True)
 
     @cached_property
     def facts(self) -> EngineFacts:

@@ -90,7 +90,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "backend": "auto",
         "device": "auto",
         "dtype": "auto",
-        "weights": "none",
+        "weights": "auto",
         "sink": 4,
         "window": 4092,
         "http_overflow": "error",

@@ -1,9 +1,13 @@
 """What every test of an engine runs on: each of the backends."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.conftest import SMALL
 from tests.runtime.engine import feeding
 
 
@@ -19,3 +23,13 @@ def backend(request: pytest.FixtureRequest) -> str:
 def load(backend: str) -> feeding.Load:
     """Loads an engine, once for all tests that ask for the same."""
     return partial(feeding.load, backend=backend)
+
+
+@pytest.fixture(scope="session")
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a random model that is too large for a CPU's cache, in the type of most checkpoints."""
+    config = LlamaConfig(**SMALL | {"hidden_size": 512, "intermediate_size": 4096, "vocab_size": 4096})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    directory = tmp_path_factory.mktemp("large_model")
+    model.save_pretrained(directory)
+    return directory
