@@ -6,8 +6,9 @@ window, so the model meets no distance that the window does not have.
 
 Queries go to torch's flash attention in blocks of one fixed size. On a CPU it computes each block of each kv head by
 itself, on one thread, over runs of 512 slots (FlashAttentionKernel.cpp), so that a block's bits depend on its own queries
-and slots alone: as long as these, and what each thread writes in between, lie alike in lines of 64 bytes, by which MKL
-chooses an order of sums.
+and slots alone: as long as these, and what its thread writes in between, lie alike in lines of 64 bytes, by which MKL
+chooses an order of sums. So each head's blocks go to the same thread in every call, or, where heads cannot be shared out
+evenly, blocks are so large that every thread's buffers lie alike.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ CLAIMS = (
     Claim("activations, rotation", "torch's vectors, no row's end left over", Ground.ROW_BY_ROW),
 )
 
+_LINE_BYTES = 64
+# Fewer queries in a block cost a lone row nothing less.
+_LEAST_QUERIES = 4
 # Each thread's share of flash attention's buffers is a whole number of lines where a block has a multiple of so many.
 _QUERY_STEP = 8
 
@@ -55,7 +59,7 @@ class Stack:
     sink: int
     blocks: int
     queries: slice  # of the forward's queries, one block's behind the other's
-    # [blocks, 1 or G, M, extent], 0 where a query sees a slot, else -inf. Past the window each layer writes into its first
+    # [1 or G, blocks, M, extent], 0 where a query sees a slot, else -inf. Past the window each layer writes into its first
     # columns what brings the sinks within reach.
     hidden: Tensor
     is_past_window: bool
@@ -72,8 +76,16 @@ class ForwardPlan:
     sink_turn: tuple[Tensor, Tensor] | None  # cosines and sines [queries, D] that bring a query within reach
 
 
-def block_shape(heads_a_group: int) -> tuple[int, int]:
-    """How many rows R make a block, and how many queries M it has: those of all Q heads of a group, and padding."""
+def block_shape(spec: SlabSpec, heads: int, threads: int) -> tuple[int, int]:
+    """How many rows R make a block, and how many queries M it has: those of all Q heads of a group, and padding.
+
+    Blocks come to threads head by head, so that a head's are one thread's where threads share the heads out evenly.
+    """
+    heads_a_group = heads // spec.kv_heads
+    rows = max(1, _LEAST_QUERIES // heads_a_group)
+    block_bytes = rows * heads_a_group * spec.head_dim * spec.dtype.itemsize
+    if spec.kv_heads % threads == 0 and block_bytes % _LINE_BYTES == 0:
+        return rows, rows * heads_a_group
     rows = max(1, _QUERY_STEP // heads_a_group)
     return rows, -(-rows * heads_a_group // _QUERY_STEP) * _QUERY_STEP
 
@@ -82,7 +94,7 @@ def plan_forward(batch: RowBatch, rotary: ExactRotary, heads: int) -> ForwardPla
     """The plan of a batch, for a model of that many query `heads`."""
     pieces = batch.pieces()
     spec = batch.rows[0].slab.spec
-    size, queries = block_shape(heads // spec.kv_heads)
+    size, queries = block_shape(spec, heads, torch.get_num_threads())
     positions = torch.tensor([row.position for row in batch.rows], device=spec.device)
     visible = spec.visible_slots(positions, max(piece.extent for piece in pieces))
     # Other devices than CPUs take a mask of the queries' own type alone.
@@ -101,7 +113,7 @@ def plan_forward(batch: RowBatch, rotary: ExactRotary, heads: int) -> ForwardPla
             # A call for a single block would run outside torch's threads, where the product inside it has threads of its own.
             row_of += [row_of[-1]] * size
         blocks = (len(row_of) - begin) // size
-        seen = hidden[row_of[begin:], : first.extent].view(blocks, 1, 1, size, first.extent)
+        seen = hidden[row_of[begin:], : first.extent].view(1, blocks, 1, size, first.extent)
         of_each_head = spec.kv_heads if first.is_past_window and spec.sink else 1
         stacks.append(
             Stack(
@@ -111,7 +123,9 @@ def plan_forward(batch: RowBatch, rotary: ExactRotary, heads: int) -> ForwardPla
                 sink=spec.sink,
                 blocks=blocks,
                 queries=slice(begin, len(row_of)),
-                hidden=_padded(seen.expand(-1, of_each_head, heads // spec.kv_heads, -1, -1).flatten(2, 3), queries),
+                hidden=_padded(
+                    seen.expand(of_each_head, -1, heads // spec.kv_heads, -1, -1).flatten(2, 3), queries
+                ).contiguous(),
                 is_past_window=first.is_past_window,
             )
         )
@@ -134,8 +148,9 @@ def plan_forward(batch: RowBatch, rotary: ExactRotary, heads: int) -> ForwardPla
 
 
 def _padded(blocks: Tensor, queries: int) -> Tensor:
-    """Blocks [..., queries so far, columns] with rows of zeros behind them, in memory of their own."""
-    return nn.functional.pad(blocks, (0, 0, 0, queries - blocks.shape[-2])).contiguous()
+    """Blocks [..., queries so far, columns] with rows of zeros behind them, up to so many."""
+    missing = queries - blocks.shape[-2]
+    return nn.functional.pad(blocks, (0, 0, 0, missing)) if missing else blocks
 
 
 def _stacked(pieces: tuple[Piece, ...], size: int) -> list[list[Piece]]:
@@ -211,7 +226,8 @@ def slab_attention(
     queries = query[0].index_select(1, plan.rows)
     # In float32, for their difference is small beside them.
     reach = rotate(queries.float(), *plan.sink_turn) - queries.float() if plan.sink_turn else None
-    attended = torch.cat([_attend(queries, reach, layer, stack, key.shape[1], scaling) for stack in plan.stacks], dim=1)
+    parts = [_attend(queries, reach, layer, stack, key.shape[1], scaling) for stack in plan.stacks]
+    attended = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return attended.index_select(1, plan.places).transpose(0, 1).unsqueeze(0), None
 
 
@@ -224,24 +240,24 @@ def _attend(queries: Tensor, reach: Tensor | None, layer: int, stack: Stack, gro
     size, each = stack.hidden.shape[-2], heads // groups
     in_blocks = (groups, each, stack.blocks, -1, head_dim)
 
-    def folded(some: Tensor) -> Tensor:  # [blocks, G, M, D]
-        return _padded(some[:, stack.queries].reshape(in_blocks).permute(2, 0, 1, 3, 4).flatten(2, 3), size)
+    def folded(some: Tensor) -> Tensor:  # [G, blocks, M, D]
+        return _padded(some[:, stack.queries].reshape(in_blocks).transpose(1, 2).flatten(2, 3), size)
 
-    keys, values = stack.store.stacked(layer, stack.slabs, stack.extent)
+    keys, values = (held.transpose(0, 1) for held in stack.store.stacked(layer, stack.slabs, stack.extent))
     if reach is not None and stack.is_past_window:
         sinks = keys[:, :, None, : stack.sink].float()
         # Scores beyond those of the query itself. A sum over a row, not a product, whose kernel would depend on the blocks.
         stack.hidden[..., : stack.sink] = (folded(reach).unsqueeze(3) * sinks).sum(dim=-1) * scaling
     blocks = folded(queries)
-    keys, values = (held.expand(stack.blocks, -1, -1, -1) for held in (keys, values))
+    keys, values = (held.expand(-1, stack.blocks, -1, -1) for held in (keys, values))
     attended = _flash(blocks, keys, values, stack.hidden, scaling)
     used = each * (stack.queries.stop - stack.queries.start) // stack.blocks
     apart: Tensor = attended[:, :, :used].unflatten(2, (each, -1))
-    return apart.permute(1, 2, 0, 3, 4).reshape(heads, -1, head_dim)
+    return apart.transpose(1, 2).reshape(heads, -1, head_dim)
 
 
 def _flash(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scaling: float) -> Tensor:
-    """Softmax attention of `queries` [B, G, M, D] over `keys` and `values` [B, G, S, D], of the same shape as the queries."""
+    """Softmax attention of `queries` [G, B, M, D] over `keys` and `values` [G, B, S, D], of the same shape as the queries."""
     attend = nn.functional.scaled_dot_product_attention
     if queries.device.type == "cpu":
         # By name, so that no other kernel is chosen.

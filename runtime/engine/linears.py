@@ -24,7 +24,7 @@ MOST_ROWS = 128
 HEAD_MOST_ROWS = 32
 
 # A product in 16 bits on AMX costs for one row what it costs for so many; elsewhere few rows cost less.
-_FIXED_ROWS_ON_AMX, _FIXED_ROWS_ON_CPU, _FIXED_ROWS_ELSEWHERE = 32, 8, 32
+_FIXED_ROWS_ON_AMX, _FIXED_ROWS_ON_CPU, _FIXED_ROWS_ELSEWHERE = 32, 4, 32
 
 # FBGEMM's kernels for AVX2 sum the rows of a block of 3 to 6 in one order, and those of a smaller one in another.
 _BLOCK_ROWS = 6
@@ -270,7 +270,9 @@ def _form_of(
     if weights == "int4" and not is_head:
         return partial(Int4Linear, most_rows=most_rows)
     if weights in ("int8", "int4"):
-        return partial(IntegerLinear if has_fbgemm() else Int8Linear, most_rows=most_rows)
+        # With AVX-512 torch's own kernel reads as fast and leaves less to do around it.
+        is_integer = has_fbgemm() and level() == Level.AVX2
+        return partial(IntegerLinear if is_integer else Int8Linear, most_rows=most_rows)
     if dtype == torch.float32 and device.type == "cpu" and has_fbgemm():
         return partial(HalfLinear if HalfLinear.holds(linear) else TwoHalvesLinear, most_rows=most_rows)
     if device.type != "cpu":

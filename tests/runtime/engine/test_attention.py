@@ -165,15 +165,24 @@ def test_what_lies_in_hidden_slots_does_not_matter() -> None:
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("head_dim", [30, 64, 80])
 @pytest.mark.parametrize("heads_a_group", range(1, 17))
-def test_a_block_has_whole_lines_of_queries_and_wastes_less_than_half(heads_a_group: int) -> None:
-    rows, queries = block_shape(heads_a_group)
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_blocks_lie_alike_in_memory_for_whichever_thread_computes_them(
+    heads_a_group: int, head_dim: int, count: int
+) -> None:
+    spec = replace(SPEC, kv_heads=4, head_dim=head_dim)
+    rows, queries = block_shape(spec, 4 * heads_a_group, count)
 
-    assert queries % 8 == 0
-    assert queries / 2 < rows * heads_a_group <= queries
+    assert rows * heads_a_group <= queries < rows * heads_a_group + 8
+    assert queries * head_dim * spec.dtype.itemsize % 64 == 0
+    # Buffers of as many rows as queries, for a run of 512 slots, two sums and a result.
+    assert 4 % count == 0 or queries * (512 + 2 + head_dim) * 4 % 64 == 0
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (5, 1, 64), (12, 4, 80), (6, 3, 30)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(9, 3, 64), (5, 1, 64), (12, 4, 80), (6, 3, 30), (6, 2, 30)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_do_not_depend_on_the_thread_that_computes_a_block(
     heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype

@@ -22,6 +22,7 @@ from runtime.engine.linears import (
     has_fbgemm,
     replace_linears,
 )
+from runtime.engine.machine import Level, level
 from runtime.engine.probe import is_exact_function
 from runtime.errors import InvalidSetting
 from tests.runtime.engine.feeding import threads
@@ -113,7 +114,7 @@ def test_a_model_gets_the_form_that_its_weights_are_to_have() -> None:
         found[weights] = forms(model)
 
     plain = TwoHalvesLinear if has_fbgemm() else FixedRowsLinear
-    eight = IntegerLinear if has_fbgemm() else Int8Linear
+    eight = IntegerLinear if level() == Level.AVX2 else Int8Linear
     assert found == {
         "none": [plain] * 3,
         "int8": [eight] * 3,
