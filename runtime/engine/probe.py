@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -85,10 +86,10 @@ def is_exact_at_every_count(engine: LogitsEngine, spec: SlabSpec, vocabulary: in
     for one in (slab, neighbour):
         _fill(one)
     tile = spec.row_tile
-    beside = tuple(Row(neighbour, n, choice.randrange(vocabulary)) for n in range(tile))
+    beside = tuple(replace(row, draw=None) for row in _random_rows(neighbour, 0, vocabulary, choice))
     starts = _starts(spec)
     for index, start in enumerate(starts):
-        rows = tuple(Row(slab, start + n, choice.randrange(vocabulary), _GREEDY) for n in range(tile))
+        rows = _random_rows(slab, start, vocabulary, choice)
         reference = engine.logits(RowBatch(rows))
         for count in range(1, tile + 1):
             companies = [(), beside[: tile - count]]
@@ -133,18 +134,8 @@ def _starts(spec: SlabSpec) -> list[int]:
 
 
 def _random_rows(slab: Slab, start: int, vocabulary: int, choice: random.Random) -> tuple[Row, ...]:
-    """A tile of consecutive rows. So many draw as a small tile has: logits of all would take a large model's head too long."""
-    tile = slab.spec.row_tile
-    drawing = {*range(_SMALL_TILE // 2), *choice.sample(range(tile), _SMALL_TILE // 2)} if tile > _SMALL_TILE else None
-    return tuple(
-        Row(
-            slab,
-            start + offset,
-            choice.randrange(vocabulary),
-            _GREEDY if drawing is None or offset in drawing else None,
-        )
-        for offset in range(tile)
-    )
+    """A tile of consecutive rows, each of which draws."""
+    return tuple(Row(slab, start + n, choice.randrange(vocabulary), _GREEDY) for n in range(slab.spec.row_tile))
 
 
 def _cuts(tile: int, beside: tuple[Row, ...]) -> Iterator[tuple[tuple[int, ...], tuple[Row, ...]]]:
