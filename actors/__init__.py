@@ -2,9 +2,9 @@
 
 | actor | owns, nobody else writes or holds it | takes | asks | its failure |
 | --- | --- | --- | --- | --- |
-| Session | history, slab contents, terms, journal, last-used time | its SessionMessages | executor | this session |
+| Session | history, slab contents, terms, durable record, last-used time | its SessionMessages | executor | this session |
 | ModelExecutor | engine, its thread, rows that wait, pace of forwards | Forward | nobody | all: the tree ends |
-| SessionRegistry | ids to sessions, slab pools | (synchronous methods) | nobody | all: the tree ends |
+| SessionRegistry | ids to sessions, sessions on the way to or from sleep, slab pools | (methods) | nobody | all: the tree ends |
 | Admission | permits, FIFO of waiters | (a context manager) | nobody | cannot fail |
 
 Asks go from a door to a session and from a session to the executor, never back, so nothing waits in a circle.

@@ -6,21 +6,25 @@ import secrets
 from array import array
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from typing import TypeVar
 
 import trio
 
-from actors.mailbox import ActorFailed, ActorStopped, Mailbox, Replies
-from actors.messages import Append, Appended, Close, Export, Generate, Info, SessionInfo
+from actors.mailbox import ActorFailed, ActorStopped, Message, Replies
+from actors.messages import Append, Appended, Branch, Close, Fork, Generate, Info, Save, Saved, SessionInfo
 from actors.registry import NO_SESSION, SessionRegistry
+from runtime.durable import Terms
 from runtime.errors import InvalidRequest, SessionFailed, SessionNotFound
 from runtime.events import Done, Event, Sampling
 from runtime.grammar import Grammar
 from runtime.slab import Slab
-from runtime.snapshot import Terms
 
 # Scheduler passes in which a session whose token was taken has its next forward begun. Whatever is done with the token, such
 # as writing it to a socket, is then done while the engine works and not before.
 _PASSES_TO_THE_NEXT_FORWARD = 6
+
+
+R = TypeVar("R")
 
 
 class Events:
@@ -50,12 +54,13 @@ class Events:
 class SessionHandle:
     """A user's end of one session. Calls on one session are served in the order in which they come.
 
-    Every call raises SessionNotFound once the session was closed or evicted.
+    A session that sleeps on disk is woken by the next call. Every call raises SessionNotFound once the session was closed or
+    evicted, CapacityExhausted where it sleeps and no slab is to be had, and StorageFailed where it cannot be woken.
     """
 
-    def __init__(self, session_id: str, mailbox: Mailbox) -> None:
+    def __init__(self, session_id: str, registry: SessionRegistry) -> None:
         self.id = session_id
-        self._mailbox = mailbox
+        self._registry = registry
 
     async def append(self, token_ids: Iterable[int], expected_history_length: int | None = None) -> Appended:
         """Adds to the history, and returns once the model has read it.
@@ -68,7 +73,7 @@ class SessionHandle:
         except (TypeError, OverflowError) as error:
             raise InvalidRequest(f"token ids must be whole numbers of 32 bits: {error}", "token_ids") from None
         with as_session_errors():
-            return await self._mailbox.ask(Append(tokens, expected_history_length))
+            return await self._ask(Append(tokens, expected_history_length))
 
     @asynccontextmanager
     async def generate(
@@ -91,22 +96,51 @@ class SessionHandle:
         generate = Generate(max_tokens, sampling, top_logprobs, grammar)
         async with AsyncExitStack() as stack:
             with as_session_errors():
-                replies = await stack.enter_async_context(self._mailbox.stream(generate))
+                replies = await stack.enter_async_context(self._stream(generate))
             yield Events(replies)
 
     async def info(self) -> SessionInfo:
         with as_session_errors():
-            return await self._mailbox.ask(Info())
+            return await self._ask(Info())
+
+    async def save(self) -> Saved:
+        """Writes a snapshot. Raises NotDurable, StorageFailed."""
+        with as_session_errors():
+            return await self._ask(Save())
+
+    async def fork_into(self, target: Slab) -> Branch:
+        """Copies the slab into an empty one, which is the caller's to give back."""
+        with as_session_errors():
+            # To the end, for the copy writes into what the caller owns.
+            mailbox = await self._registry.mailbox(self.id)
+            return await mailbox.ask_to_the_end(Fork(target))
 
     async def close(self) -> int:
         """Ends the session and returns the length of its history; by then its slab is free again."""
         with as_session_errors():
-            async with self._mailbox.stream(Close()) as replies:
+            async with self._stream(Close()) as replies:
                 length = await replies.receive()
                 # After its answer the session runs to its end without a pause; only the stream's end tells that it has.
                 with suppress(ActorFailed):
                     await replies.receive()
                 return length
+
+    async def _ask(self, message: Message[R]) -> R:
+        async with self._stream(message) as replies:
+            return await replies.receive()
+
+    @asynccontextmanager
+    async def _stream(self, message: Message[R]) -> AsyncIterator[Replies[R]]:
+        async with AsyncExitStack() as stack:
+            while True:
+                mailbox = await self._registry.mailbox(self.id)
+                try:
+                    replies = await stack.enter_async_context(mailbox.stream(message))
+                    break
+                except ActorStopped:
+                    # It fell asleep before it took the message, or has ended: the registry knows which.
+                    continue
+            yield replies
 
 
 @contextmanager
@@ -135,12 +169,13 @@ class Completion:
         sessions = [self.session]
         for _ in range(self._count - 1):
             with self._registry.completion_slab() as slab:
-                sessions.append(self._open(slab, *await copied(self._registry.find(self.session.id), slab)))
+                branch = await self.session.fork_into(slab)
+                sessions.append(self._open(slab, branch.terms, branch.history))
         return tuple(sessions)
 
     def _open(self, slab: Slab, terms: Terms, history: array[int] | None = None) -> SessionHandle:
         session_id = self._registry.open_completion(slab, terms, history)
-        session = SessionHandle(session_id, self._registry.find(session_id))
+        session = SessionHandle(session_id, self._registry)
         self._held.push_async_callback(_end, session)
         return session
 
@@ -150,15 +185,3 @@ async def _end(session: SessionHandle) -> None:
     # given up its slab already.
     with trio.CancelScope(shield=True), suppress(SessionNotFound, SessionFailed):
         await session.close()
-
-
-async def copied(mailbox: Mailbox, target: Slab) -> tuple[Terms, array[int]]:
-    """Copies a session's slab into `target`, and returns its terms and history."""
-
-    def copy(terms: Terms, slab: Slab, history: array[int]) -> tuple[Terms, array[int]]:
-        target.copy_from(slab)
-        return terms, array("I", history)
-
-    with as_session_errors():
-        # To the end, for the copy writes into a slab that is the caller's to give back.
-        return await mailbox.ask_to_the_end(Export(copy))

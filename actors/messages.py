@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from actors.mailbox import Message
+from runtime.durable import Terms
 from runtime.events import Event, Sampling, Token
 from runtime.grammar import Grammar
 from runtime.rows import Row
 from runtime.slab import Slab
-from runtime.snapshot import Terms
-
-Exported = TypeVar("Exported")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +110,23 @@ class Forward(Message[Ran]):
 
 
 @dataclass(frozen=True, slots=True)
-class Export(Message[Exported]):
-    """Runs `work` over the session's terms, slab and history, in a thread, while nothing else touches them."""
+class Branch:
+    """What a fork begins with besides its slab."""
 
-    work: Callable[[Terms, Slab, array[int]], Exported]
+    terms: Terms
+    history: array[int]
 
 
-SessionMessage = Append | Generate | Info | Export[Any] | Close | Evict
+@dataclass(frozen=True, slots=True)
+class Fork(Message[Branch]):
+    """Copies the session's slab into `target`, which is the asker's."""
+
+    target: Slab
+
+
+@dataclass(frozen=True, slots=True)
+class Save(Message[Saved]):
+    """Writes a snapshot of the session; for one that is on disk itself."""
+
+
+SessionMessage = Append | Generate | Info | Fork | Save | Close | Evict

@@ -1,6 +1,7 @@
 """The registry: which sessions there are, who gets a slab, and what happens when one ends.
 
-Every method is synchronous, so each change is whole; it is an object and not an actor with a mailbox.
+Each change is made between two awaits, and so is whole; it is an object and not an actor with a mailbox. A durable session
+without a slab sleeps in the store, and is woken when it is asked for.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import secrets
+import time
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import trio
@@ -19,12 +21,16 @@ from actors.mailbox import Mailbox, open_mailbox
 from actors.messages import Evict, SessionSummary
 from actors.proposing import NewProposals, Proposals
 from actors.session import Ending, Session
-from runtime.errors import CapacityExhausted, EngineFailed, InvariantViolation, SessionNotFound, SnapshotUnreadable
-from runtime.journal import Journal
+from runtime.durable import Durable, SessionStore, Terms
+from runtime.errors import CapacityExhausted, EngineFailed, InvariantViolation, SessionNotFound
 from runtime.metrics import Metrics
 from runtime.slab import Slab, SlabPool
-from runtime.snapshot import Terms
-from runtime.state import StateDirectory
+
+# Scheduler passes in which a session that was made or answered just now comes to its inbox, where it can be evicted.
+_PASSES_TO_INBOX = 2
+
+# At a stop slabs are left on disk for so long; what is not there by then is read again.
+_LEAVING_S = 5.0
 
 # The same words whenever the session ended, so that they say nothing about ids.
 NO_SESSION = "no session has this id: it was never made, was closed, or was evicted"
@@ -39,6 +45,7 @@ class Entry:
     slab: Slab
     pool: SlabPool
     proposals: Proposals | None
+    durable: Durable | None
 
 
 class SessionRegistry:
@@ -54,7 +61,7 @@ class SessionRegistry:
         idle_ttl_s: float,
         long_lived: SlabPool,
         completions: SlabPool,
-        state: StateDirectory | None = None,
+        store: SessionStore | None = None,
         new_proposals: NewProposals = lambda: None,
     ) -> None:
         self._nursery = nursery
@@ -64,9 +71,10 @@ class SessionRegistry:
         self._idle_ttl_s = idle_ttl_s or math.inf
         self._long_lived = long_lived
         self._completions = completions
-        self._state = state
+        self._store = store
         self._new_proposals = new_proposals
         self._entries: dict[str, Entry] = {}
+        self._passing: dict[str, trio.Event] = {}
         metrics.slab_total.set(self.slab_total)
         metrics.slab_in_use.set_function(lambda: self.slab_in_use)
         metrics.session_active.set_function(lambda: len(self._entries))
@@ -85,23 +93,19 @@ class SessionRegistry:
         """Slabs held by sessions, the completions' included."""
         return self._long_lived.in_use + self._completions.in_use
 
-    def create(self, terms: Terms) -> str:
-        """The id of a new long-lived session. When every slab is held, the one idle longest is evicted for it.
-
-        Raises CapacityExhausted when all are at work.
-        """
-        with self.free_slab() as slab:
-            return self.open(slab, terms)
-
-    @contextmanager
-    def free_slab(self, beside: str | None = None) -> Iterator[Slab]:
+    @asynccontextmanager
+    async def free_slab(self, beside: str | None = None) -> AsyncIterator[Slab]:
         """An empty slab to be filled and opened in the block, free again where the block raises.
 
         For want of one, the session idle longest is evicted, but not the one with the id `beside`. Raises
-        CapacityExhausted.
+        CapacityExhausted when all are at work.
         """
-        if self._long_lived.in_use == self._long_lived.total:
-            self._evict_one(beside)
+        for passes_left in range(_PASSES_TO_INBOX, -1, -1):
+            await trio.lowlevel.checkpoint()
+            if self._long_lived.in_use < self._long_lived.total or self._evict_one(beside):
+                break
+            if not passes_left:
+                raise CapacityExhausted(f"all {self._long_lived.total} slabs are at work: try again, or raise capacity")
         with _given_back(self._long_lived) as slab:
             yield slab
 
@@ -112,12 +116,10 @@ class SessionRegistry:
             yield slab
 
     def open(self, slab: Slab, terms: Terms, history: array[int] | None = None) -> str:
-        """The id of a new long-lived session on a slab that has read `history` up to its frontier."""
-        session_id = secrets.token_urlsafe(24)
-        journal = self._state.new_journal(session_id, terms) if self._state else None
-        if journal is not None and history:
-            journal.record(0, history)
-        self._start(session_id, self._long_lived, slab, terms, self._idle_ttl_s, history, journal)
+        """The id of a new long-lived session on a slab that has read `history` up to its frontier. Raises StorageFailed."""
+        durable = self._store.create(terms, history) if self._store else None
+        session_id = durable.id if durable else secrets.token_urlsafe(24)
+        self._start(session_id, self._long_lived, slab, terms, self._idle_ttl_s, history, durable)
         return session_id
 
     def open_completion(self, slab: Slab, terms: Terms, history: array[int] | None = None) -> str:
@@ -126,30 +128,52 @@ class SessionRegistry:
         self._start(session_id, self._completions, slab, terms, math.inf, history)
         return session_id
 
-    def recover(self) -> None:
-        """Starts the sessions that an earlier server left on disk, the one used last first, as many as there are slabs."""
-        if self._state is None:
-            return
-        for session_id, journal in self._state.journals():
-            if self._long_lived.in_use == self._long_lived.total:
-                journal.delete()
-                _log.warning("session on disk evicted: capacity is %d", self._long_lived.total)
-                continue
-            slab = self._long_lived.acquire()
-            try:
-                history = journal.recover(slab)
-            except SnapshotUnreadable as error:
-                self._long_lived.release(slab)
-                journal.close()
-                self._state.set_aside(session_id, error)
+    def check(self, session_id: str) -> None:
+        """Raises SessionNotFound where no session of this id lives or sleeps."""
+        is_asleep = self._store is not None and self._store.sleeps(session_id)
+        if not is_asleep and session_id not in self._entries and session_id not in self._passing:
+            raise SessionNotFound(NO_SESSION)
+
+    async def mailbox(self, session_id: str) -> Mailbox:
+        """The mailbox of a session, which is woken where it sleeps.
+
+        Raises SessionNotFound, CapacityExhausted where no slab can be had for it, or StorageFailed.
+        """
+        while True:
+            if (entry := self._entries.get(session_id)) is not None:
+                return entry.mailbox
+            if (passed := self._passing.get(session_id)) is not None:
+                await passed.wait()
+            elif self._store is None or not self._store.sleeps(session_id):
+                raise SessionNotFound(NO_SESSION)
             else:
-                self._start(session_id, self._long_lived, slab, journal.terms, self._idle_ttl_s, history, journal)
-        _log.info("sessions recovered count=%d", len(self._entries))
+                await self._wake(self._store, session_id)
+
+    async def expire(self) -> None:
+        """Deletes sessions that have slept for too long, until cancelled."""
+        while self._store is not None and self._idle_ttl_s < math.inf:
+            asleep = self._store.sleeping()
+            left = asleep[0].used_at + self._idle_ttl_s - time.time() if asleep else self._idle_ttl_s
+            await trio.sleep(max(left, 1.0))
+            count = await trio.to_thread.run_sync(self._store.expire, self._idle_ttl_s)
+            self._metrics.session_total.labels("evicted").inc(count)
+            self._metrics.session_evicted_total.labels(Ending.IDLE.value).inc(count)
 
     def summaries(self) -> list[SessionSummary]:
         """What an operator may know of every long-lived session; ids are for those who made them."""
         now = trio.current_time()
-        return [
+        visible = self._long_lived.spec.visible
+        asleep = [
+            SessionSummary(
+                label=record.terms.label,
+                history_length=record.length,
+                evicted_token_count=max(0, record.length - visible),
+                kv_live_bytes=0,
+                idle_seconds=max(0.0, time.time() - record.used_at),
+            )
+            for record in (self._store.sleeping() if self._store else ())
+        ]
+        return asleep + [
             SessionSummary(
                 label=entry.session.terms.label,
                 history_length=entry.session.history_length,
@@ -161,13 +185,6 @@ class SessionRegistry:
             if entry.pool is self._long_lived
         ]
 
-    def find(self, session_id: str) -> Mailbox:
-        """The mailbox of a session that lives. Raises SessionNotFound."""
-        entry = self._entries.get(session_id)
-        if entry is None:
-            raise SessionNotFound(NO_SESSION)
-        return entry.mailbox
-
     def _start(
         self,
         session_id: str,
@@ -176,7 +193,7 @@ class SessionRegistry:
         terms: Terms,
         idle_ttl_s: float,
         history: array[int] | None = None,
-        journal: Journal | None = None,
+        durable: Durable | None = None,
     ) -> None:
         mailbox, inbox = open_mailbox()
         proposals = self._new_proposals()
@@ -189,14 +206,36 @@ class SessionRegistry:
             terms=terms,
             idle_ttl_s=idle_ttl_s,
             history=history,
-            journal=journal,
+            durable=durable,
             proposals=proposals,
         )
-        self._entries[session_id] = Entry(session, mailbox, slab, pool, proposals)
-        self._nursery.start_soon(self._supervise, session_id, session, journal)
+        self._entries[session_id] = Entry(session, mailbox, slab, pool, proposals, durable)
+        self._nursery.start_soon(self._supervise, session_id, session, durable)
 
-    def _evict_one(self, beside: str | None) -> None:
-        """Ends the session that was used longest ago among those that wait at their inbox."""
+    async def _wake(self, store: SessionStore, session_id: str) -> None:
+        with self._unseen(session_id):
+            async with self.free_slab() as slab:
+                durable, history = await trio.to_thread.run_sync(store.wake, session_id, slab)
+                self._start(session_id, self._long_lived, slab, durable.terms, self._idle_ttl_s, history, durable)
+
+    @contextmanager
+    def _unseen(self, session_id: str) -> Iterator[None]:
+        """Whoever asks for the session meanwhile waits for the block to end."""
+        self._passing[session_id] = trio.Event()
+        try:
+            yield
+        finally:
+            self._settled(session_id)
+
+    def _settled(self, session_id: str) -> None:
+        """Lets those go on who waited for a session that was waking, or falling asleep."""
+        self._passing.pop(session_id).set()
+
+    def _evict_one(self, beside: str | None) -> bool:
+        """Ends the session that was used longest ago among those that wait at their inbox, and says whether one did.
+
+        A durable one falls asleep.
+        """
         held = [
             (session_id, entry)
             for session_id, entry in self._entries.items()
@@ -205,44 +244,48 @@ class SessionRegistry:
         for session_id, entry in sorted(held, key=lambda pair: pair[1].session.last_used):
             if entry.mailbox.offer(Evict()):
                 self._remove(session_id)
-                return
-        raise CapacityExhausted(f"all {self._long_lived.total} slabs are at work: try again, or raise capacity")
+                return True
+        return False
 
     def _remove(self, session_id: str) -> None:
         # A session to be evicted leaves the map, and gives up its slab, before its task has had its turn to end.
         entry = self._entries.pop(session_id, None)
         if entry is not None:
+            if entry.durable is not None:
+                # Its record is open still, and it cannot be woken before that is closed.
+                self._passing[session_id] = trio.Event()
             entry.pool.release(entry.slab)
             if entry.proposals is not None:
                 entry.proposals.close()
 
-    async def _supervise(self, session_id: str, session: Session, journal: Journal | None) -> None:
-        goes_on = False
+    async def _supervise(self, session_id: str, session: Session, durable: Durable | None) -> None:
+        # A fault deletes no record: that of a session that failed is read again when it is next asked for.
+        has_ended = False
         try:
             ending = await session.run()
-        except trio.Cancelled:
-            goes_on = True
-            session.leave_slab_on_disk()
-            raise
+            has_ended = durable is None or ending is not Ending.EVICTED
+            if has_ended:
+                self._metrics.session_total.labels("closed" if ending is Ending.CLOSED else "evicted").inc()
+                self._metrics.session_evicted_total.labels(ending.value).inc()
         except EngineFailed:
-            goes_on = True
             self._metrics.session_total.labels("failed").inc()
         except Exception as error:
             if isinstance(error, InvariantViolation):
                 self._metrics.cache_invariant_violations_total.labels(error.kind).inc()
             self._metrics.session_total.labels("failed").inc()
             _log.error("session failed", exc_info=error)
-        else:
-            outcome = "closed" if ending is Ending.CLOSED else "evicted"
-            self._metrics.session_total.labels(outcome).inc()
-            self._metrics.session_evicted_total.labels(ending.value).inc()
+            if durable is not None:
+                durable.forget_slab()
+        except BaseException:
+            # The tree ends.
+            with trio.CancelScope(deadline=trio.current_time() + _LEAVING_S, shield=True):
+                await session.leave_slab_on_disk()
+            raise
         finally:
             self._remove(session_id)
-            if journal is not None:
-                if goes_on:
-                    journal.close()
-                else:
-                    journal.delete()
+            if durable is not None:
+                durable.delete() if has_ended else durable.close()
+                self._settled(session_id)
 
 
 @contextmanager

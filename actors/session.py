@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 from array import array
 from collections import deque
@@ -12,29 +13,38 @@ from typing import Any, assert_never, cast
 import trio
 
 from actors.feed import Feed
-from actors.mailbox import Inbox, Mailbox, Message, Reply
+from actors.mailbox import Envelope, Inbox, Mailbox, Message, Reply
 from actors.messages import (
     Append,
     Appended,
+    Branch,
     Close,
     Evict,
-    Export,
+    Fork,
     Generate,
     Info,
+    Save,
+    Saved,
     SessionInfo,
     SessionMessage,
 )
+from actors.nursery import open_nursery
 from actors.proposing import Proposals
-from runtime.errors import HistoryMismatch, InvalidRequest, SlabOverflow
+from runtime.durable import Durable, SlabWriter, Terms
+from runtime.errors import HistoryMismatch, InvalidRequest, NotDurable, SlabOverflow, StorageFailed
 from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
 from runtime.grammar import Constraint
-from runtime.journal import Journal
 from runtime.metrics import Metrics, Turn
 from runtime.sampling import Draw
 from runtime.slab import Slab
-from runtime.snapshot import Terms
 
 MAX_APPEND_TOKENS = 2**18
+
+# A session that is idle so long leaves its slab on disk, where that has fallen so far behind, in shares of all that a token sees.
+_IDLE_BEFORE_WRITING_S = 2.0
+_LEFT_BEHIND = 1 / 8
+
+_log = logging.getLogger("perennial.state")
 
 
 class Ending(Enum):
@@ -59,10 +69,10 @@ class Session:
         terms: Terms,
         idle_ttl_s: float,
         history: array[int] | None = None,
-        journal: Journal | None = None,
+        durable: Durable | None = None,
         proposals: Proposals | None = None,
     ) -> None:
-        """A `history` given is one that goes on: the slab has read it up to its frontier. A `journal` knows it already."""
+        """A `history` given is one that goes on: the slab has read it up to its frontier. A `durable` record has it already."""
         self._slab = slab
         self._inbox = inbox
         self._feed = Feed(slab, executor)
@@ -70,7 +80,7 @@ class Session:
         self._vocabulary = vocabulary
         self._terms = terms
         self._idle_ttl_s = idle_ttl_s
-        self._journal = journal
+        self._durable = durable
         self._proposals = proposals
         self._history = array("I")
         self._digest = hashlib.blake2b()
@@ -98,29 +108,67 @@ class Session:
     def terms(self) -> Terms:
         return self._terms
 
-    def leave_slab_on_disk(self) -> None:
-        """Puts a durable session's slab beside its journal. Nothing may run for the session meanwhile."""
-        if self._journal is not None:
-            self._journal.record_slab(self._slab, self._history)
-
-    @property
-    def _is_slab_on_disk_old(self) -> bool:
-        """Whether a recovery would have to read as many tokens again as a slab holds."""
-        return self._journal is not None and self._feed.length - self._journal.slab_length >= self._slab.spec.visible
-
     async def run(self) -> Ending:
         """Serves until closed or evicted. Raises InvariantViolation or EngineFailed when the session has failed."""
         with self._inbox:
             while self._ending is None:
                 with trio.CancelScope(deadline=self._last_used + self._idle_ttl_s) as idle:
-                    envelope = await self._inbox.take()
+                    envelope = await (self._take_and_write() if self._is_slab_on_disk_old else self._inbox.take())
                 if idle.cancelled_caught:
                     return Ending.IDLE
                 await self._inbox.handle(envelope, self._handle)
-                # A session that has ended may have given up its slab already.
-                if self._ending is None and self._is_slab_on_disk_old:
-                    await trio.to_thread.run_sync(self.leave_slab_on_disk)
         return self._ending
+
+    async def leave_slab_on_disk(self) -> None:
+        """Writes the slab of a durable session beside its history. Nothing may run for the session meanwhile.
+
+        Where it cannot be written, or has gone to another session by then, the history will be read again.
+        """
+        if self._durable is None or self._feed.length <= self._durable.slab_length:
+            return
+        lease = self._slab.leases
+        writer = self._durable.new_writer(self._slab, self._history)
+        try:
+            while await trio.to_thread.run_sync(writer.step):
+                pass
+            if self._slab.leases == lease:
+                self._finish(writer)
+        except StorageFailed as error:
+            _log.warning("%s", error)
+        finally:
+            writer.close()
+
+    def _finish(self, writer: SlabWriter) -> None:
+        assert self._durable is not None
+        writer.finish()
+        self._durable.wrote(writer)
+
+    @property
+    def _is_slab_on_disk_old(self) -> bool:
+        """Whether waking would have to read many tokens again."""
+        if self._durable is None:
+            return False
+        return self._feed.length - self._durable.slab_length >= self._slab.spec.visible * _LEFT_BEHIND
+
+    async def _take_and_write(self) -> Envelope[Any]:
+        """The next message; the slab is left on disk meanwhile, a piece at a time, once none has come for a while."""
+        envelope: Envelope[Any] | None = None
+        try:
+            async with open_nursery() as nursery:
+                nursery.start_soon(self._write_when_idle)
+                envelope = await self._inbox.take()
+                # It waits for the piece that is being written, and is not lost where all ends meanwhile.
+                nursery.cancel_scope.cancel()
+        except BaseException:
+            if envelope is not None:
+                envelope.replies.close()
+            raise
+        assert envelope is not None
+        return envelope
+
+    async def _write_when_idle(self) -> None:
+        await trio.sleep(_IDLE_BEFORE_WRITING_S)
+        await self.leave_slab_on_disk()
 
     async def _handle(self, message: Message[Any], reply: Reply[Any]) -> None:
         request = cast(SessionMessage, message)
@@ -131,8 +179,14 @@ class Session:
                 await self._generate(request, reply)
             case Info():
                 await reply(self._info())
-            case Export(work):
-                await reply(await trio.to_thread.run_sync(work, self._terms, self._slab, self._history))
+            case Fork(target):
+                await trio.to_thread.run_sync(target.copy_from, self._slab)
+                await reply(Branch(self._terms, array("I", self._history)))
+            case Save():
+                if self._durable is None:
+                    raise NotDurable("this session is not kept on disk: start the server with state_dir")
+                saved = await trio.to_thread.run_sync(self._durable.save, self._slab, self._history)
+                await reply(Saved(saved.snapshot_id, saved.size_bytes, saved.history_length))
             case Close():
                 self._ending = Ending.CLOSED
                 await reply(len(self._history))
@@ -153,7 +207,7 @@ class Session:
         try:
             await self._feed.read(self._history)
         finally:
-            self._last_used = trio.current_time()
+            self._mark_used()
         return Appended(len(self._history), self.evicted_token_count, self._digest.digest())
 
     def _check_append(self, request: Append) -> None:
@@ -223,7 +277,12 @@ class Session:
             self._feed.retract(len(self._history))
             self._metrics.proposed_tokens_total.inc(proposed)
             self._metrics.accepted_tokens_total.inc(accepted)
-            self._last_used = trio.current_time()
+            self._mark_used()
+
+    def _mark_used(self) -> None:
+        self._last_used = trio.current_time()
+        if self._durable is not None:
+            self._durable.used()
 
     def _info(self) -> SessionInfo:
         spec = self._slab.spec
@@ -245,14 +304,14 @@ class Session:
         try:
             await reply(token)
         except BaseException:
-            if self._journal is not None:
-                self._journal.take_back(len(self._history))
+            if self._durable is not None:
+                self._durable.take_back(len(self._history))
             raise
         self._commit(tokens)
 
     def _record(self, tokens: array[int]) -> None:
-        if self._journal is not None:
-            self._journal.record(len(self._history), tokens)
+        if self._durable is not None:
+            self._durable.record(len(self._history), tokens)
 
     def _commit(self, tokens: array[int]) -> None:
         self._history += tokens

@@ -6,33 +6,29 @@ import logging
 from array import array
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 
 import trio
 
 from actors.admission import Admission
 from actors.executor import EngineThread, ModelExecutor
-from actors.handles import Completion, SessionHandle, as_session_errors, copied
+from actors.handles import Completion, SessionHandle
 from actors.mailbox import open_mailbox
-from actors.messages import Export, Load, Saved, SessionSummary
+from actors.messages import Load, Saved, SessionSummary
 from actors.nursery import open_nursery
 from actors.proposing import NewProposals, open_proposing
 from actors.registry import SessionRegistry
+from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity, Snapshot, Terms, fingerprint
 from runtime.engine import Engine, EngineFacts, load_engine
-from runtime.errors import CapacityExhausted, NotDurable
+from runtime.errors import NotDurable
 from runtime.events import Overflow
 from runtime.metrics import Metrics
 from runtime.models import find_model
 from runtime.settings import Settings
 from runtime.slab import Slab
-from runtime.snapshot import Identity, Terms, fingerprint
-from runtime.state import StateDirectory
 from runtime.text import Text
 
 _log = logging.getLogger("perennial")
-
-# Scheduler passes in which a session that was made or answered just now comes to its inbox, where it can be evicted.
-_PASSES_TO_INBOX = 2
 
 
 class Runtime:
@@ -46,7 +42,7 @@ class Runtime:
         registry: SessionRegistry,
         admission: Admission,
         metrics: Metrics,
-        state: StateDirectory | None,
+        store: SessionStore | None,
     ) -> None:
         self.settings = settings
         self.facts = facts
@@ -54,50 +50,51 @@ class Runtime:
         self.metrics = metrics
         self._registry = registry
         self._admission = admission
-        self._state = state
+        self._store = store
 
     async def create_session(
         self, eos_token_ids: Iterable[int] = (), *, overflow: Overflow = Overflow.EVICT, label: str = ""
     ) -> SessionHandle:
-        """A new long-lived session. Raises CapacityExhausted when every slab is held by a session at work."""
-        terms = Terms(frozenset(eos_token_ids), overflow, label)
-        for _ in range(_PASSES_TO_INBOX):
-            await trio.lowlevel.checkpoint()
-            with suppress(CapacityExhausted):
-                return self.find_session(self._registry.create(terms))
-        await trio.lowlevel.checkpoint()
-        return self.find_session(self._registry.create(terms))
+        """A new long-lived session.
+
+        Raises CapacityExhausted when every slab is held by a session at work, StorageFailed where it cannot be recorded.
+        """
+        async with self._registry.free_slab() as slab:
+            return self._opened(slab, Terms(frozenset(eos_token_ids), overflow, label))
 
     async def fork_session(self, session_id: str) -> SessionHandle:
         """A new session that goes on where this one stands, on a copy of its slab; no forward runs for it.
 
-        Raises SessionNotFound, CapacityExhausted.
+        Raises SessionNotFound, CapacityExhausted, StorageFailed.
         """
-        mailbox = self._registry.find(session_id)
-        await trio.lowlevel.checkpoint()
-        with self._registry.free_slab(beside=session_id) as target:
-            return self.find_session(self._registry.open(target, *await copied(mailbox, target)))
+        session = self.find_session(session_id)
+        await self._registry.mailbox(session_id)
+        async with self._registry.free_slab(beside=session_id) as target:
+            branch = await session.fork_into(target)
+            return self._opened(target, branch.terms, branch.history)
 
     async def save_session(self, session_id: str) -> Saved:
         """Writes a snapshot of the session under `state_dir`. Raises SessionNotFound, NotDurable, StorageFailed."""
-        state = self._durable()
-
-        def save(terms: Terms, slab: Slab, history: array[int]) -> Saved:
-            return Saved(*state.save(terms, slab, history), len(history))
-
-        with as_session_errors():
-            return await self._registry.find(session_id).ask(Export(save))
+        self._durable()
+        return await self.find_session(session_id).save()
 
     async def restore_session(self, snapshot_id: str) -> SessionHandle:
         """A new session that goes on where the saved one stood.
 
-        Raises NotDurable, SnapshotNotFound, SnapshotMismatch, SnapshotUnreadable, CapacityExhausted.
+        Raises NotDurable, SnapshotNotFound, SnapshotMismatch, SnapshotUnreadable, CapacityExhausted, StorageFailed.
         """
-        state = self._durable()
-        await trio.lowlevel.checkpoint()
-        with self._registry.free_slab() as slab:
-            terms, history = await trio.to_thread.run_sync(state.load, snapshot_id, slab)
-            return self.find_session(self._registry.open(slab, terms, history))
+        store = self._durable()
+        async with self._registry.free_slab() as slab:
+            terms, history = await trio.to_thread.run_sync(store.load, snapshot_id, slab)
+            return self._opened(slab, terms, history)
+
+    def list_snapshots(self) -> list[Snapshot]:
+        """Every snapshot, the oldest first. Raises NotDurable."""
+        return self._durable().snapshots()
+
+    async def delete_snapshot(self, snapshot_id: str) -> int:
+        """Deletes a snapshot; returns the bytes that it took. Raises NotDurable, SnapshotNotFound, StorageFailed."""
+        return await trio.to_thread.run_sync(self._durable().delete_snapshot, snapshot_id)
 
     def list_sessions(self) -> list[SessionSummary]:
         """What an operator may know of the long-lived sessions."""
@@ -108,14 +105,18 @@ class Runtime:
         registry, admission = self._registry, self._admission
         return Load(registry.slab_total, registry.slab_in_use, admission.running, admission.waiting)
 
-    def _durable(self) -> StateDirectory:
-        if self._state is None:
+    def _durable(self) -> SessionStore:
+        if self._store is None:
             raise NotDurable("the server keeps no sessions on disk: start it with state_dir")
-        return self._state
+        return self._store
+
+    def _opened(self, slab: Slab, terms: Terms, history: array[int] | None = None) -> SessionHandle:
+        return self.find_session(self._registry.open(slab, terms, history))
 
     def find_session(self, session_id: str) -> SessionHandle:
         """The session with this id. Raises SessionNotFound."""
-        return SessionHandle(session_id, self._registry.find(session_id))
+        self._registry.check(session_id)
+        return SessionHandle(session_id, self._registry)
 
     @asynccontextmanager
     async def completion(
@@ -143,13 +144,14 @@ async def open_runtime(settings: Settings, metrics: Metrics | None = None) -> As
         engine = await thread.run(load_engine, settings, directory)
         _log_start(settings, engine.facts)
         with ExitStack() as stack:
-            state = None
+            store = None
             if settings.state_dir:
-                identity = _identity(engine.facts, await trio.to_thread.run_sync(fingerprint, directory))
-                state = stack.enter_context(StateDirectory.open(settings.state_dir, identity))
+                identities = _identities(engine.facts, await trio.to_thread.run_sync(fingerprint, directory))
+                opened = SessionStore.open(settings.state_dir, *identities, most_bytes=settings.state_max_bytes)
+                store = await trio.to_thread.run_sync(stack.enter_context, opened)
             async with (
                 open_proposing(settings, engine.facts, thread) as new_proposals,
-                open_sessions(settings, engine, thread, text, metrics, new_proposals, state) as runtime,
+                open_sessions(settings, engine, thread, text, metrics, new_proposals, store) as runtime,
             ):
                 yield runtime
 
@@ -162,7 +164,7 @@ async def open_sessions(
     text: Text,
     metrics: Metrics,
     new_proposals: NewProposals = lambda: None,
-    state: StateDirectory | None = None,
+    store: SessionStore | None = None,
 ) -> AsyncIterator[Runtime]:
     """Executor, registry and admission over an engine that is loaded; each session has `new_proposals` of its own.
 
@@ -180,19 +182,22 @@ async def open_sessions(
                 idle_ttl_s=settings.idle_ttl_s,
                 long_lived=engine.new_pool(settings.capacity),
                 completions=engine.new_pool(settings.max_concurrent),
-                state=state,
+                store=store,
                 new_proposals=new_proposals,
             )
-            registry.recover()
-            yield Runtime(settings, engine.facts, text, registry, Admission(settings, metrics), metrics, state)
+            session_nursery.start_soon(registry.expire)
+            yield Runtime(settings, engine.facts, text, registry, Admission(settings, metrics), metrics, store)
             session_nursery.cancel_scope.cancel()
         executor_nursery.cancel_scope.cancel()
 
 
-def _identity(facts: EngineFacts, model: str) -> Identity:
+def _identities(facts: EngineFacts, model: str) -> tuple[HistoryIdentity, SlabIdentity]:
     slab = facts.slab
     kernels = f"{facts.kernel_class}, {'strict' if facts.is_bit_exact else 'fast'}"
-    return Identity(model, facts.backend, kernels, facts.weights, facts.dtype, slab.sink, slab.window, slab.ring)
+    of_slab = SlabIdentity(
+        model, facts.backend, kernels, facts.weights, facts.dtype, slab.sink, slab.window, slab.slots
+    )
+    return HistoryIdentity(model, facts.vocabulary), of_slab
 
 
 def _log_start(settings: Settings, facts: EngineFacts) -> None:

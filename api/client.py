@@ -25,7 +25,7 @@ from grpclib.exceptions import StreamTerminatedError
 
 from actors.messages import Appended, Saved, SessionInfo, SessionSummary
 from api.bridge import FromAsyncio, asyncio_loop
-from api.wire import SERVICE, appended_of, event_of, info_of, summary_of
+from api.wire import SERVICE, appended_of, event_of, info_of, snapshot_of, summary_of
 from proto.kakeya.v1 import (
     AppendTokensRequest,
     AppendTokensResponse,
@@ -33,6 +33,8 @@ from proto.kakeya.v1 import (
     CloseSessionResponse,
     CreateSessionRequest,
     CreateSessionResponse,
+    DeleteSnapshotRequest,
+    DeleteSnapshotResponse,
     ForkSessionRequest,
     ForkSessionResponse,
     GenerateRequest,
@@ -41,6 +43,8 @@ from proto.kakeya.v1 import (
     GetSessionInfoResponse,
     ListSessionsRequest,
     ListSessionsResponse,
+    ListSnapshotsRequest,
+    ListSnapshotsResponse,
     RestoreSessionRequest,
     RestoreSessionResponse,
     SaveSessionRequest,
@@ -48,6 +52,7 @@ from proto.kakeya.v1 import (
 )
 from proto.kakeya.v1 import Overflow as WireOverflow
 from runtime import events
+from runtime.durable import Snapshot
 from runtime.errors import (
     CapacityExhausted,
     DeadlineExceeded,
@@ -117,6 +122,16 @@ class Client:
         """A new session that goes on where a saved one stood. Raises SessionNotFound, SnapshotMismatch."""
         reply = await self.call("RestoreSession", RestoreSessionRequest(snapshot_id), RestoreSessionResponse)
         return self.find_session(reply.session_id)
+
+    async def list_snapshots(self) -> list[Snapshot]:
+        """Every snapshot that the server keeps, the oldest first."""
+        reply = await self.call("ListSnapshots", ListSnapshotsRequest(), ListSnapshotsResponse)
+        return [snapshot_of(one) for one in reply.snapshots]
+
+    async def delete_snapshot(self, snapshot_id: str) -> int:
+        """Deletes a snapshot; returns the bytes that it took. Raises SessionNotFound."""
+        reply = await self.call("DeleteSnapshot", DeleteSnapshotRequest(snapshot_id), DeleteSnapshotResponse)
+        return reply.freed_bytes
 
     async def list_sessions(self) -> list[SessionSummary]:
         """What the server says of all its sessions."""

@@ -15,6 +15,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from actors.messages import Appended, Saved, SessionInfo, SessionSummary
 from api.client import Client, ClientEvents, ClientSession, connect
+from runtime.durable import Snapshot
 from runtime.events import Event
 
 
@@ -45,6 +46,12 @@ class SyncClient:
 
     def restore_session(self, snapshot_id: str) -> SyncSession:
         return self._wrapped(self._portal.call(self._client.restore_session, snapshot_id))
+
+    def list_snapshots(self) -> list[Snapshot]:
+        return self._portal.call(self._client.list_snapshots)
+
+    def delete_snapshot(self, snapshot_id: str) -> int:
+        return self._portal.call(self._client.delete_snapshot, snapshot_id)
 
     def find_session(self, session_id: str) -> SyncSession:
         return self._wrapped(self._client.find_session(session_id))

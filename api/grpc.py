@@ -24,7 +24,16 @@ from api.bridge import FromAsyncio, asyncio_loop, for_asyncio
 from api.grpc_standard import HealthOf, descriptors, with_standard_services
 from api.replies import as_grpc
 from api.server import Server
-from api.wire import OVERFLOWS, PACKAGE, SERVICE, appended_on_wire, frame_of, info_on_wire, summary_on_wire
+from api.wire import (
+    OVERFLOWS,
+    PACKAGE,
+    SERVICE,
+    appended_on_wire,
+    frame_of,
+    info_on_wire,
+    snapshot_on_wire,
+    summary_on_wire,
+)
 from proto.kakeya.v1 import (
     AppendTokensRequest,
     AppendTokensResponse,
@@ -32,6 +41,8 @@ from proto.kakeya.v1 import (
     CloseSessionResponse,
     CreateSessionRequest,
     CreateSessionResponse,
+    DeleteSnapshotRequest,
+    DeleteSnapshotResponse,
     ForkSessionRequest,
     ForkSessionResponse,
     GenerateRequest,
@@ -40,6 +51,8 @@ from proto.kakeya.v1 import (
     GetSessionInfoResponse,
     ListSessionsRequest,
     ListSessionsResponse,
+    ListSnapshotsRequest,
+    ListSnapshotsResponse,
     RestoreSessionRequest,
     RestoreSessionResponse,
     SaveSessionRequest,
@@ -122,6 +135,14 @@ async def restore_session(runtime: Runtime, request: RestoreSessionRequest, send
     await send(RestoreSessionResponse(session_id=session.id))
 
 
+async def list_snapshots(runtime: Runtime, _: ListSnapshotsRequest, send: Send[ListSnapshotsResponse]) -> None:
+    await send(ListSnapshotsResponse(snapshots=[snapshot_on_wire(one) for one in runtime.list_snapshots()]))
+
+
+async def delete_snapshot(runtime: Runtime, request: DeleteSnapshotRequest, send: Send[DeleteSnapshotResponse]) -> None:
+    await send(DeleteSnapshotResponse(freed_bytes=await runtime.delete_snapshot(request.snapshot_id)))
+
+
 async def list_sessions(runtime: Runtime, _: ListSessionsRequest, send: Send[ListSessionsResponse]) -> None:
     await send(ListSessionsResponse(sessions=[summary_on_wire(one) for one in runtime.list_sessions()]))
 
@@ -145,6 +166,8 @@ class RuntimeService:
                 self._method("ForkSession", unary, fork_session, ForkSessionRequest, ForkSessionResponse),
                 self._method("SaveSession", unary, save_session, SaveSessionRequest, SaveSessionResponse),
                 self._method("RestoreSession", unary, restore_session, RestoreSessionRequest, RestoreSessionResponse),
+                self._method("ListSnapshots", unary, list_snapshots, ListSnapshotsRequest, ListSnapshotsResponse),
+                self._method("DeleteSnapshot", unary, delete_snapshot, DeleteSnapshotRequest, DeleteSnapshotResponse),
                 self._method("ListSessions", unary, list_sessions, ListSessionsRequest, ListSessionsResponse),
             )
         )

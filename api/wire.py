@@ -13,9 +13,11 @@ from proto.kakeya.v1 import (
     GetSessionInfoResponse,
     HistoryTruncated,
     ListSessionsResponseSession,
+    ListSnapshotsResponseSnapshot,
 )
 from proto.kakeya.v1 import Overflow as WireOverflow
 from runtime import events
+from runtime.durable import Snapshot
 from runtime.errors import SessionFailed
 
 # A connection lives as long as its agent. h2 would remember the last 65,536 of its calls, 9 MB, in case frames for them are
@@ -125,3 +127,17 @@ def summary_of(wire: ListSessionsResponseSession) -> SessionSummary:
         kv_live_bytes=wire.kv_live_bytes,
         idle_seconds=wire.idle_seconds,
     )
+
+
+def snapshot_on_wire(snapshot: Snapshot) -> ListSnapshotsResponseSnapshot:
+    return ListSnapshotsResponseSnapshot(
+        snapshot_id=snapshot.snapshot_id,
+        client_label=snapshot.label,
+        history_length=snapshot.history_length,
+        size_bytes=snapshot.size_bytes,
+        saved_at=snapshot.saved_at,
+    )
+
+
+def snapshot_of(wire: ListSnapshotsResponseSnapshot) -> Snapshot:
+    return Snapshot(wire.snapshot_id, wire.client_label, wire.history_length, wire.size_bytes, wire.saved_at)

@@ -102,9 +102,15 @@ class SnapshotUnreadable(RequestError):
 
 
 class StorageFailed(RequestError):
-    """What was to be remembered cannot be written."""
+    """What is to be remembered cannot be written, or not be read; nothing that was told is lost."""
 
     grpc, http = "INTERNAL", 500
+
+
+class StorageFull(StorageFailed):
+    """There is no room for it now: more room, or another try, helps."""
+
+    grpc, http = "UNAVAILABLE", 503
 
 
 class NotDurable(RequestError):

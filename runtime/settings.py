@@ -113,6 +113,7 @@ class Settings:
         "strict", "strict: bit-exact; fast: larger kernels for prefill", one_of("strict", "fast")
     )
     state_dir: str = _setting("", "directory of durable sessions; empty = memory only", ANYTHING)
+    state_max_bytes: int = _setting(0, "most bytes in state_dir; 0 = no bound", between(0, 2**62))
     log_level: str = _setting("info", "least severe log line on stderr", one_of("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:

@@ -94,6 +94,17 @@ class Slab(ABC):
     def __init__(self, spec: SlabSpec) -> None:
         self.spec = spec
         self._frontiers = [0] * spec.layers
+        self._leases = 0
+
+    @property
+    def leases(self) -> int:
+        """How often it was lent and given back: who reads it over some time sees by this whether it was theirs throughout."""
+        return self._leases
+
+    def change_hands(self) -> None:
+        """Is lent, or given back."""
+        self._leases += 1
+        self.clear()
 
     @property
     def frontiers(self) -> tuple[int, ...]:
@@ -130,12 +141,16 @@ class Slab(ABC):
         for given in (keys, values):
             if given.shape != shape or given.dtype != spec.dtype:
                 raise ValueError(f"keys and values are {given.dtype} {tuple(given.shape)}, not {spec.dtype} {shape}")
-        self.put(keys, values)
-        self._frontiers = [frontier] * spec.layers
+        for layer in range(spec.layers):
+            self.put(layer, keys[layer], values[layer])
+            self.advance(layer, frontier)
 
     def copy_from(self, other: Slab) -> None:
         """Holds from now on what `other`, of the same shape, holds."""
-        self.fill(*other.contents(), other.frontier)
+        self.clear()
+        for layer in range(self.spec.layers):
+            self.put(layer, *other.held(layer))
+            self.advance(layer, other.frontier)
 
     def retract(self, frontier: int) -> None:
         """Forgets what was written from `frontier` on, at most a tile less one of rows: the window is whole still."""
@@ -157,12 +172,12 @@ class Slab(ABC):
         self._frontiers[layer] = max(self._frontiers[layer], end)
 
     @abstractmethod
-    def contents(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [L, G, used, D] of the slots used."""
+    def held(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [G, used, D] of a layer's slots that are used."""
 
     @abstractmethod
-    def put(self, keys: Tensor, values: Tensor) -> None:
-        """Writes keys and values [L, G, slots, D] into the first slots."""
+    def put(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Writes keys and values [G, slots, D] into a layer's first slots."""
 
     @abstractmethod
     def blank(self) -> None:
@@ -186,9 +201,10 @@ class SlabPool:
         if not self._free:
             raise CapacityExhausted(f"all {self.total} slabs are in use: close a session or try again later")
         slab = self._free.pop()
-        slab.clear()
+        slab.change_hands()
         return slab
 
     def release(self, slab: Slab) -> None:
         assert slab not in self._free
+        slab.change_hands()
         self._free.append(slab)

@@ -127,7 +127,7 @@ class SlabCache:
     def _attend(self, queries: mx.array, piece: PiecePlan, scale: float) -> mx.array:
         """Softmax attention of one piece, in explicit steps: fused kernels tile by count. Returns [G*Q, its rows, D]."""
         heads, _, head_dim = queries.shape
-        keys, values = piece.slab.held(self._layer, piece.extent)
+        keys, values = piece.slab.seen(self._layer, piece.extent)
         groups, size = keys.shape[0], piece.hidden.shape[0]
         mine = queries[:, piece.rows]
         if piece.filler:

@@ -51,7 +51,7 @@ class MlxSlab(Slab):
                 mine[:, slot : slot + last - first] = rows[:, first:last]
         self.advance(layer, end)
 
-    def held(self, layer: int, extent: int) -> tuple[mx.array, mx.array]:
+    def seen(self, layer: int, extent: int) -> tuple[mx.array, mx.array]:
         """Keys and values [G, extent, D] of a layer's first slots."""
         return self._arrays[layer][:, :extent], self._arrays[self.spec.layers + layer][:, :extent]
 
@@ -67,24 +67,32 @@ class MlxSlab(Slab):
         for layer in range(self.spec.layers):
             self.advance(layer, other.frontier)
 
-    def contents(self) -> tuple[Tensor, Tensor]:
+    def held(self, layer: int) -> tuple[Tensor, Tensor]:
         spec = self.spec
-        whole = torch.zeros(2 * spec.layers, spec.kv_heads, self.used, spec.head_dim, dtype=spec.dtype)
-        for held, array in zip(whole, self._arrays, strict=False):  # There are none before the first token.
-            held.copy_(to_torch(array)[:, : self.used])
-        return whole[: spec.layers], whole[spec.layers :]
+        if not self._arrays:  # There are none before the first token.
+            nothing = torch.empty(spec.kv_heads, 0, spec.head_dim, dtype=spec.dtype)
+            return nothing, nothing
+        keys, values = (to_torch(array)[:, : self.used] for array in self.seen(layer, self.used))
+        return keys, values
 
-    def put(self, keys: Tensor, values: Tensor) -> None:
-        count = keys.shape[2]
-        if count:
-            # As many as a forward that ended there would have reserved.
-            missing = (0, 0, 0, self.spec.extent(count - 1) - count)
-            self._arrays = [to_mlx(torch.nn.functional.pad(layer, missing)) for layer in (*keys, *values)]
+    def put(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        count = keys.shape[1]
+        if not count:
+            return
+        # As many as a forward that ended there would have reserved.
+        slots = self.spec.extent(count - 1)
+        if not self._arrays or self._arrays[0].shape[1] != slots:
+            self._arrays = []
+            self.reserve(slots)
+        for index, given in ((layer, keys), (self.spec.layers + layer, values)):
+            self._arrays[index] = to_mlx(torch.nn.functional.pad(given, (0, 0, 0, slots - count)))
 
     def blank(self) -> None:
-        sinks = [part[:, :, : self.spec.sink] for part in self.contents()]
-        keys, values = (torch.nn.functional.pad(part, (0, 0, 0, self.spec.slots - part.shape[2])) for part in sinks)
-        self.put(keys, values)
+        spec = self.spec
+        sinks = [[part[:, : spec.sink] for part in self.held(layer)] for layer in range(spec.layers)]
+        for layer, parts in enumerate(sinks):
+            keys, values = (torch.nn.functional.pad(part, (0, 0, 0, spec.slots - part.shape[1])) for part in parts)
+            self.put(layer, keys, values)
 
 
 def mlx_pool(spec: SlabSpec, count: int) -> SlabPool:

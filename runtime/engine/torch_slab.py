@@ -39,12 +39,12 @@ class TorchSlab(Slab):
         self.values[layer].index_copy_(1, slots, values)
         self.advance(layer, end)
 
-    def contents(self) -> tuple[Tensor, Tensor]:
-        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+    def held(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.keys[layer, :, : self.used], self.values[layer, :, : self.used]
 
-    def put(self, keys: Tensor, values: Tensor) -> None:
+    def put(self, layer: int, keys: Tensor, values: Tensor) -> None:
         for store, given in ((self.keys, keys), (self.values, values)):
-            store[:, :, : given.shape[2]].copy_(given)
+            store[layer, :, : given.shape[1]].copy_(given)
 
     def blank(self) -> None:
         for store in (self.keys, self.values):

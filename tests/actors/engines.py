@@ -23,13 +23,13 @@ from actors.executor import EngineThread
 from actors.proposing import NewProposals
 from actors.tree import open_sessions
 from runtime import Sampling, Settings, Token
+from runtime.durable import SessionStore
 from runtime.engine import EngineFacts
 from runtime.engine.torch_slab import as_torch, torch_pool
 from runtime.metrics import Metrics
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
 from runtime.slab import Slab, SlabPool, SlabSpec
-from runtime.state import StateDirectory
 from runtime.text import Text
 
 VOCABULARY = 100
@@ -198,7 +198,7 @@ def tiny_text() -> Text:
 async def open_lab(
     engine: LedgerEngine,
     metrics: Metrics | None = None,
-    state: StateDirectory | None = None,
+    store: SessionStore | None = None,
     new_proposals: NewProposals = lambda: None,
     **settings: Any,
 ) -> AsyncIterator[Runtime]:
@@ -206,7 +206,7 @@ async def open_lab(
     with ThreadPoolExecutor(max_workers=1) as pool:
         chosen = Settings(**settings)
         async with open_sessions(
-            chosen, engine, EngineThread(pool), tiny_text(), metrics or Metrics(), new_proposals, state
+            chosen, engine, EngineThread(pool), tiny_text(), metrics or Metrics(), new_proposals, store
         ) as runtime:
             try:
                 yield runtime

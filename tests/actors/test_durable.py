@@ -2,41 +2,72 @@
 
 from __future__ import annotations
 
+import os
 import random
+import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from actors import Runtime, open_runtime
 from runtime import Overflow, Settings, Token
+from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity
+from runtime.durable.files import Files
 from runtime.errors import (
     CapacityExhausted,
     InvalidSetting,
     NotDurable,
     SessionNotFound,
-    SnapshotMismatch,
     SnapshotNotFound,
     SnapshotUnreadable,
 )
-from runtime.snapshot import Identity
-from runtime.state import StateDirectory
-from tests.actors.engines import LedgerEngine, generated, open_lab
+from tests.actors.engines import VOCABULARY, LedgerEngine, generated, open_lab
 
 PROMPT = [7, 8, 9, 10] * 10
-IDENTITY = Identity("ledger", "ledger", "ledger", "none", "float64", 2, 14, 22)
+MODEL = HistoryIdentity("ledger", VOCABULARY)
+OTHER_MODEL = HistoryIdentity("other", VOCABULARY)
+ENGINE = SlabIdentity("ledger", "ledger", "ledger", "none", "float64", 2, 14, 32)
+OTHER_ENGINE = replace(ENGINE, kernels="of another CPU")
+
+
+class WatchedFiles(Files):
+    """Tells when a slab has come to its place."""
+
+    def __init__(self) -> None:
+        self.slab_is_there = trio.Event()
+
+    def replace(self, source: Path, target: Path) -> None:
+        super().replace(source, target)
+        if target.suffix == ".slab":
+            self.slab_is_there.set()
 
 
 @asynccontextmanager
-async def open_durable(path: Path, identity: Identity = IDENTITY, **settings: Any) -> AsyncIterator[Runtime]:
+async def open_durable(
+    path: Path,
+    model: HistoryIdentity = MODEL,
+    engine: SlabIdentity = ENGINE,
+    *,
+    files: Files | None = None,
+    most_bytes: int = 0,
+    lab: LedgerEngine | None = None,
+    **settings: Any,
+) -> AsyncIterator[Runtime]:
     """A runtime on a ledger engine that keeps its sessions in `path`."""
     with ExitStack() as stack:
-        state = stack.enter_context(StateDirectory.open(str(path), identity))
-        async with open_lab(LedgerEngine(), state=state, **settings) as runtime:
+        store = stack.enter_context(SessionStore.open(str(path), model, engine, files=files, most_bytes=most_bytes))
+        async with open_lab(lab or LedgerEngine(), store=store, **settings) as runtime:
             yield runtime
+
+
+def everything(directory: Path) -> list[Path]:
+    return [*directory.rglob("*")]
 
 
 async def test_a_fork_and_its_original_go_on_alike_and_apart() -> None:
@@ -140,12 +171,14 @@ async def test_a_snapshot_of_another_model_is_refused_and_costs_no_slab(tmp_path
         await session.append(PROMPT)
         saved = await runtime.save_session(session.id)
         await session.close()
-    other = Identity("other", "ledger", "ledger", "none", "float64", 2, 14, 22)
-    async with open_durable(tmp_path, other, capacity=1) as runtime:
-        with pytest.raises(SnapshotMismatch):
+    async with open_durable(tmp_path, OTHER_MODEL, capacity=1) as runtime:
+        assert runtime.list_snapshots() == []
+        with pytest.raises(SnapshotNotFound):
             await runtime.restore_session(saved.snapshot_id)
 
         await runtime.create_session()
+    async with open_durable(tmp_path) as runtime:
+        assert len(runtime.list_snapshots()) == 1
 
 
 @pytest.mark.parametrize("snapshot_id", ["nobody", "", "..", "../lock", "../sessions/x", "/etc/passwd", "a\0b"])
@@ -160,7 +193,7 @@ async def test_a_damaged_snapshot_is_refused(tmp_path: Path) -> None:
         session = await runtime.create_session()
         await session.append(PROMPT)
         saved = await runtime.save_session(session.id)
-        path = tmp_path / "snapshots" / f"{saved.snapshot_id}.safetensors"
+        path = tmp_path / "snapshots" / f"{saved.snapshot_id}.history"
         path.write_bytes(path.read_bytes()[:-7])
 
         with pytest.raises(SnapshotUnreadable):
@@ -190,15 +223,14 @@ async def test_a_session_is_there_after_a_restart_and_goes_on(tmp_path: Path, ge
         assert [one.label for one in runtime.list_sessions()] == ["durable"]
 
 
-async def test_a_session_that_was_closed_or_evicted_is_not_there_after_a_restart(tmp_path: Path) -> None:
-    async with open_durable(tmp_path, capacity=1) as runtime:
-        evicted = await runtime.create_session()
+async def test_a_session_that_was_closed_is_not_there_after_a_restart(tmp_path: Path) -> None:
+    async with open_durable(tmp_path) as runtime:
         closed = await runtime.create_session()
+        await closed.append(PROMPT)
         await closed.close()
     async with open_durable(tmp_path) as runtime:
-        for session in (evicted, closed):
-            with pytest.raises(SessionNotFound):
-                runtime.find_session(session.id)
+        with pytest.raises(SessionNotFound):
+            runtime.find_session(closed.id)
     assert list((tmp_path / "sessions").iterdir()) == []
 
 
@@ -217,12 +249,13 @@ async def test_a_damaged_journal_is_one_sessions_loss(tmp_path: Path) -> None:
         lost, kept = await runtime.create_session(), await runtime.create_session()
         await lost.append(PROMPT)
         await kept.append(PROMPT)
-    for path in (tmp_path / "sessions").glob(f"{lost.id}.journal*"):
-        path.write_bytes(random.Random(0).randbytes(path.stat().st_size))
+    path = tmp_path / "sessions" / f"{lost.id}.history"
+    path.write_bytes(random.Random(0).randbytes(path.stat().st_size))
     async with open_durable(tmp_path) as runtime:
         with pytest.raises(SessionNotFound):
             runtime.find_session(lost.id)
 
+        assert sorted(one.name for one in (tmp_path / "damaged").iterdir()) == [f"{lost.id}.history", f"{lost.id}.slab"]
         assert await generated(runtime.find_session(kept.id), 5) == LedgerEngine().continued(PROMPT, 5)
 
 
@@ -230,7 +263,7 @@ async def test_a_damaged_slab_on_disk_costs_time_only(tmp_path: Path) -> None:
     async with open_durable(tmp_path) as runtime:
         session = await runtime.create_session()
         await session.append(PROMPT)
-    path = tmp_path / "sessions" / f"{session.id}.safetensors"
+    path = tmp_path / "sessions" / f"{session.id}.slab"
     path.write_bytes(path.read_bytes()[:-1])
     async with open_durable(tmp_path) as runtime:
         assert await generated(runtime.find_session(session.id), 5) == LedgerEngine().continued(PROMPT, 5)
@@ -240,7 +273,7 @@ async def test_sessions_of_another_model_stay_on_disk_until_it_is_back(tmp_path:
     async with open_durable(tmp_path) as runtime:
         session = await runtime.create_session()
         await session.append(PROMPT)
-    async with open_durable(tmp_path, Identity("other", "ledger", "ledger", "none", "float64", 2, 14, 22)) as runtime:
+    async with open_durable(tmp_path, OTHER_MODEL) as runtime:
         with pytest.raises(SessionNotFound):
             runtime.find_session(session.id)
     async with open_durable(tmp_path) as runtime:
@@ -260,6 +293,163 @@ async def test_a_state_dir_that_cannot_be_made_stops_the_start(tmp_path: Path) -
     with pytest.raises(InvalidSetting, match="state_dir"):
         async with open_durable(tmp_path / "file" / "state"):
             pass
+
+
+async def test_under_another_engine_a_history_is_read_again_and_goes_on(tmp_path: Path) -> None:
+    async with open_durable(tmp_path) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+        saved = await runtime.save_session(session.id)
+    lab = LedgerEngine()
+    async with open_durable(tmp_path, engine=OTHER_ENGINE, lab=lab) as runtime:
+        restored = await runtime.restore_session(saved.snapshot_id)
+
+        assert await generated(runtime.find_session(session.id), 9) == LedgerEngine().continued(PROMPT, 9)
+        assert await generated(restored, 9) == LedgerEngine().continued(PROMPT, 9)
+    assert sum(len(batch.rows) for batch in lab.batches) >= 2 * len(PROMPT)
+
+
+async def test_under_the_same_engine_nothing_is_read_again(tmp_path: Path) -> None:
+    async with open_durable(tmp_path) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+    lab = LedgerEngine()
+    async with open_durable(tmp_path, lab=lab) as runtime:
+        assert await generated(runtime.find_session(session.id), 9) == LedgerEngine().continued(PROMPT, 9)
+    assert sum(len(batch.rows) for batch in lab.batches) == 9
+
+
+async def test_more_sessions_than_slabs_all_go_on_with_their_own_tokens(tmp_path: Path) -> None:
+    prompts = [[3 + number, *PROMPT] for number in range(7)]
+    async with open_durable(tmp_path, capacity=2) as runtime:
+        sessions = [await runtime.create_session() for _ in prompts]
+        said: list[list[int]] = [[] for _ in prompts]
+        for _ in range(3):
+            for session, prompt, before in zip(sessions, prompts, said, strict=True):
+                if not before:
+                    await session.append(prompt)
+                before += await generated(session, 4)
+        assert len(runtime.list_sessions()) == len(prompts)
+    async with open_durable(tmp_path, capacity=2) as runtime:
+        for session, prompt, before in zip(sessions, prompts, said, strict=True):
+            again = runtime.find_session(session.id)
+            assert before + await generated(again, 3) == LedgerEngine().continued(prompt, 15)
+
+
+async def test_the_session_used_longest_ago_falls_asleep_first_before_and_after_a_restart(tmp_path: Path) -> None:
+    async with open_durable(tmp_path, capacity=2) as runtime:
+        old, used = await runtime.create_session(label="old"), await runtime.create_session(label="used")
+        await old.append(PROMPT)
+        await used.append(PROMPT)
+        await old.append([1])
+        await runtime.create_session(label="new")
+        await trio.testing.wait_all_tasks_blocked()
+        assert [one.label for one in runtime.list_sessions()] == ["used", "old", "new"]
+    with SessionStore.open(str(tmp_path), MODEL, ENGINE) as store:
+        assert [one.terms.label for one in store.sleeping()] == ["used", "old", "new"]
+
+
+async def test_two_calls_wake_a_session_once(tmp_path: Path) -> None:
+    async with open_durable(tmp_path) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+    async with open_durable(tmp_path, capacity=2) as runtime, trio.open_nursery() as nursery:
+        for token in (1, 2):
+            nursery.start_soon(runtime.find_session(session.id).append, [token])
+    async with open_durable(tmp_path) as runtime:
+        assert (await runtime.find_session(session.id).info()).history_length == len(PROMPT) + 2
+
+
+async def test_where_every_slab_is_at_work_a_sleeping_session_says_so_and_sleeps_on(tmp_path: Path) -> None:
+    async with open_durable(tmp_path) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+    lab = LedgerEngine()
+    async with open_durable(tmp_path, capacity=1, lab=lab) as runtime:
+        busy = await runtime.create_session()
+        lab.hold()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(busy.append, PROMPT)
+            await lab.begun()
+            with pytest.raises(CapacityExhausted):
+                await runtime.find_session(session.id).append([1])
+            lab.open()
+        assert (await runtime.find_session(session.id).append([1])).history_length == len(PROMPT) + 1
+
+
+async def test_snapshots_are_listed_and_deleted(tmp_path: Path) -> None:
+    async with open_durable(tmp_path) as runtime:
+        session = await runtime.create_session(label="mine")
+        await session.append(PROMPT)
+        saved = [await runtime.save_session(session.id) for _ in range(3)]
+        listed = runtime.list_snapshots()
+        assert [one.snapshot_id for one in listed] == [one.snapshot_id for one in saved]
+        assert {(one.label, one.history_length) for one in listed} == {("mine", len(PROMPT))}
+
+        assert await runtime.delete_snapshot(saved[1].snapshot_id) == saved[1].size_bytes
+
+        with pytest.raises(SnapshotNotFound):
+            await runtime.delete_snapshot(saved[1].snapshot_id)
+        with pytest.raises(SnapshotNotFound):
+            await runtime.restore_session(saved[1].snapshot_id)
+    async with open_durable(tmp_path) as runtime:
+        assert [one.snapshot_id for one in runtime.list_snapshots()] == [saved[0].snapshot_id, saved[2].snapshot_id]
+
+
+async def test_the_directory_keeps_its_bound_and_the_oldest_go_first(tmp_path: Path) -> None:
+    async with open_durable(tmp_path, most_bytes=20_000) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+        saved = [await runtime.save_session(session.id) for _ in range(20)]
+
+        kept = [one.snapshot_id for one in runtime.list_snapshots()]
+
+        assert 0 < len(kept) < 20
+        assert kept == [one.snapshot_id for one in saved[-len(kept) :]]
+        size = sum(path.stat().st_size for path in everything(tmp_path) if path.is_file())
+        assert size < 20_000 + saved[0].size_bytes
+        await session.append([1])
+
+
+async def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
+    (tmp_path / "sessions").mkdir(mode=0o755)
+    before = os.umask(0)
+    try:
+        async with open_durable(tmp_path) as runtime:
+            session = await runtime.create_session()
+            await session.append(PROMPT)
+            await runtime.save_session(session.id)
+    finally:
+        os.umask(before)
+    modes = {path.is_dir(): path.stat().st_mode & 0o777 for path in everything(tmp_path)}
+    assert modes == {True: 0o700, False: 0o600}
+
+
+async def test_a_slab_is_left_on_disk_while_its_session_is_idle(tmp_path: Path, autojump_clock: MockClock) -> None:
+    files = WatchedFiles()
+    # The clock jumps while a thread writes, too.
+    async with open_durable(tmp_path, files=files, idle_ttl_s=0) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+        assert not (tmp_path / "sessions" / f"{session.id}.slab").exists()
+
+        await files.slab_is_there.wait()
+
+        assert await generated(session, 5) == LedgerEngine().continued(PROMPT, 5)
+
+
+async def test_sessions_that_slept_too_long_are_deleted(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with open_durable(tmp_path, capacity=1) as runtime:
+        old = await runtime.create_session()
+        await old.append(PROMPT)
+        await runtime.create_session()
+    for path in (tmp_path / "sessions").iterdir():
+        os.utime(path, (0, 0))
+    moment = time.time() + 3600
+    with SessionStore.open(str(tmp_path), MODEL, ENGINE, now=lambda: moment) as store:
+        assert store.expire(7200) == 0
+        assert store.expire(1800) == 2
+    assert list((tmp_path / "sessions").iterdir()) == []
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 11}])

@@ -19,7 +19,7 @@ OWNED: dict[str, dict[str, set[str]]] = {
         "history": {"_history", "_digest"},
         "slab contents": {"_slab", "_feed"},
         "terms": {"_terms"},
-        "journal": {"_journal"},
+        "durable record": {"_durable"},
         "last-used time": {"_last_used", "_turn_began"},
     },
     "ModelExecutor": {
@@ -30,6 +30,7 @@ OWNED: dict[str, dict[str, set[str]]] = {
     },
     "SessionRegistry": {
         "ids to sessions": {"_entries"},
+        "sessions on the way to or from sleep": {"_passing"},
         "slab pools": {"_long_lived", "_completions"},
     },
     "Admission": {"permits": {"_permits"}, "FIFO of waiters": {"_permits", "_line"}},

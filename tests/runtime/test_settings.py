@@ -113,6 +113,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "num_diffusion_steps": 2,
         "determinism": "strict",
         "state_dir": "",
+        "state_max_bytes": 0,
         "log_level": "info",
     }
 

@@ -10,6 +10,8 @@ __all__ = (
     "CloseSessionResponse",
     "CreateSessionRequest",
     "CreateSessionResponse",
+    "DeleteSnapshotRequest",
+    "DeleteSnapshotResponse",
     "ForkSessionRequest",
     "ForkSessionResponse",
     "GenerateDone",
@@ -22,6 +24,9 @@ __all__ = (
     "ListSessionsRequest",
     "ListSessionsResponse",
     "ListSessionsResponseSession",
+    "ListSnapshotsRequest",
+    "ListSnapshotsResponse",
+    "ListSnapshotsResponseSnapshot",
     "Overflow",
     "RestoreSessionRequest",
     "RestoreSessionResponse",
@@ -168,6 +173,25 @@ class CreateSessionResponse(betterproto2.Message):
 
 
 default_message_pool.register_message("kakeya.v1", "CreateSessionResponse", CreateSessionResponse)
+
+
+@dataclass(eq=False, repr=False)
+class DeleteSnapshotRequest(betterproto2.Message):
+    snapshot_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message("kakeya.v1", "DeleteSnapshotRequest", DeleteSnapshotRequest)
+
+
+@dataclass(eq=False, repr=False)
+class DeleteSnapshotResponse(betterproto2.Message):
+    freed_bytes: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
+    """
+    Bytes that the snapshot took.
+    """
+
+
+default_message_pool.register_message("kakeya.v1", "DeleteSnapshotResponse", DeleteSnapshotResponse)
 
 
 @dataclass(eq=False, repr=False)
@@ -335,6 +359,41 @@ class ListSessionsResponseSession(betterproto2.Message):
 
 
 default_message_pool.register_message("kakeya.v1", "ListSessionsResponse.Session", ListSessionsResponseSession)
+
+
+@dataclass(eq=False, repr=False)
+class ListSnapshotsRequest(betterproto2.Message):
+    pass
+
+
+default_message_pool.register_message("kakeya.v1", "ListSnapshotsRequest", ListSnapshotsRequest)
+
+
+@dataclass(eq=False, repr=False)
+class ListSnapshotsResponse(betterproto2.Message):
+    snapshots: "list[ListSnapshotsResponseSnapshot]" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, repeated=True)
+
+
+default_message_pool.register_message("kakeya.v1", "ListSnapshotsResponse", ListSnapshotsResponse)
+
+
+@dataclass(eq=False, repr=False)
+class ListSnapshotsResponseSnapshot(betterproto2.Message):
+    snapshot_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    client_label: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+
+    history_length: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
+
+    size_bytes: "int" = betterproto2.field(4, betterproto2.TYPE_UINT64)
+
+    saved_at: "float" = betterproto2.field(5, betterproto2.TYPE_DOUBLE)
+    """
+    Seconds since 1970.
+    """
+
+
+default_message_pool.register_message("kakeya.v1", "ListSnapshotsResponse.Snapshot", ListSnapshotsResponseSnapshot)
 
 
 @dataclass(eq=False, repr=False)
@@ -532,14 +591,56 @@ class RuntimeServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "RestoreSessionResponse":
         """
-        A new session that goes on where a saved one stood. FAILED_PRECONDITION where model, weights, dtype, sink or window
-        are not those that the snapshot was made with.
+        A new session that goes on where a saved one stood. Under another engine its history is read again by the next call;
+        FAILED_PRECONDITION where it was made with another model.
         """
 
         return await self._unary_unary(
             "/kakeya.v1.RuntimeService/RestoreSession",
             message,
             RestoreSessionResponse,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def list_snapshots(
+        self,
+        message: "ListSnapshotsRequest | None" = None,
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "ListSnapshotsResponse":
+        """
+        Every snapshot in the server's state_dir, the oldest first: who may list them may restore them.
+        """
+
+        if message is None:
+            message = ListSnapshotsRequest()
+
+        return await self._unary_unary(
+            "/kakeya.v1.RuntimeService/ListSnapshots",
+            message,
+            ListSnapshotsResponse,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def delete_snapshot(
+        self,
+        message: "DeleteSnapshotRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "DeleteSnapshotResponse":
+
+        return await self._unary_unary(
+            "/kakeya.v1.RuntimeService/DeleteSnapshot",
+            message,
+            DeleteSnapshotResponse,
             timeout=timeout,
             deadline=deadline,
             metadata=metadata,
@@ -624,9 +725,20 @@ class RuntimeServiceBase(betterproto2_grpclib.ServiceBase):
 
     async def restore_session(self, message: "RestoreSessionRequest") -> "RestoreSessionResponse":
         """
-        A new session that goes on where a saved one stood. FAILED_PRECONDITION where model, weights, dtype, sink or window
-        are not those that the snapshot was made with.
+        A new session that goes on where a saved one stood. Under another engine its history is read again by the next call;
+        FAILED_PRECONDITION where it was made with another model.
         """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def list_snapshots(self, message: "ListSnapshotsRequest") -> "ListSnapshotsResponse":
+        """
+        Every snapshot in the server's state_dir, the oldest first: who may list them may restore them.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def delete_snapshot(self, message: "DeleteSnapshotRequest") -> "DeleteSnapshotResponse":
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
@@ -702,6 +814,22 @@ class RuntimeServiceBase(betterproto2_grpclib.ServiceBase):
         response = await self.restore_session(request)
         await stream.send_message(response)
 
+    async def __rpc_list_snapshots(
+        self, stream: "grpclib.server.Stream[ListSnapshotsRequest, ListSnapshotsResponse]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.list_snapshots(request)
+        await stream.send_message(response)
+
+    async def __rpc_delete_snapshot(
+        self, stream: "grpclib.server.Stream[DeleteSnapshotRequest, DeleteSnapshotResponse]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.delete_snapshot(request)
+        await stream.send_message(response)
+
     async def __rpc_list_sessions(
         self, stream: "grpclib.server.Stream[ListSessionsRequest, ListSessionsResponse]"
     ) -> None:
@@ -759,6 +887,18 @@ class RuntimeServiceBase(betterproto2_grpclib.ServiceBase):
                 grpclib.const.Cardinality.UNARY_UNARY,
                 RestoreSessionRequest,
                 RestoreSessionResponse,
+            ),
+            "/kakeya.v1.RuntimeService/ListSnapshots": grpclib.const.Handler(
+                self.__rpc_list_snapshots,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                ListSnapshotsRequest,
+                ListSnapshotsResponse,
+            ),
+            "/kakeya.v1.RuntimeService/DeleteSnapshot": grpclib.const.Handler(
+                self.__rpc_delete_snapshot,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                DeleteSnapshotRequest,
+                DeleteSnapshotResponse,
             ),
             "/kakeya.v1.RuntimeService/ListSessions": grpclib.const.Handler(
                 self.__rpc_list_sessions,

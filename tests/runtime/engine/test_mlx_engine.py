@@ -17,6 +17,7 @@ from runtime.engine import load_engine
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.rows import Row, RowBatch
 from runtime.settings import Settings
+from runtime.slab import Slab
 from runtime.text import Text
 from tests.conftest import SMALL, save_random_model
 from tests.runtime.engine.feeding import GREEDY, LogitsEngine, feed, load, random_tokens
@@ -100,7 +101,12 @@ def test_what_a_slab_holds_can_be_read_and_filled_on_other_threads(seedling: Pat
         tokens = random_tokens(150, engine.facts.vocabulary)
         feed(engine, slab, tokens[:120])
 
-        thread = threading.Thread(target=lambda: restored.fill(*slab.contents(), slab.frontier))  # noqa: B023
+        def restore(slab: Slab = slab, restored: Slab = restored) -> None:
+            held = [slab.held(layer) for layer in range(slab.spec.layers)]
+            keys, values = (torch.stack(parts) for parts in zip(*held, strict=True))
+            restored.fill(keys, values, slab.frontier)
+
+        thread = threading.Thread(target=restore)
         thread.start()
         thread.join()
 

@@ -1,0 +1,78 @@
+"""What makes a session on disk one that can go on here: the model for its history, and every source of bits for its slab."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Self
+
+from runtime.events import Overflow
+
+# Of longer files only the ends and some places between are read for a fingerprint: two models differ everywhere.
+_WHOLE_BYTES = 64 * 2**20
+_SAMPLES, _SAMPLE_BYTES = 64, 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryIdentity:
+    """The model whose tokens a history holds. A history outlives a change of engine, not one of model."""
+
+    model: str
+    vocabulary: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+@dataclass(frozen=True, slots=True)
+class SlabIdentity:
+    """All that a slab's bits depend on, besides its tokens. `version` changes with the arithmetic of our engines."""
+
+    model: str
+    backend: str
+    kernels: str
+    weights: str
+    dtype: str
+    sink: int
+    window: int
+    slots: int
+    version: int = field(default=1)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a session was created with."""
+
+    eos_token_ids: frozenset[int] = frozenset()
+    overflow: Overflow = Overflow.EVICT
+    label: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps([sorted(self.eos_token_ids), self.overflow.value, self.label])
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Raises ValueError where `text` is no terms."""
+        eos_token_ids, overflow, label = json.loads(text)
+        return cls(frozenset(eos_token_ids), Overflow(overflow), label)
+
+
+def fingerprint(directory: Path) -> str:
+    """A digest of a model's configuration and weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            if size <= _WHOLE_BYTES:
+                digest.update(file.read())
+                continue
+            for index in range(_SAMPLES + 1):
+                file.seek((size - _SAMPLE_BYTES) * index // _SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

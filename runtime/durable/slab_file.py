@@ -1,0 +1,165 @@
+"""A slab on disk: keys and values layer by layer, in pieces with a checksum each.
+
+A piece is written or read at a time, so that whoever waits for the slab waits for one piece, and memory holds one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.durable.files import Files, storage_errors
+from runtime.durable.framing import CHECKSUM_BYTES, Damaged, Unknown, checksum, read_header, write_header
+from runtime.durable.identity import SlabIdentity
+from runtime.slab import Slab
+
+MAGIC, VERSION = b"PERSLAB\n", 1
+# A piece of so many bytes is copied and sealed in some ten milliseconds.
+MOST_PIECE_BYTES = 8 * 2**20
+
+
+class SlabWriter:
+    """Writes a slab into a file beside its place, piece by piece; nothing is in its place before `finish`.
+
+    `step` and `finish` raise StorageFailed.
+    """
+
+    def __init__(self, files: Files, path: Path, identity: SlabIdentity, slab: Slab, history: array[int]) -> None:
+        """The slab has read the first tokens of `history`, up to its frontier."""
+        self.frontier = slab.frontier
+        self.size = 0
+        self._files = files
+        self._path = path
+        self._slab = slab
+        self._fresh = path.with_suffix(".slab-new")
+        self._file: int | None = None
+        self._header = {
+            "id": path.stem,
+            "identity": identity.to_json(),
+            "frontier": self.frontier,
+            "history": digest_of(history[: self.frontier]),
+        }
+        self._seal = b""
+        self._left = _pieces(slab.spec.layers, slab.spec.kv_heads, _head_bytes(slab))
+
+    def step(self) -> bool:
+        """Writes the next piece; False once there is none left."""
+        with storage_errors("the slab is not left on disk"):
+            if self._file is None:
+                self._file = self._files.create(self._fresh)
+                self.size, self._seal = write_header(self._files, self._file, MAGIC, VERSION, self._header)
+            piece = next(self._left, None)
+            if piece is None:
+                return False
+            layer, side, heads = piece
+            content = _bytes_of(self._slab.held(layer)[side][heads])
+            self._seal = checksum(self._seal, content)
+            for part in (content, self._seal):
+                self._files.write(self._file, self.size, part)
+                self.size += len(part)
+            return True
+
+    def finish(self) -> None:
+        """Puts the file into its place."""
+        with storage_errors("the slab is not left on disk"):
+            self._files.replace(self._fresh, self._path)
+
+    def close(self) -> None:
+        """Gives up what was not finished."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._files.close(self._file)
+            with suppress(OSError):
+                self._files.remove(self._fresh)
+
+
+def write_slab(files: Files, path: Path, identity: SlabIdentity, slab: Slab, history: array[int]) -> int:
+    """Writes a slab in one go and returns the file's size in bytes. Raises StorageFailed."""
+    writer = SlabWriter(files, path, identity, slab, history)
+    try:
+        while writer.step():
+            pass
+        writer.finish()
+        return writer.size
+    finally:
+        writer.close()
+
+
+def read_slab(files: Files, path: Path, identity: SlabIdentity, slab: Slab, history: array[int]) -> None:
+    """Fills an empty slab with what a file holds of it, which has read the first tokens of `history`.
+
+    Raises OSError, Damaged, or Unknown where another engine wrote it; the slab is empty then.
+    """
+    slab.clear()
+    with _opened(files, path) as file:
+        header, at, seal = read_header(files, file, MAGIC, VERSION)
+        try:
+            frontier = int(header["frontier"])
+            if header["id"] != path.stem or header["history"] != digest_of(history[:frontier]):
+                raise Damaged("it is another history's")
+            if header["identity"] != identity.to_json():
+                raise Unknown("it was written by another engine")
+        except (KeyError, TypeError, ValueError) as error:
+            raise Damaged("its header says too little") from error
+        if not 0 <= frontier <= len(history):
+            raise Damaged("it is ahead of its history")
+        spec = slab.spec
+        used = min(frontier, spec.slots)
+        whole: list[Tensor] = []
+        for layer, side, heads in _pieces(spec.layers, spec.kv_heads, used * spec.head_dim * spec.dtype.itemsize):
+            count = (heads.stop - heads.start) * used * spec.head_dim * spec.dtype.itemsize
+            content = files.read(file, at, count)
+            seal, found = checksum(seal, content), files.read(file, at + count, CHECKSUM_BYTES)
+            if seal != found:
+                raise Damaged("a piece of it was changed or is missing")
+            at += count + CHECKSUM_BYTES
+            whole.append(_tensor_of(content, spec.dtype).view(-1, used, spec.head_dim))
+            if side == 1 and heads.stop == spec.kv_heads:
+                middle = len(whole) // 2
+                slab.put(layer, torch.cat(whole[:middle]), torch.cat(whole[middle:]))
+                whole = []
+        for layer in range(spec.layers):
+            slab.advance(layer, frontier)
+
+
+def digest_of(history: array[int]) -> str:
+    return hashlib.blake2b(memoryview(history).cast("B"), digest_size=CHECKSUM_BYTES).hexdigest()
+
+
+def _pieces(layers: int, kv_heads: int, head_bytes: int) -> Iterator[tuple[int, int, slice]]:
+    """Layer, keys (0) or values (1), and kv heads, of each piece in the order in which they lie."""
+    at_once = max(1, min(kv_heads, MOST_PIECE_BYTES // max(1, head_bytes)))
+    for layer in range(layers):
+        for side in (0, 1):
+            for first in range(0, kv_heads, at_once):
+                yield layer, side, slice(first, min(first + at_once, kv_heads))
+
+
+def _head_bytes(slab: Slab) -> int:
+    return slab.used * slab.spec.head_dim * slab.spec.dtype.itemsize
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    plain = tensor.detach().cpu().contiguous()
+    whole: Any = plain.view(torch.uint8).numpy()
+    return memoryview(whole).cast("B") if plain.numel() else memoryview(b"")
+
+
+def _tensor_of(content: bytes, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
+
+
+@contextmanager
+def _opened(files: Files, path: Path) -> Iterator[int]:
+    file = files.open(path)
+    try:
+        yield file
+    finally:
+        files.close(file)
