@@ -120,7 +120,7 @@ def read_slab(files: Files, path: Path, identity: SlabIdentity, slab: Slab, hist
             if seal != found:
                 raise Damaged("a piece of it was changed or is missing")
             at += count + CHECKSUM_BYTES
-            whole.append(_tensor_of(content, spec.dtype).view(-1, used, spec.head_dim))
+            whole.append(_tensor_of(content, spec.dtype).view(heads.stop - heads.start, used, spec.head_dim))
             if side == 1 and heads.stop == spec.kv_heads:
                 middle = len(whole) // 2
                 slab.put(layer, torch.cat(whole[:middle]), torch.cat(whole[middle:]))

@@ -27,6 +27,8 @@ class FaultyFiles(Files):
         self.fail_for = 1
         self.error: int | None = errno.ENOSPC
         self.share = 0.5
+        self.is_killed = False
+        self._held: set[int] = set()
 
     def fail_next(self, error: int | None, after: int = 0, count: int = 1, share: float = 0.5) -> None:
         """The operation that comes `after` so many others fails, and the `count` - 1 behind it."""
@@ -36,13 +38,24 @@ class FaultyFiles(Files):
     def heal(self) -> None:
         self.fail_at = None
 
+    def reap(self) -> None:
+        """Does what the system does for a process that was killed."""
+        while self._held:
+            os.close(self._held.pop())
+
     def create(self, path: Path) -> int:
         self._operate()
-        return super().create(path)
+        self._held.add(file := super().create(path))
+        return file
 
     def open(self, path: Path) -> int:
         self._operate()
-        return super().open(path)
+        self._held.add(file := super().open(path))
+        return file
+
+    def close(self, file: int) -> None:
+        self._held.discard(file)
+        super().close(file)
 
     def write(self, file: int, offset: int, content: bytes | memoryview) -> None:
         try:
@@ -69,5 +82,6 @@ class FaultyFiles(Files):
         if self.error is None:
             # Nothing is undone by a process that is gone.
             self.fail_for = 2**62
+            self.is_killed = True
             raise Killed
         raise OSError(self.error, os.strerror(self.error))

@@ -1,0 +1,303 @@
+"""Sessions on a disk that fails, under a server that is killed: nothing acknowledged is lost, nothing wrong is told."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from array import array
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors import Runtime, SessionHandle
+from runtime.errors import CapacityExhausted, RequestError, SessionNotFound, SnapshotNotFound, StorageFailed
+from runtime.events import Token
+from tests.actors.engines import LedgerEngine, generated
+from tests.actors.test_durable import PROMPT, open_durable
+from tests.runtime.durable.faults import FAULTS, FaultyFiles
+
+OPERATIONS = ("create", "append", "append", "generate", "generate", "fork", "save", "restore", "close", "info")
+
+
+class Step(NamedTuple):
+    """One call, on the session of this number among those that live, with what it brings."""
+
+    operation: str
+    session: int
+    tokens: tuple[int, ...]
+    fault: tuple[int | None, int, float] | None
+
+
+STEPS = st.lists(
+    st.builds(
+        Step,
+        st.sampled_from(OPERATIONS),
+        st.integers(0, 5),
+        st.lists(st.integers(3, 50), min_size=1, max_size=25).map(tuple),
+        st.none() | st.tuples(st.sampled_from([*FAULTS, None]), st.integers(0, 8), st.floats(0, 1)),
+    ),
+    max_size=14,
+)
+
+
+class Client:
+    """Remembers what it was told, and what may have happened besides when a call had no answer."""
+
+    def __init__(self) -> None:
+        self.sessions: dict[str, list[list[int]]] = {}
+        self.snapshots: dict[str, list[int]] = {}
+        self.closing: set[str] = set()
+
+    def chosen(self, number: int) -> str | None:
+        ids = sorted(self.sessions)
+        return ids[number % len(ids)] if ids else None
+
+    async def check(self, runtime: Runtime) -> None:
+        """Each session has one of the histories that it may have, and goes on as that history does."""
+        for session_id, possible in list(self.sessions.items()):
+            try:
+                session = runtime.find_session(session_id)
+            except SessionNotFound:
+                assert session_id in self.closing
+                del self.sessions[session_id]
+                continue
+            info = await session.info()
+            found = [history for history in possible if digest(history) == info.history_digest]
+            assert found, f"{info.history_length} tokens, and none of {[len(one) for one in possible]}"
+            self.sessions[session_id] = [found[0]]
+            if found[0]:
+                tokens = await generated(session, 2)
+                assert tokens == LedgerEngine().continued(found[0], 2)
+                self.sessions[session_id] = [found[0] + tokens]
+        for snapshot_id, history in self.snapshots.items():
+            restored = await runtime.restore_session(snapshot_id)
+            assert (await restored.info()).history_digest == digest(history)
+            await restored.close()
+
+
+def digest(history: Sequence[int]) -> bytes:
+    return hashlib.blake2b(array("I", history).tobytes()).digest()
+
+
+async def served(path: Path, client: Client, steps: list[Step], files: FaultyFiles) -> None:
+    """One life of a server, in which these calls are made."""
+    async with open_durable(path, files=files, capacity=2) as runtime:
+        await client.check(runtime)
+        for step in steps:
+            if step.fault:
+                error, after, share = step.fault
+                files.fail_next(error, after, share=share)
+            try:
+                await called(runtime, client, step)
+            except (StorageFailed, CapacityExhausted):
+                pass
+            finally:
+                if files.error is not None:
+                    files.heal()
+
+
+async def called(runtime: Runtime, client: Client, step: Step) -> None:
+    if step.operation == "create":
+        session = await runtime.create_session()
+        client.sessions[session.id] = [[]]
+        return
+    session_id = client.chosen(step.session)
+    if session_id is None:
+        return
+    session, history = runtime.find_session(session_id), client.sessions[session_id][0]
+    match step.operation:
+        case "append":
+            client.sessions[session_id] = [history, history + list(step.tokens)]
+            await session.append(step.tokens, len(history))
+            client.sessions[session_id] = [history + list(step.tokens)]
+        case "generate" if history:
+            await drew(client, session, history, len(step.tokens))
+        case "fork":
+            fork = await runtime.fork_session(session_id)
+            client.sessions[fork.id] = [list(history)]
+        case "save":
+            client.snapshots[(await runtime.save_session(session_id)).snapshot_id] = list(history)
+        case "restore" if client.snapshots:
+            snapshot_id = sorted(client.snapshots)[step.session % len(client.snapshots)]
+            restored = await runtime.restore_session(snapshot_id)
+            client.sessions[restored.id] = [list(client.snapshots[snapshot_id])]
+        case "close":
+            client.closing.add(session_id)
+            assert await session.close() == len(history)
+            del client.sessions[session_id]
+        case "info":
+            assert (await session.info()).history_length == len(history)
+
+
+async def drew(client: Client, session: SessionHandle, history: list[int], count: int) -> None:
+    """Takes up to so many tokens; the one that was on its way when all ended may have been recorded."""
+    expected = LedgerEngine().continued(history, count + 1)
+    taken: list[int] = []
+    client.sessions[session.id] = [history, history + expected[:1]]
+    async with session.generate(count) as events:
+        async for event in events:
+            if isinstance(event, Token):
+                taken.append(event.token_id)
+                assert taken == expected[: len(taken)]
+                so_far = history + taken
+                client.sessions[session.id] = [so_far, so_far + expected[len(taken) : len(taken) + 1]]
+    client.sessions[session.id] = [history + taken]
+
+
+@settings(max_examples=100, deadline=None)
+@given(lives=st.lists(STEPS, min_size=1, max_size=4))
+def test_nothing_acknowledged_is_lost_whatever_fails_and_whenever_the_server_is_killed(lives: list[list[Step]]) -> None:
+    client = Client()
+    with TemporaryDirectory() as directory:
+        for steps in (*lives, []):
+            files = FaultyFiles()
+            try:
+                trio.run(served, Path(directory), client, steps, files)
+            except BaseException:
+                # What a process that is killed would have answered, nobody hears.
+                if not files.is_killed:
+                    raise
+            finally:
+                files.reap()
+
+
+@pytest.mark.parametrize("error", FAULTS)
+@pytest.mark.parametrize("call", ["create", "fork", "save"])
+async def test_a_call_that_cannot_be_recorded_says_so_and_leaves_nothing_behind(
+    tmp_path: Path, call: str, error: int
+) -> None:
+    files = FaultyFiles()
+    async with open_durable(tmp_path, files=files) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+        calls: dict[str, Callable[[], Awaitable[object]]] = {
+            "create": runtime.create_session,
+            "fork": lambda: runtime.fork_session(session.id),
+            "save": lambda: runtime.save_session(session.id),
+        }
+        before = names(tmp_path)
+        for after in range(4):
+            files.fail_next(error, after)
+            with pytest.raises(StorageFailed, match="state_dir cannot be used") as caught:
+                await calls[call]()
+            assert len(str(caught.value).splitlines()) == 1
+            files.heal()
+            assert names(tmp_path) == before
+
+        assert await generated(session, 5) == LedgerEngine().continued(PROMPT, 5)
+        assert runtime.metrics.registry.get_sample_value("perennial_slab_in_use") == 1
+
+
+@pytest.mark.parametrize("error", FAULTS)
+async def test_an_append_that_cannot_be_recorded_changes_nothing_and_its_retry_works(
+    tmp_path: Path, error: int
+) -> None:
+    files = FaultyFiles()
+    async with open_durable(tmp_path, files=files) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+        for after in (0, 1):
+            files.fail_next(error, after)
+            with pytest.raises(StorageFailed):
+                await session.append([1, 2], len(PROMPT))
+            files.heal()
+
+        assert (await session.append([1, 2], len(PROMPT))).history_length == len(PROMPT) + 2
+    async with open_durable(tmp_path) as runtime:
+        assert await generated(runtime.find_session(session.id), 5) == LedgerEngine().continued([*PROMPT, 1, 2], 5)
+
+
+async def test_a_close_whose_files_cannot_be_deleted_ends_that_session_alone(tmp_path: Path) -> None:
+    files = FaultyFiles()
+    async with open_durable(tmp_path, files=files) as runtime:
+        closed, other = await runtime.create_session(), await runtime.create_session()
+        files.fail_next(FAULTS[1], 0, count=10)
+        await closed.close()
+        files.heal()
+
+        with pytest.raises(SessionNotFound):
+            await closed.append([1])
+        await other.append(PROMPT)
+
+
+async def test_where_a_history_cannot_be_read_just_now_its_session_sleeps_on(tmp_path: Path) -> None:
+    files = FaultyFiles()
+    async with open_durable(tmp_path) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+    async with open_durable(tmp_path, files=files) as runtime:
+        again = runtime.find_session(session.id)
+        files.fail_next(FAULTS[3])
+        with pytest.raises(StorageFailed, match="sleeps on"):
+            await again.append([1])
+        files.heal()
+
+        assert await generated(again, 3) == LedgerEngine().continued(PROMPT, 3)
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_a_directory_that_was_touched_costs_the_touched_session_at_most(tmp_path: Path, seed: int) -> None:
+    """Bytes flipped, zeroed or cut off, and files that changed places."""
+    prompts = [[3 + number, *PROMPT] for number in range(3)]
+    async with open_durable(tmp_path) as runtime:
+        ids = []
+        for prompt in prompts:
+            session = await runtime.create_session()
+            await session.append(prompt)
+            ids.append(session.id)
+        saved = await runtime.save_session(ids[0])
+    touched = touch(tmp_path, random.Random(seed))
+    async with open_durable(tmp_path) as runtime:
+        for session_id, prompt in zip(ids, prompts, strict=True):
+            try:
+                session = runtime.find_session(session_id)
+                assert (await session.info()).history_digest == digest(prompt)
+                assert await generated(session, 16) == LedgerEngine().continued(prompt, 16)
+            except SessionNotFound:
+                assert session_id in touched
+        try:
+            restored = await runtime.restore_session(saved.snapshot_id)
+            assert await generated(restored, 16) == LedgerEngine().continued(prompts[0], 16)
+        except SnapshotNotFound:
+            assert saved.snapshot_id in touched
+        except RequestError:
+            assert saved.snapshot_id in touched
+
+
+def touch(directory: Path, choice: random.Random) -> set[str]:
+    """Damages one file, or swaps two; the ids of those that were damaged."""
+    files = sorted(path for path in directory.rglob("*") if path.suffix in (".history", ".slab"))
+    path = choice.choice(files)
+    content = bytearray(path.read_bytes())
+    match choice.choice(["flip", "zero", "cut", "swap", "remove", "garbage"]):
+        case "flip":
+            for _ in range(choice.choice([1, 1, 5])):
+                content[choice.randrange(len(content))] ^= 1 << choice.randrange(8)
+        case "zero":
+            first = choice.randrange(len(content))
+            content[first : first + 4096] = bytes(len(content[first : first + 4096]))
+        case "cut":
+            del content[choice.randrange(len(content)) :]
+        case "garbage":
+            content[:] = choice.randbytes(len(content))
+        case "remove":
+            path.unlink()
+            return {path.stem}
+        case _:
+            other = choice.choice([one for one in files if one.suffix == path.suffix and one != path])
+            content, theirs = bytearray(other.read_bytes()), bytes(content)
+            other.write_bytes(theirs)
+            path.write_bytes(content)
+            return {path.stem, other.stem}
+    path.write_bytes(content)
+    return {path.stem}
+
+
+def names(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*")}
