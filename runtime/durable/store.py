@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import re
 import secrets
 import threading
 import time
@@ -35,8 +34,6 @@ from runtime.errors import (
 from runtime.slab import Slab
 
 HISTORY, SLAB = ".history", ".slab"
-# Ids are issued here, and none leads out of the folder.
-_ID = re.compile(r"[A-Za-z0-9_-]{32}")
 
 _log = logging.getLogger("perennial.state")
 
@@ -95,6 +92,7 @@ class SessionStore:
         self._lock = threading.RLock()
         self._records: dict[str, Record] = {}
         self._saved: dict[str, Record] = {}
+        self._left: dict[str, str] = {}
         self._uses = 0
 
     @classmethod
@@ -240,9 +238,7 @@ class SessionStore:
             with storage_errors("the snapshot stays as it is"):
                 journal, history = Journal.open(self._files, path, self._history_identity, self._is_token)
                 journal.close()
-        except Unknown as error:
-            raise SnapshotMismatch(f"the snapshot cannot go on here: {error}") from None
-        except Damaged as error:
+        except (Damaged, Unknown) as error:
             raise SnapshotUnreadable(f"the snapshot is damaged: {error}") from None
         self._read_slab(path.with_suffix(SLAB), slab, history, record)
         return record.terms, history
@@ -319,6 +315,7 @@ class SessionStore:
         try:
             head = Journal.peek(self._files, path, self._history_identity)
         except Unknown as error:
+            self._left[path.stem] = str(error)
             _log.warning("left on disk: %s: %s", path.name, error)
         except Damaged as error:
             self._set_aside(path.stem, error, path.parent)
@@ -331,7 +328,9 @@ class SessionStore:
         return None
 
     def _found(self, snapshot_id: str) -> Record:
-        record = self._saved.get(snapshot_id) if _ID.fullmatch(snapshot_id) else None
+        record = self._saved.get(snapshot_id)
+        if record is None and snapshot_id in self._left:
+            raise SnapshotMismatch(f"the snapshot cannot go on here: {self._left[snapshot_id]}")
         if record is None:
             raise SnapshotNotFound("no snapshot has this id")
         return record

@@ -24,6 +24,7 @@ from runtime.errors import (
     InvalidSetting,
     NotDurable,
     SessionNotFound,
+    SnapshotMismatch,
     SnapshotNotFound,
     SnapshotUnreadable,
 )
@@ -173,7 +174,7 @@ async def test_a_snapshot_of_another_model_is_refused_and_costs_no_slab(tmp_path
         await session.close()
     async with open_durable(tmp_path, OTHER_MODEL, capacity=1) as runtime:
         assert runtime.list_snapshots() == []
-        with pytest.raises(SnapshotNotFound):
+        with pytest.raises(SnapshotMismatch, match="another model"):
             await runtime.restore_session(saved.snapshot_id)
 
         await runtime.create_session()

@@ -327,21 +327,32 @@ def test_a_call_that_waited_for_a_close_is_told_the_same_as_one_that_came_later(
     assert kinds_of(list(running))[-1] == "done"
 
 
-def test_the_session_idle_longest_is_evicted_for_a_new_one_and_a_working_one_never(small: Stock) -> None:
-    working = small.create(PROMPT)
-    idle = small.create(PROMPT)
-    running = small.stream(working, ENDLESS)
-    next(running)
-    small.append(idle, [5])
+@pytest.mark.parametrize("has_directory", [False, True])
+def test_the_session_idle_longest_gives_way_to_a_new_one_and_a_working_one_never(
+    stubs: Stubs, tmp_path: Path, has_directory: bool
+) -> None:
+    state_dir = tmp_path if has_directory else ""
+    with (
+        started("perennial", sink=SINK, window=WINDOW, capacity=2, state_dir=state_dir) as server,
+        stock(stubs, server.grpc) as client,
+    ):
+        working = client.create(PROMPT)
+        idle = client.create(PROMPT)
+        running = client.stream(working, ENDLESS)
+        next(running)
+        client.append(idle, [5])
 
-    newer = small.create()
+        newer = client.create()
 
-    with refused(Code.NOT_FOUND):
-        small.info(idle)
-    assert small.info(newer).history_length == 0
-    assert kinds_of([next(running)]) == ["token_id"]
-    running.cancel()
-    assert small.info(working).history_length > len(PROMPT)
+        assert client.info(newer).history_length == 0
+        if has_directory:
+            assert client.info(idle).history_length == len(PROMPT) + 1
+        else:
+            with refused(Code.NOT_FOUND):
+                client.info(idle)
+        assert kinds_of([next(running)]) == ["token_id"]
+        running.cancel()
+        assert client.info(working).history_length > len(PROMPT)
 
 
 def test_a_new_session_is_refused_while_every_slab_is_at_work(small: Stock) -> None:
@@ -469,16 +480,35 @@ def test_a_snapshot_that_is_not_there_is_not_found(small: Stock) -> None:
             small.call("RestoreSession", snapshot_id=snapshot_id)
 
 
-def test_a_snapshot_cannot_go_on_under_another_window(stubs: Stubs, small: Stock, state: Path, tmp_path: Path) -> None:
+def test_a_snapshot_goes_on_under_another_window_by_reading_its_history_again(
+    stubs: Stubs, small: Stock, state: Path, tmp_path: Path
+) -> None:
     saved = small.call("SaveSession", session_id=small.create(LONG))
     shutil.copytree(state / "snapshots", tmp_path / "snapshots")
 
     with (
         started("perennial", sink=SINK, window=WINDOW + 1, state_dir=tmp_path) as server,
         stock(stubs, server.grpc) as other,
-        refused(Code.FAILED_PRECONDITION),
     ):
-        other.call("RestoreSession", snapshot_id=saved.snapshot_id)
+        restored = other.call("RestoreSession", snapshot_id=saved.snapshot_id).session_id
+        fresh = other.create(LONG)
+
+        assert other.info(restored).history_digest == digest_of(LONG)
+        assert other.generated(restored, 8) == other.generated(fresh, 8)
+
+
+def test_snapshots_are_listed_and_deleted(small: Stock) -> None:
+    saved = small.call("SaveSession", session_id=small.create(LONG, client_label="to be deleted"))
+
+    listed = {one.snapshot_id: one for one in small.call("ListSnapshots").snapshots}
+
+    mine = listed[saved.snapshot_id]
+    assert (mine.client_label, mine.history_length) == ("to be deleted", len(LONG))
+    assert mine.size_bytes == saved.size_bytes
+    assert small.call("DeleteSnapshot", snapshot_id=saved.snapshot_id).freed_bytes == saved.size_bytes
+    assert saved.snapshot_id not in {one.snapshot_id for one in small.call("ListSnapshots").snapshots}
+    with refused(Code.NOT_FOUND):
+        small.call("DeleteSnapshot", snapshot_id=saved.snapshot_id)
 
 
 def test_a_server_without_a_directory_neither_saves_nor_restores(client: Stock) -> None:

@@ -47,6 +47,7 @@ GIVEN: dict[str, tuple[str, object]] = {
     "num_diffusion_steps": ("4", 4),
     "determinism": ("fast", "fast"),
     "state_dir": ("/tmp/state", "/tmp/state"),
+    "state_max_bytes": ("1000000", 1_000_000),
     "log_level": ("debug", "debug"),
 }
 GO_TOGETHER = {"tls_cert": {"tls_key": "key.pem"}, "tls_key": {"tls_cert": "cert.pem"}}
