@@ -425,7 +425,8 @@ class GuardedProtocol(_OurProtocol, asyncio.BufferedProtocol):
             self._take(data)
         except ProtocolError as error:
             self.connection.flush()
-            self.end(f"its frames break the protocol ({type(error).__name__})")
+            # h2 has said goodbye, with the code of the error.
+            self.end(f"its frames break the protocol ({type(error).__name__})", None)
         except Exception as error:
             _log.error("a gRPC connection failed and is closed: %s", where(error))
             self.end("", ErrorCodes.INTERNAL_ERROR)
@@ -444,8 +445,8 @@ class GuardedProtocol(_OurProtocol, asyncio.BufferedProtocol):
             self.connection.abort()
             self.end("it does not read what it asks for")
 
-    def end(self, reason: str, code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
-        """Closes the connection, and cancels its calls."""
+    def end(self, reason: str, code: ErrorCodes | None = ErrorCodes.NO_ERROR) -> None:
+        """Closes the connection, and cancels its calls. Without a `code` the client is told nothing."""
         if self._is_over:
             return
         self._is_over = True
@@ -453,7 +454,8 @@ class GuardedProtocol(_OurProtocol, asyncio.BufferedProtocol):
             return
         if reason:
             _log.info("a gRPC connection is closed: %s", reason)
-        self.connection.say_goodbye(code)
+        if code is not None:
+            self.connection.say_goodbye(code)
         self.processor.close()
 
     def abort(self) -> None:
@@ -517,7 +519,8 @@ class Calls(AbstractHandler):
     def accept(self, stream: H2Stream, headers: Headers, release_stream: Callable[[], None]) -> None:
         assert isinstance(stream, GuardedStream)
         if len(self._tasks) >= _MOST_CALLS:
-            stream.reset_nowait(ErrorCodes.REFUSED_STREAM)
+            if stream.closable:
+                stream.reset_nowait(ErrorCodes.REFUSED_STREAM)
             release_stream()
             return
         task = asyncio.get_running_loop().create_task(self._server.answer(stream, headers))

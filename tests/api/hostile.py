@@ -52,6 +52,7 @@ class Peer:
         self._unread = b""
         self._first = PREFACE + frame(SETTINGS, payload=b"".join(settings))
         self._next_id = 1
+        self.answers_pings = True
 
     async def send(self, *frames: bytes) -> None:
         first, self._first = self._first, b""
@@ -92,6 +93,8 @@ class Peer:
         got, size = Frame.parse_frame_header(memoryview(self._unread[:9]))
         got.parse_body(memoryview(self._unread[9 : 9 + size]))
         self._unread = self._unread[9 + size :]
+        if isinstance(got, PingFrame) and "ACK" not in got.flags and self.answers_pings:
+            await self._stream.send_all(frame(PING, ACK, payload=got.opaque_data))
         if isinstance(got, HeadersFrame):
             got.fields = dict(self._decoder.decode(got.data))
         return got
