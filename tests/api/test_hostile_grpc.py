@@ -397,17 +397,17 @@ async def session_in(house: House) -> str:
 
 
 async def test_streams_that_are_not_read_give_their_sessions_back() -> None:
-    async with open_house(capacity=2, reader_timeout_s=READ) as house:
-        async with hostile(house, setting(INITIAL_WINDOW_SIZE, 0)) as peer:
-            ids = [await session_in(house) for _ in range(2)]
-            numbers = [await peer.open(f"{SERVICE}/Generate", generate(one)) for one in ids]
-            for number in numbers:
-                await peer.is_reset(number)
+    unread = setting(INITIAL_WINDOW_SIZE, 0)
+    async with open_house(capacity=2, reader_timeout_s=READ) as house, hostile(house, unread) as peer:
+        ids = [await session_in(house) for _ in range(2)]
+        numbers = [await peer.open(f"{SERVICE}/Generate", generate(one)) for one in ids]
+        for number in numbers:
+            await peer.is_reset(number)
 
-            async with connect(house.grpc) as client:
-                # As after a client that has left, the session answers.
-                assert (await client.find_session(ids[0]).info()).history_length >= 3
-            assert await is_polite_to_others(house)
+        async with connect(house.grpc) as client:
+            # As after a client that has left, the session answers.
+            assert (await client.find_session(ids[0]).info()).history_length >= 3
+        assert await is_polite_to_others(house)
 
 
 async def test_a_connection_that_is_not_read_gives_its_session_back() -> None:
