@@ -20,7 +20,7 @@ from actors.proposing import NewProposals, open_proposing
 from actors.registry import SessionRegistry
 from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity, Snapshot, Terms, fingerprint
 from runtime.engine import Engine, EngineFacts, load_engine
-from runtime.errors import NotDurable
+from runtime.errors import InvalidRequest, NotDurable
 from runtime.events import Overflow
 from runtime.metrics import Metrics
 from runtime.models import find_model
@@ -29,6 +29,10 @@ from runtime.slab import Slab
 from runtime.text import Text
 
 _log = logging.getLogger("perennial")
+
+# A session keeps both for as long as it lives.
+_MOST_EOS_IDS = 64
+_MOST_LABEL_BYTES = 256
 
 
 class Runtime:
@@ -57,10 +61,12 @@ class Runtime:
     ) -> SessionHandle:
         """A new long-lived session.
 
-        Raises CapacityExhausted when every slab is held by a session at work, StorageFailed where it cannot be recorded.
+        Raises CapacityExhausted when every slab is held by a session at work, StorageFailed where it cannot be recorded, and
+        InvalidRequest for more than 64 different eos ids, or a label of more than 256 bytes.
         """
+        terms = Terms(_few(eos_token_ids), overflow, _short(label))
         async with self._registry.free_slab() as slab:
-            return self._opened(slab, Terms(frozenset(eos_token_ids), overflow, label))
+            return self._opened(slab, terms)
 
     async def fork_session(self, session_id: str) -> SessionHandle:
         """A new session that goes on where this one stands, on a copy of its slab; no forward runs for it.
@@ -128,6 +134,21 @@ class Runtime:
         """
         async with self._admission.permits(count), AsyncExitStack() as held:
             yield Completion(self._registry, Terms(frozenset(eos_token_ids), overflow, "http"), count, held)
+
+
+def _few(eos_token_ids: Iterable[int]) -> frozenset[int]:
+    few: set[int] = set()
+    for token_id in eos_token_ids:
+        few.add(token_id)
+        if len(few) > _MOST_EOS_IDS:
+            raise InvalidRequest(f"a session has {_MOST_EOS_IDS} eos ids at most", "eos_token_ids")
+    return frozenset(few)
+
+
+def _short(label: str) -> str:
+    if len(label) > _MOST_LABEL_BYTES or len(label.encode(errors="replace")) > _MOST_LABEL_BYTES:
+        raise InvalidRequest(f"a label is {_MOST_LABEL_BYTES} bytes of UTF-8 at most", "client_label")
+    return label
 
 
 @asynccontextmanager
