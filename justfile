@@ -45,4 +45,4 @@ picture:
 
 # Minutes of load: kills, chaos, 200 streams.
 soak:
-    pytest -q -s -m soak tests/soak
+    pytest -q -s -m soak tests/soak tests/api

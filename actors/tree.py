@@ -19,7 +19,7 @@ from actors.nursery import open_nursery
 from actors.proposing import NewProposals, open_proposing
 from actors.registry import SessionRegistry
 from runtime.engine import Engine, EngineFacts, load_engine
-from runtime.errors import CapacityExhausted, NotDurable
+from runtime.errors import CapacityExhausted, InvalidRequest, NotDurable
 from runtime.events import Overflow
 from runtime.metrics import Metrics
 from runtime.models import find_model
@@ -30,6 +30,10 @@ from runtime.state import StateDirectory
 from runtime.text import Text
 
 _log = logging.getLogger("perennial")
+
+# A session keeps both for as long as it lives.
+_MOST_EOS_IDS = 64
+_MOST_LABEL_BYTES = 256
 
 # Scheduler passes in which a session that was made or answered just now comes to its inbox, where it can be evicted.
 _PASSES_TO_INBOX = 2
@@ -59,8 +63,11 @@ class Runtime:
     async def create_session(
         self, eos_token_ids: Iterable[int] = (), *, overflow: Overflow = Overflow.EVICT, label: str = ""
     ) -> SessionHandle:
-        """A new long-lived session. Raises CapacityExhausted when every slab is held by a session at work."""
-        terms = Terms(frozenset(eos_token_ids), overflow, label)
+        """A new long-lived session. Raises CapacityExhausted when every slab is held by a session at work.
+
+        Raises InvalidRequest for more than 64 different eos ids, or a label of more than 256 bytes.
+        """
+        terms = Terms(_few(eos_token_ids), overflow, _short(label))
         for _ in range(_PASSES_TO_INBOX):
             await trio.lowlevel.checkpoint()
             with suppress(CapacityExhausted):
@@ -127,6 +134,21 @@ class Runtime:
         """
         async with self._admission.permits(count), AsyncExitStack() as held:
             yield Completion(self._registry, Terms(frozenset(eos_token_ids), overflow, "http"), count, held)
+
+
+def _few(eos_token_ids: Iterable[int]) -> frozenset[int]:
+    few: set[int] = set()
+    for token_id in eos_token_ids:
+        few.add(token_id)
+        if len(few) > _MOST_EOS_IDS:
+            raise InvalidRequest(f"a session has {_MOST_EOS_IDS} eos ids at most", "eos_token_ids")
+    return frozenset(few)
+
+
+def _short(label: str) -> str:
+    if len(label) > _MOST_LABEL_BYTES or len(label.encode(errors="replace")) > _MOST_LABEL_BYTES:
+        raise InvalidRequest(f"a label is {_MOST_LABEL_BYTES} bytes of UTF-8 at most", "client_label")
+    return label
 
 
 @asynccontextmanager

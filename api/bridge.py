@@ -8,6 +8,7 @@ trio-asyncio, and an asyncio loop inside trio inside an asyncio loop on one thre
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -18,10 +19,13 @@ import trio_asyncio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from actors.nursery import lone_errors
+from api.logs import where
 
 # With trio_asyncio imported, a new asyncio loop is made over trio, and so would be that of an asyncio server that hosts us.
 # Where a thread has set a policy, even the one that it had, trio_asyncio leaves it alone.
 asyncio.set_event_loop_policy(asyncio.get_event_loop_policy())
+
+_log = logging.getLogger("perennial.server")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,9 +55,16 @@ async def asyncio_loop() -> AsyncIterator[FromAsyncio]:
     if _is_trio():
         with lone_errors():
             async with trio_asyncio.open_loop() as loop:
+                loop.set_exception_handler(_log_failure)
                 yield partial(trio_asyncio.aio_as_trio, loop=loop)
     else:
         yield _unchanged
+
+
+def _log_failure(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Says in one line that a callback failed. trio-asyncio would end the loop with it, and so all that runs beside it."""
+    error = context.get("exception")
+    _log.error("a callback of asyncio's failed: %s", where(error) if error is not None else "no error was named")
 
 
 def _unchanged(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:

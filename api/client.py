@@ -25,6 +25,7 @@ from grpclib.exceptions import StreamTerminatedError
 
 from actors.messages import Appended, Saved, SessionInfo, SessionSummary
 from api.bridge import FromAsyncio, asyncio_loop
+from api.foreign.grpclib import ForgetfulChannel
 from api.wire import SERVICE, appended_of, event_of, info_of, summary_of
 from proto.kakeya.v1 import (
     AppendTokensRequest,
@@ -84,7 +85,7 @@ async def connect(address: str, *, key: str = "", tls: ssl.SSLContext | None = N
     """A client of the server at `HOST:PORT`; its first call connects."""
     host, port = split_address(address)
     async with asyncio_loop() as from_asyncio:
-        channel = Channel(host, port, ssl=tls)
+        channel = ForgetfulChannel(host, port, ssl=tls)
         try:
             yield Client(channel, key, from_asyncio)
         finally:

@@ -15,12 +15,15 @@ from google.protobuf.message_factory import GetMessageClass
 from grpclib import GRPCError, Status
 from grpclib.const import Cardinality, Handler
 from grpclib.encoding.proto import ProtoCodec
-from grpclib.server import Server as GrpcServer
+from grpclib.exceptions import StreamTerminatedError
 from grpclib.server import Stream
 
 from actors import Runtime
+from actors.nursery import open_nursery
+from api.accepting import Accepting, most_connections
 from api.auth import check_key
 from api.bridge import FromAsyncio, asyncio_loop, for_asyncio
+from api.foreign.grpclib import GuardedServer, Limits, require_tested_grpclib
 from api.grpc_standard import HealthOf, descriptors, with_standard_services
 from api.replies import as_grpc
 from api.server import Server
@@ -161,7 +164,8 @@ class RuntimeService:
             authorization = stream.metadata.get("authorization") if stream.metadata else None
             check_key(self._server.settings, str(authorization) if authorization else None)
             with self._server.call() as runtime:
-                message = await self._receive(stream)
+                message = await self._from_asyncio(stream.recv_message)()
+                assert message is not None, "a unary call without a message was refused"
                 parse = partial(_parsed, asked, message)
                 request = parse() if len(message) < _PARSED_AT_ONCE_BYTES else await trio.to_thread.run_sync(parse)
                 await method(runtime, request, self._from_asyncio(stream.send_message))
@@ -171,6 +175,8 @@ class RuntimeService:
             try:
                 await answer(stream)
                 status = Status.OK
+            except StreamTerminatedError:
+                raise
             except Exception as error:
                 told = as_grpc(error)
                 status = told.status
@@ -179,17 +185,6 @@ class RuntimeService:
                 self._server.metrics.grpc_requests_total.labels(name, status.name).inc()
 
         return f"/{SERVICE}/{name}", Handler(for_asyncio(handle), cardinality, bytes, answered)
-
-    async def _receive(self, stream: Stream[bytes, Any]) -> bytes:
-        try:
-            message = await self._from_asyncio(stream.recv_message)()
-        except NotImplementedError:
-            raise GRPCError(
-                Status.UNIMPLEMENTED, "compressed messages are not supported: send them as they are"
-            ) from None
-        if message is None:
-            raise GRPCError(Status.INVALID_ARGUMENT, "the call brought no message")
-        return message
 
 
 def _parsed(asked: type[Q], message: bytes) -> Q:
@@ -203,28 +198,37 @@ def _parsed(asked: type[Q], message: bytes) -> Q:
     return asked.parse(whole.SerializeToString())
 
 
-class BoundedCodec(ProtoCodec):
-    """Refuses messages that are too long, and leaves those of our service to its handlers to parse."""
+class Codec(ProtoCodec):
+    """Leaves the messages of our service to its handlers to parse."""
 
     def decode(self, data: bytes, message_type: Any) -> Any:
-        if len(data) > MOST_MESSAGE_BYTES:
-            raise GRPCError(
-                Status.RESOURCE_EXHAUSTED, f"a message is {MOST_MESSAGE_BYTES} bytes at most: append in smaller pieces"
-            )
-        return data if message_type is bytes else super().decode(data, message_type)
+        if message_type is bytes:
+            return data
+        try:
+            return super().decode(data, message_type)
+        except DecodeError as error:
+            raise GRPCError(Status.INVALID_ARGUMENT, f"these bytes are no {message_type.__name__}: {error}") from None
 
 
 async def grpc_door(server: Server, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
-    """Serves gRPC on `grpc_bind` until cancelled. Started in a nursery, it gives `HOST:PORT`. Raises InvalidSetting."""
-    with _listening(server.settings.grpc_bind) as listener:
+    """Serves gRPC on `grpc_bind` until cancelled. Started in a nursery, it gives `HOST:PORT`. Raises StartError."""
+    require_tested_grpclib()
+    settings, tls = server.settings, _tls(server.settings)
+    limits = Limits(MOST_MESSAGE_BYTES, settings.reader_timeout_s, settings.idle_connection_s)
+    with _listening(settings.grpc_bind) as listener:
         async with asyncio_loop() as from_asyncio:
             service, health = RuntimeService(server, from_asyncio), HealthOf(server)
-            grpc_server = GrpcServer(with_standard_services(service, health), codec=BoundedCodec())
-            await from_asyncio(grpc_server.start)(sock=listener, ssl=_tls(server.settings))
+            accepting = Accepting(most_connections())
+            grpc_server = GuardedServer(
+                with_standard_services(service, health), codec=Codec(), limits=limits, on_leaving=accepting.one_has_left
+            )
             host, port = listener.getsockname()[:2]
             task_status.started(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
             try:
-                await health.follow()
+                async with open_nursery() as nursery:
+                    nursery.start_soon(health.follow)
+                    attach = partial(from_asyncio(grpc_server.attach), tls=tls)
+                    await accepting.run(listener, attach, grpc_server.end_idle_one)
             finally:
                 grpc_server.close()
                 with trio.CancelScope(shield=True):

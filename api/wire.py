@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from h2.connection import H2Connection
-
 from actors.messages import Appended, SessionInfo, SessionSummary
 from proto.kakeya.v1 import (
     AppendTokensResponse,
@@ -17,10 +15,6 @@ from proto.kakeya.v1 import (
 from proto.kakeya.v1 import Overflow as WireOverflow
 from runtime import events
 from runtime.errors import SessionFailed
-
-# A connection lives as long as its agent. h2 would remember the last 65,536 of its calls, 9 MB, in case frames for them are
-# still on their way.
-H2Connection.MAX_CLOSED_STREAMS = 256
 
 PACKAGE = "kakeya.v1"
 SERVICE = f"{PACKAGE}.RuntimeService"

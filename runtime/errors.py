@@ -33,6 +33,10 @@ class NotEnoughMemory(StartError):
     """Weights and slabs together do not fit in this machine's memory."""
 
 
+class UntestedLibrary(StartError):
+    """A library is of a version that this server's limits were not tried with."""
+
+
 class RequestError(PerennialError):
     """This request cannot be served; nothing has changed."""
 

@@ -100,6 +100,10 @@ class Settings:
     api_keys: tuple[str, ...] = _setting((), "bearer keys, comma-separated; empty = no authentication", KEYS)
     allow_unauthenticated: bool = _setting(False, "serve off loopback without keys", FLAG)
     grpc_bind: str = _setting("127.0.0.1:50051", "gRPC address; empty = none, port 0 picks one", ADDRESS)
+    reader_timeout_s: float = _setting(
+        120.0, "a client that does not read its stream so long counts as gone", at_least(0.001)
+    )
+    idle_connection_s: float = _setting(600.0, "a connection without a call so long is closed", at_least(0.001))
     tls_cert: str = _setting("", "PEM file of the gRPC door's certificate chain", ANYTHING)
     tls_key: str = _setting("", "PEM file of the gRPC door's private key", ANYTHING)
     model_label: str = _setting("", "name that the HTTP door reports; empty = the model's name", ANYTHING)

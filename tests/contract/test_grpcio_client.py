@@ -546,12 +546,19 @@ def test_fields_of_another_type_or_of_a_later_version_are_left_aside(client: Sto
     assert len(frames) == 4
 
 
-def test_a_compressed_message_is_unimplemented_and_the_server_lives(
+@pytest.mark.parametrize("count", [10, 1000, 200_000])
+def test_a_client_may_gzip_what_it_sends(stubs: Stubs, plain: ServerProcess, client: Stock, count: int) -> None:
+    session_id = client.create()
+    with stock(stubs, plain.grpc, compression=grpc.Compression.Gzip) as compressing:
+        assert compressing.append(session_id, [5] * count).history_length == count
+
+
+def test_a_compression_that_is_unknown_is_unimplemented_and_the_server_lives(
     stubs: Stubs, plain: ServerProcess, client: Stock
 ) -> None:
     session_id = client.create()
     with (
-        stock(stubs, plain.grpc, compression=grpc.Compression.Gzip) as compressing,
+        stock(stubs, plain.grpc, compression=grpc.Compression.Deflate) as compressing,
         refused(Code.UNIMPLEMENTED),
     ):
         compressing.append(session_id, [5] * 1000)

@@ -1,0 +1,16 @@
+"""A client's connections."""
+
+from __future__ import annotations
+
+from grpclib.client import Channel
+from grpclib.protocol import H2Protocol
+
+from api.foreign.grpclib.connection import ChosenProtocol
+
+
+class ForgetfulChannel(Channel):
+    """A client's channel whose connections remember few of the calls that have ended."""
+
+    def _protocol_factory(self) -> H2Protocol:
+        factory = super()._protocol_factory()
+        return ChosenProtocol(factory.handler, factory.config, factory.h2_config)
