@@ -452,6 +452,18 @@ async def test_a_connection_without_a_call_is_closed_and_told_so() -> None:
         assert await peer.farewell() == 0
 
 
+async def test_a_client_whose_idle_connection_was_closed_calls_again_as_if_nothing_had_been() -> None:
+    async with open_house(idle_connection_s=IDLE) as house, connect(house.grpc) as client:
+        session = await client.create_session()
+        await session.append([1, 2, 3])
+        async with hostile(house) as peer:
+            await peer.is_answered()
+            # The later one of the two is closed, so the earlier one is.
+            await peer.farewell()
+
+        assert (await session.info()).history_length == 3
+
+
 @pytest.mark.parametrize("said", [b"", PREFACE, PREFACE[:10], PREFACE + frame(SETTINGS)[:5]])
 async def test_a_connection_on_which_nothing_is_said_is_closed(said: bytes) -> None:
     async with (
