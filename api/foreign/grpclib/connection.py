@@ -131,8 +131,8 @@ class GuardedProtocol(ChosenProtocol, asyncio.BufferedProtocol):
 
     @property
     def idle_since(self) -> float | None:
-        """When its last call ended; None while there is one, and until the connection is made."""
-        return None if self.calls.count or not self.is_made else self._idle_since
+        """When its last call ended; None while there is one, until the connection is made, and when it is closed."""
+        return None if self.calls.count or not self.is_made or self._is_over else self._idle_since
 
     def connected(self, h2_connection: H2Connection, transport: asyncio.Transport) -> Connection:
         return GuardedConnection(h2_connection, transport, self.config, self._server.limits)
@@ -211,21 +211,19 @@ class GuardedProtocol(ChosenProtocol, asyncio.BufferedProtocol):
             return
         limits, now, idle_since = self._server.limits, self._loop.time(), self.idle_since
         # A peer has half of the time to be silent, and half to answer the ping.
-        pinged_from, silent_until = (
-            self._heard_at + limits.reader_timeout_s / 2,
-            self._heard_at + limits.reader_timeout_s,
-        )
-        if now >= silent_until:
+        half = limits.reader_timeout_s / 2
+        is_pinged = self._pinged_at >= self._heard_at + half
+        if is_pinged and now >= self._pinged_at + half:
             self.connection.abort()
             self.end("it answers no ping")
             return
         if idle_since is not None and now >= idle_since + limits.idle_connection_s:
             self.end("it had no call for long")
             return
-        if now >= pinged_from and self._pinged_at < pinged_from:
-            self._pinged_at = now
+        if not is_pinged and now >= self._heard_at + half:
+            self._pinged_at, is_pinged = now, True
             self.connection.ping()
-        due = silent_until if self._pinged_at >= pinged_from else pinged_from
+        due = (self._pinged_at if is_pinged else self._heard_at) + half
         if idle_since is not None:
             due = min(due, idle_since + limits.idle_connection_s)
         self._timer = self._loop.call_later(max(due - now, 0.0), self._watch)

@@ -73,7 +73,7 @@ class GuardedServer(Server):
             )
         except BaseException as error:
             self.forget(protocol)
-            if not isinstance(error, OSError):
+            if not isinstance(error, Exception):
                 raise
             _log.info("a gRPC connection could not be set up: %s", where(error))
 
@@ -130,7 +130,7 @@ class GuardedServer(Server):
     async def _run(self, stream: GuardedStream, headers: Headers, path: str, handler: Handler) -> None:
         try:
             metadata, deadline = decode_metadata(headers), Deadline.from_headers(headers)
-        except ValueError:
+        except (ValueError, OverflowError):
             await _refuse(stream, 200, Status.INVALID_ARGUMENT, "the headers cannot be decoded")
             return
         async with Call(
