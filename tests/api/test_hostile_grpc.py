@@ -636,9 +636,12 @@ async def test_a_stream_that_is_cancelled_at_its_very_end_is_no_news(
     session_id = await session_in(house)
     request = message(bytes(GenerateRequest(session_id=session_id, max_tokens=1)))
     async with hostile(house) as peer:
-        for _ in range(60):
-            number = await peer.open(f"{SERVICE}/Generate", request, ends=True)
+        for passes in [*range(20)] * 6:
+            number = await peer.open(f"{SERVICE}/Generate", request)
             await peer.first_data(number)
+            # The server comes to the call's end in the meantime, at one of these passes.
+            for _ in range(passes):
+                await trio.lowlevel.checkpoint()
             await peer.send(frame(RST_STREAM, 0, number, struct.pack(">I", 8)))
         await peer.is_answered()
     assert not tracebacks(caplog)
