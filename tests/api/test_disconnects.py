@@ -27,7 +27,7 @@ async def posted(house: House, **body: object) -> AsyncIterator[trio.SocketStrea
     stream = await trio.open_tcp_stream(*house.http)
     async with stream:
         data = json.dumps(HELLO | body).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
         await stream.send_all(head.encode() + data)
         yield stream
 

@@ -538,7 +538,7 @@ def received(connection: socket.socket, mark: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     "request_line_and_headers",
-    ["GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close", "GET /healthz HTTP/1.0"],
+    ["GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close", "GET /healthz HTTP/1.0"],
     ids=["close", "HTTP/1.0"],
 )
 def test_a_connection_is_closed_after_the_answer_where_the_client_wants_no_more(
@@ -555,19 +555,19 @@ def test_a_connection_is_closed_after_the_answer_where_the_client_wants_no_more(
 def test_a_connection_goes_on_after_a_refusal_whose_body_came_late(server: ServerProcess) -> None:
     for _ in range(20):
         with connected(server) as connection:
-            connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 6\r\n\r\n")
+            connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 6\r\n\r\n")
             connection.sendall(b"hel")
             connection.sendall(b"lo!")
             assert received(connection, b"}}").startswith(b"HTTP/1.1 404 ")
 
-            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
 
             assert received(connection, b'"ok"').startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_connection_whose_body_will_not_be_read_is_closed_and_the_answer_says_so(server: ServerProcess) -> None:
     with connected(server) as connection:
-        connection.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {10**12}\r\n\r\n".encode())
+        connection.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {10**12}\r\n\r\n".encode())
 
         answer = received(connection, b"}}")
 
@@ -630,7 +630,7 @@ def test_health_metrics_the_page_and_options_are_open(locked: ServerProcess) -> 
 )
 def test_no_way_to_write_the_path_gets_around_the_key(locked: ServerProcess, target: str) -> None:
     with connected(locked) as connection:
-        connection.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        connection.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
 
         assert received(connection, b"}}")[9:12] in (b"401", b"404")
 

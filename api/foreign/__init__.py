@@ -1,0 +1,1 @@
+"""Patches of libraries, a file each, called by who serves."""
