@@ -6,8 +6,9 @@
   for ever; lets an error of one connection end the server; and reads nothing while it handles a request, so that it notices
   no sooner than the answer's end that the client has left.
 - `AsyncioConnection`. The same, but for the shield: there a close waits until all has been sent.
-- `PatientH2`, `PatientBuffer`. An answer waits for the client's window without limit, also on a stream or connection that is
-  gone, and an error in the answer leaves the stream open; data for a stream that was answered already, a path that is not
+- `PatientH2`, `PatientBuffer`. Of an answer that is not read, any length is held in memory; it waits for the client's window
+  without limit, also on a stream or connection that is
+  gone; an error in the answer leaves the stream open; a connection whose last stream was reset never counts as idle; data for a stream that was answered already, a path that is not
   ASCII and a PRIORITY frame can end the connection.
 - Both connections count themselves in a `Crowd`, which Hypercorn does not bound.
 """
@@ -40,7 +41,7 @@ from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol import ProtocolWrapper
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.events import StreamClosed
-from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, BufferCompleteError, H2Protocol, StreamBuffer
+from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, BUFFER_LOW_WATER, BufferCompleteError, H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 
@@ -354,8 +355,14 @@ class PatientBuffer(StreamBuffer):
         await self._while_it_is_taken(super().drain)
 
     async def pop(self, max_length: int) -> bytes:
-        data = await super().pop(max_length)
+        data = bytes(self.buffer[:max_length])
+        del self.buffer[:max_length]
         self._taken += len(data)
+        # Hypercorn looks at the length of what was taken, and so lets an answer go on that nobody takes.
+        if len(self.buffer) < BUFFER_LOW_WATER:
+            await self._paused.set()
+        if not self.buffer:
+            await self._is_empty.set()
         return data
 
     async def _while_it_is_taken(self, wait: Callable[[], Awaitable[None]]) -> None:
@@ -391,6 +398,11 @@ class PatientH2(H2Protocol):
         super().__init__(*arguments, **more)
         self.streams = _Streams()
 
+    async def initiate(self, *arguments: Any, **more: Any) -> None:
+        await super().initiate(*arguments, **more)
+        # Of a connection that began with HTTP/1, Hypercorn takes the preface for a request that runs.
+        await self.send(Updated(idle=self.idle))
+
     async def handle(self, event: Event) -> None:
         await super().handle(event)
         if isinstance(event, Closed):
@@ -407,12 +419,15 @@ class PatientH2(H2Protocol):
         except ReaderGone:
             await self._reset(event.stream_id, ErrorCodes.CANCEL)
             await super()._close_stream(event.stream_id)
+            await self.send(Updated(idle=self.idle))
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
-        for event in events:
-            if isinstance(event, h2.events.StreamReset):
-                await self._discard(event.stream_id)
+        resets = [event.stream_id for event in events if isinstance(event, h2.events.StreamReset)]
+        for stream_id in resets:
+            await self._discard(stream_id)
         await super()._handle_events(events)
+        if resets:
+            await self.send(Updated(idle=self.idle))
 
     async def _send_data(self, stream_id: int) -> None:
         # Of a stream that is discarded while a part of it is sent, nothing is left to be sent or to be blocked.
