@@ -48,8 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def _serve(settings: Settings, asked: argparse.Namespace) -> int:
     configure_tracing()
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        await serve(settings, http_bind=asked.bind or None, shutdown_trigger=partial(anext, signals))
+    for number in _STOPS:
+        # What the receiver leaves behind: a signal that comes after the drain must not change the exit status.
+        signal.signal(number, signal.SIG_IGN)
+    with trio.open_signal_receiver(*_STOPS) as signals:
+        next_signal = partial(anext, signals)
+        await serve(settings, http_bind=asked.bind or None, shutdown_trigger=next_signal, hurry_trigger=next_signal)
     return 0
 
 
@@ -61,6 +65,8 @@ async def _doctor(settings: Settings, asked: argparse.Namespace) -> int:
     return await doctor(settings)
 
 
+# The second of these cuts the drain short.
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _COMMANDS = {"serve": _serve, "chat": _chat, "doctor": _doctor}
 
 

@@ -71,6 +71,11 @@ class Reader:
         """Starts a process before the first request needs it."""
         self._ask(_Asked(b"", _LIMIT_S))
 
+    @property
+    def waiting(self) -> int:
+        """Bodies that nobody reads yet."""
+        return len(self._waiting)
+
     async def read(self, body: bytes) -> Reading:
         """What the body comes to. Raises what is wrong with it, or DeadlineExceeded.
 

@@ -51,6 +51,7 @@ class Server:
         self._drain_waiters = trio.lowlevel.ParkingLot()
         self._endable: set[trio.CancelScope] = set()
         self._are_calls_ended = False
+        self._patience = trio.CancelScope()
 
     @property
     def phase(self) -> Phase:
@@ -140,11 +141,16 @@ class Server:
         """Refuses new calls and returns when those that run have ended, of themselves or after `DRAIN_S`."""
         self.begin_drain()
         _log.info("draining calls=%d", self._calls)
-        with trio.move_on_after(DRAIN_S):
+        self._patience.deadline = trio.current_time() + DRAIN_S
+        with self._patience:
             await self._until_idle()
         self.end_calls()
         with trio.move_on_after(LAST_WORDS_S):
             await self._until_idle()
+
+    def stop_waiting(self) -> None:
+        """Cuts the drain short: what runs is ended."""
+        self._patience.cancel()
 
     async def _until_idle(self) -> None:
         while self._calls:

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from llguidance import LLTokenizer
 from tokenizers import Tokenizer
 
-from runtime.errors import MalformedRequest, ModelUnavailable
+from runtime.errors import InvalidRequest, MalformedRequest, ModelUnavailable
 from runtime.grammar import Grammar, json_source, lark_source
 
 if TYPE_CHECKING:
@@ -70,8 +70,11 @@ class Text:
 
     @cached_property
     def _guided(self) -> LLTokenizer:
-        """The tokenizer as grammars know it; the first use takes a second for a large vocabulary."""
-        return LLTokenizer(self._backend.to_str(), eos_token=sorted(self.eos_token_ids))
+        """The tokenizer as grammars know it; the first use takes a second for a large vocabulary. Raises InvalidRequest."""
+        try:
+            return LLTokenizer(self._backend.to_str(), eos_token=sorted(self.eos_token_ids))
+        except ValueError as error:
+            raise InvalidRequest(f"the model's tokenizer is of a kind that grammars cannot follow: {error}") from error
 
     def spelling(self, token_id: int) -> bytes:
         """The bytes of one token, which may be a part of a character. Empty for one that the tokenizer lacks."""

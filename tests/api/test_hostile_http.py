@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 
@@ -192,3 +193,140 @@ async def asked(house: House, body: bytes) -> tuple[int, dict[str, object]]:
         said = b"".join([bytes(part) async for part in stream])
     head, _, rest = said.partition(b"\r\n\r\n")
     return int(head.split()[1]), json.loads(rest).get("error", {})
+
+
+class Steps(trio.abc.Instrument):
+    """The longest that one step of a task has kept the loop's thread busy, in seconds of its own time."""
+
+    def __init__(self) -> None:
+        self.longest_s = 0.0
+        self._began = time.thread_time()
+
+    def before_task_step(self, _: trio.lowlevel.Task) -> None:
+        self._began = time.thread_time()
+
+    def after_task_step(self, _: trio.lowlevel.Task) -> None:
+        self.longest_s = max(self.longest_s, time.thread_time() - self._began)
+
+
+def said(*contents: str, **more: object) -> bytes:
+    messages = [{"role": "user", "content": content} for content in contents]
+    return json.dumps(HELLO | {"messages": messages, "max_tokens": 1} | more).encode()
+
+
+# Steps of the loop take a millisecond; these bodies kept it busy for seconds.
+_LONG_STEP_S = 0.2
+
+
+@pytest.mark.parametrize("contents", [["a" * (8 * 2**20 - 200)], [""] * 220_000], ids=["a long one", "many empty ones"])
+async def test_messages_that_can_never_fit_are_refused_by_their_length_and_keep_nobody_waiting(contents: list[str]) -> None:
+    steps, body = Steps(), said(*contents)
+    async with open_house() as house:
+        trio.lowlevel.add_instrument(steps)
+        status, error = await asked(house, body)
+        trio.lowlevel.remove_instrument(steps)
+
+    assert (status, error["code"]) == (400, "context_length_exceeded")
+    assert steps.longest_s < _LONG_STEP_S
+
+
+async def got_with(house: House, method: str, path: str, *lines: str) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of a request with these lines of headers."""
+    async with await trio.open_tcp_stream(*house.http) as stream:
+        head = "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "Connection: close", "", ""])
+        await stream.send_all(head.encode())
+        answer = b"".join([bytes(part) async for part in stream])
+    start, _, body = answer.partition(b"\r\n\r\n")
+    first, *rest = start.decode().split("\r\n")
+    return int(first.split()[1]), {name.lower(): value for name, _, value in (line.partition(": ") for line in rest)}, body
+
+
+LOCAL = "Host: localhost:8000"
+PAGE = "Origin: https://evil.example"
+GUARDED = ["/", "/healthz", "/metrics", "/openapi.json", "/v1/models", "/v1/runtime"]
+
+
+@pytest.mark.parametrize("path", GUARDED)
+@pytest.mark.parametrize("line", ["Host: evil.example", "Host: localhost.evil.example:8000", "Host: 10.0.0.1", "Host:"])
+async def test_without_keys_a_foreign_host_is_refused(path: str, line: str) -> None:
+    async with open_house() as house:
+        status, _, body = await got_with(house, "GET", path, line)
+
+    assert (status, json.loads(body)["error"]["code"]) == (403, "host_not_allowed")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]:8000", "127.0.0.1"])
+async def test_names_of_this_machine_are_served_at_any_port(host: str) -> None:
+    async with open_house() as house:
+        assert (await got_with(house, "GET", "/v1/runtime", f"Host: {host}"))[0] == 200
+
+
+async def test_a_name_that_the_settings_allow_is_served() -> None:
+    async with open_house(allowed_hosts=("llm.example",)) as house:
+        assert (await got_with(house, "GET", "/v1/runtime", "Host: llm.example"))[0] == 200
+        assert (await got_with(house, "GET", "/v1/runtime", LOCAL))[0] == 403
+
+
+async def test_with_keys_any_host_is_served() -> None:
+    async with open_house(api_keys=("right",)) as house:
+        lines = ("Host: evil.example", "Authorization: Bearer right")
+        assert (await got_with(house, "GET", "/v1/runtime", *lines))[0] == 200
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:9000", "http://localhost:8000.evil.example"])
+async def test_without_keys_a_page_of_another_origin_is_refused(origin: str) -> None:
+    async with open_house() as house:
+        status, _, body = await got_with(house, "GET", "/v1/runtime", LOCAL, f"Origin: {origin}")
+
+    assert (status, json.loads(body)["error"]["code"]) == (403, "origin_not_allowed")
+
+
+async def test_the_servers_own_page_is_served() -> None:
+    async with open_house() as house:
+        assert (await got_with(house, "GET", "/v1/runtime", LOCAL, "Origin: http://localhost:8000"))[0] == 200
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "text/plain; a=application/json", ""])
+async def test_without_keys_a_body_that_is_not_said_to_be_json_is_refused(kind: str) -> None:
+    async with open_house() as house:
+        lines = (LOCAL, *([f"Content-Type: {kind}"] if kind else []), "Content-Length: 0")
+        status, _, body = await got_with(house, "POST", "/v1/chat/completions", *lines)
+
+    assert (status, json.loads(body)["error"]["type"]) == (415, "invalid_request_error")
+
+
+PREFLIGHT = (LOCAL, PAGE, "Access-Control-Request-Method: POST", "Access-Control-Request-Headers: authorization, x-more")
+
+
+async def test_a_browser_is_told_that_pages_of_an_allowed_origin_may_call() -> None:
+    async with open_house(allowed_origins=("https://evil.example",)) as house:
+        status, headers, _ = await got_with(house, "OPTIONS", "/v1/chat/completions", *PREFLIGHT)
+        answered = await got_with(house, "GET", "/v1/models", LOCAL, PAGE)
+        missing = await got_with(house, "GET", "/nowhere", LOCAL, PAGE)
+
+    assert status == 204
+    assert headers["access-control-allow-origin"] == "https://evil.example"
+    assert "POST" in headers["access-control-allow-methods"]
+    assert headers["access-control-allow-headers"] == "authorization, x-more"
+    assert [each[0] for each in (answered, missing)] == [200, 404]
+    assert all(each[1]["access-control-allow-origin"] == "https://evil.example" for each in (answered, missing))
+    assert all(each[1]["vary"] == "Origin" for each in (answered, missing))
+
+
+async def test_a_browser_is_not_told_that_other_pages_may_call() -> None:
+    async with open_house() as house:
+        status, headers, _ = await got_with(house, "OPTIONS", "/v1/chat/completions", *PREFLIGHT)
+    async with open_house(api_keys=("right",), allowed_origins=("https://good.example",)) as house:
+        _, keyed, _ = await got_with(house, "OPTIONS", "/v1/chat/completions", *PREFLIGHT)
+
+    assert status == 403
+    assert "access-control-allow-origin" not in headers | keyed
+
+
+@pytest.mark.parametrize("path", ["//v1//models", "/v1/models/", "/v1//chat/completions"])
+async def test_no_path_is_redirected(path: str) -> None:
+    async with open_house() as house:
+        status, headers, _ = await got_with(house, "GET", path, LOCAL)
+
+    assert status == 404
+    assert "location" not in headers
