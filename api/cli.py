@@ -16,6 +16,7 @@ from actors.nursery import lone_errors
 from api.chat import chat
 from api.doctor import doctor
 from api.doors import DEFAULT_HTTP_BIND, serve
+from api.leaving import leave_at_once
 from api.logs import configure_logging
 from api.traces import configure_tracing
 from runtime.errors import PerennialError
@@ -38,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_quiet = asked.command == "chat" and settings.log_level == Settings().log_level
         configure_logging("warning" if is_quiet else settings.log_level)
         with lone_errors():
-            return trio.run(partial(_COMMANDS[asked.command], settings, asked))
+            status = trio.run(partial(_COMMANDS[asked.command], settings, asked))
+        if arguments is None and status == 0:
+            leave_at_once()
+        return status
     except PerennialError as error:
         print(f"perennial: {error}", file=sys.stderr)
         return 1

@@ -7,8 +7,9 @@ send makes a browser ask first. Where there are keys, a page has none, and what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from urllib.parse import urlsplit
+
+from werkzeug.datastructures import Headers
 
 from runtime.errors import ForbiddenHost, ForbiddenOrigin, UnsupportedMediaType
 from runtime.settings import Settings
@@ -20,7 +21,7 @@ _EXPOSED = "Deprecation, Sunset, Link, Retry-After, WWW-Authenticate"
 _REMEMBERED_S = "600"
 
 
-def check_caller(settings: Settings, method: str, headers: Mapping[str, str], address: str | None) -> None:
+def check_caller(settings: Settings, method: str, headers: Headers, address: str | None) -> None:
     """Raises ForbiddenHost, ForbiddenOrigin or UnsupportedMediaType where a browser may have been led here.
 
     `address` is the one of ours that was connected to. Asked for by it, no name was made to resolve.
@@ -50,7 +51,7 @@ def host_name(host: str) -> str:
     return host.partition(":")[0].lower()
 
 
-def cors_headers(settings: Settings, headers: Mapping[str, str]) -> dict[str, str]:
+def cors_headers(settings: Settings, headers: Headers) -> dict[str, str]:
     """The headers of an answer by which a browser lets a page have it."""
     if not settings.allowed_origins:
         return {}
@@ -60,7 +61,7 @@ def cors_headers(settings: Settings, headers: Mapping[str, str]) -> dict[str, st
     return {"Vary": "Origin", "Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": _EXPOSED}
 
 
-def preflight_headers(headers: Mapping[str, str]) -> dict[str, str] | None:
+def preflight_headers(headers: Headers) -> dict[str, str] | None:
     """What a browser is told that asks whether it may call, once `check_caller` let it; None where none asks."""
     if "Origin" not in headers or "Access-Control-Request-Method" not in headers:
         return None

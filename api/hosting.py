@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import socket
 import sys
@@ -17,6 +18,7 @@ from actors.nursery import open_nursery
 from api.bridge import Receive, Scope, Send, TrioApplication
 from api.foreign.hypercorn import Patience, patch
 from api.grpc import grpc_door
+from api.leaving import leave_at_once
 from api.logs import configure_logging
 from api.server import LAST_WORDS_S, Server
 from api.traces import configure_tracing
@@ -47,12 +49,17 @@ class HostedApplication:
             settings = Settings.from_environment(os.environ)
             configure_logging(settings.log_level)
             configure_tracing()
-            patch(Patience(settings.reader_timeout_s, on_stop=partial(self._on_stop, trio.lowlevel.current_trio_token())))
+            patch(
+                Patience(settings.reader_timeout_s, on_stop=partial(self._on_stop, trio.lowlevel.current_trio_token()))
+            )
             for address in _bound_addresses():
                 settings.check_exposure(address, "bind")
             await self._serve(Server(settings), receive, send)
         except StartError as error:
             _give_up(error)
+        if multiprocessing.parent_process() is not None:
+            # A worker of Hypercorn's, which has nothing to do but this.
+            leave_at_once()
 
     def _on_stop(self, token: trio.lowlevel.TrioToken, left_s: float) -> None:
         """The host closes its connections in `left_s`, and only then says that it stops. From whatever thread it runs in."""
@@ -67,7 +74,7 @@ class HostedApplication:
         self._door = self._make_app(server)
         async with open_nursery() as runtime_nursery:
             async with open_nursery() as door_nursery:
-                self._stop = partial(door_nursery.start_soon, _end_calls, server)
+                self._stop = lambda left_s: door_nursery.start_soon(_end_calls, server, left_s)
                 if server.settings.grpc_bind:
                     address = await door_nursery.start(grpc_door, server)
                     _log.info("serving grpc=%s", address)

@@ -182,7 +182,7 @@ async def http_door(server: Server, bind: str, *, task_status: trio.TaskStatus[s
     patch(Patience(settings.reader_timeout_s, on_stop=lambda _: None))
     config = Config()
     config.bind = [bind]
-    config.keep_alive_timeout = settings.idle_connection_s  # type: ignore[assignment] # It is no whole number of necessity.
+    config.keep_alive_timeout = settings.idle_connection_s
     config.errorlog = logging.getLogger("perennial.http")
     async with open_nursery() as nursery:
         with _listening(bind):

@@ -10,7 +10,6 @@ from typing import Any
 MOST_CHARACTERS = 2000
 """In one line, its time and level included."""
 
-_HYPERCORNS = "[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s"
 # Of a traceback, the places that say most of where it was.
 _MOST_PLACES = 6
 
@@ -26,6 +25,8 @@ class OneLine(logging.Formatter):
         self._has_tracebacks = has_tracebacks
 
     def format(self, record: logging.LogRecord) -> str:
+        # What another handler has made of the error may say more.
+        record.exc_text = None
         line = super().format(record).replace("\n", " | ").replace("\r", " ")
         return line if len(line) <= MOST_CHARACTERS or self._has_tracebacks else f"{line[: MOST_CHARACTERS - 1]}…"
 
@@ -50,11 +51,16 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__} at {places or 'an unknown place'}"
 
 
-class _NoTracebacks(logging.Filter):
-    """Has logging format errors anew in each handler: a text that one has cached may hold more than another says."""
+class _Shortened(logging.Filter):
+    """Makes records that others format say what `OneLine` would."""
+
+    def __init__(self, *, has_tracebacks: bool) -> None:
+        super().__init__()
+        self._form = OneLine("%(message)s", has_tracebacks=has_tracebacks)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.exc_text = None
+        record.msg, record.args = self._form.format(record), ()
+        record.exc_info = record.exc_text = None
         return True
 
 
@@ -63,14 +69,12 @@ def configure_logging(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     form = "%(asctime)s %(levelname)s %(name)s %(message)s"
     handler.setFormatter(OneLine(form, has_tracebacks=level == "debug"))
-    handler.addFilter(_NoTracebacks())
     # Libraries that say anything say it in the same way, and only what is wrong.
     for name, least in (("perennial", level.upper()), *((name, "WARNING") for name in _LIBRARIES)):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(least)
         logger.propagate = False
-    # A host's log has a form of its own, in which errors of connections come too.
-    for host in logging.getLogger("hypercorn.error").handlers:
-        host.setFormatter(OneLine(_HYPERCORNS, has_tracebacks=level == "debug"))
-        host.addFilter(_NoTracebacks())
+    # A host makes handlers of its own, and may do so later.
+    host = logging.getLogger("hypercorn.error")
+    host.filters[:] = [_Shortened(has_tracebacks=level == "debug")]

@@ -80,9 +80,13 @@ def _check_length(asked: CompletionRequest, text: Text, terms: Terms) -> None:
     """Refuses what cannot come to few enough tokens, before anything is done with each of its characters."""
     characters = sum(message.length for message in asked.messages)
     if characters > terms.most_tokens * text.longest_spelling:
-        raise SlabOverflow(f"the messages have {characters} characters, and the most tokens here are {terms.most_tokens}")
+        raise SlabOverflow(
+            f"the messages have {characters} characters, and the most tokens here are {terms.most_tokens}"
+        )
     if len(asked.messages) > terms.most_tokens + _MESSAGES_BESIDE_TOKENS:
-        raise SlabOverflow(f"there are {len(asked.messages)} messages, and the most tokens here are {terms.most_tokens}")
+        raise SlabOverflow(
+            f"there are {len(asked.messages)} messages, and the most tokens here are {terms.most_tokens}"
+        )
 
 
 def main() -> None:

@@ -75,7 +75,9 @@ ADDRESS = Accepts("HOST:PORT, or empty", lambda value: not value or _is_address(
 KEYS = Accepts(
     "keys separated by commas", lambda keys: all(isinstance(key, str) and key and key.isascii() for key in keys)
 )
-HOSTS = Accepts("names or addresses without ports, separated by commas; * = any", lambda hosts: all(map(_is_host, hosts)))
+HOSTS = Accepts(
+    "names or addresses without ports, separated by commas; * = any", lambda hosts: all(map(_is_host, hosts))
+)
 ORIGINS = Accepts("SCHEME://HOST[:PORT], separated by commas; * = any", lambda origins: all(map(_is_origin, origins)))
 FLAG = Accepts("true or false", lambda _: True)
 

@@ -5,11 +5,12 @@
 - `TrioConnection`. Hypercorn shields every send from cancellation, so that a client that does not read holds its connection
   for ever; lets an error of one connection end the server; and reads nothing while it handles a request, so that it notices
   no sooner than the answer's end that the client has left.
-- `AsyncioConnection`. The same, but for the shield: there a close waits until all has been sent.
+- `AsyncioConnection`. The same, but for the shield: there a close waits until all has been sent. And where a connection has
+  not ended by `graceful_timeout`, Hypercorn fails on its own cancellation and never tells the application to stop.
 - `PatientH2`, `PatientBuffer`. Of an answer that is not read, any length is held in memory; it waits for the client's window
-  without limit, also on a stream or connection that is
-  gone; an error in the answer leaves the stream open; a connection whose last stream was reset never counts as idle; data for a stream that was answered already, a path that is not
-  ASCII and a PRIORITY frame can end the connection.
+  without limit, also on a stream or connection that is gone; an error in the answer leaves the stream open; a connection
+  whose last stream was reset never counts as idle; data for a stream that was answered already, a path that is not ASCII and
+  a PRIORITY frame can end the connection.
 - Both connections count themselves in a `Crowd`, which Hypercorn does not bound.
 """
 
@@ -32,7 +33,6 @@ import hypercorn.asyncio.run
 import hypercorn.protocol
 import hypercorn.protocol.h2
 import hypercorn.trio.run
-import priority
 import trio
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
@@ -44,6 +44,7 @@ from hypercorn.protocol.events import StreamClosed
 from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, BUFFER_LOW_WATER, BufferCompleteError, H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
+from priority.priority import MissingStreamError
 
 VERSIONS = "0.18."
 """Of Hypercorn, those whose insides are as these classes take them to be."""
@@ -55,6 +56,8 @@ READ_AHEAD = 16
 _PART_BYTES = 2**16
 # How long a connection that ends may take to say goodbye.
 _GOODBYE_S = 2.0
+# How long before a host would cancel its connections they end by themselves.
+_EARLY_S = 0.25
 # How long a client may take to send the head of a request that it has begun.
 _HEAD_S = 30.0
 # Descriptors that are not connections': listeners, files, worker processes, and the gRPC door's share.
@@ -122,9 +125,9 @@ def patch(patience: Patience) -> None:
     if not version.startswith(VERSIONS):
         raise RuntimeError(f"Hypercorn {version} is installed, and api/foreign/hypercorn.py is for {VERSIONS}*")
     # There is no other place to name one's own.
-    hypercorn.trio.run.TCPServer = partial(TrioConnection, patience)  # type: ignore[attr-defined]
-    hypercorn.asyncio.run.TCPServer = partial(AsyncioConnection, patience)  # type: ignore[attr-defined]
-    hypercorn.protocol.H2Protocol = partial(PatientH2, patience)  # type: ignore[misc, assignment]
+    hypercorn.trio.run.TCPServer = partial(TrioConnection, patience)  # type: ignore[attr-defined, assignment]
+    hypercorn.asyncio.run.TCPServer = partial(AsyncioConnection, patience)  # type: ignore[attr-defined, assignment]
+    hypercorn.protocol.H2Protocol = partial(PatientH2, patience)  # type: ignore[attr-defined, assignment]
     hypercorn.protocol.h2.StreamBuffer = partial(PatientBuffer, patience)  # type: ignore[misc, assignment]
 
 
@@ -245,8 +248,10 @@ class AsyncioConnection(AsyncioTCPServer):
         super().__init__(*arguments)
         self._patience = patience
         self._head_timer: asyncio.TimerHandle | None = None
+        self._is_over = False
 
     def cut(self) -> None:
+        self._is_over = True
         self.writer.transport.abort()
 
     async def run(self) -> None:
@@ -256,29 +261,34 @@ class AsyncioConnection(AsyncioTCPServer):
             return
         # What was sent is with the kernel: a close then waits for nobody.
         self.writer.transport.set_write_buffer_limits(0)
-        watching = asyncio.create_task(self._watch_for_the_stop())
         serving = asyncio.create_task(super().run())
+        watching = asyncio.create_task(self._end_with_the_server(serving))
         try:
-            await asyncio.shield(serving)
+            await asyncio.wait([serving])
         except asyncio.CancelledError:
-            # What waits for its client has to be told before it can be cancelled.
-            self.cut()
-            await self._let_go()
-            serving.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await serving
-            raise
-        except Exception as errors:
-            _failed(errors)
+            # Not passed on: asyncio's streams take a connection's task that was cancelled for one that failed.
+            await self._end(serving)
         finally:
             watching.cancel()
             if self._head_timer is not None:
                 self._head_timer.cancel()
             crowd.leave(self)
+        if not serving.cancelled() and (error := serving.exception()) is not None:
+            _failed(error)
 
-    async def _watch_for_the_stop(self) -> None:
+    async def _end_with_the_server(self, serving: asyncio.Task[None]) -> None:
+        """Ends before Hypercorn cancels it: where it has to, it does not tell the application that the server stops."""
         await self.context.terminated.wait()
         self._patience.on_stop(self.config.graceful_timeout)
+        await asyncio.sleep(self.config.graceful_timeout - _EARLY_S)
+        await self._end(serving)
+
+    async def _end(self, serving: asyncio.Task[None]) -> None:
+        # What waits for its client has to be told before it can be cancelled.
+        self.cut()
+        await self._let_go()
+        serving.cancel()
+        await asyncio.wait([serving])
 
     async def _let_go(self) -> None:
         if hasattr(self, "protocol"):
@@ -293,6 +303,7 @@ class AsyncioConnection(AsyncioTCPServer):
                 while data := await asyncio.wait_for(self.reader.read(MAX_RECV), self.config.read_timeout):
                     await received.put(data)
             handling.cancel()
+        self._is_over = True
         self.loop.call_later(_GOODBYE_S, self.cut)
         await self.protocol.handle(Closed())
 
@@ -310,7 +321,9 @@ class AsyncioConnection(AsyncioTCPServer):
         if isinstance(event, Updated):
             self._patience.crowd.note(self, is_idle=event.idle)
         if not isinstance(event, RawData):
-            await super().protocol_send(event)
+            # A connection that ends starts no more tasks, not even the one that waits for its next request.
+            if not (self._is_over and isinstance(event, Updated)):
+                await super().protocol_send(event)
             return
         async with self.send_lock:
             try:
@@ -431,7 +444,7 @@ class PatientH2(H2Protocol):
 
     async def _send_data(self, stream_id: int) -> None:
         # Of a stream that is discarded while a part of it is sent, nothing is left to be sent or to be blocked.
-        with suppress(KeyError, priority.MissingStreamError):
+        with suppress(KeyError, MissingStreamError):
             await super()._send_data(stream_id)
 
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
@@ -453,5 +466,5 @@ class PatientH2(H2Protocol):
         """Ends whatever waits for the stream's window."""
         if buffer := self.stream_buffers.pop(stream_id, None):
             await buffer.close()
-            with suppress(priority.MissingStreamError):
+            with suppress(MissingStreamError):
                 self.priority.remove_stream(stream_id)

@@ -32,7 +32,9 @@ async def settled() -> None:
 
 
 @pytest.mark.parametrize(("path", "window"), UNREAD)
-async def test_a_stream_that_is_reset_while_its_answer_waits_for_the_window_leaves_no_task(path: str, window: int) -> None:
+async def test_a_stream_that_is_reset_while_its_answer_waits_for_the_window_leaves_no_task(
+    path: str, window: int
+) -> None:
     async with open_house() as house, rude(house.http, window) as client:
         await settled()
         tasks = tasks_living()
@@ -47,7 +49,9 @@ async def test_a_stream_that_is_reset_while_its_answer_waits_for_the_window_leav
 
 
 @pytest.mark.parametrize(("path", "window"), UNREAD)
-async def test_a_connection_that_closes_while_its_answers_wait_for_the_window_leaves_nothing(path: str, window: int) -> None:
+async def test_a_connection_that_closes_while_its_answers_wait_for_the_window_leaves_nothing(
+    path: str, window: int
+) -> None:
     async with open_house() as house:
         await settled()
         tasks, files = tasks_living(), descriptors()
@@ -59,13 +63,13 @@ async def test_a_connection_that_closes_while_its_answers_wait_for_the_window_le
 
 
 async def test_a_stream_of_events_that_nobody_reads_is_ended_and_its_permit_is_free_again() -> None:
-    async with open_house(http_overflow="evict", max_concurrent=1, reader_timeout_s=0.1) as house:
-        async with rude(house.http, 0) as client:
-            number = await client.ask("/v1/chat/completions", ENDLESS)
-            await client.until(number, StreamReset)
+    settings = {"http_overflow": "evict", "max_concurrent": 1, "reader_timeout_s": 0.1}
+    async with open_house(**settings) as house, rude(house.http, 0) as client:
+        number = await client.ask("/v1/chat/completions", ENDLESS)
+        await client.until(number, StreamReset)
 
-            await until(lambda: is_free(house))
-            assert await client.status(await client.ask("/healthz")) == "200"
+        await until(lambda: is_free(house))
+        assert await client.status(await client.ask("/healthz")) == "200"
 
 
 async def test_an_answer_that_nobody_reads_is_ended_also_where_all_of_it_was_made() -> None:
@@ -90,14 +94,14 @@ async def read_a_little(client: Rude, number: int) -> list[object]:
 
 
 async def test_an_http_1_client_that_does_not_read_its_stream_loses_it() -> None:
-    body = json.dumps(ENDLESS | {"logprobs": False}).encode()
-    async with open_house(http_overflow="evict", max_concurrent=1, reader_timeout_s=0.2) as house:
-        async with await trio.open_tcp_stream(*house.http) as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            await client.send_all(post("/v1/chat/completions", body))
-            await until(lambda: not is_free(house))
+    body = json.dumps(ENDLESS).encode()
+    settings = {"http_overflow": "evict", "max_concurrent": 1, "reader_timeout_s": 0.2}
+    async with open_house(**settings) as house, await trio.open_tcp_stream(*house.http) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        await client.send_all(post("/v1/chat/completions", body))
+        await until(lambda: not is_free(house))
 
-            await until(lambda: is_free(house))
+        await until(lambda: is_free(house))
 
 
 def post(path: str, body: bytes, *more: str) -> bytes:
@@ -128,7 +132,8 @@ async def test_clients_that_wait_for_nothing_do_not_keep_the_server_from_its_end
 FRAMES: dict[str, Callable[[Rude], bytes]] = {
     "unknown type": lambda _: b"\x00\x00\x03\x42\x00\x00\x00\x00\x00abc",
     "priority of 5,000 streams": lambda _: b"".join(
-        b"\x00\x00\x05\x02\x00" + (2 * number + 1).to_bytes(4, "big") + b"\x00\x00\x00\x00\x10" for number in range(5000)
+        b"\x00\x00\x05\x02\x00" + (2 * number + 1).to_bytes(4, "big") + b"\x00\x00\x00\x00\x10"
+        for number in range(5000)
     ),
 }
 
@@ -219,7 +224,9 @@ _LONG_STEP_S = 0.2
 
 
 @pytest.mark.parametrize("contents", [["a" * (8 * 2**20 - 200)], [""] * 220_000], ids=["a long one", "many empty ones"])
-async def test_messages_that_can_never_fit_are_refused_by_their_length_and_keep_nobody_waiting(contents: list[str]) -> None:
+async def test_messages_that_can_never_fit_are_refused_by_their_length_and_keep_nobody_waiting(
+    contents: list[str],
+) -> None:
     steps, body = Steps(), said(*contents)
     async with open_house() as house:
         trio.lowlevel.add_instrument(steps)
@@ -238,7 +245,11 @@ async def got_with(house: House, method: str, path: str, *lines: str) -> tuple[i
         answer = b"".join([bytes(part) async for part in stream])
     start, _, body = answer.partition(b"\r\n\r\n")
     first, *rest = start.decode().split("\r\n")
-    return int(first.split()[1]), {name.lower(): value for name, _, value in (line.partition(": ") for line in rest)}, body
+    return (
+        int(first.split()[1]),
+        {name.lower(): value for name, _, value in (line.partition(": ") for line in rest)},
+        body,
+    )
 
 
 LOCAL = "Host: localhost:8000"
@@ -273,7 +284,9 @@ async def test_with_keys_any_host_is_served() -> None:
         assert (await got_with(house, "GET", "/v1/runtime", *lines))[0] == 200
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:9000", "http://localhost:8000.evil.example"])
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://localhost:9000", "http://localhost:8000.evil.example"]
+)
 async def test_without_keys_a_page_of_another_origin_is_refused(origin: str) -> None:
     async with open_house() as house:
         status, _, body = await got_with(house, "GET", "/v1/runtime", LOCAL, f"Origin: {origin}")
@@ -286,7 +299,9 @@ async def test_the_servers_own_page_is_served() -> None:
         assert (await got_with(house, "GET", "/v1/runtime", LOCAL, "Origin: http://localhost:8000"))[0] == 200
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "text/plain; a=application/json", ""])
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/x-www-form-urlencoded", "text/plain; a=application/json", ""]
+)
 async def test_without_keys_a_body_that_is_not_said_to_be_json_is_refused(kind: str) -> None:
     async with open_house() as house:
         lines = (LOCAL, *([f"Content-Type: {kind}"] if kind else []), "Content-Length: 0")
@@ -295,7 +310,12 @@ async def test_without_keys_a_body_that_is_not_said_to_be_json_is_refused(kind: 
     assert (status, json.loads(body)["error"]["type"]) == (415, "invalid_request_error")
 
 
-PREFLIGHT = (LOCAL, PAGE, "Access-Control-Request-Method: POST", "Access-Control-Request-Headers: authorization, x-more")
+PREFLIGHT = (
+    LOCAL,
+    PAGE,
+    "Access-Control-Request-Method: POST",
+    "Access-Control-Request-Headers: authorization, x-more",
+)
 
 
 async def test_a_browser_is_told_that_pages_of_an_allowed_origin_may_call() -> None:
