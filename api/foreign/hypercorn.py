@@ -142,8 +142,13 @@ def _is_in_head(protocol: ProtocolWrapper) -> bool:
     return isinstance(spoken, H11Protocol) and spoken.stream is None and bool(spoken.connection.trailing_data[0])
 
 
-def _failed(errors: BaseException) -> None:
-    _log.error("connection failed", exc_info=errors)
+def _failed(error: BaseException) -> None:
+    left: BaseException | None = error
+    if isinstance(error, BaseExceptionGroup):
+        # The application runs in a trio loop of its own, and its cancellation comes back as an error.
+        _, left = error.split((trio.Cancelled, asyncio.CancelledError))
+    if left is not None:
+        _log.error("connection failed", exc_info=left)
 
 
 class TrioConnection(TCPServer):
