@@ -7,6 +7,7 @@ import logging
 import sys
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any, assert_never, cast
 
@@ -33,7 +34,7 @@ from actors.proposing import Proposals
 from runtime.durable import Durable, SlabWriter, Terms
 from runtime.errors import HistoryMismatch, InvalidRequest, NotDurable, SlabOverflow, StorageFailed
 from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
-from runtime.grammar import Constraint
+from runtime.grammar import Constraint, Mask
 from runtime.metrics import Metrics, Turn
 from runtime.sampling import Draw
 from runtime.slab import Slab
@@ -326,7 +327,10 @@ class Session:
         """The tokens that follow the history, at least one, and how many proposed ones were checked for it, at `most`."""
         began, is_decode = trio.current_time(), self._feed.length >= len(self._history) - 1
         proposal = await self._proposals.next(self._history, most, request.sampling) if self._proposals else []
-        masks = constraint.allowed_along(proposal) if constraint else [None] * (len(proposal) + 1)
+        masks: Sequence[Mask | None] = [None] * (len(proposal) + 1)
+        if constraint:
+            # A mask may take tenths of a second, in which other sessions go on.
+            masks = await trio.to_thread.run_sync(constraint.allowed_along, proposal)
         draws = [Draw(request.sampling, mask, request.top_logprobs) for mask in masks]
         tokens, checked = await self._feed.draw(self._history, proposal[: len(draws) - 1], draws)
         if self._proposals and is_decode:

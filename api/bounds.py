@@ -10,7 +10,7 @@ from typing import Any
 from api.request import CompletionRequest
 from api.request_parts import Tool
 from runtime.errors import InvalidRequest
-from runtime.grammar import Grammar
+from runtime.grammar import Grammar, json_source
 from runtime.text import Text
 from runtime.tools import CallForm, CallReader
 
@@ -20,30 +20,36 @@ _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": Fal
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The tools that the template is to show, the grammar of every answer, and the form of calls in it."""
+    """The tools that the template is to show, the text of every answer's grammar, and the form of calls in it.
+
+    `param` names the field that the grammar is made of.
+    """
 
     tools: Sequence[dict[str, Any]] = ()
-    grammar: Grammar | None = None
+    source: str | None = None
     form: CallForm | None = None
+    param: str = ""
 
     @classmethod
     def of(cls, request: CompletionRequest, text: Text) -> Bounds:
-        """Raises InvalidRequest where a schema cannot be followed, or the model's template knows no tools."""
+        """Raises InvalidRequest where schemas are too long, or the model's template knows no tools."""
         if tools := request.called_tools:
             form = CallForm.of_template(text)
             called = [{"name": tool.function.name, "parameters": _parameters(tool)} for tool in tools]
             with _blaming("tools"):
-                grammar = form.grammar(
-                    text,
-                    called,
-                    is_required=request.must_call,
-                    is_parallel=request.parallel_tool_calls is not False,
+                source = form.source(
+                    called, is_required=request.must_call, is_parallel=request.parallel_tool_calls is not False
                 )
-            return cls([tool.model_dump(exclude_none=True) for tool in request.tools or ()], grammar, form)
+            return cls([tool.model_dump(exclude_none=True) for tool in request.tools or ()], source, form, "tools")
         if (schema := request.schema_of_answers) is not None:
             with _blaming("response_format"):
-                return cls(grammar=text.json_grammar(schema))
+                return cls(source=json_source(schema), param="response_format")
         return cls()
+
+    def grammar(self, text: Text) -> Grammar | None:
+        """Raises InvalidRequest where a schema cannot be followed."""
+        with _blaming(self.param):
+            return text.grammar(self.source) if self.source is not None else None
 
     def reader(self) -> CallReader | None:
         return self.form.reader() if self.form else None

@@ -16,6 +16,7 @@ from actors.nursery import lone_errors
 from api.chat import chat
 from api.doctor import doctor
 from api.doors import DEFAULT_HTTP_BIND, serve
+from api.leaving import leave_at_once
 from api.logs import configure_logging
 from api.traces import configure_tracing
 from runtime.errors import PerennialError
@@ -38,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_quiet = asked.command == "chat" and settings.log_level == Settings().log_level
         configure_logging("warning" if is_quiet else settings.log_level)
         with lone_errors():
-            return trio.run(partial(_COMMANDS[asked.command], settings, asked))
+            status = trio.run(partial(_COMMANDS[asked.command], settings, asked))
+        if arguments is None and status == 0:
+            leave_at_once()
+        return status
     except PerennialError as error:
         print(f"perennial: {error}", file=sys.stderr)
         return 1
@@ -48,8 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def _serve(settings: Settings, asked: argparse.Namespace) -> int:
     configure_tracing()
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        await serve(settings, http_bind=asked.bind or None, shutdown_trigger=partial(anext, signals))
+    for number in _STOPS:
+        # What the receiver leaves behind: a signal that comes after the drain must not change the exit status.
+        signal.signal(number, signal.SIG_IGN)
+    with trio.open_signal_receiver(*_STOPS) as signals:
+        next_signal = partial(anext, signals)
+        await serve(settings, http_bind=asked.bind or None, shutdown_trigger=next_signal, hurry_trigger=next_signal)
     return 0
 
 
@@ -61,6 +69,8 @@ async def _doctor(settings: Settings, asked: argparse.Namespace) -> int:
     return await doctor(settings)
 
 
+# The second of these cuts the drain short.
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _COMMANDS = {"serve": _serve, "chat": _chat, "doctor": _doctor}
 
 

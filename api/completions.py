@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import outcome
@@ -13,13 +13,15 @@ from actors import Events, Runtime, SessionHandle
 from actors.nursery import open_nursery
 from api.bounds import Bounds
 from api.logprobs import SentLogprobs
+from api.reading import Reading
 from api.request import CompletionRequest
 from api.schemas import ChosenLogprob, FinishReason, Usage
+from api.server import Server
 from api.stop_strings import StopStrings
 from api.traces import Phases, describe_request
 from runtime.errors import DeadlineExceeded
 from runtime.events import Done, HistoryTruncated, Overflow, StopReason, Token
-from runtime.text import Text
+from runtime.grammar import Grammar
 from runtime.tools import Call
 
 # What OpenAI's own service draws with when a request names none.
@@ -45,15 +47,34 @@ class Ending:
 
 
 @dataclass(frozen=True, slots=True)
+class _Limit:
+    """When a completion has to end: with its time, or with the server."""
+
+    server: Server
+    deadline: float
+
+    @contextmanager
+    def holds(self) -> Iterator[None]:
+        """Raises DeadlineExceeded or NotServing where the block was ended."""
+        try:
+            with self.server.may_be_ended(), trio.fail_at(self.deadline):
+                yield
+        except trio.TooSlowError:
+            limit = self.server.settings.request_timeout_s
+            raise DeadlineExceeded(f"not done within {limit:g} s: ask for less, or raise request_timeout_s") from None
+
+
+@dataclass(frozen=True, slots=True)
 class _Question:
     """What all answers to one prompt share."""
 
     runtime: Runtime
     request: CompletionRequest
     bounds: Bounds
+    grammar: Grammar | None
     eos_token_ids: frozenset[int]
     prompt_tokens: int
-    deadline: float
+    limit: _Limit
 
 
 class AnswerStream:
@@ -72,9 +93,9 @@ class AnswerStream:
         self._ending: Ending | None = None
 
     async def next(self) -> Piece | Ending:
-        """What comes next, never an empty piece. Raises DeadlineExceeded."""
+        """What comes next, never an empty piece. Raises DeadlineExceeded, NotServing."""
         while self._ending is None:
-            with _deadline(self._question.deadline, self._question.runtime):
+            with self._question.limit.holds():
                 event = await anext(self._events)
             match event:
                 case Token():
@@ -148,48 +169,43 @@ _Said = tuple[int, outcome.Maybe[Piece | Ending]]
 
 
 @asynccontextmanager
-async def open_completion(runtime: Runtime, request: CompletionRequest) -> AsyncIterator[CompletionStream]:
-    """The stream of a completion whose prompt has been read.
+async def open_completion(server: Server, runtime: Runtime, reading: Reading) -> AsyncIterator[CompletionStream]:
+    """The stream of a completion whose prompt the model has read.
 
     Permits and slabs are free again once the stream has ended, so that who has the whole answer may ask for the next,
-    or when the block ends. Raises Saturated, InvalidRequest, SlabOverflow, DeadlineExceeded.
+    or when the block ends. Raises Saturated, InvalidRequest, SlabOverflow, DeadlineExceeded, NotServing.
     """
     async with open_nursery() as nursery:
-        yield await nursery.start(_complete, runtime, request)
+        yield await nursery.start(_complete, server, runtime, reading)
         nursery.cancel_scope.cancel()
 
 
 async def _complete(
-    runtime: Runtime, request: CompletionRequest, *, task_status: trio.TaskStatus[CompletionStream]
+    server: Server, runtime: Runtime, reading: Reading, *, task_status: trio.TaskStatus[CompletionStream]
 ) -> None:
     settings = runtime.settings
-    text = runtime.text
+    text, request, prompt = runtime.text, reading.asked, reading.prompt
     overflow = Overflow.ERROR if settings.http_overflow == "error" else Overflow.EVICT
     eos_token_ids = frozenset() if request.ignore_eos else text.eos_token_ids
     count = request.n or 1
     channel, said = trio.open_memory_channel[_Said](0)
     with channel, Phases() as phases:
         phases.begin("queue")
-        async with runtime.completion(eos_token_ids, overflow, count) as completion:
+        async with AsyncExitStack() as held:
+            with server.may_be_ended():
+                completion = await held.enter_async_context(runtime.completion(eos_token_ids, overflow, count))
             phases.begin("prefill")
-            deadline = trio.current_time() + settings.request_timeout_s
-            with _deadline(deadline, runtime):
-                # Megabytes of prompt take seconds to tokenise, and some grammars to compile.
-                bounds, prompt = await trio.to_thread.run_sync(_read, request, text)
+            limit = _Limit(server, trio.current_time() + settings.request_timeout_s)
+            with limit.holds():
+                grammar = await trio.to_thread.run_sync(reading.bounds.grammar, text)
                 await completion.session.append(prompt)
                 sessions = await completion.fork()
             phases.begin("decode")
-            question = _Question(runtime, request, bounds, eos_token_ids, len(prompt), deadline)
+            question = _Question(runtime, request, reading.bounds, grammar, eos_token_ids, len(prompt), limit)
             async with open_nursery() as answering:
                 for index, session in enumerate(sessions):
                     answering.start_soon(_answer, question, index, session, channel)
                 task_status.started(CompletionStream(len(prompt), count, said))
-
-
-def _read(request: CompletionRequest, text: Text) -> tuple[Bounds, list[int]]:
-    """What binds the answers, and the tokens of the prompt."""
-    bounds = Bounds.of(request, text)
-    return bounds, text.render([message.for_template() for message in request.messages], bounds.tools)
 
 
 async def _answer(
@@ -205,7 +221,7 @@ async def _answer(
         # Answers to one prompt are to differ, and the first is the one that would come alone.
         seed=None if request.seed is None else (request.seed + index) % 2**64,
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        grammar=question.bounds.grammar,
+        grammar=question.grammar,
     )
     last: outcome.Maybe[Piece | Ending]
     try:
@@ -217,13 +233,3 @@ async def _answer(
     except Exception as error:
         last = outcome.Error(error)
     await channel.send((index, last))
-
-
-@contextmanager
-def _deadline(deadline: float, runtime: Runtime) -> Iterator[None]:
-    try:
-        with trio.fail_at(deadline):
-            yield
-    except trio.TooSlowError:
-        limit = runtime.settings.request_timeout_s
-        raise DeadlineExceeded(f"not done within {limit:g} s: ask for less, or raise request_timeout_s") from None

@@ -31,10 +31,12 @@ async def serve(
     settings: Settings,
     *,
     http_bind: str | None = DEFAULT_HTTP_BIND,
-    shutdown_trigger: Callable[[], Awaitable[None]] = trio.sleep_forever,
+    shutdown_trigger: Callable[[], Awaitable[object]] = trio.sleep_forever,
+    hurry_trigger: Callable[[], Awaitable[object]] = trio.sleep_forever,
     task_status: trio.TaskStatus[Addresses] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves sessions through gRPC and HTTP until cancelled, or until `shutdown_trigger` returns and calls have drained.
+    `hurry_trigger`, waited for from then on, cuts the drain short.
 
     Started in a nursery, it gives its Addresses once the model is loaded; the doors open before that and say that it is
     loading. Raises StartError or EngineFailed.
@@ -51,6 +53,15 @@ async def serve(
             _log.info("serving http=%s grpc=%s", addresses.http or "none", addresses.grpc or "none")
             task_status.started(addresses)
             await shutdown_trigger()
-            await server.drain()
+            async with open_nursery() as draining:
+                draining.start_soon(_hurry, server, hurry_trigger)
+                await server.drain()
+                draining.cancel_scope.cancel()
             door_nursery.cancel_scope.cancel()
         runtime_nursery.cancel_scope.cancel()
+
+
+async def _hurry(server: Server, trigger: Callable[[], Awaitable[object]]) -> None:
+    await trigger()
+    server.end_calls()
+    server.stop_waiting()

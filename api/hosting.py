@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import NoReturn
+
+import trio
 
 from actors.nursery import open_nursery
 from api.bridge import Receive, Scope, Send, TrioApplication
+from api.foreign.hypercorn import Patience, patch
 from api.grpc import grpc_door
+from api.leaving import leave_at_once
 from api.logs import configure_logging
-from api.server import Server
+from api.server import LAST_WORDS_S, Server
 from api.traces import configure_tracing
 from runtime.errors import EngineFailed, StartError
 from runtime.settings import Settings
@@ -28,6 +34,7 @@ class HostedApplication:
     def __init__(self, make_app: Callable[[Server], TrioApplication]) -> None:
         self._make_app = make_app
         self._door: TrioApplication | None = None
+        self._stop: Callable[[float], None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -42,16 +49,32 @@ class HostedApplication:
             settings = Settings.from_environment(os.environ)
             configure_logging(settings.log_level)
             configure_tracing()
+            patch(
+                Patience(settings.reader_timeout_s, on_stop=partial(self._on_stop, trio.lowlevel.current_trio_token()))
+            )
             for address in _bound_addresses():
                 settings.check_exposure(address, "bind")
             await self._serve(Server(settings), receive, send)
         except StartError as error:
             _give_up(error)
+        if multiprocessing.parent_process() is not None:
+            # A worker of Hypercorn's, which has nothing to do but this.
+            leave_at_once()
+
+    def _on_stop(self, token: trio.lowlevel.TrioToken, left_s: float) -> None:
+        """The host closes its connections in `left_s`, and only then says that it stops. From whatever thread it runs in."""
+        with suppress(trio.RunFinishedError):
+            token.run_sync_soon(self._begin_stop, left_s)
+
+    def _begin_stop(self, left_s: float) -> None:
+        if self._stop is not None:
+            self._stop(left_s)
 
     async def _serve(self, server: Server, receive: Receive, send: Send) -> None:
         self._door = self._make_app(server)
         async with open_nursery() as runtime_nursery:
             async with open_nursery() as door_nursery:
+                self._stop = lambda left_s: door_nursery.start_soon(_end_calls, server, left_s)
                 if server.settings.grpc_bind:
                     address = await door_nursery.start(grpc_door, server)
                     _log.info("serving grpc=%s", address)
@@ -61,6 +84,12 @@ class HostedApplication:
                 await server.drain()
                 door_nursery.cancel_scope.cancel()
             runtime_nursery.cancel_scope.cancel()
+
+
+async def _end_calls(server: Server, left_s: float) -> None:
+    server.begin_drain()
+    await trio.sleep(left_s - LAST_WORDS_S)
+    server.end_calls()
 
 
 async def _run(server: Server) -> None:

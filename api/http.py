@@ -14,31 +14,31 @@ from typing import cast
 import trio
 from hypercorn.config import Config
 from hypercorn.trio import serve as hypercorn_serve
-from hypercorn.typing import ASGISendCallable, ASGISendEvent, HTTPScope
+from hypercorn.typing import ASGISendCallable, ASGISendEvent, HTTPScope, WebsocketScope
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
-from quart import Quart, Response, request
+from quart import Quart, Response, request, websocket
 from quart.wrappers import Request
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
 
-import api.connections  # noqa: F401 # For its effect.
 from actors.nursery import lone_errors, open_nursery
 from api.answers import ServerSentEvents, whole_answer
 from api.auth import check_key, needs_key
 from api.bridge import EitherLoop, TrioApplication
 from api.completions import open_completion
+from api.foreign.hypercorn import Patience, patch
+from api.guard import check_caller, cors_headers, preflight_headers
 from api.hosting import HostedApplication
 from api.openapi import Route, document
 from api.page import load_page
 from api.replies import as_http, headers_of
-from api.request import CompletionRequest
 from api.schemas import Health, Model, ModelList
 from api.server import Phase, Server
 from api.status import status_of
 from api.traces import describe_request, request_span
-from runtime.errors import InvalidSetting, ModelNotFound, PayloadTooLarge
+from runtime.errors import InvalidSetting, PayloadTooLarge
 
 MOST_BODY_BYTES = 8 * 2**20
 MIGRATION_PAGE = "0008-session-bound-runtime-and-grpc-protocol.md"
@@ -61,8 +61,23 @@ def make_app(server: Server) -> QuartTrio:
     app = QuartTrio("perennial", root_path=str(Path(__file__).parent), static_folder=None)
     app.config.update(RESPONSE_TIMEOUT=None, MAX_CONTENT_LENGTH=MOST_BODY_BYTES)
     app.asgi_http_class = cast(type[Connection], partial(Connection, server))
+    # Nothing here has two spellings of its path, and a redirect would go to whatever Host the client has named.
+    app.url_map.merge_slashes = False
+    app.url_map.redirect_defaults = False
+    settings = server.settings
     started, began = int(time.time()), time.monotonic()
     watching = load_page()
+
+    @app.before_websocket
+    async def guard_handshake() -> None:
+        check_caller(settings, "GET", websocket.headers, _address(websocket.scope))
+
+    @app.before_request
+    async def guard() -> Response | None:
+        check_caller(settings, request.method, request.headers, _address(request.scope))
+        if request.method == "OPTIONS" and (told := preflight_headers(request.headers)) is not None:
+            return Response("", 204, told)
+        return None
 
     @app.before_request
     async def authenticate() -> None:
@@ -74,6 +89,11 @@ def make_app(server: Server) -> QuartTrio:
     @app.after_request
     async def deprecate(response: Response) -> Response:
         response.headers.update(DEPRECATION)
+        return response
+
+    @app.after_request
+    async def share(response: Response) -> Response:
+        response.headers.update(cors_headers(settings, request.headers))
         return response
 
     @app.after_request
@@ -129,11 +149,11 @@ def make_app(server: Server) -> QuartTrio:
     async def chat_completions() -> Response:
         held = _held_by(request)
         runtime = held.enter_context(server.call())
-        asked = CompletionRequest.parse(await _body())
-        if asked.model != server.label:
-            raise ModelNotFound(f"no model {asked.model!r} here: GET /v1/models names the one there is", "model")
-        describe_request({"gen_ai.request.model": asked.model})
-        stream = await held.enter_async_context(open_completion(runtime, asked))
+        describe_request({"gen_ai.request.model": server.label})
+        with server.may_be_ended():
+            reading = await server.reader.read(await _body())
+        asked = reading.asked
+        stream = await held.enter_async_context(open_completion(server, runtime, reading))
         if not asked.stream:
             return _json(await whole_answer(stream, server.label, has_logprobs=bool(asked.logprobs)))
         response = Response(content_type="text/event-stream; charset=utf-8", headers={"Cache-Control": "no-cache"})
@@ -157,8 +177,12 @@ def routes_of(app: Quart) -> list[Route]:
 
 async def http_door(server: Server, bind: str, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
     """Serves HTTP on `bind` until cancelled. Started in a nursery, it gives the URL. Raises InvalidSetting."""
+    settings = server.settings
+    # A drain that the server has begun by itself ends in its own time.
+    patch(Patience(settings.reader_timeout_s, on_stop=lambda _: None))
     config = Config()
     config.bind = [bind]
+    config.keep_alive_timeout = settings.idle_connection_s
     config.errorlog = logging.getLogger("perennial.http")
     async with open_nursery() as nursery:
         with _listening(bind):
@@ -178,6 +202,12 @@ def _listening(bind: str) -> Iterator[None]:
 
 def _json(body: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(body.model_dump_json(), status, headers, content_type="application/json")
+
+
+def _address(scope: HTTPScope | WebsocketScope | None) -> str | None:
+    """The address of ours that a client has connected to."""
+    server = scope and scope.get("server")
+    return server[0] if server else None
 
 
 def _held_by(asked: Request) -> AsyncExitStack:

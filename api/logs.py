@@ -1,26 +1,83 @@
-"""One-line logs on stderr: time, level, where from, what. Never a prompt, a completion or a key."""
+"""One-line logs on stderr: time, level, where from, what. Never a prompt, a completion, a key or a client's own words."""
 
 from __future__ import annotations
 
 import logging
 import sys
+import traceback
+from typing import Any
+
+MOST_CHARACTERS = 2000
+"""In one line, its time and level included."""
+
+# Of a traceback, the places that say most of where it was.
+_MOST_PLACES = 6
+
+# Whose loops and sockets ours are, and which would say with tracebacks of many lines what goes wrong in them.
+_LIBRARIES = ("asyncio", "trio", "trio_asyncio", "grpclib", "quart")
 
 
 class OneLine(logging.Formatter):
-    """Puts a traceback, where there is one, on the same line."""
+    """Keeps to one line of bounded length. Of an error it says the kind and the place: its words may be a client's."""
+
+    def __init__(self, form: str, *, has_tracebacks: bool) -> None:
+        super().__init__(form)
+        self._has_tracebacks = has_tracebacks
 
     def format(self, record: logging.LogRecord) -> str:
-        return super().format(record).replace("\n", " | ")
+        # What another handler has made of the error may say more.
+        record.exc_text = None
+        line = super().format(record).replace("\n", " | ").replace("\r", " ")
+        return line if len(line) <= MOST_CHARACTERS or self._has_tracebacks else f"{line[: MOST_CHARACTERS - 1]}…"
+
+    def formatException(self, ei: Any) -> str:
+        error: BaseException | None = ei[1]
+        if self._has_tracebacks or error is None:
+            return super().formatException(ei)
+        return " ; ".join(told(each) for each in leaves(error))
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    """The errors in a group and its groups, or the error itself."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for each in error.exceptions for leaf in leaves(each)]
+    return [error]
+
+
+def told(error: BaseException) -> str:
+    """An error in a few words that are all ours: its kind and where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)[-_MOST_PLACES:]
+    places = " > ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in frames)
+    return f"{type(error).__name__} at {places or 'an unknown place'}"
+
+
+class _Shortened(logging.Filter):
+    """Makes records that others format say what `OneLine` would."""
+
+    def __init__(self, *, has_tracebacks: bool) -> None:
+        super().__init__()
+        self._form = OneLine("%(message)s", has_tracebacks=has_tracebacks)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = self._form.format(record), ()
+        record.exc_info = record.exc_text = None
+        return True
 
 
 def configure_logging(level: str) -> None:
     """Sends what the server says to stderr from `level` on."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    logger = logging.getLogger("perennial")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level.upper())
-    logger.propagate = False
+    form = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    handler.setFormatter(OneLine(form, has_tracebacks=level == "debug"))
+    # Libraries that say anything say it in the same way, and only what is wrong.
+    for name, least in (("perennial", level.upper()), *((name, "WARNING") for name in _LIBRARIES)):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(least)
+        logger.propagate = False
+    # A host makes handlers of its own, and may do so later.
+    host = logging.getLogger("hypercorn.error")
+    host.filters[:] = [_Shortened(has_tracebacks=level == "debug")]
 
 
 def where(error: BaseException) -> str:

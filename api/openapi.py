@@ -20,6 +20,8 @@ from runtime.errors import (
     CapacityExhausted,
     DeadlineExceeded,
     EngineFailed,
+    ForbiddenHost,
+    ForbiddenOrigin,
     InvalidRequest,
     MalformedRequest,
     ModelNotFound,
@@ -30,6 +32,7 @@ from runtime.errors import (
     SessionFailed,
     SlabOverflow,
     Unauthenticated,
+    UnsupportedMediaType,
 )
 from runtime.settings import Settings
 
@@ -128,7 +131,10 @@ def _described(
     route: Route, operation: Operation, schemas: _Schemas, *, is_locked: bool, every_response: Mapping[str, str]
 ) -> dict[str, Any]:
     is_keyed = needs_key(route.path)
-    errors = (*operation.errors, MethodNotAllowed, *((Unauthenticated,) if is_keyed else ()))
+    guarded: tuple[type[Exception], ...] = () if is_locked else (ForbiddenHost, ForbiddenOrigin)
+    if operation.takes and not is_locked:
+        guarded += (UnsupportedMediaType,)
+    errors = (*operation.errors, MethodNotAllowed, *guarded, *((Unauthenticated,) if is_keyed else ()))
     responses = {status: _answer(status, bodies, schemas) for status, bodies in operation.answers.items()}
     for status in {_status_of(error) for error in errors}:
         responses[status] = _refusal(status, [error for error in errors if _status_of(error) == status], schemas)

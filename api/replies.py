@@ -16,6 +16,7 @@ _log = logging.getLogger("perennial.api")
 
 _TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     503: "overloaded_error",

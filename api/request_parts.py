@@ -101,6 +101,13 @@ class ChatMessage(Asked):
             raise ValueError("tool_calls belong to the assistant's messages")
         return self
 
+    @property
+    def length(self) -> int:
+        """Characters of what it says."""
+        content = self.content or ""
+        said = len(content) if isinstance(content, str) else sum(len(part.text) for part in content)
+        return said + sum(len(call.function.arguments) for call in self.tool_calls or ())
+
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates know it: one string, and `system` for the newer name of that role."""
         content = self.content or ""

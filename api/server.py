@@ -10,12 +10,17 @@ from enum import Enum
 import trio
 
 from actors import Runtime, open_runtime
+from actors.session import MAX_APPEND_TOKENS
+from api.reader import Reader, open_reader
+from api.reading import Terms
 from runtime.errors import EngineFailed, NotServing
 from runtime.metrics import Metrics
 from runtime.settings import Settings
 
 # The longest that running calls are waited for once the server is told to stop.
 DRAIN_S = 10.0
+# How long clients of calls that were ended may take to read that they were.
+LAST_WORDS_S = 1.0
 
 Opening = Callable[[Settings, Metrics], AbstractAsyncContextManager[Runtime]]
 
@@ -41,8 +46,12 @@ class Server:
         self._phase = Phase.LOADING
         self._phase_waiters = trio.lowlevel.ParkingLot()
         self._runtime: Runtime | None = None
+        self._reader: Reader | None = None
         self._calls = 0
         self._drain_waiters = trio.lowlevel.ParkingLot()
+        self._endable: set[trio.CancelScope] = set()
+        self._are_calls_ended = False
+        self._patience = trio.CancelScope()
 
     @property
     def phase(self) -> Phase:
@@ -52,6 +61,12 @@ class Server:
     def label(self) -> str:
         """The model's name as the HTTP door reports it."""
         return self.settings.model_label or self.settings.model
+
+    @property
+    def reader(self) -> Reader:
+        """What reads requests. For the block of a `call`."""
+        assert self._reader is not None, "nothing is read but in a call"
+        return self._reader
 
     async def next_phase(self) -> Phase:
         """Returns once the phase has changed."""
@@ -69,14 +84,20 @@ class Server:
 
     async def _hold(self, task_status: trio.TaskStatus[Runtime]) -> None:
         try:
-            async with self._opening(self.settings, self.metrics) as runtime:
-                self._runtime = runtime
+            async with self._opening(self.settings, self.metrics) as runtime, self._reading(runtime) as reader:
+                self._runtime, self._reader = runtime, reader
                 self._enter(Phase.SERVING)
                 task_status.started(runtime)
                 await trio.sleep_forever()
         finally:
-            self._runtime = None
+            self._runtime = self._reader = None
             self._enter(Phase.STOPPED)
+
+    def _reading(self, runtime: Runtime) -> AbstractAsyncContextManager[Reader]:
+        settings = self.settings
+        visible = runtime.facts.slab.visible
+        most = visible if settings.http_overflow == "error" else MAX_APPEND_TOKENS
+        return open_reader(runtime.text, Terms(self.label, most), settings.request_timeout_s)
 
     @contextmanager
     def call(self) -> Iterator[Runtime]:
@@ -91,14 +112,49 @@ class Server:
             if not self._calls:
                 self._drain_waiters.unpark_all()
 
-    async def drain(self) -> None:
-        """Refuses new calls and returns when those that run have ended, or after `DRAIN_S`."""
+    @contextmanager
+    def may_be_ended(self) -> Iterator[None]:
+        """A part of a call that ends with the server. Raises NotServing where it was ended."""
+        with trio.CancelScope() as scope:
+            self._endable.add(scope)
+            try:
+                if self._are_calls_ended:
+                    scope.cancel()
+                yield
+            finally:
+                self._endable.discard(scope)
+        if scope.cancelled_caught:
+            raise NotServing("the server is stopping: try again in a moment")
+
+    def begin_drain(self) -> None:
+        """Refuses new calls."""
         if self._phase is Phase.SERVING:
             self._enter(Phase.DRAINING)
+
+    def end_calls(self) -> None:
+        """Ends what may be ended of the calls that run."""
+        self._are_calls_ended = True
+        for scope in self._endable:
+            scope.cancel()
+
+    async def drain(self) -> None:
+        """Refuses new calls and returns when those that run have ended, of themselves or after `DRAIN_S`."""
+        self.begin_drain()
         _log.info("draining calls=%d", self._calls)
-        with trio.move_on_after(DRAIN_S):
-            while self._calls:
-                await self._drain_waiters.park()
+        self._patience.deadline = trio.current_time() + DRAIN_S
+        with self._patience:
+            await self._until_idle()
+        self.end_calls()
+        with trio.move_on_after(LAST_WORDS_S):
+            await self._until_idle()
+
+    def stop_waiting(self) -> None:
+        """Cuts the drain short: what runs is ended."""
+        self._patience.cancel()
+
+    async def _until_idle(self) -> None:
+        while self._calls:
+            await self._drain_waiters.park()
 
     def _enter(self, phase: Phase) -> None:
         self._phase = phase

@@ -63,6 +63,24 @@ class Unauthenticated(RequestError):
     grpc, http, code = "UNAUTHENTICATED", 401, "invalid_api_key"
 
 
+class ForbiddenHost(RequestError):
+    """The server is called by a name that is not one of its own, as a page does that made a name resolve to it."""
+
+    grpc, http, code = "PERMISSION_DENIED", 403, "host_not_allowed"
+
+
+class ForbiddenOrigin(RequestError):
+    """A page of a site that may not call this server."""
+
+    grpc, http, code = "PERMISSION_DENIED", 403, "origin_not_allowed"
+
+
+class UnsupportedMediaType(RequestError):
+    """The body is not said to be JSON, so that a browser may have sent it without asking."""
+
+    grpc, http = "INVALID_ARGUMENT", 415
+
+
 class SessionNotFound(RequestError):
     """No session has this id: it never did, it was closed, or it was evicted."""
 

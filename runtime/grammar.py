@@ -1,4 +1,8 @@
-"""What a generation may say: a grammar, followed token by token with llguidance."""
+"""What a generation may say: a grammar, followed token by token with llguidance.
+
+Compiling and masks take up to a second where a client wants them to, and let go of the interpreter meanwhile: they belong
+into a thread. llguidance ends both by budgets of its own, which it counts in steps and not in seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
 from runtime.errors import InvalidRequest
@@ -17,6 +21,38 @@ if TYPE_CHECKING:
 
 # JSON as Python spells it, and most chat templates with it. Free whitespace would let a weak model go on for ever.
 _JSON_SPELLING: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+# A quarter of what llguidance allows of its own: grammars of real tools take a hundredth of it.
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=250_000,
+    step_lexer_fuel=100_000,
+    max_lexer_states=50_000,
+    max_grammar_size=200_000,
+    # What it says besides shows what was generated so far.
+    verbose_errors=False,
+)
+MOST_SOURCE_CHARACTERS = 2**20
+"""In the text of one grammar, schemas included."""
+
+Mask = NDArray[np.int32]
+"""A bit for each token, from the lowest of 32-bit words up."""
+
+
+def json_source(schema: Mapping[str, Any]) -> str:
+    """The text of a grammar of JSON that validates against `schema`. Raises InvalidRequest for one that is too long."""
+    return _checked(LLMatcher.grammar_from_json_schema(dict(schema), overrides=_JSON_SPELLING))
+
+
+def lark_source(lark: str) -> str:
+    """The text of a grammar in llguidance's dialect of Lark. Raises InvalidRequest for one that is too long."""
+    return _checked(LLMatcher.grammar_from_lark(lark))
+
+
+def _checked(source: str) -> str:
+    if len(source) > MOST_SOURCE_CHARACTERS:
+        raise InvalidRequest(f"schemas may have {MOST_SOURCE_CHARACTERS} characters together: leave some out")
+    return source
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
@@ -31,21 +67,15 @@ class Grammar:
         self._matcher = matcher
 
     @classmethod
-    def of_json(cls, schema: Mapping[str, Any], tokens: LLTokenizer) -> Grammar:
-        """JSON that validates against `schema`. Raises InvalidRequest where the schema is wrong or not supported."""
-        return cls._compiled(LLMatcher.grammar_from_json_schema(dict(schema), overrides=_JSON_SPELLING), tokens)
-
-    @classmethod
-    def of_lark(cls, lark: str, tokens: LLTokenizer) -> Grammar:
-        """Text of a grammar in llguidance's dialect of Lark. Raises InvalidRequest."""
-        return cls._compiled(LLMatcher.grammar_from_lark(lark), tokens)
-
-    @classmethod
-    def _compiled(cls, source: str, tokens: LLTokenizer) -> Grammar:
-        matcher = LLMatcher(tokens, source, log_level=0)
+    def compile(cls, source: str, tokens: LLTokenizer) -> Grammar:
+        """The grammar of this text. Raises InvalidRequest where it is wrong, not supported or over the budget."""
+        matcher = LLMatcher(tokens, source, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise InvalidRequest(f"this grammar cannot be followed: {_line(matcher)}")
-        return cls(matcher)
+        grammar = cls(matcher)
+        # What cannot even be begun is better refused than broken off.
+        grammar.follow().allowed()
+        return grammar
 
     def follow(self) -> Constraint:
         return Constraint(self._matcher.deep_copy())
@@ -62,13 +92,13 @@ class Constraint:
         """Whether nothing may follow but the end of the turn."""
         return bool(self._matcher.is_stopped())
 
-    def allowed(self) -> NDArray[np.int32]:
-        """A bit for each token that may come next, from the lowest of 32-bit words up. Raises InvalidRequest."""
+    def allowed(self) -> Mask:
+        """The tokens that may come next. Raises InvalidRequest."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
         self._check()
         return bits
 
-    def allowed_along(self, proposal: Sequence[int]) -> list[NDArray[np.int32]]:
+    def allowed_along(self, proposal: Sequence[int]) -> list[Mask]:
         """As `allowed` before each token of a proposal and after its last, up to the first that is not allowed."""
         masks = [self.allowed()]
         try:
@@ -95,7 +125,7 @@ class Constraint:
             raise InvalidRequest(f"the grammar became too complex to follow: {_line(self._matcher)}")
 
 
-def _allows(mask: NDArray[np.int32], token_id: int) -> bool:
+def _allows(mask: Mask, token_id: int) -> bool:
     # A model may have tokens that its tokenizer does not.
     word, bit = divmod(token_id, 32)
     return word < len(mask) and bool(mask[word] >> bit & 1)

@@ -51,6 +51,10 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(_FILES)))
     except HFValidationError as error:
         raise ModelUnavailable(f"{name!r} is neither a directory nor a Hugging Face id") from error
+    except RuntimeError as error:
+        raise ModelUnavailable(
+            f"{name!r} cannot be kept, for this user has no home: set HF_HOME to a directory"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelUnavailable(f"{name!r} is no directory here and cannot be downloaded: {reason}") from error

@@ -6,7 +6,7 @@ import dataclasses
 import ipaddress
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from runtime.errors import InvalidSetting
 
@@ -58,12 +58,27 @@ def _is_address(value: str) -> bool:
     return True
 
 
+def _is_host(value: object) -> bool:
+    return isinstance(value, str) and (":" not in value or value.count(":") > 1) and bool(value) and "/" not in value
+
+
+def _is_origin(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    scheme, between, host = value.partition("://")
+    return value == "*" or bool(scheme and between and host and "/" not in host)
+
+
 ANYTHING = Accepts("any text", lambda _: True)
 NOT_EMPTY = Accepts("any text but the empty one", bool)
 ADDRESS = Accepts("HOST:PORT, or empty", lambda value: not value or _is_address(value))
 KEYS = Accepts(
     "keys separated by commas", lambda keys: all(isinstance(key, str) and key and key.isascii() for key in keys)
 )
+HOSTS = Accepts(
+    "names or addresses without ports, separated by commas; * = any", lambda hosts: all(map(_is_host, hosts))
+)
+ORIGINS = Accepts("SCHEME://HOST[:PORT], separated by commas; * = any", lambda origins: all(map(_is_origin, origins)))
 FLAG = Accepts("true or false", lambda _: True)
 
 
@@ -97,13 +112,19 @@ class Settings:
     queue_max_wait_s: float = _setting(0.0, "under queue: longest wait, then 429; 0 = for ever", at_least(0))
     default_max_tokens: int = _setting(1024, "length of a completion that names none", between(1, 2**31))
     request_timeout_s: float = _setting(120.0, "longest time for one HTTP completion", at_least(0.001))
-    api_keys: tuple[str, ...] = _setting((), "bearer keys, comma-separated; empty = no authentication", KEYS)
-    allow_unauthenticated: bool = _setting(False, "serve off loopback without keys", FLAG)
-    grpc_bind: str = _setting("127.0.0.1:50051", "gRPC address; empty = none, port 0 picks one", ADDRESS)
     reader_timeout_s: float = _setting(
         120.0, "a client that does not read its stream so long counts as gone", at_least(0.001)
     )
     idle_connection_s: float = _setting(600.0, "a connection without a call so long is closed", at_least(0.001))
+    api_keys: tuple[str, ...] = _setting((), "bearer keys, comma-separated; empty = no authentication", KEYS)
+    allow_unauthenticated: bool = _setting(False, "serve off loopback without keys", FLAG)
+    allowed_hosts: tuple[str, ...] = _setting(
+        ("localhost", "127.0.0.1", "::1"), "without keys: names by which HTTP may be called, comma-separated", HOSTS
+    )
+    allowed_origins: tuple[str, ...] = _setting(
+        (), "origins of pages that browsers may call HTTP from (CORS), comma-separated", ORIGINS
+    )
+    grpc_bind: str = _setting("127.0.0.1:50051", "gRPC address; empty = none, port 0 picks one", ADDRESS)
     tls_cert: str = _setting("", "PEM file of the gRPC door's certificate chain", ANYTHING)
     tls_key: str = _setting("", "PEM file of the gRPC door's private key", ANYTHING)
     model_label: str = _setting("", "name that the HTTP door reports; empty = the model's name", ANYTHING)
@@ -125,7 +146,7 @@ class Settings:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             kind = kinds[field.name]
-            expected = tuple if field.name == "api_keys" else kind
+            expected = get_origin(kind) or kind
             numeric = expected is float and type(value) is int
             accepts: Accepts = field.metadata["accepts"]
             if not (type(value) is expected or numeric) or not accepts.holds(value):
@@ -162,8 +183,8 @@ def _read(field: dataclasses.Field[Any], text: str) -> Any:
     kind = get_type_hints(Settings)[field.name]
     if kind is str:
         return text
-    if field.name == "api_keys":
-        return tuple(key.strip() for key in text.split(",") if key.strip())
+    if get_origin(kind) is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
     if kind is bool:
         if text.lower() in (*_TRUE, *_FALSE):
             return text.lower() in _TRUE

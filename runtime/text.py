@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 from llguidance import LLTokenizer
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from runtime.errors import MalformedRequest, ModelUnavailable
-from runtime.grammar import Grammar
+from runtime.errors import InvalidRequest, MalformedRequest, ModelUnavailable
+from runtime.grammar import Grammar, json_source, lark_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
@@ -39,6 +41,9 @@ class Text:
     @classmethod
     def load(cls, directory: Path) -> Text:
         """Raises ModelUnavailable where the directory has no fast tokenizer."""
+        # It brings torch along, which a process that is given a tokenizer has no use for.
+        from transformers import AutoTokenizer
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory)
         except (OSError, ValueError, KeyError) as error:
@@ -51,18 +56,25 @@ class Text:
             raise ModelUnavailable(f"{directory} has no tokenizer: add the model's tokenizer.json")
         return cls(tokenizer, _eos_token_ids(directory, tokenizer))
 
+    def grammar(self, source: str) -> Grammar:
+        """Answers of the grammar with this text. Raises InvalidRequest where it is wrong, not supported or too complex."""
+        return Grammar.compile(source, self._guided)
+
     def json_grammar(self, schema: Mapping[str, Any]) -> Grammar:
-        """Answers that are JSON of this schema. Raises InvalidRequest where it is wrong or not supported."""
-        return Grammar.of_json(schema, self._guided)
+        """Answers that are JSON of this schema. Raises InvalidRequest where it is wrong, not supported or too complex."""
+        return self.grammar(json_source(schema))
 
     def lark_grammar(self, lark: str) -> Grammar:
         """Answers of a grammar in llguidance's dialect of Lark. Raises InvalidRequest."""
-        return Grammar.of_lark(lark, self._guided)
+        return self.grammar(lark_source(lark))
 
     @cached_property
     def _guided(self) -> LLTokenizer:
-        """The tokenizer as grammars know it; the first use takes a second for a large vocabulary."""
-        return LLTokenizer(self._backend.to_str(), eos_token=sorted(self.eos_token_ids))
+        """The tokenizer as grammars know it; the first use takes a second for a large vocabulary. Raises InvalidRequest."""
+        try:
+            return LLTokenizer(self._backend.to_str(), eos_token=sorted(self.eos_token_ids))
+        except ValueError as error:
+            raise InvalidRequest(f"the model's tokenizer is of a kind that grammars cannot follow: {error}") from error
 
     def spelling(self, token_id: int) -> bytes:
         """The bytes of one token, which may be a part of a character. Empty for one that the tokenizer lacks."""
@@ -88,9 +100,20 @@ class Text:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of plain text, special tokens in it included."""
-        # Not through transformers, which warns of texts over the model's context: here a history has no such end.
-        token_ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        # Not through transformers, which warns of texts over the model's context: here a history has no such end. And as a
+        # batch, for which the interpreter is let go and no offsets are counted.
+        (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        token_ids: list[int] = encoded.ids
         return token_ids
+
+    @cached_property
+    def longest_spelling(self) -> int:
+        """The most characters that one token may stand for."""
+        return max(map(len, self._backend.get_vocab()), default=1)
+
+    def __reduce__(self) -> tuple[type[Text], tuple[Any, frozenset[int]]]:
+        # What is cached here is made anew where it is needed.
+        return Text, (self._tokenizer, self.eos_token_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
@@ -149,6 +172,8 @@ def overlap(text: str, word: str) -> int:
 
 
 def _eos_token_ids(directory: Path, tokenizer: Any) -> frozenset[int]:
+    from transformers import GenerationConfig
+
     try:
         eos = GenerationConfig.from_pretrained(directory).eos_token_id
     except OSError:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from runtime.errors import MalformedRequest
-from runtime.grammar import Grammar, json_rule
+from runtime.grammar import json_rule, lark_source
 from runtime.text import Text, overlap
 
 _NAME, _KEY = "perennial_name", "perennial_key"
@@ -72,12 +72,9 @@ class CallForm:
             raise _unknown()
         return cls(opening, before_name, after_name[:at], after_name[length:] + rest, between)
 
-    def grammar(
-        self, text: Text, tools: Sequence[Mapping[str, Any]], *, is_required: bool, is_parallel: bool
-    ) -> Grammar:
-        """Calls of `tools` (name and schema of the arguments in each), after free text unless `is_required`.
-
-        Raises InvalidRequest where a schema is wrong or not supported.
+    def source(self, tools: Sequence[Mapping[str, Any]], *, is_required: bool, is_parallel: bool) -> str:
+        """The text of a grammar: calls of `tools` (name and schema of the arguments in each), after free text unless
+        `is_required`. Raises InvalidRequest where the schemas are too long.
         """
         trigger = self.opening.strip() or self.before_name
         rest = (self.opening + self.before_name).partition(trigger)[2]
@@ -98,7 +95,7 @@ class CallForm:
             start = f"call ({_literal(self.between)} call)*" if is_parallel else "call"
         else:
             start = "free* TEXT" if is_parallel else "TEXT | free"
-        return text.lark_grammar("\n".join([f"start: {start}", *lines]))
+        return lark_source("\n".join([f"start: {start}", *lines]))
 
     def reader(self) -> CallReader:
         return CallReader(self)

@@ -18,6 +18,8 @@ from runtime.metrics import Metrics
 from runtime.settings import split_address
 from tests.actors.engines import LedgerEngine, open_lab
 
+# The rest of a POST's head, up to its body's length.
+JSON = "HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
 HELLO = {"model": "seedling", "messages": [{"role": "user", "content": "hello"}]}
 
 

@@ -13,7 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 from api.client import connect
 from runtime import Token
 from tests.actors.engines import sample
-from tests.api.doors import HELLO, House, open_house
+from tests.api.doors import HELLO, JSON, House, open_house
 
 # A loop with nothing to do for this long has seen what its sockets had to say.
 _NOTICED_S = 0.05
@@ -27,7 +27,7 @@ async def posted(house: House, **body: object) -> AsyncIterator[trio.SocketStrea
     stream = await trio.open_tcp_stream(*house.http)
     async with stream:
         data = json.dumps(HELLO | body).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+        head = f"POST /v1/chat/completions {JSON}{len(data)}\r\n\r\n"
         await stream.send_all(head.encode() + data)
         yield stream
 

@@ -16,7 +16,7 @@ from hypercorn.trio import serve
 
 from api.http import make_app
 from runtime.settings import split_address
-from tests.api.doors import HELLO, House, open_house
+from tests.api.doors import HELLO, JSON, House, open_house
 from tests.api.test_disconnects import until
 
 TRIES = 300
@@ -34,14 +34,14 @@ async def breaks_off(house: House, said: bytes) -> None:
 async def got(host: str, port: int) -> bytes:
     """The answer to a request for /healthz, taken to its end: who leaves before has the rest of its connection cancelled."""
     async with await trio.open_tcp_stream(host, port) as stream:
-        await stream.send_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        await stream.send_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         return b"".join([bytes(part) async for part in stream])
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/v1/chat/completions"])
 @pytest.mark.parametrize("length", [10, 10**9])
 async def test_a_body_that_breaks_off_while_it_is_answered_costs_the_server_nothing(path: str, length: int) -> None:
-    said = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\nhello".encode()
+    said = f"POST {path} {JSON}{length}\r\n\r\nhello".encode()
     async with open_house() as house:
         async with trio.open_nursery() as clients:
             for _ in range(TRIES):
@@ -56,7 +56,7 @@ def tasks_living() -> int:
 
 async def test_a_connection_that_breaks_with_a_second_request_on_it_is_over_once_the_first_is_answered() -> None:
     data = json.dumps(HELLO | {"max_tokens": 1}).encode()
-    request = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    request = f"POST /v1/chat/completions {JSON}{len(data)}\r\n\r\n".encode() + data
     async with open_house() as house:
         tasks = tasks_living()
         house.engine.hold()
@@ -93,7 +93,7 @@ async def test_what_fails_in_one_connection_is_logged_and_the_others_go_on(caplo
 async def test_a_client_that_does_not_read_does_not_keep_the_server_from_its_end() -> None:
     body = HELLO | {"stream": True, "max_tokens": 10**6, "ignore_eos": True}
     data = json.dumps(body).encode()
-    request = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    request = f"POST /v1/chat/completions {JSON}{len(data)}\r\n\r\n".encode() + data
     async with AsyncExitStack() as clients, trio.open_nursery() as nursery:
         async with open_house(http_overflow="evict") as house:
             client = await clients.enter_async_context(await trio.open_tcp_stream(*house.http))

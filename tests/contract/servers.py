@@ -20,6 +20,8 @@ from pathlib import Path
 from runtime.models import SEEDLING, find_model
 
 KINDS = ("perennial", "hypercorn-asyncio", "hypercorn-trio")
+# The rest of a POST's head, up to its body's length.
+JSON = "HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
 _LONGEST_START_S = 90
 _LONGEST_STOP_S = 30
 

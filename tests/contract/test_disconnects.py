@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.contract.servers import KINDS, ServerProcess, started
+from tests.contract.servers import JSON, KINDS, ServerProcess, started
 
 pytestmark = pytest.mark.door
 
@@ -96,7 +96,7 @@ def test_when_a_client_leaves_with_a_second_request_on_its_connection_its_work_e
     endless: ServerProcess,
 ) -> None:
     body = json.dumps({"model": "seedling", "messages": [{"role": "user", "content": "Hello!"}], **ENDLESS}).encode()
-    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    request = f"POST /v1/chat/completions {JSON}{len(body)}\r\n\r\n".encode() + body
     tokens = metric(endless, "generated_tokens_total")
     address = urlsplit(endless.http)
     with socket.create_connection((address.hostname, address.port), timeout=_LONGEST_WAIT_S) as connection:

@@ -15,7 +15,7 @@ import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 
 from runtime.models import SEEDLING
-from tests.contract.servers import ServerProcess, started
+from tests.contract.servers import JSON, ServerProcess, started
 
 pytestmark = pytest.mark.door
 
@@ -65,6 +65,7 @@ def ask(server: ServerProcess, method: str, path: str, **more: Any) -> httpx.Res
 
 def post(server: ServerProcess, body: object, **more: Any) -> httpx.Response:
     """The answer to a completion, asked for by a JSON value or by raw bytes."""
+    more["headers"] = {"Content-Type": "application/json"} | more.get("headers", {})
     return ask(server, "POST", COMPLETIONS, content=body if isinstance(body, bytes) else json.dumps(body), **more)
 
 
@@ -501,7 +502,7 @@ def test_any_content_type_is_taken_for_json(plain: ServerProcess) -> None:
 def test_a_body_over_8_mib_is_too_large_however_it_comes(plain: ServerProcess) -> None:
     error_in(post(plain, b" " * (MOST_BODY_BYTES + 1)), 413)
     chunks = (b" " * 2**20 for _ in range(9))
-    error_in(ask(plain, "POST", COMPLETIONS, content=chunks), 413)
+    error_in(ask(plain, "POST", COMPLETIONS, content=chunks, headers={"Content-Type": "application/json"}), 413)
 
 
 def test_a_body_of_8_mib_is_read(plain: ServerProcess) -> None:
@@ -538,7 +539,7 @@ def received(connection: socket.socket, mark: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     "request_line_and_headers",
-    ["GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close", "GET /healthz HTTP/1.0"],
+    ["GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close", "GET /healthz HTTP/1.0"],
     ids=["close", "HTTP/1.0"],
 )
 def test_a_connection_is_closed_after_the_answer_where_the_client_wants_no_more(
@@ -555,19 +556,19 @@ def test_a_connection_is_closed_after_the_answer_where_the_client_wants_no_more(
 def test_a_connection_goes_on_after_a_refusal_whose_body_came_late(server: ServerProcess) -> None:
     for _ in range(20):
         with connected(server) as connection:
-            connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 6\r\n\r\n")
+            connection.sendall(f"POST /nothing {JSON}6\r\n\r\n".encode())
             connection.sendall(b"hel")
             connection.sendall(b"lo!")
             assert received(connection, b"}}").startswith(b"HTTP/1.1 404 ")
 
-            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
 
             assert received(connection, b'"ok"').startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_connection_whose_body_will_not_be_read_is_closed_and_the_answer_says_so(server: ServerProcess) -> None:
     with connected(server) as connection:
-        connection.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {10**12}\r\n\r\n".encode())
+        connection.sendall(f"POST {COMPLETIONS} {JSON}{10**12}\r\n\r\n".encode())
 
         answer = received(connection, b"}}")
 
@@ -630,7 +631,7 @@ def test_health_metrics_the_page_and_options_are_open(locked: ServerProcess) -> 
 )
 def test_no_way_to_write_the_path_gets_around_the_key(locked: ServerProcess, target: str) -> None:
     with connected(locked) as connection:
-        connection.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        connection.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
 
         assert received(connection, b"}}")[9:12] in (b"401", b"404")
 

@@ -15,7 +15,16 @@ import grpc
 import pytest
 
 from runtime.models import SEEDLING
-from tests.contract.servers import KINDS, ServerProcess, complaints, fails_to_start, free_port, held_model, started
+from tests.contract.servers import (
+    JSON,
+    KINDS,
+    ServerProcess,
+    complaints,
+    fails_to_start,
+    free_port,
+    held_model,
+    started,
+)
 from tests.contract.stubs import PROMPT, Stubs, kinds_of, refused, stock
 
 pytestmark = pytest.mark.door
@@ -100,7 +109,7 @@ def test_a_client_that_does_not_read_does_not_keep_a_server_from_its_end(kind: s
     # Logprobs make of each token some kilobytes, so that the socket is full soon.
     endless = {"max_tokens": 10**6, "ignore_eos": True, "stream": True, "logprobs": True, "top_logprobs": 20}
     body = json.dumps({"model": SEEDLING, "messages": [{"role": "user", "content": "Hi."}], **endless}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = f"POST /v1/chat/completions {JSON}{len(body)}\r\n\r\n".encode()
     with started(kind, http_overflow="evict") as server, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         host, _, port = server.http.removeprefix("http://").partition(":")

@@ -19,6 +19,7 @@ from runtime.grammar import Grammar
 from runtime.models import SEEDLING, find_model
 from runtime.sampling import Draw, drawn
 from runtime.text import Text
+from tests.actors.engines import tiny_text
 
 VOCABULARY = 2048
 MOST_TOKENS = 3000
@@ -147,3 +148,39 @@ def test_what_is_allowed_along_a_proposal_is_what_would_be_step_by_step(
         stepwise.accept(token_id)
     for token_id in said[begin:]:
         constraint.accept(token_id)
+
+
+TOO_MUCH: dict[str, dict[str, Any]] = {
+    "repeats of repeats of repeats": {"type": "string", "pattern": "^((a{1000}){1000}){1000}$"},
+    "the same in a field": {
+        "type": "object",
+        "properties": {"a": {"type": "string", "pattern": "^((a{1000}){1000}){1000}$"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    },
+    "a schema of a MiB": {"enum": [f"{number:0100}" for number in range(11_000)]},
+    "all of any of": {
+        "allOf": [
+            {
+                "anyOf": [
+                    {"type": "object", "properties": {f"p{place}": {"const": value}}, "required": [f"p{place}"]}
+                    for value in range(8)
+                ]
+            }
+            for place in range(12)
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("schema", TOO_MUCH.values(), ids=TOO_MUCH)
+def test_a_grammar_over_the_budget_is_refused_or_breaks_off(schema: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        said_by_chance(text().json_grammar(schema), seed=0)
+
+    assert "Tokens" not in str(refused.value)
+
+
+def test_a_tokenizer_that_grammars_cannot_know_is_named_as_the_reason() -> None:
+    with pytest.raises(InvalidRequest, match="tokenizer"):
+        tiny_text().json_grammar({"type": "integer"})

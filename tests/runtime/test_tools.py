@@ -93,7 +93,7 @@ def test_a_template_without_tools_is_refused_by_what_the_client_sent() -> None:
 def test_who_must_call_calls_with_arguments_that_validate(template: str, seed: int) -> None:
     text = text_with(template)
     form = CallForm.of_template(text)
-    grammar = form.grammar(text, [WEATHER, CLOCK], is_required=True, is_parallel=False)
+    grammar = text.grammar(form.source([WEATHER, CLOCK], is_required=True, is_parallel=False))
 
     said = said_by_chance(text, grammar, seed)
 
@@ -113,7 +113,7 @@ def test_who_must_call_calls_with_arguments_that_validate(template: str, seed: i
 def test_who_may_call_in_parallel_makes_whole_calls_only(seed: int) -> None:
     text = text_with(HERMES)
     form = CallForm.of_template(text)
-    grammar = form.grammar(text, [CLOCK], is_required=True, is_parallel=True)
+    grammar = text.grammar(form.source([CLOCK], is_required=True, is_parallel=True))
 
     said = read(form, said_by_chance(text, grammar, seed, most=2000))
 
@@ -155,7 +155,7 @@ def test_who_may_call_says_anything_but_half_a_call(said: str, parallel: bool, s
     form = CallForm.of_template(text)
 
     for is_parallel, expected in ((True, parallel), (False, single)):
-        grammar = form.grammar(text, [CLOCK], is_required=False, is_parallel=is_parallel)
+        grammar = text.grammar(form.source([CLOCK], is_required=False, is_parallel=is_parallel))
         assert follows(text, grammar, said) is expected
 
 
@@ -163,7 +163,7 @@ def test_a_schema_that_cannot_be_followed_is_refused() -> None:
     text = text_with(HERMES)
     broken: dict[str, Any] = CLOCK | {"parameters": {"type": "nothing"}}
     with pytest.raises(InvalidRequest, match="cannot be followed"):
-        CallForm.of_template(text).grammar(text, [broken], is_required=True, is_parallel=True)
+        text.grammar(CallForm.of_template(text).source([broken], is_required=True, is_parallel=True))
 
 
 WORDS = st.text('ab{}"<tol_c>\n', max_size=12)

@@ -24,7 +24,7 @@ import trio
 
 from bench.servers import serving
 from runtime import Settings
-from tests.contract.servers import free_port
+from tests.contract.servers import JSON, free_port
 
 pytestmark = pytest.mark.soak
 
@@ -126,7 +126,7 @@ async def connected(http: str, *, is_reset: bool = False) -> AsyncIterator[trio.
 
 def posted(body: bytes, length: int | None = None) -> bytes:
     length = len(body) if length is None else length
-    return f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode() + body
+    return f"POST {COMPLETIONS} {JSON}{length}\r\n\r\n".encode() + body
 
 
 def request_of(chance: random.Random, **more: object) -> bytes:

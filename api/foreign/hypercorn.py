@@ -1,0 +1,475 @@
+"""Hypercorn 0.18's connections, made to end: with their client, with the server, and alone when they fail.
+
+`patch` puts these classes in the place of Hypercorn's. What each changes:
+
+- `TrioConnection`. Hypercorn shields every send from cancellation, so that a client that does not read holds its connection
+  for ever; lets an error of one connection end the server; and reads nothing while it handles a request, so that it notices
+  no sooner than the answer's end that the client has left.
+- `AsyncioConnection`. The same, but for the shield: there a close waits until all has been sent. And where a connection has
+  not ended by `graceful_timeout`, Hypercorn fails on its own cancellation and never tells the application to stop.
+- `PatientH2`, `PatientBuffer`. Of an answer that is not read, any length is held in memory; it waits for the client's window
+  without limit, also on a stream or connection that is gone; an error in the answer leaves the stream open; a connection
+  whose last stream was reset never counts as idle; data for a stream that was answered already, a path that is not ASCII and
+  a PRIORITY frame can end the connection.
+- Both connections count themselves in a `Crowd`, which Hypercorn does not bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+import resource
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from math import inf
+from typing import Any, Protocol
+
+import anyio
+import h2.events
+import hypercorn.asyncio.run
+import hypercorn.protocol
+import hypercorn.protocol.h2
+import hypercorn.trio.run
+import trio
+from h2.errors import ErrorCodes
+from h2.exceptions import ProtocolError
+from hypercorn.asyncio.tcp_server import TCPServer as AsyncioTCPServer
+from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol import ProtocolWrapper
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.events import StreamClosed
+from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, BUFFER_LOW_WATER, BufferCompleteError, H2Protocol, StreamBuffer
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
+from priority.priority import MissingStreamError
+
+VERSIONS = "0.18."
+"""Of Hypercorn, those whose insides are as these classes take them to be."""
+
+READ_AHEAD = 16
+"""Parts of at most 64 KiB that a connection holds of what its client sends while something else is handled."""
+
+# What one deadline covers of a long answer: a slow reader is not one that does not read.
+_PART_BYTES = 2**16
+# How long a connection that ends may take to say goodbye.
+_GOODBYE_S = 2.0
+# How long before a host would cancel its connections they end by themselves.
+_EARLY_S = 0.25
+# How long a client may take to send the head of a request that it has begun.
+_HEAD_S = 30.0
+# Descriptors that are not connections': listeners, files, worker processes, and the gRPC door's share.
+_SHARE_OF_DESCRIPTORS = 0.5
+_MOST_CONNECTIONS = 4096
+
+_log = logging.getLogger("perennial.http")
+
+
+class _Connection(Protocol):
+    def cut(self) -> None: ...
+
+
+@dataclass
+class Crowd:
+    """The connections that are open, at most `most`: one more takes the place of the one without a call for longest."""
+
+    most: int
+    _busy: set[_Connection] = field(default_factory=set)
+    _idle: dict[_Connection, None] = field(default_factory=dict)
+
+    def enter(self, connection: _Connection) -> bool:
+        """Whether there is room."""
+        if len(self._busy) + len(self._idle) >= self.most:
+            if not self._idle:
+                return False
+            longest = next(iter(self._idle))
+            self.leave(longest)
+            longest.cut()
+        self._idle[connection] = None
+        return True
+
+    def note(self, connection: _Connection, *, is_idle: bool) -> None:
+        if connection in self._busy or connection in self._idle:
+            self.leave(connection)
+            if is_idle:
+                self._idle[connection] = None
+            else:
+                self._busy.add(connection)
+
+    def leave(self, connection: _Connection) -> None:
+        self._busy.discard(connection)
+        self._idle.pop(connection, None)
+
+
+def _most_connections() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return _MOST_CONNECTIONS
+    return max(1, min(_MOST_CONNECTIONS, int(soft * _SHARE_OF_DESCRIPTORS)))
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long clients are waited for, and who is told that the server stops, with the seconds that calls have left."""
+
+    reader_timeout_s: float
+    on_stop: Callable[[float], None]
+    crowd: Crowd = field(default_factory=lambda: Crowd(_most_connections()))
+
+
+def patch(patience: Patience) -> None:
+    """Makes servers that start from now on serve by the classes of this module. Raises RuntimeError for another Hypercorn."""
+    version = importlib.metadata.version("hypercorn")
+    if not version.startswith(VERSIONS):
+        raise RuntimeError(f"Hypercorn {version} is installed, and api/foreign/hypercorn.py is for {VERSIONS}*")
+    # There is no other place to name one's own.
+    hypercorn.trio.run.TCPServer = partial(TrioConnection, patience)  # type: ignore[attr-defined, assignment]
+    hypercorn.asyncio.run.TCPServer = partial(AsyncioConnection, patience)  # type: ignore[attr-defined, assignment]
+    hypercorn.protocol.H2Protocol = partial(PatientH2, patience)  # type: ignore[attr-defined, assignment]
+    hypercorn.protocol.h2.StreamBuffer = partial(PatientBuffer, patience)  # type: ignore[misc, assignment]
+
+
+def _parts(data: bytes) -> Iterator[memoryview]:
+    view = memoryview(data)
+    return (view[at : at + _PART_BYTES] for at in range(0, len(view), _PART_BYTES))
+
+
+def _is_in_head(protocol: ProtocolWrapper) -> bool:
+    """Whether the client has begun with a request of HTTP/1 and has not come to the end of its head."""
+    spoken = protocol.protocol
+    return isinstance(spoken, H11Protocol) and spoken.stream is None and bool(spoken.connection.trailing_data[0])
+
+
+def _failed(error: BaseException) -> None:
+    left: BaseException | None = error
+    if isinstance(error, BaseExceptionGroup):
+        # The application runs in a trio loop of its own, and its cancellation comes back as an error.
+        _, left = error.split((trio.Cancelled, asyncio.CancelledError))
+    if left is not None:
+        _log.error("connection failed", exc_info=left)
+
+
+class TrioConnection(TCPServer):
+    def __init__(self, patience: Patience, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._patience = patience
+        self._scope = trio.CancelScope()
+
+    def cut(self) -> None:
+        self._scope.cancel()
+
+    async def run(self) -> None:
+        crowd = self._patience.crowd
+        if not crowd.enter(self):
+            await trio.aclose_forcefully(self.stream)
+            return
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._end_when_cancelled)
+                    await super().run()
+                    nursery.cancel_scope.cancel()
+        except* Exception as errors:
+            _failed(errors)
+        finally:
+            crowd.leave(self)
+
+    async def _end_when_cancelled(self) -> None:
+        """Ends what is shielded: an answer's last send ends when its connection does."""
+        try:
+            await self.context.terminated.wait()
+            self._patience.on_stop(self.config.graceful_timeout)
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(self.stream)
+                await self._let_go()
+
+    async def _let_go(self) -> None:
+        if hasattr(self, "protocol"):
+            with trio.move_on_after(_GOODBYE_S, shield=True):
+                await self.protocol.handle(Closed())
+
+    async def _read_data(self) -> None:
+        ahead, received = trio.open_memory_channel[bytes](READ_AHEAD)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._handle_each, received)
+            with suppress(trio.ClosedResourceError, trio.BrokenResourceError, trio.TooSlowError):
+                while data := await self._received():
+                    await ahead.send(data)
+            nursery.cancel_scope.cancel()
+        # Who has left needs no answer, and one that is on its way is not waited for without end.
+        self._scope.deadline = min(self._scope.deadline, trio.current_time() + _GOODBYE_S)
+        await self.protocol.handle(Closed())
+
+    async def _handle_each(self, received: trio.MemoryReceiveChannel[bytes]) -> None:
+        async for data in received:
+            await self.protocol.handle(RawData(data))
+            is_in_head = _is_in_head(self.protocol)
+            if is_in_head != (self._scope.deadline < inf):
+                self._scope.deadline = trio.current_time() + _HEAD_S if is_in_head else inf
+
+    async def _received(self) -> bytes:
+        with trio.fail_after(self.config.read_timeout or inf):
+            return bytes(await self.stream.receive_some(MAX_RECV))
+
+    async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, Updated):
+            self._patience.crowd.note(self, is_idle=event.idle)
+        if not isinstance(event, RawData):
+            await super().protocol_send(event)
+            return
+        async with self.send_lock:
+            try:
+                for part in _parts(event.data):
+                    with trio.fail_after(self._patience.reader_timeout_s):
+                        await self.stream.send_all(part)
+            except (
+                trio.BrokenResourceError,
+                trio.ClosedResourceError,
+                trio.BusyResourceError,
+                trio.TooSlowError,
+            ):
+                self._scope.cancel()
+                await self._let_go()
+            except trio.Cancelled:
+                # A part of an answer would pass for the beginning of another.
+                self._scope.cancel()
+                raise
+
+    async def _close(self) -> None:
+        with trio.move_on_after(_GOODBYE_S):
+            await super()._close()
+
+    async def _initiate_server_close(self) -> None:
+        await self._let_go()
+        self._scope.cancel()
+
+
+class AsyncioConnection(AsyncioTCPServer):
+    def __init__(self, patience: Patience, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._patience = patience
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._is_over = False
+
+    def cut(self) -> None:
+        self._is_over = True
+        self.writer.transport.abort()
+
+    async def run(self) -> None:
+        crowd = self._patience.crowd
+        if not crowd.enter(self):
+            self.cut()
+            return
+        # What was sent is with the kernel: a close then waits for nobody.
+        self.writer.transport.set_write_buffer_limits(0)
+        serving = asyncio.create_task(super().run())
+        watching = asyncio.create_task(self._end_with_the_server(serving))
+        try:
+            await asyncio.wait([serving])
+        except asyncio.CancelledError:
+            # Not passed on: asyncio's streams take a connection's task that was cancelled for one that failed.
+            await self._end(serving)
+        finally:
+            watching.cancel()
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+            crowd.leave(self)
+        if not serving.cancelled() and (error := serving.exception()) is not None:
+            _failed(error)
+
+    async def _end_with_the_server(self, serving: asyncio.Task[None]) -> None:
+        """Ends before Hypercorn cancels it: where it has to, it does not tell the application that the server stops."""
+        await self.context.terminated.wait()
+        self._patience.on_stop(self.config.graceful_timeout)
+        await asyncio.sleep(self.config.graceful_timeout - _EARLY_S)
+        await self._end(serving)
+
+    async def _end(self, serving: asyncio.Task[None]) -> None:
+        # What waits for its client has to be told before it can be cancelled.
+        self.cut()
+        await self._let_go()
+        serving.cancel()
+        await asyncio.wait([serving])
+
+    async def _let_go(self) -> None:
+        if hasattr(self, "protocol"):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.protocol.handle(Closed()), _GOODBYE_S)
+
+    async def _read_data(self) -> None:
+        received = asyncio.Queue[bytes](READ_AHEAD)
+        async with asyncio.TaskGroup() as tasks:
+            handling = tasks.create_task(self._handle_each(received))
+            with suppress(OSError):
+                while data := await asyncio.wait_for(self.reader.read(MAX_RECV), self.config.read_timeout):
+                    await received.put(data)
+            handling.cancel()
+        self._is_over = True
+        self.loop.call_later(_GOODBYE_S, self.cut)
+        await self.protocol.handle(Closed())
+
+    async def _handle_each(self, received: asyncio.Queue[bytes]) -> None:
+        while True:
+            await self.protocol.handle(RawData(await received.get()))
+            is_in_head = _is_in_head(self.protocol)
+            if is_in_head and self._head_timer is None:
+                self._head_timer = self.loop.call_later(_HEAD_S, self.cut)
+            elif not is_in_head and self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+
+    async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, Updated):
+            self._patience.crowd.note(self, is_idle=event.idle)
+        if not isinstance(event, RawData):
+            # A connection that ends starts no more tasks, not even the one that waits for its next request.
+            if not (self._is_over and isinstance(event, Updated)):
+                await super().protocol_send(event)
+            return
+        async with self.send_lock:
+            try:
+                for part in _parts(event.data):
+                    self.writer.write(part)
+                    await asyncio.wait_for(self.writer.drain(), self._patience.reader_timeout_s)
+            except (OSError, RuntimeError):
+                self.cut()
+                await self.protocol.handle(Closed())
+
+    async def _close(self) -> None:
+        # What a close waits for is that all has been sent, which a client that does not read puts off for ever.
+        timer = self.loop.call_later(_GOODBYE_S, self.cut)
+        try:
+            await super()._close()
+        finally:
+            timer.cancel()
+
+
+class PatientBuffer(StreamBuffer):
+    """What waits for a stream's window. Raises ReaderGone where nothing of it was taken for as long as a reader has."""
+
+    def __init__(self, patience: Patience, event_class: Any) -> None:
+        super().__init__(event_class)
+        self._patience = patience
+        self._taken = 0
+
+    @property
+    def has_end(self) -> bool:
+        return self._complete
+
+    async def push(self, data: bytes) -> None:
+        if self._complete:
+            raise BufferCompleteError
+        self.buffer.extend(data)
+        await self._is_empty.clear()
+        if len(self.buffer) >= BUFFER_HIGH_WATER:
+            await self._while_it_is_taken(self._paused.wait)
+            await self._paused.clear()
+
+    async def drain(self) -> None:
+        await self._while_it_is_taken(super().drain)
+
+    async def pop(self, max_length: int) -> bytes:
+        data = bytes(self.buffer[:max_length])
+        del self.buffer[:max_length]
+        self._taken += len(data)
+        # Hypercorn looks at the length of what was taken, and so lets an answer go on that nobody takes.
+        if len(self.buffer) < BUFFER_LOW_WATER:
+            await self._paused.set()
+        if not self.buffer:
+            await self._is_empty.set()
+        return data
+
+    async def _while_it_is_taken(self, wait: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            taken = self._taken
+            with anyio.move_on_after(self._patience.reader_timeout_s):
+                await wait()
+                return
+            if self._taken == taken:
+                raise ReaderGone
+
+
+class ReaderGone(Exception):
+    """A client has not read its stream for as long as one may."""
+
+
+class _Streams(dict[int, Any]):
+    """The streams of one connection; one that was answered already takes what comes for it and does nothing."""
+
+    def __missing__(self, stream_id: int) -> _Answered:
+        return _Answered()
+
+
+class _Answered:
+    idle = True
+
+    async def handle(self, _: StreamEvent) -> None:
+        pass
+
+
+class PatientH2(H2Protocol):
+    def __init__(self, patience: Patience, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.streams = _Streams()
+
+    async def initiate(self, *arguments: Any, **more: Any) -> None:
+        await super().initiate(*arguments, **more)
+        # Of a connection that began with HTTP/1, Hypercorn takes the preface for a request that runs.
+        await self.send(Updated(idle=self.idle))
+
+    async def handle(self, event: Event) -> None:
+        await super().handle(event)
+        if isinstance(event, Closed):
+            for stream_id in list(self.stream_buffers):
+                await self._discard(stream_id)
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        try:
+            buffer = self.stream_buffers.get(event.stream_id)
+            if isinstance(event, StreamClosed) and isinstance(buffer, PatientBuffer) and not buffer.has_end:
+                # The answer failed on its way, and what has come of it must not pass for the whole.
+                await self._reset(event.stream_id, ErrorCodes.INTERNAL_ERROR)
+            await super().stream_send(event)
+        except ReaderGone:
+            await self._reset(event.stream_id, ErrorCodes.CANCEL)
+            await super()._close_stream(event.stream_id)
+            await self.send(Updated(idle=self.idle))
+
+    async def _handle_events(self, events: list[h2.events.Event]) -> None:
+        resets = [event.stream_id for event in events if isinstance(event, h2.events.StreamReset)]
+        for stream_id in resets:
+            await self._discard(stream_id)
+        await super()._handle_events(events)
+        if resets:
+            await self.send(Updated(idle=self.idle))
+
+    async def _send_data(self, stream_id: int) -> None:
+        # Of a stream that is discarded while a part of it is sent, nothing is left to be sent or to be blocked.
+        with suppress(KeyError, MissingStreamError):
+            await super()._send_data(stream_id)
+
+    async def _create_stream(self, request: h2.events.RequestReceived) -> None:
+        if all(value.isascii() for name, value in request.headers or () if name in (b":method", b":path")):
+            await super()._create_stream(request)
+        else:
+            self.connection.reset_stream(request.stream_id or 0, ErrorCodes.PROTOCOL_ERROR)
+
+    async def _priority_updated(self, event: h2.events.PriorityUpdated) -> None:
+        pass  # RFC 9113 has done away with them, and a client can name any number of streams in them.
+
+    async def _reset(self, stream_id: int, code: ErrorCodes) -> None:
+        await self._discard(stream_id)
+        with suppress(ProtocolError):
+            self.connection.reset_stream(stream_id, code)
+            await self._flush()
+
+    async def _discard(self, stream_id: int) -> None:
+        """Ends whatever waits for the stream's window."""
+        if buffer := self.stream_buffers.pop(stream_id, None):
+            await buffer.close()
+            with suppress(MissingStreamError):
+                self.priority.remove_stream(stream_id)

@@ -1,0 +1,142 @@
+"""Requests are read in processes that can be ended, whatever a client or a chat template makes of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+
+import psutil
+import pytest
+import trio
+import trio.testing
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from api.reader import ReadingFailed, open_reader
+from api.reading import Terms
+from runtime.errors import DeadlineExceeded, InvalidRequest, MalformedRequest, ModelNotFound, SlabOverflow
+from runtime.text import Text
+
+TERMS = Terms("a model", 100)
+SECRET = "xyzzy"
+# Takes hours for some messages, more memory than there is for others, and fails for others yet.
+TEMPLATE = """{% set said = messages[0].content %}
+{% if 'loop' in said %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}
+{% elif 'grow' in said %}{{ 'x' * 20000000000 }}
+{% elif 'break' in said %}{{ said + 1 }}{% else %}{{ said }}{% endif %}"""
+
+
+def text() -> Text:
+    words = {"hello": 0, "[UNK]": 1} | {f"word{token_id}": token_id for token_id in range(2, 100)}
+    backend = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.chat_template = TEMPLATE
+    return Text(tokenizer, frozenset({2}))
+
+
+def body(content: str, **more: object) -> bytes:
+    return json.dumps({"model": "a model", "messages": [{"role": "user", "content": content}]} | more).encode()
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
+
+
+async def test_a_request_is_read() -> None:
+    async with open_reader(text(), TERMS, 60) as reader:
+        reading = await reader.read(body("hello word7", max_tokens=3))
+
+    assert list(reading.prompt) == [0, 7]
+    assert reading.asked.max_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind"),
+    [
+        (b"{", MalformedRequest),
+        (body("hello", model="other"), ModelNotFound),
+        (body("hello", top_k=-1), InvalidRequest),
+        (body("a" * 10_000), SlabOverflow),
+    ],
+)
+async def test_what_is_wrong_with_a_request_is_raised(asked: bytes, kind: type[Exception]) -> None:
+    async with open_reader(text(), TERMS, 60) as reader:
+        with pytest.raises(kind):
+            await reader.read(asked)
+
+
+@pytest.mark.parametrize("content", ["loop", "grow"])
+async def test_a_template_that_has_no_end_is_ended_and_the_next_request_is_read(
+    content: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("api.reader._LIMIT_S", 1.0)
+    async with open_reader(text(), TERMS, 60) as reader:
+        with pytest.raises(InvalidRequest, match="memory"):
+            await reader.read(body(f"{content} {SECRET}"))
+
+        assert list((await reader.read(body("hello"))).prompt) == [0]
+    assert SECRET not in caplog.text
+
+
+async def test_a_request_is_not_read_for_longer_than_a_completion_may_take() -> None:
+    async with open_reader(text(), TERMS, 0.2) as reader:
+        with pytest.raises(DeadlineExceeded):
+            await reader.read(body("loop"))
+
+
+async def test_the_end_does_not_wait_for_a_template_and_leaves_no_process() -> None:
+    before = children()
+    with trio.fail_after(30):
+        async with open_reader(text(), TERMS, 60) as reader, trio.open_nursery() as nursery:
+            await reader.read(body("hello"))
+            nursery.start_soon(reader.read, body("loop"))
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            nursery.cancel_scope.cancel()
+
+    assert children() <= before
+
+
+async def test_a_small_request_does_not_wait_for_a_long_one() -> None:
+    async with open_reader(text(), TERMS, 60) as reader, trio.open_nursery() as nursery:
+        nursery.start_soon(reader.read, body("loop", user="x" * 2**17))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+
+        assert list((await reader.read(body("hello"))).prompt) == [0]
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_leaves_while_waiting_is_not_read() -> None:
+    async with open_reader(text(), TERMS, 60) as reader, trio.open_nursery() as nursery:
+        for _ in range(2):
+            nursery.start_soon(reader.read, body("loop"))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        with trio.move_on_after(0.05):
+            await reader.read(body("hello"))
+
+        assert reader.waiting == 0
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_fault_in_reading_says_where_and_not_of_what(caplog: pytest.LogCaptureFixture) -> None:
+    async with open_reader(text(), TERMS, 60) as reader:
+        with pytest.raises(ReadingFailed) as failed:
+            await reader.read(body(f"break {SECRET}"))
+
+    assert "TypeError" in str(failed.value)
+    assert SECRET not in str(failed.value)
+    assert SECRET not in caplog.text
+
+
+def test_the_process_that_reads_loads_no_engine() -> None:
+    program = "import sys, api.reading; assert not {'torch', 'mlx', 'trio'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.fixture(autouse=True)
+def _all_logs(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)

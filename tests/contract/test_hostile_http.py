@@ -1,0 +1,179 @@
+"""Servers of every kind under clients that mean harm, told to stop, and what their logs say of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import httpx
+import psutil
+import pytest
+from h2.connection import H2Connection
+from h2.events import ResponseReceived
+from h2.settings import SettingCodes
+
+from runtime.models import SEEDLING
+from tests.contract.servers import JSON, KINDS, ServerProcess, complaints, environment, program, started
+
+pytestmark = pytest.mark.door
+
+COMPLETIONS = "/v1/chat/completions"
+SECRET = "xyzzy"
+TALK = {"model": SEEDLING, "messages": [{"role": "user", "content": f"Hi, {SECRET}!"}]}
+ENDLESS = TALK | {"max_tokens": 2**31 - 1, "ignore_eos": True, "stream": True}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def connected(server: ServerProcess) -> socket.socket:
+    host, _, port = server.http.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=60)
+
+
+@contextmanager
+def unread(server: ServerProcess, path: str, window: int, body: object = None) -> Iterator[None]:
+    """A request over HTTP/2 whose answer has begun and finds no more window than this."""
+    h2 = H2Connection()
+    h2.initiate_connection()
+    h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: window})
+    method = "GET" if body is None else "POST"
+    head = {":method": method, ":path": path, ":scheme": "http", ":authority": "localhost"}
+    h2.send_headers(1, [*head.items(), ("content-type", "application/json")], end_stream=body is None)
+    if body is not None:
+        h2.send_data(1, json.dumps(body).encode(), end_stream=True)
+    with connected(server) as connection:
+        has_begun = False
+        while not has_begun:
+            connection.sendall(h2.data_to_send())
+            has_begun = any(isinstance(event, ResponseReceived) for event in h2.receive_data(connection.recv(65536)))
+        yield
+
+
+@each_kind
+def test_clients_of_http_2_that_do_not_read_do_not_keep_a_server_from_its_end(kind: str) -> None:
+    with started(kind, http_overflow="evict") as server, ExitStack() as clients:
+        for path, window, body in [
+            ("/openapi.json", 1000, None),
+            ("/metrics", 0, None),
+            (COMPLETIONS, 0, ENDLESS),
+            (COMPLETIONS, 0, TALK),
+        ]:
+            clients.enter_context(unread(server, path, window, body))
+        if kind == "perennial":
+            server.process.send_signal(signal.SIGTERM)
+
+        assert server.stop() == 0
+    assert complaints("".join(server.said)) == []
+
+
+def descriptors(server: ServerProcess) -> int:
+    """Open files of the server and its processes."""
+    process = psutil.Process(server.process.pid)
+    return sum(each.num_fds() for each in [process, *process.children(recursive=True)])
+
+
+@each_kind
+def test_answers_that_nobody_reads_cost_no_descriptor_once_their_clients_have_left(kind: str) -> None:
+    with started(kind) as server:
+        httpx.get(f"{server.http}/healthz").raise_for_status()
+        before = descriptors(server)
+        for _ in range(20):
+            with unread(server, "/openapi.json", 1000):
+                pass
+
+        assert any(descriptors(server) <= before for _ in range(2000))
+
+
+@each_kind
+def test_a_stream_that_is_cut_by_the_servers_end_says_so(kind: str) -> None:
+    with started(kind, http_overflow="evict") as server:
+        with httpx.stream("POST", server.http + COMPLETIONS, json=ENDLESS, timeout=60) as stream:
+            lines = stream.iter_lines()
+            assert "data:" in next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            if kind == "perennial":
+                # The second one cuts the drain short.
+                server.process.send_signal(signal.SIGTERM)
+            *_, last = [line for line in lines if line]
+
+        assert server.wait() == 0
+    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "overloaded_error"
+    assert complaints("".join(server.said)) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_lets_calls_come_to_their_end(number: signal.Signals) -> None:
+    with started("perennial", http_overflow="evict") as server:
+        asked = TALK | {"stream": True, "max_tokens": 100, "ignore_eos": True}
+        with httpx.stream("POST", server.http + COMPLETIONS, json=asked, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.process.send_signal(number)
+            *_, last = [line for line in lines if line]
+
+        assert last == "data: [DONE]"
+        assert server.wait() == 0
+
+
+def test_signals_that_come_again_and_again_do_not_change_the_exit_status() -> None:
+    with started("perennial") as server:
+        while server.process.poll() is None:
+            server.process.send_signal(signal.SIGTERM)
+
+        assert server.wait() == 0
+
+
+@each_kind
+def test_no_line_of_the_log_is_long_or_has_a_clients_words(kind: str) -> None:
+    body = json.dumps(TALK).encode()
+    rude = [
+        f"POST {COMPLETIONS} {JSON}{len(body)}\r\n{SECRET}: {SECRET}\r\nbroken\r\n\r\n".encode() + body,
+        f"POST {COMPLETIONS} {JSON}{10**30}\r\n\r\n".encode() + SECRET.encode() * 2000,
+        f"POST {COMPLETIONS} {JSON}-1{SECRET}\r\n\r\n".encode(),
+        f"GET /{SECRET} HTTP/{SECRET}\r\n\r\n".encode(),
+        f"GET / HTTP/1.1\r\nHost: {SECRET}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: {SECRET}"
+        "\r\nSec-WebSocket-Version: 13\r\n\r\n".encode(),
+        SECRET.encode() * 20_000,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SECRET.encode() * 20_000,
+    ]
+    with started(kind) as server:
+        for said in rude:
+            with connected(server) as connection:
+                try:
+                    connection.sendall(said)
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(65536):
+                        pass
+                except OSError:
+                    pass
+        for wrong in (TALK | {"seed": 10**30, "user": SECRET}, TALK | {SECRET: 1, "top_k": SECRET}):
+            assert httpx.post(server.http + COMPLETIONS, json=wrong, timeout=60).status_code == 422
+        assert httpx.get(f"{server.http}/healthz").status_code == 200
+        assert server.stop() == 0
+
+    assert SECRET not in "".join(server.said)
+    assert str(10**30) not in "".join(server.said)
+    assert max(map(len, server.said)) <= 2100
+    assert complaints("".join(server.said)) == []
+
+
+def test_a_start_does_not_need_a_home() -> None:
+    program_text = (
+        "import pwd, sys\n"
+        "def getpwuid(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = getpwuid\n"
+        "from api.cli import main\n"
+        "sys.exit(main(['serve', '--bind', '127.0.0.1:0', '--model', 'org/name']))"
+    )
+    names = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")
+    variables = {name: value for name, value in environment({}).items() if name not in names}
+    python = program("python")
+    failed = subprocess.run([python, "-c", program_text], env=variables, capture_output=True, text=True, check=False)
+
+    assert failed.returncode == 1
+    (line,) = complaints(failed.stderr)
+    assert re.match("perennial: .*HF_HOME", line)
