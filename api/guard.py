@@ -21,20 +21,23 @@ _EXPOSED = "Deprecation, Sunset, Link, Retry-After, WWW-Authenticate"
 _REMEMBERED_S = "600"
 
 
-def check_caller(settings: Settings, method: str, headers: Headers, address: str | None) -> None:
+def check_caller(
+    settings: Settings, headers: Headers, address: str | None, *, has_body: bool = False, is_old: bool = False
+) -> None:
     """Raises ForbiddenHost, ForbiddenOrigin or UnsupportedMediaType where a browser may have been led here.
 
-    `address` is the one of ours that was connected to. Asked for by it, no name was made to resolve.
+    `address` is the one of ours that was connected to. Asked for by it, no name was made to resolve. A client `is_old` that
+    speaks HTTP/1.0: it need not name a host, and is no browser.
     """
     if settings.api_keys:
         return
     host, origin = headers.get("Host", ""), headers.get("Origin")
-    name = host_name(host)
-    if _ANY not in settings.allowed_hosts and name not in {*map(str.lower, settings.allowed_hosts), address}:
+    may_name = _ANY in settings.allowed_hosts or (is_old and not host)
+    if not may_name and host_name(host) not in {*map(str.lower, settings.allowed_hosts), address}:
         raise ForbiddenHost("this Host is not served without keys: add it to allowed_hosts, or set api_keys")
     if origin is not None and not may_read(settings, origin, host):
         raise ForbiddenOrigin("pages of this Origin may not call: add it to allowed_origins")
-    if method == "POST" and headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+    if has_body and headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType("send the body as `content-type: application/json`")
 
 

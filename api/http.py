@@ -70,11 +70,18 @@ def make_app(server: Server) -> QuartTrio:
 
     @app.before_websocket
     async def guard_handshake() -> None:
-        check_caller(settings, "GET", websocket.headers, _address(websocket.scope))
+        check_caller(settings, websocket.headers, _address(websocket.scope))
 
     @app.before_request
     async def guard() -> Response | None:
-        check_caller(settings, request.method, request.headers, _address(request.scope))
+        check_caller(
+            settings,
+            request.headers,
+            _address(request.scope),
+            # Of a path or a method that there is not, that is what a client is to hear of.
+            has_body=request.method == "POST" and request.routing_exception is None,
+            is_old=request.http_version == "1.0",
+        )
         if request.method == "OPTIONS" and (told := preflight_headers(request.headers)) is not None:
             return Response("", 204, told)
         return None

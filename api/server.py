@@ -39,8 +39,10 @@ class Phase(Enum):
 class Server:
     """Settings, metrics and, while it serves, the runtime that `opening` opens. Both doors hold the same one."""
 
-    def __init__(self, settings: Settings, opening: Opening = open_runtime) -> None:
+    def __init__(self, settings: Settings, opening: Opening = open_runtime, *, is_warmed: bool = True) -> None:
+        """One that is not `is_warmed` lets its first request wait until it can be read, and starts the sooner."""
         self.settings = settings
+        self._is_warmed = is_warmed
         self._opening = opening
         self.metrics = Metrics()
         self._phase = Phase.LOADING
@@ -85,6 +87,10 @@ class Server:
     async def _hold(self, task_status: trio.TaskStatus[Runtime]) -> None:
         try:
             async with self._opening(self.settings, self.metrics) as runtime, self._reading(runtime) as reader:
+                if self._is_warmed:
+                    reader.warm()
+                    # Half a second for a large vocabulary, in which nothing else runs: now nobody is being served.
+                    await trio.to_thread.run_sync(runtime.text.warm)
                 self._runtime, self._reader = runtime, reader
                 self._enter(Phase.SERVING)
                 task_status.started(runtime)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,11 @@ class Text:
         if not tokenizer.encode("a", add_special_tokens=False):
             raise ModelUnavailable(f"{directory} has no tokenizer: add the model's tokenizer.json")
         return cls(tokenizer, _eos_token_ids(directory, tokenizer))
+
+    def warm(self) -> None:
+        """Makes now what the first grammar would wait for, and all else with it."""
+        with suppress(InvalidRequest):
+            self._guided  # noqa: B018 # It is cached.
 
     def grammar(self, source: str) -> Grammar:
         """Answers of the grammar with this text. Raises InvalidRequest where it is wrong, not supported or too complex."""

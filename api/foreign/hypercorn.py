@@ -265,7 +265,8 @@ class AsyncioConnection(AsyncioTCPServer):
             self.cut()
             return
         # What was sent is with the kernel: a close then waits for nobody.
-        self.writer.transport.set_write_buffer_limits(0)
+        # (Over TLS, a limit of none is one that is always reached.)
+        self.writer.transport.set_write_buffer_limits(high=1, low=0)
         serving = asyncio.create_task(super().run())
         watching = asyncio.create_task(self._end_with_the_server(serving))
         try:

@@ -45,7 +45,7 @@ async def open_house(engine: LedgerEngine | None = None, **settings: Any) -> Asy
         async with open_lab(engine, metrics=metrics, **settings) as runtime:
             yield runtime
 
-    server = Server(chosen, opening)
+    server = Server(chosen, opening, is_warmed=False)
     async with trio.open_nursery() as nursery:
         http = (await nursery.start(http_door, server, "127.0.0.1:0")).removeprefix("http://")
         grpc = await nursery.start(grpc_door, server)

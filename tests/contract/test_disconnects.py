@@ -37,7 +37,7 @@ def asked(server: ServerProcess, content: str = "Hello!", **more: object) -> htt
     """A connection on which a completion was asked for, an endless one unless it is told otherwise."""
     body = {"model": "seedling", "messages": [{"role": "user", "content": content}], **ENDLESS, **more}
     connection = http.client.HTTPConnection(urlsplit(server.http).netloc, timeout=_LONGEST_WAIT_S)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     return connection
 
 

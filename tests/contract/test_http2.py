@@ -47,6 +47,7 @@ class Connection:
         """The stream of a request that was sent."""
         stream = self._h2.get_next_available_stream_id()
         head = {":method": "POST", ":path": path, ":scheme": "https", ":authority": "127.0.0.1"}
+        head["content-type"] = "application/json"
         self._h2.send_headers(stream, list(head.items()))
         self._h2.send_data(stream, json.dumps(body).encode(), end_stream=True)
         self._flush()
