@@ -108,7 +108,10 @@ class SessionStore:
         now: Callable[[], float] = time.time,
     ) -> Iterator[Self]:
         """The store in a directory, made where it is missing and locked for the block. Raises InvalidSetting."""
-        directory = Path(path).expanduser()
+        try:
+            directory = Path(path).expanduser()
+        except RuntimeError as error:
+            raise InvalidSetting(f"state_dir={path} names a home that is not known here: write the path out") from error
         store = cls(directory, history_identity, slab_identity, most_bytes=most_bytes, files=files, now=now)
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -36,15 +36,17 @@ def _key(subject: str) -> str:
     return hashlib.sha256(repr((_PROBE_VERSION, machine, subject)).encode()).hexdigest()
 
 
-def _file() -> Path:
-    # A user without a home has none; then nothing is kept.
-    return Path(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))) / "perennial" / "findings.json"
+def _file() -> Path | None:
+    """Where findings are kept; a user without a home has no such place."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return None if home.startswith("~") else Path(home) / "perennial" / "findings.json"
 
 
 def _read() -> dict[str, object]:
+    file = _file()
     # Whatever is wrong with it, the probe can tell anew.
     with suppress(OSError, ValueError):
-        content = json.loads(_file().read_text())
+        content = json.loads(file.read_text()) if file else {}
         if isinstance(content, dict):
             return content
     return {}
@@ -52,6 +54,8 @@ def _read() -> dict[str, object]:
 
 def _write(content: dict[str, object]) -> None:
     file = _file()
+    if file is None:
+        return
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile("w", dir=file.parent, delete=False) as fresh:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,27 @@ def test_a_file_that_says_nothing_is_written_anew(home: Path, content: bytes) ->
 
     assert [found("a linear", probe) for _ in range(2)] == [True] * 2
     assert probe.count == 1
+
+
+def test_without_a_home_nothing_is_kept_and_nothing_is_written(tmp_path: Path) -> None:
+    program = (
+        "import os; os.getuid = lambda: 54321\n"
+        "from runtime.engine.findings import found\n"
+        "print([found('a linear', lambda: True) for _ in range(2)])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    paths = [str(Path(__file__).parents[3]), *filter(None, [environment.get("PYTHONPATH")])]
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert run.stdout.strip() == "[True, True]"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_where_no_file_can_be_written_it_is_looked_for_each_time(home: Path) -> None:
