@@ -16,7 +16,7 @@ def require(library: str, first: str, below: str) -> None:
     installed = version(library)
     if not _parts(first) <= _parts(installed) < _parts(below):
         raise UntestedLibrary(
-            f"{library} {installed} is installed, and the gRPC door's limits were tried with {first} and later below "
+            f"{library} {installed} is installed, and what we change of it was tried with {first} and later below "
             f"{below}: pip install '{library}>={first},<{below}'"
         )
 

@@ -10,14 +10,13 @@
 - `PatientH2`, `PatientBuffer`. Of an answer that is not read, any length is held in memory; it waits for the client's window
   without limit, also on a stream or connection that is gone; an error in the answer leaves the stream open; a connection
   whose last stream was reset never counts as idle; data for a stream that was answered already, a path that is not ASCII and
-  a PRIORITY frame can end the connection.
+  a PRIORITY frame can end the connection; and what a client can make h2 hold has no bound (`api.foreign.h2`).
 - Both connections count themselves in a `Crowd`, which Hypercorn does not bound.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import logging
 import resource
 from collections.abc import Awaitable, Callable, Iterator
@@ -36,6 +35,7 @@ import hypercorn.trio.run
 import trio
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
+from h2.settings import SettingCodes, Settings
 from hypercorn.asyncio.tcp_server import TCPServer as AsyncioTCPServer
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol import ProtocolWrapper
@@ -46,8 +46,8 @@ from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from priority.priority import MissingStreamError
 
-VERSIONS = "0.18."
-"""Of Hypercorn, those whose insides are as these classes take them to be."""
+from api.foreign import require
+from api.foreign.h2 import MOST_HEADER_BYTES, BoundedConnection, require_tested_h2
 
 READ_AHEAD = 16
 """Parts of at most 64 KiB that a connection holds of what its client sends while something else is handled."""
@@ -120,10 +120,9 @@ class Patience:
 
 
 def patch(patience: Patience) -> None:
-    """Makes servers that start from now on serve by the classes of this module. Raises RuntimeError for another Hypercorn."""
-    version = importlib.metadata.version("hypercorn")
-    if not version.startswith(VERSIONS):
-        raise RuntimeError(f"Hypercorn {version} is installed, and api/foreign/hypercorn.py is for {VERSIONS}*")
+    """Makes servers that start from now on serve by the classes of this module. Raises UntestedLibrary."""
+    require("hypercorn", "0.18", "0.19")
+    require_tested_h2()
     # There is no other place to name one's own.
     hypercorn.trio.run.TCPServer = partial(TrioConnection, patience)  # type: ignore[attr-defined, assignment]
     hypercorn.asyncio.run.TCPServer = partial(AsyncioConnection, patience)  # type: ignore[attr-defined, assignment]
@@ -416,6 +415,15 @@ class PatientH2(H2Protocol):
     def __init__(self, patience: Patience, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self.streams = _Streams()
+        settings = {
+            SettingCodes.MAX_CONCURRENT_STREAMS: self.config.h2_max_concurrent_streams,
+            SettingCodes.MAX_HEADER_LIST_SIZE: MOST_HEADER_BYTES,
+            SettingCodes.ENABLE_CONNECT_PROTOCOL: 1,
+        }
+        frame_bytes = self.connection.DEFAULT_MAX_INBOUND_FRAME_SIZE
+        self.connection = BoundedConnection(self.connection.config)
+        self.connection.DEFAULT_MAX_INBOUND_FRAME_SIZE = frame_bytes
+        self.connection.local_settings = Settings(client=False, initial_values=settings)
 
     async def initiate(self, *arguments: Any, **more: Any) -> None:
         await super().initiate(*arguments, **more)

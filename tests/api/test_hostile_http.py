@@ -15,6 +15,7 @@ import trio.testing
 
 from tests.api.doors import HELLO, House, open_house
 from tests.api.h2_client import Rude, StreamEnded, StreamReset, rude
+from tests.api.hostile import CONTINUATION, HEADERS, frame
 from tests.api.test_disconnects import is_free, until
 from tests.api.test_rude_clients import gives_up, got, tasks_living
 
@@ -144,6 +145,26 @@ async def test_frames_that_ask_for_nothing_are_passed_over(name: str) -> None:
         await client.stream.send_all(FRAMES[name](client))
 
         assert await client.status(await client.ask("/healthz")) == "200"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        frame(HEADERS, 0, 1, b"") + 70 * frame(CONTINUATION, 0, 1, bytes(1000)),
+        b"\xff\xff\xff\x00\x00\x00\x00\x00\x01",
+    ],
+    ids=["a block of headers without an end", "a frame of 16 MiB"],
+)
+async def test_what_a_client_can_make_the_door_hold_has_bounds(content: bytes) -> None:
+    async with open_house() as house:
+        async with rude(house.http) as client:
+            with trio.fail_after(10), suppress(trio.BrokenResourceError):
+                await client.stream.send_all(content)
+                while await client.stream.receive_some():
+                    pass
+
+        async with rude(house.http) as client:
+            assert await client.status(await client.ask("/healthz")) == "200"
 
 
 async def test_a_path_that_is_not_ascii_ends_its_stream_and_not_its_connection() -> None:
