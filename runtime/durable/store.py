@@ -49,7 +49,7 @@ class Record:
     used_at: float
     history_bytes: int
     slab_bytes: int = 0
-    journal: Journal | None = None
+    is_open: bool = False
 
     @property
     def size(self) -> int:
@@ -131,9 +131,6 @@ class SessionStore:
                 raise InvalidSetting(f"state_dir={directory} cannot be read: {error.strerror}") from error
             yield store
         finally:
-            for record in store._records.values():
-                if record.journal is not None:
-                    record.journal.close()
             with suppress(OSError):
                 store._files.close(lock)
 
@@ -155,28 +152,31 @@ class SessionStore:
             )
             tip = journal.tip
             self._records[session_id] = Record(
-                session_id, terms, tip.length, tip.use, tip.used_at, journal.size, journal=journal
+                session_id, terms, tip.length, tip.use, tip.used_at, journal.size, is_open=True
             )
         return Durable(self, self._records[session_id], journal)
 
     def sleeps(self, session_id: str) -> bool:
         """Whether a session of this id is on disk and not open."""
         record = self._records.get(session_id)
-        return record is not None and record.journal is None
+        return record is not None and not record.is_open
 
     def sleeping(self) -> list[Record]:
         """Those that sleep, the one used longest ago first."""
         with self._lock:
-            return sorted((one for one in self._records.values() if one.journal is None), key=lambda one: one.use)
+            return sorted((one for one in self._records.values() if not one.is_open), key=lambda one: one.use)
 
     def wake(self, session_id: str, slab: Slab) -> tuple[Durable, array[int]]:
         """Opens a session that sleeps: its record and its history, of which the empty `slab` holds what was left of it.
 
         Raises SessionNotFound where it is damaged, and is set aside; StorageFailed where it cannot be read just now.
         """
-        record = self._records.get(session_id)
-        if record is None or record.journal is not None:
-            raise SessionNotFound("no session of this id sleeps")
+        with self._lock:
+            record = self._records.get(session_id)
+            if record is None or record.is_open:
+                raise SessionNotFound("no session of this id sleeps")
+            # From here on it is nobody's to delete for its age or for room.
+            record.is_open = True
         path = self._sessions / f"{session_id}{HISTORY}"
         try:
             with storage_errors("the session sleeps on"):
@@ -184,10 +184,11 @@ class SessionStore:
         except (Damaged, Unknown) as error:
             self._set_aside(session_id, error)
             raise SessionNotFound("the session's record is damaged") from None
+        except BaseException:
+            record.is_open = False
+            raise
         self._read_slab(self._sessions / f"{session_id}{SLAB}", slab, history, record)
-        with self._lock:
-            record.journal = journal
-            record.history_bytes = journal.size
+        record.history_bytes = journal.size
         return Durable(self, record, journal, slab.frontier), history
 
     def expire(self, idle_s: float) -> int:
@@ -276,7 +277,7 @@ class SessionStore:
         """Has the session sleep."""
         journal.close()
         with self._lock:
-            record.journal = None
+            record.is_open = False
             record.length = journal.tip.length
             record.history_bytes = journal.size
 
