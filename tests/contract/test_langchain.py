@@ -92,8 +92,9 @@ def test_an_answer_by_a_schema_is_an_object_of_it(model: ChatOpenAI, runner: asy
 def test_curl_shows_a_stream_line_by_line(server: ServerProcess) -> None:
     body = {"model": SEEDLING, "messages": [{"role": "user", "content": SEA}], "max_tokens": 4, "stream": True}
     command = ["curl", "-N", "--silent", "--show-error", "--max-time", "60", f"{server.http}/v1/chat/completions"]
+    sent = ["-H", "content-type: application/json", "-d", json.dumps(body)]
 
-    said = subprocess.run([*command, "-d", json.dumps(body)], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run([*command, *sent], capture_output=True, text=True, check=True).stdout
 
     *events, nothing = said.split("\n\n")
     assert nothing == ""
