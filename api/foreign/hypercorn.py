@@ -27,6 +27,7 @@ from math import inf
 from typing import Any, Protocol
 
 import anyio
+import anyio.lowlevel
 import h2.events
 import hypercorn.asyncio.run
 import hypercorn.protocol
@@ -54,6 +55,8 @@ READ_AHEAD = 16
 
 # What one deadline covers of a long answer: a slow reader is not one that does not read.
 _PART_BYTES = 2**16
+# What one step of the event loop takes of a client's frames, of which the shortest is 9 bytes long.
+_FRAMES_BYTES = 2**12
 # How long a connection that ends may take to say goodbye.
 _GOODBYE_S = 2.0
 # How long before a host would cancel its connections they end by themselves.
@@ -130,9 +133,9 @@ def patch(patience: Patience) -> None:
     hypercorn.protocol.h2.StreamBuffer = partial(PatientBuffer, patience)  # type: ignore[misc, assignment]
 
 
-def _parts(data: bytes) -> Iterator[memoryview]:
+def _parts(data: bytes, most: int = _PART_BYTES) -> Iterator[memoryview]:
     view = memoryview(data)
-    return (view[at : at + _PART_BYTES] for at in range(0, len(view), _PART_BYTES))
+    return (view[at : at + most] for at in range(0, len(view), most))
 
 
 def _is_in_head(protocol: ProtocolWrapper) -> bool:
@@ -431,6 +434,11 @@ class PatientH2(H2Protocol):
         await self.send(Updated(idle=self.idle))
 
     async def handle(self, event: Event) -> None:
+        if isinstance(event, RawData):
+            for part in _parts(event.data, _FRAMES_BYTES):
+                await super().handle(RawData(bytes(part)))
+                await anyio.lowlevel.checkpoint()
+            return
         await super().handle(event)
         if isinstance(event, Closed):
             for stream_id in list(self.stream_buffers):

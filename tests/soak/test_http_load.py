@@ -90,8 +90,9 @@ def index_of(event: Body) -> int:
 
 @dataclass
 class Tally:
-    """What became of the requests."""
+    """What became of the requests of clients that rest at most `rest_s` after each."""
 
+    rest_s: float = 0.5
     ends: Counter[str] = field(default_factory=Counter)
 
     async def polite_client(self, http: str, alone: list[object], seed: int) -> None:
@@ -101,7 +102,7 @@ class Tally:
             while True:
                 number = chance.randrange(len(REQUESTS))
                 self.ends["right" if await ask(REQUESTS[number]) == alone[number] else "wrong"] += 1
-                await trio.sleep(chance.random() / 10)
+                await trio.sleep(chance.random() * self.rest_s / 5)
 
     async def rude_client(self, http: str, seed: int) -> None:
         chance = random.Random(seed)
@@ -111,7 +112,7 @@ class Tally:
                 async with connected(http, is_reset=chance.random() < 0.3) as stream:
                     await rudeness(stream, chance)
             self.ends[rudeness.__name__] += 1
-            await trio.sleep(chance.random() / 2)
+            await trio.sleep(chance.random() * self.rest_s)
 
 
 @asynccontextmanager
