@@ -22,6 +22,8 @@ from transformers import (
 
 from runtime.models import SEEDLING, find_model
 
+pytest_plugins = ["tests.soak.ledger"]
+
 SMALL = {
     "vocab_size": 2048,
     "hidden_size": 64,

@@ -21,8 +21,8 @@ from runtime.durable.identity import SlabIdentity
 from runtime.slab import Slab
 
 MAGIC, VERSION = b"PERSLAB\n", 1
-# A piece of so many bytes is copied and sealed in some ten milliseconds.
-MOST_PIECE_BYTES = 8 * 2**20
+# A piece of so many bytes is copied, sealed and written in some ten milliseconds on a busy machine.
+MOST_PIECE_BYTES = 4 * 2**20
 
 
 class SlabWriter:

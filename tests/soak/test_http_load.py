@@ -211,7 +211,9 @@ async def until_idle(http: str) -> Callable[[str], float]:
                 return total
 
 
-async def test_five_minutes_of_rude_and_polite_clients_leave_nothing_behind_and_no_body_is_wrong() -> None:
+async def test_five_minutes_of_rude_and_polite_clients_leave_nothing_behind_and_no_body_is_wrong(
+    record: Callable[[str, str], None],
+) -> None:
     http = f"http://127.0.0.1:{free_port()}"
     settings = Settings(device="cpu", window=252, http_overflow="evict", max_concurrent=8, admission_policy="queue")
     async with serving(settings, "--bind", http.removeprefix("http://")) as (_, process):
@@ -236,9 +238,6 @@ async def test_five_minutes_of_rude_and_polite_clients_leave_nothing_behind_and_
 
         total = await until_idle(http)
         after = process.memory_info().rss
-        print(
-            f"\n{dict(tally.ends)}\ntokens {total('generated_tokens_total'):.0f}, MiB {(after - before) / 2**20:+.1f}"
-        )
         assert tally.ends["right"] > 0
         assert tally.ends["wrong"] == 0
         assert all(tally.ends[rudeness.__name__] for rudeness in RUDENESSES)
@@ -246,6 +245,12 @@ async def test_five_minutes_of_rude_and_polite_clients_leave_nothing_behind_and_
         assert after < before + SLACK_BYTES
         assert process.num_threads() <= threads + 2
         assert process.num_fds() <= files + 2
+        visits = sum(tally.ends[rudeness.__name__] for rudeness in RUDENESSES)
+        record(
+            f"{SECONDS} s of {CLIENTS} HTTP/1.1 clients without a pause, half of them rude",
+            f"{visits} rude visits, {tally.ends['right']} right answers, 0 wrong; threads and files back, "
+            f"memory {(after - before) / 2**20:+.1f} MiB",
+        )
 
 
 async def probe(http: str, waits_s: list[float], seed: int) -> None:
@@ -264,7 +269,9 @@ async def probe(http: str, waits_s: list[float], seed: int) -> None:
             await trio.sleep(chance.random() / 20)
 
 
-async def test_a_completion_too_many_is_told_so_while_the_executor_is_busy() -> None:
+async def test_a_completion_too_many_is_told_so_while_the_executor_is_busy(
+    record: Callable[[str, str], None],
+) -> None:
     http = f"http://127.0.0.1:{free_port()}"
     settings = Settings(device="cpu", window=252, http_overflow="evict", max_concurrent=4, request_timeout_s=3600)
     waits_s: list[float] = []
@@ -287,8 +294,9 @@ async def test_a_completion_too_many_is_told_so_while_the_executor_is_busy() -> 
         await held.aclose()
         total = await until_idle(http)
         p99 = quantiles(waits_s, n=100)[98]
-        print(
-            f"\n{len(waits_s)} refusals beside {forwards:.0f} forwards: median {1e3 * median(waits_s):.1f} ms, "
-            f"p99 {1e3 * p99:.1f} ms, longest {1e3 * max(waits_s):.1f} ms"
+        record(
+            "requests beyond `max_concurrent`, while the executor is busy",
+            f"{len(waits_s)} times 429 beside {forwards:.0f} forwards: median {1e3 * median(waits_s):.1f} ms, "
+            f"p99 {1e3 * p99:.1f}, longest {1e3 * max(waits_s):.1f}",
         )
         assert total('admission_total{result="admitted"}') == 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,9 @@ _ON_THEIR_WAY = 200
 SAMPLING = {"temperature": 0.8, "seed": 5}
 
 
-async def test_fifty_kills_in_the_middle_of_a_generation_change_nothing(tmp_path: Path) -> None:
+async def test_fifty_kills_in_the_middle_of_a_generation_change_nothing(
+    tmp_path: Path, record: Callable[[str, str], None]
+) -> None:
     settings = Settings(device="cpu", window=124, state_dir=str(tmp_path / "state"))
     chance = random.Random(0)
     acknowledged: list[int] = []
@@ -62,3 +65,7 @@ async def test_fifty_kills_in_the_middle_of_a_generation_change_nothing(tmp_path
         expected = await generated(session, len(acknowledged), **SAMPLING)
     assert [token for token in acknowledged if token != -1]
     assert [one if one != -1 else other for one, other in zip(acknowledged, expected, strict=True)] == expected
+    record(
+        f"{KILLS} times `kill -9` at a random moment of a generation, with `state_dir`",
+        f"0 of {len(acknowledged)} acknowledged tokens lost or changed",
+    )

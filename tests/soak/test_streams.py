@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def one(pb2: object, stub: object, number: int) -> list[int]:
     return [frame.token_id for frame in frames[:-1]]
 
 
-async def test_two_hundred_streams_at_once_are_each_what_they_are_alone(tmp_path: Path) -> None:
+async def test_two_hundred_streams_at_once_are_each_what_they_are_alone(
+    tmp_path: Path, record: Callable[[str, str], None]
+) -> None:
     pb2, pb2_grpc = await trio.to_thread.run_sync(stubs, tmp_path)
     async with serving(Settings(device="cpu", window=124, capacity=STREAMS)) as (address, _):
 
@@ -54,3 +57,4 @@ async def test_two_hundred_streams_at_once_are_each_what_they_are_alone(tmp_path
                 assert together == alone
 
         await trio.to_thread.run_sync(run)
+    record(f"{STREAMS} streams at once from a stock gRPC client", f"each the {TOKENS} tokens that it is alone")
