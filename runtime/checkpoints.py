@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -18,8 +18,11 @@ CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, StrictDa
 FILE_ERRORS = (*CONFIG_ERRORS, RuntimeError, SafetensorError)
 
 
-def load_weights(kind: Any, directory: Path, dtype: torch.dtype, refusal: str, **options: Any) -> Any:
-    """The model in `directory` by one of transformers' auto classes. Raises ModelUnavailable, in the words of `refusal`."""
+def load_weights(kind: Any, directory: Path, dtype: torch.dtype | Literal["auto"], refusal: str, **options: Any) -> Any:
+    """The model in `directory` by one of transformers' auto classes, in this type or, under auto, in the checkpoint's own.
+
+    Raises ModelUnavailable, in the words of `refusal`.
+    """
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     try:

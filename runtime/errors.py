@@ -25,6 +25,10 @@ class InvalidSetting(StartError):
     """A setting's value makes no sense; the message names the field and what it accepts."""
 
 
+class NotExact(InvalidSetting):
+    """Under `strict`, no form that the settings leave gives a row the same bits in every batch on this machine."""
+
+
 class ModelUnavailable(StartError):
     """The model's files are missing, or of a kind that no engine here can run."""
 

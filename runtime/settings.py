@@ -92,7 +92,7 @@ class Settings:
     """A checked, frozen set of settings. Raises InvalidSetting on the first value that makes no sense."""
 
     model: str = _setting("seedling", "bundled model, a local directory, or a Hugging Face id", NOT_EMPTY)
-    backend: str = _setting("auto", "engine that runs the model", one_of("auto", "torch", "mlx"))
+    backend: str = _setting("auto", "engine that runs the model", one_of("auto", "torch", "mlx", "openvino"))
     device: str = _setting("auto", "torch device", one_of("auto", "cpu", "cuda", "mps"))
     dtype: str = _setting("auto", "type of weights and KV", one_of("auto", "bfloat16", "float16", "float32"))
     weights: str = _setting(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from runtime.errors import InvalidSetting
+from runtime.errors import InvalidSetting, NotExact
 from runtime.events import Token
 from runtime.rows import RowBatch
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
 
 __all__ = ["Engine", "EngineFacts", "load_engine"]
+
+_log = logging.getLogger("perennial.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +75,30 @@ def load_engine(settings: Settings, directory: Path, beside: EngineFacts | None 
                 f"backend=mlx cannot import mlx-lm ({error}): pip install 'perennial[mlx]', or set backend to torch"
             ) from error
         return MlxEngine.load(settings, directory, beside)
+    if settings.backend == "openvino":
+        from runtime.engine.openvino_engine import OpenVinoEngine
+
+        return OpenVinoEngine.load(settings, directory, beside)
+    if settings.backend == "auto" and (engine := _on_openvino(settings, directory, beside)):
+        return engine
     from runtime.engine.torch_engine import TorchEngine
 
     return TorchEngine.load(settings, directory, beside)
+
+
+def _on_openvino(settings: Settings, directory: Path, beside: EngineFacts | None) -> Engine | None:
+    """The OpenVINO engine where it is known to be the fastest, and is bit-exact if that is asked for."""
+    if not find_spec("openvino"):
+        return None
+    from runtime.engine.openvino_engine import OpenVinoEngine, is_best_by
+
+    if not is_best_by(settings, directory):
+        return None
+    try:
+        return OpenVinoEngine.load(settings, directory, beside)
+    except NotExact as error:
+        _log.warning("%s; torch runs the model", error)
+        return None
 
 
 def _is_apple_silicon() -> bool:

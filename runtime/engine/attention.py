@@ -13,13 +13,17 @@ evenly, blocks are so large that every thread's buffers lie alike.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from runtime.engine.exact import Claim, Ground
+from runtime.engine.findings import found
+from runtime.engine.probe import hard_rows, is_exact_at_every_count
 from runtime.engine.rotary import ExactRotary, rotate
 from runtime.engine.torch_slab import SlabStore, as_torch, torch_pool
 from runtime.rows import Piece, RowBatch
@@ -32,6 +36,12 @@ CLAIMS = (
     Claim("norms", "torch's sums over a row", Ground.ROW_BY_ROW),
     Claim("activations, rotation", "torch's vectors, no row's end left over", Ground.ROW_BY_ROW),
 )
+
+# Attention is tried over no longer windows: more runs of slots are the same product again.
+_PROBED_WINDOW = 1020
+_PROBED_TOKENS = 64
+
+_log = logging.getLogger("perennial.engine")
 
 _LINE_BYTES = 64
 # Fewer queries in a block cost a lone row nothing less.
@@ -186,8 +196,6 @@ class AttentionAlone:
         """`table` is [tokens, heads + 2 G, D]."""
         self._spec, self._heads, self._rotary = spec, heads, rotary
         self._table = table.to(spec.device, spec.dtype)
-        self._layer = nn.Module()
-        self._layer.layer_idx = 0  # type: ignore[assignment]
 
     def new_pool(self, count: int) -> SlabPool:
         return torch_pool(self._spec, count)
@@ -196,10 +204,24 @@ class AttentionAlone:
     def logits(self, batch: RowBatch) -> Tensor:
         """What each row with `draw` attends to, [rows, Q*G*D]."""
         plan = plan_forward(batch, self._rotary, self._heads)
-        parts = self._table[[row.token_id for row in batch.rows]].transpose(0, 1).unsqueeze(0)
-        query, key, value = parts.split((self._heads, self._spec.kv_heads, self._spec.kv_heads), dim=1)
-        attended, _ = slab_attention(self._layer, query, key, value, None, scaling=self._spec.head_dim**-0.5, plan=plan)
-        return attended[0].flatten(1)[[index for index, row in enumerate(batch.rows) if row.draw is not None]]
+        parts = self._table[[row.token_id for row in batch.rows]].transpose(0, 1)
+        query, key, value = parts.split((self._heads, self._spec.kv_heads, self._spec.kv_heads))
+        attended = attend(0, query, key, value, scaling=self._spec.head_dim**-0.5, plan=plan)
+        return attended.flatten(1)[[index for index, row in enumerate(batch.rows) if row.draw is not None]]
+
+
+def attention_is_exact(spec: SlabSpec, heads: int, rotary: ExactRotary) -> bool:
+    """Whether attention of `heads` over slabs of this shape gives a row the same bits in every batch here."""
+    tried = replace(spec, layers=1, window=min(spec.window, _PROBED_WINDOW))
+    parts = heads + 2 * spec.kv_heads
+    generator = torch.Generator().manual_seed(1)
+    table = hard_rows(_PROBED_TOKENS * parts, spec.head_dim, spec.dtype, generator).view(_PROBED_TOKENS, parts, -1)
+    alone = AttentionAlone(tried, heads, rotary, table)
+    kind = f"attention of {heads} heads over {tried}"
+    holds = found(kind, partial(is_exact_at_every_count, alone, tried, _PROBED_TOKENS))
+    if not holds:
+        _log.warning("a row gets other bits in other batches of %s", kind)
+    return holds
 
 
 def slab_attention(
@@ -213,25 +235,33 @@ def slab_attention(
     plan: ForwardPlan,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Writes `key`, `value` [1, G, rows, D] into the slabs of `plan`, then attends `query` [1, G*Q, rows, D] over them.
-
-    Returns [1, rows, G*Q, D].
-    """
+    """`attend` as transformers calls it: `query` [1, G*Q, rows, D], `key` and `value` [1, G, rows, D] to [1, rows, G*Q, D]."""
     layer = module.layer_idx
     assert isinstance(layer, int)
+    attended = attend(layer, query[0], key[0], value[0], scaling=scaling, plan=plan)
+    return attended.unsqueeze(0), None
+
+
+def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, plan: ForwardPlan) -> Tensor:
+    """Writes `key`, `value` [G, rows, D] into the slabs of `plan`, then attends `query` [G*Q, rows, D] over them.
+
+    Returns [rows, G*Q, D].
+    """
     for piece_plan in plan.pieces:
         piece = piece_plan.piece
         inside = slice(piece.start, piece.stop)
-        as_torch(piece.slab).write(layer, piece_plan.slots, piece_plan.end, key[0, :, inside], value[0, :, inside])
-    queries = query[0].index_select(1, plan.rows)
+        as_torch(piece.slab).write(layer, piece_plan.slots, piece_plan.end, key[:, inside], value[:, inside])
+    queries = query.index_select(1, plan.rows)
     # In float32, for their difference is small beside them.
     reach = rotate(queries.float(), *plan.sink_turn) - queries.float() if plan.sink_turn else None
-    parts = [_attend(queries, reach, layer, stack, key.shape[1], scaling) for stack in plan.stacks]
+    parts = [_attend_stack(queries, reach, layer, stack, key.shape[0], scaling) for stack in plan.stacks]
     attended = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    return attended.index_select(1, plan.places).transpose(0, 1).unsqueeze(0), None
+    return attended.index_select(1, plan.places).transpose(0, 1)
 
 
-def _attend(queries: Tensor, reach: Tensor | None, layer: int, stack: Stack, groups: int, scaling: float) -> Tensor:
+def _attend_stack(
+    queries: Tensor, reach: Tensor | None, layer: int, stack: Stack, groups: int, scaling: float
+) -> Tensor:
     """Softmax attention of a stack's `queries` [G*Q, queries, D] over its extent.
 
     `reach` is what to add to a query for it to meet the sinks within the window. Returns [G*Q, the stack's queries, D].

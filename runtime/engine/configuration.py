@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import CONFIG_ERRORS, one_line
 from runtime.engine import EngineFacts
-from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory
+from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory, NotExact
 from runtime.settings import Settings
 from runtime.slab import BUCKET_SLOTS, SlabSpec
 
@@ -19,6 +19,8 @@ from runtime.slab import BUCKET_SLOTS, SlabSpec
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # The more rows in a forward, the faster a prompt is read.
 ROW_TILE = 256
+# Handing so little out to more threads costs more than it saves, several times more where other programs run.
+_ONE_THREAD_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,20 @@ def read_config(directory: Path) -> PreTrainedConfig:
             f"{directory} is of architecture {config.model_type!r}; this release runs {', '.join(ARCHITECTURES)}"
         )
     return config
+
+
+def count_weights(config: PreTrainedConfig, directory: Path) -> int:
+    """How many weights the model in `directory` has. Raises ModelUnavailable."""
+    try:
+        with torch.device("meta"):
+            return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    except CONFIG_ERRORS as error:
+        raise ModelUnavailable(f"the configuration in {directory} makes no model: {one_line(error)}") from error
+
+
+def is_small(weights: int) -> bool:
+    """Whether a model of so many weights stays in a CPU's cache, and runs fastest on one thread."""
+    return weights * torch.float32.itemsize < _ONE_THREAD_BYTES
 
 
 def slab_spec(
@@ -102,9 +118,9 @@ def check_memory(weights: int, free: int, settings: Settings, spec: SlabSpec, be
         )
 
 
-def refuse(failed: Sequence[Form]) -> InvalidSetting:
+def refuse(failed: Sequence[Form]) -> NotExact:
     """What is said where none of the forms that the settings leave is bit-exact on this machine."""
-    return InvalidSetting(
+    return NotExact(
         f"determinism=strict cannot be had here with {' or '.join(map(str, failed))}: a row gets other bits in other "
         "batches; set dtype and weights to auto, or determinism to fast"
     )

@@ -14,33 +14,36 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from runtime.checkpoints import CONFIG_ERRORS, load_weights, one_line
+from runtime.checkpoints import load_weights
 from runtime.engine import EngineFacts
-from runtime.engine.attention import ATTENTION_NAME, CLAIMS, AttentionAlone, plan_forward, slab_attention
-from runtime.engine.configuration import Form, check_memory, named_dtype, read_config, refuse, slab_spec
+from runtime.engine.attention import ATTENTION_NAME, CLAIMS, attention_is_exact, plan_forward, slab_attention
+from runtime.engine.configuration import (
+    Form,
+    check_memory,
+    count_weights,
+    is_small,
+    named_dtype,
+    read_config,
+    refuse,
+    slab_spec,
+)
 from runtime.engine.drawing import DrawingEngine
 from runtime.engine.exact import Claim, RowByRow
 from runtime.engine.findings import found
 from runtime.engine.linears import FixedRowsLinear, RowLinear, replace_linears, weights_bytes
 from runtime.engine.machine import Level, features, kernel_class, level
-from runtime.engine.probe import PROBED_ROWS, hard_rows, is_bit_exact, is_exact_at_every_count, is_exact_function
+from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
 from runtime.engine.rotary import ExactRotary
 from runtime.engine.torch_slab import torch_pool
-from runtime.errors import InvalidSetting, ModelUnavailable
+from runtime.errors import InvalidSetting
 from runtime.rows import RowBatch
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
 
 _log = logging.getLogger("perennial.engine")
 
-# Handing so little out to more threads costs more than it saves, several times more where other programs run.
-_ONE_THREAD_BYTES = 32 * 2**20
-
 # All layers of our architectures have the same shapes, and so the same kernels: more would show nothing more.
 _PROBED_LAYERS = 1
-# Attention is tried over no longer windows: more runs of slots are the same product again.
-_PROBED_WINDOW = 1020
-_PROBED_TOKENS = 64
 
 AttentionInterface.register(ATTENTION_NAME, slab_attention)
 
@@ -71,7 +74,7 @@ class TorchEngine(DrawingEngine):
         """
         config = read_config(directory)
         device = _choose_device(settings)
-        count = _count_weights(config, directory)
+        count = count_weights(config, directory)
         forms = _forms(settings, device, count)
         widest = max(form.dtype.itemsize for form in forms)
         # Beside the form that the head gets, the embedding that it shares its weights with stays as it is.
@@ -79,7 +82,7 @@ class TorchEngine(DrawingEngine):
         free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
         check_memory(held * widest, free, settings, slab_spec(config, settings, forms[0].dtype, device), beside)
         if device.type == "cpu" and beside is None:
-            torch.set_num_threads(1 if _is_small(count) else psutil.cpu_count(logical=False) or 1)
+            torch.set_num_threads(1 if is_small(count) else psutil.cpu_count(logical=False) or 1)
         is_strict = settings.determinism == "strict"
         failed: list[Form] = []
         for form in forms:
@@ -154,7 +157,12 @@ class TorchEngine(DrawingEngine):
 
 def _is_proven(model: Any, spec: SlabSpec, form: Form) -> bool:
     """Whether each part of the model, and its first layers as a whole, give rows the same bits in every batch here."""
-    return _linears_are_exact(model, form) and _attention_is_exact(model, spec) and _layers_are_exact(model, spec, form)
+    heads, rotary = model.config.num_attention_heads, model.get_decoder().rotary_emb
+    return (
+        _linears_are_exact(model, form)
+        and attention_is_exact(spec, heads, rotary)
+        and _layers_are_exact(model, spec, form)
+    )
 
 
 @torch.inference_mode()
@@ -171,20 +179,6 @@ def _linears_are_exact(model: Any, form: Form) -> bool:
     return True
 
 
-def _attention_is_exact(model: Any, spec: SlabSpec) -> bool:
-    heads, rotary = model.config.num_attention_heads, model.get_decoder().rotary_emb
-    tried = replace(spec, layers=1, window=min(spec.window, _PROBED_WINDOW))
-    parts = heads + 2 * spec.kv_heads
-    generator = torch.Generator().manual_seed(1)
-    table = hard_rows(_PROBED_TOKENS * parts, spec.head_dim, spec.dtype, generator).view(_PROBED_TOKENS, parts, -1)
-    alone = AttentionAlone(tried, heads, rotary, table)
-    kind = f"attention of {heads} heads over {tried}"
-    holds = found(kind, partial(is_exact_at_every_count, alone, tried, _PROBED_TOKENS))
-    if not holds:
-        _log.warning("a row gets other bits in other batches of %s", kind)
-    return holds
-
-
 def _layers_are_exact(model: Any, spec: SlabSpec, form: Form) -> bool:
     tried = replace(spec, layers=min(spec.layers, _PROBED_LAYERS))
 
@@ -196,14 +190,6 @@ def _layers_are_exact(model: Any, spec: SlabSpec, form: Form) -> bool:
         return is_bit_exact(engine, tried, model.config.vocab_size)
 
     return found(f"{model.config} {form} {tried}", probe)
-
-
-def _count_weights(config: PreTrainedConfig, directory: Path) -> int:
-    try:
-        with torch.device("meta"):
-            return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
-    except CONFIG_ERRORS as error:
-        raise ModelUnavailable(f"the configuration in {directory} makes no model: {one_line(error)}") from error
 
 
 def _load_model(directory: Path, form: Form, device: torch.device, *, is_strict: bool) -> Any:
@@ -253,14 +239,10 @@ def _forms(settings: Settings, device: torch.device, weights: int) -> list[Form]
         dtypes = [torch.float32]
     if not is_weights_auto:
         return [Form(dtype, settings.weights) for dtype in dtypes]
-    if _is_small(weights):
+    if is_small(weights):
         choices = {"none": "so small a model stays in the CPU's cache", "int8": ""}
     elif here >= Level.AVX512_BF16:
         choices = {"none": "this CPU reads 16 bits a weight at its memory's speed", "int8": ""}
     else:
         choices = {"int8": "this CPU multiplies no numbers of 16 bits", "none": ""}
     return [Form(dtype, name, reason) for dtype in dtypes for name, reason in choices.items()]
-
-
-def _is_small(weights: int) -> bool:
-    return weights * torch.float32.itemsize < _ONE_THREAD_BYTES

@@ -19,7 +19,7 @@ from runtime.settings import Settings
 from runtime.slab import Slab
 
 GREEDY = Draw(Sampling())
-BACKENDS = ("torch", "mlx")
+BACKENDS = ("torch", "mlx", "openvino")
 
 
 class LogitsEngine(Engine, Protocol):
@@ -46,7 +46,7 @@ def load(
     engine: Any = load_engine(
         Settings(
             dtype=dtype,
-            device="cpu" if backend == "torch" else "auto",
+            device="auto" if backend == "mlx" else "cpu",
             sink=sink,
             window=window,
             determinism=determinism,

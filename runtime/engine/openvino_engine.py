@@ -1,0 +1,238 @@
+"""The OpenVINO engine: layers as compiled graphs, attention over torch's slabs between them. For CPUs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from runtime.checkpoints import load_weights
+from runtime.engine import EngineFacts
+from runtime.engine.attention import CLAIMS, attend, attention_is_exact, plan_forward
+from runtime.engine.configuration import (
+    Form,
+    check_memory,
+    count_weights,
+    is_small,
+    named_dtype,
+    read_config,
+    refuse,
+    slab_spec,
+)
+from runtime.engine.drawing import DrawingEngine
+from runtime.engine.exact import Claim, Ground
+from runtime.engine.findings import found
+from runtime.engine.machine import Level, features, kernel_class, level
+from runtime.engine.openvino_graphs import Compiling, build, can_build
+from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
+from runtime.engine.rotary import ExactRotary
+from runtime.engine.torch_slab import torch_pool
+from runtime.errors import InvalidSetting, ModelUnavailable
+from runtime.rows import RowBatch
+from runtime.settings import Settings
+from runtime.slab import SlabPool, SlabSpec
+
+_log = logging.getLogger("perennial.engine")
+
+# A head draws for one row of each session, and its probe takes longest.
+_HEAD_MOST_ROWS = 32
+
+
+def is_best_by(settings: Settings, directory: Path) -> bool:
+    """Whether these settings leave the engine to us, and this one is the fastest for the model on this machine.
+
+    It was measured on CPUs with AVX-512. What stays in a CPU's cache is computed sooner than a graph is called.
+    """
+    config = read_config(directory)
+    is_on_cpu = settings.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return (
+        settings.device in ("auto", "cpu")
+        and is_on_cpu
+        and settings.dtype == "auto"
+        and level() >= Level.AVX512
+        and can_build(config)
+        and not is_small(count_weights(config, directory))
+    )
+
+
+class OpenVinoEngine(DrawingEngine):
+    """A causal language model of one of `ARCHITECTURES` on a CPU."""
+
+    def __init__(self, model: _Model, spec: SlabSpec, form: Form, *, is_bit_exact: bool) -> None:
+        self._model, self._spec, self._form = model, spec, form
+        self._is_bit_exact = is_bit_exact
+
+    @classmethod
+    def load(cls, settings: Settings, directory: Path, beside: EngineFacts | None = None) -> OpenVinoEngine:
+        """The engine for the model in `directory`, under `strict` in the first form that a probe finds exact here.
+
+        One that is loaded `beside` another leaves it its memory, and its threads, for which the other was probed.
+
+        Raises InvalidSetting, ModelUnavailable or NotEnoughMemory.
+        """
+        config = read_config(directory)
+        if settings.device not in ("auto", "cpu"):
+            raise InvalidSetting(f"backend=openvino runs on a CPU: set backend to torch for device={settings.device}")
+        cpu = torch.device("cpu")
+        if not can_build(config):
+            raise ModelUnavailable(
+                f"backend=openvino cannot run the model in {directory}, whose layers have other parts or sizes that are no "
+                "multiples of 32: set backend to torch"
+            )
+        forms = _forms(settings)
+        count = count_weights(config, directory)
+        widest = slab_spec(config, settings, forms[0].dtype, cpu)
+        check_memory(2 * count, psutil.virtual_memory().available, settings, widest, beside)
+        if beside is None:
+            torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
+        is_strict = settings.determinism == "strict"
+        failed: list[Form] = []
+        for form in forms:
+            spec = slab_spec(config, settings, form.dtype, cpu)
+            model = _Model(config, directory, form)
+            if not is_strict or model.is_exact(spec):
+                return cls(model, spec, form.after(failed), is_bit_exact=is_strict)
+            failed.append(form)
+        raise refuse(failed)
+
+    @cached_property
+    def facts(self) -> EngineFacts:
+        return EngineFacts(
+            backend="openvino",
+            device="cpu",
+            dtype=str(self._spec.dtype).removeprefix("torch."),
+            weights=self._form.weights,
+            form_reason=self._form.reason,
+            architecture=self._model.config.model_type,
+            vocabulary=self._model.config.vocab_size,
+            weights_bytes=self._model.weights_bytes,
+            row_tile=self._spec.row_tile,
+            row_step=1,
+            is_bit_exact=self._is_bit_exact,
+            claims=self._claims() if self._is_bit_exact else (),
+            tried=_TRIED if self._is_bit_exact else "",
+            cpu_features=features(),
+            kernel_class=f"{kernel_class()}, openvino {version('openvino')}",
+            slab=self._spec,
+        )
+
+    def _claims(self) -> tuple[str, ...]:
+        is_whole = self._form.weights != "none"
+        linears = Claim(
+            "linears",
+            "OpenVINO, rows in 8 bits by groups of 32" if is_whole else "OpenVINO, in bfloat16",
+            Ground.WHOLE_NUMBERS if is_whole else Ground.ROW_BY_ROW,
+        )
+        rest = Claim("norms, activations, rotation", "OpenVINO's vectors, a row at a time", Ground.ROW_BY_ROW)
+        return tuple(f"{claim.part} ({claim.form}): {claim.ground}" for claim in (linears, rest, CLAIMS[0]))
+
+    def new_pool(self, count: int) -> SlabPool:
+        return torch_pool(self._spec, count)
+
+    @torch.inference_mode()
+    def logits(self, batch: RowBatch) -> Tensor:
+        rows = batch.rows
+        assert 0 < len(rows) <= self._spec.row_tile
+        return self._model.logits(batch, self._spec)
+
+
+_TRIED = (
+    f"each kind of graph at every count of rows on {PROBED_ROWS} rows or more, attention at every count, a layer in "
+    "batches of two sessions"
+)
+
+
+class _Model:
+    """The graphs of a model, its embedding, and the angles that it turns by."""
+
+    def __init__(self, config: PreTrainedConfig, directory: Path, form: Form) -> None:
+        """Raises ModelUnavailable."""
+        # What is rounded to fewer bits is rounded from the checkpoint's own.
+        held: torch.dtype | Literal["auto"] = form.dtype if form.weights == "none" else "auto"
+        refusal = f"the weights in {directory} cannot be loaded"
+        model = load_weights(AutoModelForCausalLM, directory, held, refusal)
+        self.config = config
+        self._form = form
+        decoder = model.get_decoder()
+        self._rotary = ExactRotary(decoder.rotary_emb)
+        self._embedding: Tensor = decoder.embed_tokens.weight.detach()
+        self._graphs = build(model, Compiling(form.dtype, form.weights, torch.get_num_threads()))
+        self.weights_bytes = self._graphs.weights_bytes + self._embedding.numel() * self._embedding.itemsize
+        self._no_logits = torch.empty(0, config.vocab_size)
+        self._scaling = (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) ** -0.5
+
+    def is_exact(self, spec: SlabSpec) -> bool:
+        """Whether each kind of graph, attention, and a layer as a whole, give rows the same bits in every batch here."""
+        described = f"openvino {version('openvino')} {self.config} {self._form}"
+        graphs = self._graphs
+        kinds = {"first": graphs.first, "last": graphs.last, "head": graphs.head}
+        if graphs.between:
+            kinds["between"] = graphs.between[0]
+        for kind, graph in kinds.items():
+            most = _HEAD_MOST_ROWS if graph is graphs.head else spec.row_tile
+            probe = partial(is_exact_function, graph.of_rows, sum(graph.widths), torch.float32, most)
+            if not found(f"{described} graph {kind}, at most {most} rows", probe):
+                _log.warning("a row gets other bits in other batches of the graph %s of %s", kind, self._form)
+                return False
+        layer = _FirstLayer(self, replace(spec, layers=1))
+        return attention_is_exact(spec, self.config.num_attention_heads, self._rotary) and found(
+            f"{described} {layer.spec}", partial(is_bit_exact, layer, layer.spec, self.config.vocab_size)
+        )
+
+    def hidden(self, batch: RowBatch, spec: SlabSpec) -> Tensor:
+        """What the head is given, of the rows with `draw`. Of the layers run as many as the slabs of `spec` have."""
+        rows = batch.rows
+        hidden = self._embedding[[row.token_id for row in rows]].float()
+        positions = torch.tensor([row.position for row in rows])
+        turn = self._rotary(hidden, positions)
+        plan = plan_forward(batch, self._rotary, self.config.num_attention_heads)
+        graphs = self._graphs
+        projected = graphs.first(hidden, *turn)
+        for layer in range(spec.layers):
+            query, key, value = (one.to(spec.dtype).transpose(0, 1) for one in projected)
+            attended = attend(layer, query, key, value, scaling=self._scaling, plan=plan)
+            flat = attended.flatten(1).float()
+            if layer == spec.layers - 1:
+                (hidden,) = graphs.last(flat, hidden)
+            else:
+                hidden, *projected = graphs.between[layer](flat, hidden, *turn)
+        return hidden[[index for index, row in enumerate(rows) if row.draw is not None]]
+
+    def logits(self, batch: RowBatch, spec: SlabSpec) -> Tensor:
+        """Of the rows with `draw`, [rows, vocabulary] float32."""
+        parts = self.hidden(batch, spec).split(_HEAD_MOST_ROWS)
+        return torch.cat([self._graphs.head(part)[0].clone() for part in parts if len(part)] or [self._no_logits])
+
+
+class _FirstLayer:
+    """The model's first layer, over slabs of `spec`: the head was tried by itself, and a large one takes longest."""
+
+    def __init__(self, model: _Model, spec: SlabSpec) -> None:
+        self._model, self.spec = model, spec
+
+    def new_pool(self, count: int) -> SlabPool:
+        return torch_pool(self.spec, count)
+
+    @torch.inference_mode()
+    def logits(self, batch: RowBatch) -> Tensor:
+        return self._model.hidden(batch, self.spec)
+
+
+def _forms(settings: Settings) -> list[Form]:
+    """The forms that the settings leave, the one to be tried first before the others. Raises InvalidSetting."""
+    multiplies_halves = level() >= Level.AVX512_BF16
+    dtype = torch.bfloat16 if settings.dtype == "auto" else named_dtype(settings.dtype)
+    if settings.weights != "auto":
+        return [Form(dtype, settings.weights)]
+    whole = Form(dtype, "int8", "" if multiplies_halves else "this CPU multiplies no numbers of 16 bits")
+    if multiplies_halves and dtype == torch.bfloat16:
+        return [Form(dtype, "none", "this CPU reads 16 bits a weight at its memory's speed"), whole]
+    return [whole]

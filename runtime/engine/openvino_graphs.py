@@ -1,0 +1,242 @@
+"""A decoder's layers as compiled OpenVINO graphs, cut where attention over slabs comes in.
+
+Between the attention of one layer and that of the next lies one graph: the output projection, the MLP, and the projections,
+norms and rotation of the next layer's queries and keys. All take rows, and any number of them.
+
+Weights of 8 and 4 bits have a scale for each group of 32 in a row. OpenVINO rounds the rows to 8 bits in the same groups,
+sums whole numbers inside a group, and adds the groups in order, which is what Q8_0 and Q4_0 of GGUF mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import openvino.opset15 as ops
+import torch
+from torch import Tensor, nn
+
+GROUP = 32
+_FLOAT = ov.Type.f32
+_OV_TYPES = {torch.bfloat16: ov.Type.bf16, torch.float16: ov.Type.f16, torch.float32: ov.Type.f32}
+
+
+@dataclass(frozen=True, slots=True)
+class Compiling:
+    """How graphs are compiled: the type that they compute in, how they hold weights, and on how many threads."""
+
+    dtype: torch.dtype
+    weights: str
+    threads: int
+
+    def graph(self, outputs: Sequence[ov.Output], inputs: Sequence[ov.Output], widths: Sequence[int]) -> Graph:
+        properties = {
+            "INFERENCE_PRECISION_HINT": "bf16" if self.dtype == torch.bfloat16 and self.weights == "none" else "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(GROUP if self.weights != "none" else 0),
+            "INFERENCE_NUM_THREADS": self.threads,
+            "NUM_STREAMS": 1,
+            # Threads that are tied to a core stand in the way of torch's own.
+            "ENABLE_CPU_PINNING": False,
+        }
+        model = ov.Model(list(outputs), [one.get_node() for one in inputs])
+        return Graph(ov.Core().compile_model(model, "CPU", properties), widths)
+
+
+class Graph:
+    """A compiled graph. Takes rows of these `widths` and returns rows, in float32; its next call overwrites what it returned."""
+
+    def __init__(self, compiled: ov.CompiledModel, widths: Sequence[int]) -> None:
+        self.widths = tuple(widths)
+        self._request = compiled.create_infer_request()
+        self._outputs = len(compiled.outputs)
+        self._given: list[ov.Tensor] = []
+
+    def __call__(self, *rows: Tensor) -> list[Tensor]:
+        # What is shared has to outlive the call.
+        self._given = [ov.Tensor(one.numpy(), shared_memory=True) for one in rows]
+        for place, tensor in enumerate(self._given):
+            self._request.set_input_tensor(place, tensor)
+        self._request.infer()
+        return [torch.from_numpy(self._request.get_output_tensor(place).data) for place in range(self._outputs)]
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """All that it returns for `rows` that hold all that it takes, one beside the other."""
+        taken = [part.contiguous() for part in rows.split(self.widths, dim=1)]
+        return torch.cat([one.flatten(1) for one in self(*taken)], dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Graphs:
+    """`first` takes hidden rows; each of `between`, and `last`, what a layer attended to and the hidden rows before it."""
+
+    first: Graph
+    between: tuple[Graph, ...]
+    last: Graph
+    head: Graph
+    weights_bytes: int
+
+
+def can_build(config: Any) -> bool:
+    """Whether a model of this configuration has layers of the parts that are built here, of sizes that divide into groups."""
+    heads = config.num_attention_heads
+    attended = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    sizes = (config.hidden_size, config.intermediate_size, attended)
+    return config.hidden_act == "silu" and not any(size % GROUP for size in sizes)
+
+
+def build(model: Any, compiling: Compiling) -> Graphs:
+    """The graphs of a model of transformers, whose layers are taken from it one by one, so that memory holds one twice."""
+    decoder, config = model.get_decoder(), model.config
+    builder = _Builder(config, compiling)
+    layers = list(decoder.layers)
+    decoder.layers = nn.ModuleList()
+    first = builder.graph(lambda hidden, *turn: builder.projected(layers[0], hidden, turn), ["hidden", *_TURN])
+    between = []
+    for number in range(1, len(layers)):
+        before, after = layers[number - 1], layers[number]
+
+        def middle(attended: ov.Output, hidden: ov.Output, *turn: ov.Output) -> list[ov.Output]:
+            hidden = builder.mixed(before, attended, hidden)  # noqa: B023 (called before the loop goes on)
+            return [hidden, *builder.projected(after, hidden, turn)]  # noqa: B023
+
+        between.append(builder.graph(middle, ["attended", "hidden", *_TURN]))
+        layers[number - 1] = None
+    last = builder.graph(
+        lambda attended, hidden: [builder.norm(decoder.norm, builder.mixed(layers[-1], attended, hidden))],
+        ["attended", "hidden"],
+    )
+    head = builder.head(model.get_output_embeddings())
+    return Graphs(first, tuple(between), last, head, builder.weights_bytes)
+
+
+_TURN = ("cosines", "sines")
+
+
+class _Builder:
+    def __init__(self, config: Any, compiling: Compiling) -> None:
+        self._compiling = compiling
+        self._heads = config.num_attention_heads
+        self._kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
+        self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
+        self._widths = {
+            "hidden": config.hidden_size,
+            "attended": self._heads * self._head_dim,
+            **dict.fromkeys(_TURN, self._head_dim),
+        }
+        self.weights_bytes = 0
+
+    def graph(self, make: Callable[..., list[ov.Output]], names: Sequence[str]) -> Graph:
+        widths = [self._widths[name] for name in names]
+        inputs = [_out(ops.parameter(ov.PartialShape([-1, width]), _FLOAT)) for width in widths]
+        return self._compiling.graph(make(*inputs), inputs, widths)
+
+    def head(self, linear: nn.Linear) -> Graph:
+        """In 8 bits where the layers have 4: it decides between tokens."""
+        weights = "int8" if self._compiling.weights == "int4" else self._compiling.weights
+        return self.graph(lambda hidden: [self.times([linear], hidden, weights)], ["hidden"])
+
+    def projected(self, layer: Any, hidden: ov.Output, turn: Sequence[ov.Output]) -> list[ov.Output]:
+        """Queries, keys and values [rows, heads, D] of a layer, queries and keys turned."""
+        attention = layer.self_attn
+        linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+        together = self.times(linears, self.norm(layer.input_layernorm, hidden))
+        counts = (self._heads, self._kv_heads, self._kv_heads)
+        lengths = _constant(np.array([count * self._head_dim for count in counts]))
+        parts = ops.variadic_split(together, _constant(np.array(1)), lengths).outputs()
+        query, key, value = (
+            _out(ops.reshape(part, _constant(np.array([0, count, self._head_dim])), True))
+            for part, count in zip(parts, counts, strict=True)
+        )
+        if hasattr(attention, "q_norm"):
+            query, key = self.norm(attention.q_norm, query), self.norm(attention.k_norm, key)
+        return [self._turned(query, turn), self._turned(key, turn), value]
+
+    def mixed(self, layer: Any, attended: ov.Output, hidden: ov.Output) -> ov.Output:
+        """The hidden rows after a layer, from what it attended to."""
+        hidden = _out(ops.add(hidden, self.times([layer.self_attn.o_proj], attended)))
+        mlp = layer.mlp
+        together = self.times([mlp.gate_proj, mlp.up_proj], self.norm(layer.post_attention_layernorm, hidden))
+        gate, up = ops.split(together, _constant(np.array(1)), 2).outputs()
+        return _out(ops.add(hidden, self.times([mlp.down_proj], _out(ops.multiply(ops.swish(gate), up)))))
+
+    def norm(self, norm: Any, rows: ov.Output) -> ov.Output:
+        """The root mean square norm of the last axis (arXiv 1910.07467)."""
+        mean = ops.reduce_mean(ops.multiply(rows, rows), _constant(np.array([-1])), True)
+        root = ops.sqrt(ops.add(mean, _constant(np.array([norm.variance_epsilon], dtype=np.float32))))
+        scale = norm.weight.detach().float().numpy()
+        self.weights_bytes += norm.weight.numel() * norm.weight.itemsize
+        return _out(
+            ops.multiply(
+                ops.multiply(rows, ops.divide(_constant(np.ones(1, dtype=np.float32)), root)), _constant(scale)
+            )
+        )
+
+    def times(self, linears: Sequence[nn.Linear], rows: ov.Output, weights: str | None = None) -> ov.Output:
+        """The rows through linears of the same input at once, one's outputs beside the other's."""
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        product = ops.matmul(rows, self._held(weight, weights or self._compiling.weights), False, True)
+        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+        self.weights_bytes += sum(bias.numel() * bias.itemsize for bias in biases)
+        return _out(ops.add(product, _constant(torch.cat(biases).float().numpy())) if biases else product)
+
+    def _turned(self, vectors: ov.Output, turn: Sequence[ov.Output]) -> ov.Output:
+        """Vectors [rows, heads, D] turned by angles given as cosines and sines [rows, D]."""
+        cosines, sines = (ops.unsqueeze(one, _constant(np.array(1))) for one in turn)
+        low, high = ops.split(vectors, _constant(np.array(2)), 2).outputs()
+        across = ops.concat([ops.negative(high), low], 2)
+        return _out(ops.add(ops.multiply(vectors, cosines), ops.multiply(across, sines)))
+
+    def _held(self, weight: Tensor, weights: str) -> ov.Output:
+        """A constant [outputs, inputs], as the graph reads it."""
+        if weights == "none":
+            self.weights_bytes += weight.numel() * weight.itemsize
+            held = _owned(weight.view(torch.uint8), weight.shape, _OV_TYPES[weight.dtype])
+            return _out(ops.convert(held, _FLOAT))
+        steps, scales = quantised(weight, weights)
+        outputs, groups, _ = steps.shape
+        whole = _constant(steps.numpy()) if weights == "int8" else _four_bits(steps)
+        self.weights_bytes += steps.numel() // (1 if weights == "int8" else 2) + scales.numel() * scales.itemsize
+        scaled = ops.multiply(ops.convert(whole, ov.Type.f16), _constant(scales.numpy()))
+        flat = ops.reshape(scaled, _constant(np.array([outputs, groups * GROUP])), False)
+        return _out(ops.convert(flat, _FLOAT))
+
+
+def quantised(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
+    """Whole numbers [outputs, groups, 32] int8, and the scale [outputs, groups, 1] float16 of each group.
+
+    With 8 bits they reach from -127 to 127. With 4 the value of the largest size is -8, as in Q4_0 of GGUF.
+    """
+    groups = weight.detach().float().unflatten(1, (-1, GROUP))
+    if weights == "int8":
+        lowest, highest = -127, 127
+        scales = groups.abs().amax(dim=2, keepdim=True) / highest
+    else:
+        lowest, highest = -8, 7
+        scales = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True)) / lowest
+    # The weights are rounded against the scale as it is kept, so that its own rounding costs nothing.
+    kept = scales.half()
+    steps = torch.where(kept == 0, 0.0, groups / kept.float())
+    return steps.round().clamp(lowest, highest).to(torch.int8), kept
+
+
+def _four_bits(steps: Tensor) -> Any:
+    pairs = steps.flatten().view(torch.uint8).bitwise_and(0xF).view(-1, 2)
+    return _owned(pairs[:, 0] | (pairs[:, 1] << 4), steps.shape, ov.Type.i4)
+
+
+def _owned(content: Tensor, shape: Sequence[int], kind: ov.Type) -> Any:
+    """A constant of a type that numpy lacks, with these bytes, in memory of its own."""
+    tensor = ov.Tensor(kind, ov.Shape(shape))
+    tensor.data.view(np.uint8).reshape(-1)[:] = content.flatten().numpy()
+    return ops.constant(tensor, shared_memory=True)
+
+
+def _constant(values: Any) -> Any:
+    return ops.constant(values)
+
+
+def _out(node: Any) -> ov.Output:
+    return node if isinstance(node, ov.Output) else node.output(0)
