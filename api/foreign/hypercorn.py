@@ -8,9 +8,10 @@
 - `AsyncioConnection`. The same, but for the shield: there a close waits until all has been sent. And where a connection has
   not ended by `graceful_timeout`, Hypercorn fails on its own cancellation and never tells the application to stop.
 - `PatientH2`, `PatientBuffer`. Of an answer that is not read, any length is held in memory; it waits for the client's window
-  without limit, also on a stream or connection that is gone; an error in the answer leaves the stream open; a connection
-  whose last stream was reset never counts as idle; data for a stream that was answered already, a path that is not ASCII and
-  a PRIORITY frame can end the connection; and what a client can make h2 hold has no bound (`api.foreign.h2`).
+  without limit, also on a stream or connection that is gone; an error in the answer leaves the stream open; something of each
+  stream that was reset is kept, until the connection fails; a connection whose last stream was reset never counts as idle; data
+  for a stream that was answered already, a path that is not ASCII and a PRIORITY frame can end the connection; and what a client
+  can make h2 hold has no bound (`api.foreign.h2`).
 - Both connections count themselves in a `Crowd`, which Hypercorn does not bound.
 """
 
@@ -457,12 +458,13 @@ class PatientH2(H2Protocol):
             await self.send(Updated(idle=self.idle))
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
-        resets = [event.stream_id for event in events if isinstance(event, h2.events.StreamReset)]
-        for stream_id in resets:
-            await self._discard(stream_id)
-        await super()._handle_events(events)
-        if resets:
-            await self.send(Updated(idle=self.idle))
+        # One by one: a stream may be opened and reset by what is read at once.
+        for event in events:
+            if isinstance(event, h2.events.StreamReset):
+                await self._discard(event.stream_id)
+            await super()._handle_events([event])
+            if isinstance(event, h2.events.StreamReset):
+                await self.send(Updated(idle=self.idle))
 
     async def _send_data(self, stream_id: int) -> None:
         # Of a stream that is discarded while a part of it is sent, nothing is left to be sent or to be blocked.
