@@ -37,7 +37,7 @@ from tests.api.hostile import (
     send_anything,
     setting,
 )
-from tests.contract.servers import JSON, ServerProcess, memory_of, until
+from tests.contract.servers import JSON, KINDS, ServerProcess, complaints, memory_of, started, until
 
 pytestmark = pytest.mark.door
 
@@ -271,6 +271,28 @@ async def test_a_connection_of_http_2_whose_streams_have_ended_is_closed(
         with trio.fail_after(_LONGEST_WAIT_S), suppress(EOFError):
             while True:
                 await client.next_events()
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+async def test_a_request_whose_rest_does_not_come_is_not_waited_for(kind: str) -> None:
+    flags = ("--keep-alive", "600")
+    with started(kind, *flags, application="tests.contract.hasty:app") as server:
+        address = split_address(address_of(server))
+        with socket.create_connection(address, timeout=_LONGEST_WAIT_S) as head:
+            head.sendall(b"GET /healthz HTTP/1.1\r\nHost: loc")
+            assert head.recv(4096) == b""
+        with ExitStack() as stack:
+            bodies = [stack.enter_context(socket.create_connection(address, timeout=_LONGEST_WAIT_S)) for _ in range(9)]
+            for each in bodies:
+                each.sendall(f"POST {COMPLETIONS} {JSON}{7 * MIB}\r\n\r\n{{".encode())
+            for each in bodies:
+                answer = b"".join(iter(lambda each=each: each.recv(4096), b""))
+                assert answer.startswith(b"HTTP/1.1 408 ")
+        async with rude(address) as client:
+            assert await client.status(await client.begin(COMPLETIONS, 1000)) == "408"
+        assert serves(server)
+        assert server.stop() == 0
+    assert complaints("".join(server.said)) == []
 
 
 # What is held.
