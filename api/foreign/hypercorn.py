@@ -358,6 +358,9 @@ class AsyncioConnection(AsyncioTCPServer):
         async with self.send_lock:
             try:
                 for part in _parts(event.data):
+                    if self.writer.transport.is_closing():
+                        # asyncio would take it, and log a line each time.
+                        raise ConnectionResetError
                     self.writer.write(part)
                     await asyncio.wait_for(self.writer.drain(), self._patience.reader_timeout_s)
             except (OSError, RuntimeError):
