@@ -7,28 +7,47 @@ import logging
 import math
 import resource
 import socket
+import time
 from collections.abc import Awaitable, Callable
 
 import trio
 
 from actors.nursery import open_nursery
 
-# Of descriptors the process has a limit, which the other door and the files need too.
 _MOST_CONNECTIONS = 2000
-_OUT_OF_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+# Of the descriptors that this process may open: both doors take so many, and leave some for files and processes.
+_SHARE_OF_DESCRIPTORS = 3 / 8
+OUT_OF_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""What accept fails with where the process or the machine has no room for a connection."""
+
 # Descriptors are freed by others too, without a word.
 _TRY_AGAIN_S = 0.1
 _SAID_ONCE_IN_S = 60.0
 
-_log = logging.getLogger("perennial.grpc")
+
+class Notice:
+    """Says that there is no room, in one line however often it is asked to."""
+
+    def __init__(self, logger: logging.Logger, door: str) -> None:
+        self._logger = logger
+        self._door = door
+        self._said_at = -math.inf
+
+    def give(self, reason: str) -> None:
+        now = time.monotonic()
+        if now >= self._said_at + _SAID_ONCE_IN_S:
+            self._said_at = now
+            self._logger.warning(
+                "no room for another %s connection (%s): idle ones are closed, new ones wait", self._door, reason
+            )
 
 
 def most_connections() -> int:
-    """How many connections a door may hold: at most half of the descriptors that this process may open."""
+    """How many connections a door may hold."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return _MOST_CONNECTIONS
-    return max(1, min(_MOST_CONNECTIONS, limit // 2))
+    return max(1, min(_MOST_CONNECTIONS, int(limit * _SHARE_OF_DESCRIPTORS)))
 
 
 class Accepting:
@@ -38,7 +57,7 @@ class Accepting:
         self._most = most
         self._open = 0
         self._left = trio.lowlevel.ParkingLot()
-        self._said_at = -math.inf
+        self._notice = Notice(logging.getLogger("perennial.grpc"), "gRPC")
 
     def one_has_left(self) -> None:
         """To be called when a connection has ended."""
@@ -62,7 +81,7 @@ class Accepting:
                 try:
                     connected, _ = listener.accept()
                 except OSError as error:
-                    if error.errno in _OUT_OF_ROOM:
+                    if error.errno in OUT_OF_ROOM:
                         await self._room(end_idle_one, error.strerror or "out of resources")
                     # Any other error is of a client that left before it was accepted.
                     continue
@@ -71,10 +90,7 @@ class Accepting:
 
     async def _room(self, end_idle_one: Callable[[], None], reason: str) -> None:
         """Returns when there may be room."""
-        now = trio.current_time()
-        if now >= self._said_at + _SAID_ONCE_IN_S:
-            self._said_at = now
-            _log.warning("no room for another gRPC connection (%s): idle ones are closed, new ones wait", reason)
+        self._notice.give(reason)
         end_idle_one()
         with trio.move_on_after(_TRY_AGAIN_S):
             await self._left.park()

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
+import signal
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -77,6 +80,25 @@ def for_asyncio(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]
     return adapted
 
 
+def _leave_signals_to_the_host() -> None:
+    """Has a worker of Hypercorn's go on until its host tells it to stop.
+
+    A terminal that is closed, or a service manager, signals all processes at once: the host, which tells its workers to drain,
+    and the workers too, which it would end in the middle of their calls. One whose host is gone ends as ever.
+    """
+    host = multiprocessing.parent_process()
+    if host is None or threading.current_thread() is not threading.main_thread():
+        return
+
+    def stop_if_alone(number: int, _: object) -> None:
+        if not host.is_alive():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop_if_alone)
+
+
 class EitherLoop:
     """An ASGI application written for trio, served by a trio or by an asyncio server.
 
@@ -96,6 +118,7 @@ class EitherLoop:
             await self._cross(scope, receive, send)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        _leave_signals_to_the_host()
         if _is_trio():
             await self._application(scope, receive, send)
         else:

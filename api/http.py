@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -21,6 +21,7 @@ from quart import Quart, Response, request, websocket
 from quart.wrappers import Request
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
+from quart_trio.wrappers import TrioRequest
 from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
 
 from actors.nursery import lone_errors, open_nursery
@@ -38,9 +39,12 @@ from api.schemas import Health, Model, ModelList
 from api.server import Phase, Server
 from api.status import status_of
 from api.traces import describe_request, request_span
-from runtime.errors import InvalidSetting, PayloadTooLarge
+from api.uploads import Upload, UploadRoom
+from runtime.errors import InvalidSetting, PayloadTooLarge, Saturated
 
 MOST_BODY_BYTES = 8 * 2**20
+# Of all bodies at once: a client without a key can send some, too.
+MOST_UPLOAD_BYTES = 64 * 2**20
 MIGRATION_PAGE = "0008-session-bound-runtime-and-grpc-protocol.md"
 MIGRATION_PATH = f"/docs/adr/{MIGRATION_PAGE}"
 DEPRECATION = {
@@ -60,6 +64,8 @@ def make_app(server: Server) -> QuartTrio:
     """The HTTP door of `server` as an ASGI application for trio."""
     app = QuartTrio("perennial", root_path=str(Path(__file__).parent), static_folder=None)
     app.config.update(RESPONSE_TIMEOUT=None, MAX_CONTENT_LENGTH=MOST_BODY_BYTES)
+    body_class = partial(Upload, UploadRoom(MOST_UPLOAD_BYTES))
+    app.request_class = cast(type[TrioRequest], type("UploadRequest", (TrioRequest,), {"body_class": body_class}))
     app.asgi_http_class = cast(type[Connection], partial(Connection, server))
     # Nothing here has two spellings of its path, and a redirect would go to whatever Host the client has named.
     app.url_map.merge_slashes = False
@@ -106,9 +112,10 @@ def make_app(server: Server) -> QuartTrio:
     @app.after_request
     async def let_the_body_come(response: Response) -> Response:
         # Hypercorn has to close a connection on which an answer overtakes its request, and the client would lose the next.
+        _upload_of(request).pass_over()
         try:
             await request.get_data(cache=False)
-        except (RequestEntityTooLarge, RequestTimeout):
+        except (RequestEntityTooLarge, RequestTimeout, Saturated):
             if request.http_version.startswith("1"):
                 response.headers["Connection"] = "close"
         return response
@@ -158,7 +165,8 @@ def make_app(server: Server) -> QuartTrio:
         runtime = held.enter_context(server.call())
         describe_request({"gen_ai.request.model": server.label})
         with server.may_be_ended():
-            reading = await server.reader.read(await _body())
+            async with _body() as body:
+                reading = await server.reader.read(body)
         asked = reading.asked
         stream = await held.enter_async_context(open_completion(server, runtime, reading))
         if not asked.stream:
@@ -221,11 +229,21 @@ def _held_by(asked: Request) -> AsyncExitStack:
     return cast(dict[str, AsyncExitStack], asked.scope)[_HELD]
 
 
-async def _body() -> bytes:
+@asynccontextmanager
+async def _body() -> AsyncIterator[bytes]:
+    """The request's body, for the block."""
     try:
-        return cast(bytes, await request.get_data(cache=False, as_text=False))
+        body = cast(bytes, await request.get_data(cache=False, as_text=False))
     except RequestEntityTooLarge:
         raise PayloadTooLarge(f"the body is over {MOST_BODY_BYTES} bytes: send less") from None
+    try:
+        yield body
+    finally:
+        _upload_of(request).let_go()
+
+
+def _upload_of(asked: Request) -> Upload:
+    return cast(Upload, asked.body)
 
 
 class Connection(TrioASGIHTTPConnection):
@@ -257,6 +275,8 @@ class Connection(TrioASGIHTTPConnection):
                     cast(dict[str, object], request.scope)[_HELD] = held
                     await super().handle_request(nursery, request, send_and_note)
             finally:
+                # A part of it may come even now.
+                _upload_of(request).pass_over()
                 self._count(request, status, trio.current_time() - began)
 
     def _count(self, request: Request, status: str, seconds: float) -> None:

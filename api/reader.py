@@ -17,7 +17,7 @@ import trio
 
 from actors.nursery import open_nursery
 from api.reading import LENGTH, Fault, Job, Reading, Terms
-from runtime.errors import DeadlineExceeded, InvalidRequest, RequestError
+from runtime.errors import DeadlineExceeded, InvalidRequest, NotServing, RequestError
 from runtime.text import Text
 
 # How long reading may take: so long whatever the body, and longer by so much for each MiB of it.
@@ -28,7 +28,14 @@ _START_S = 60.0
 # A body up to so long never waits behind a longer one.
 _SMALL_BYTES = 2**16
 
-_PROGRAM = "from api.reading import main; main()"
+# A signal that all processes of a server get is for the server: its calls, and what they need, may go on for a while.
+_PROGRAM = """
+import signal
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+from api.reading import main
+main()
+"""
 
 _log = logging.getLogger("perennial.api")
 
@@ -111,14 +118,26 @@ class Reader:
     async def _sit_at(self, desk: _Desk) -> None:
         while True:
             asked = await desk.next()
-            async with _started(self._text, self._terms) as process:
+            try:
+                process = await _opened()
+            except OSError as error:
+                _log.error("no process to read a request with: %s", error.strerror)
+                asked.give(
+                    outcome.Error(NotServing("there is no room to read this request now: try again in a moment"))
+                )
+                self._next_at(desk)
+                continue
+            async with _started(process, self._text, self._terms) as reading:
                 while True:
-                    asked.give(await process.read(asked))
-                    desk.is_free = True
-                    self._assign()
-                    if process.is_broken:
+                    asked.give(await reading.read(asked))
+                    self._next_at(desk)
+                    if reading.is_broken:
                         break
                     asked = await desk.next()
+
+    def _next_at(self, desk: _Desk) -> None:
+        desk.is_free = True
+        self._assign()
 
 
 @asynccontextmanager
@@ -196,9 +215,8 @@ class _Process:
         return taken
 
 
-@asynccontextmanager
-async def _started(text: Text, terms: Terms) -> AsyncIterator[_Process]:
-    """A process for the block; it is killed when the block ends."""
+async def _opened() -> trio.Process:
+    """A process that is to read. Raises OSError where the system has no room for one."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
         # One thread tokenises, and beside it the engine has every core.
@@ -206,9 +224,14 @@ async def _started(text: Text, terms: Terms) -> AsyncIterator[_Process]:
         "HF_HUB_OFFLINE": "1",
     }
     # What libraries print may have some of a prompt in it.
-    process = await trio.lowlevel.open_process(
+    return await trio.lowlevel.open_process(
         [sys.executable, "-c", _PROGRAM], stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment
     )
+
+
+@asynccontextmanager
+async def _started(process: trio.Process, text: Text, terms: Terms) -> AsyncIterator[_Process]:
+    """The process with what it reads with, for the block; it is killed when the block ends."""
     try:
         reading = _Process(process)
         try:

@@ -8,17 +8,18 @@
 - `AsyncioConnection`. The same, but for the shield: there a close waits until all has been sent. And where a connection has
   not ended by `graceful_timeout`, Hypercorn fails on its own cancellation and never tells the application to stop.
 - `PatientH2`, `PatientBuffer`. Of an answer that is not read, any length is held in memory; it waits for the client's window
-  without limit, also on a stream or connection that is gone; an error in the answer leaves the stream open; a connection
-  whose last stream was reset never counts as idle; data for a stream that was answered already, a path that is not ASCII and
-  a PRIORITY frame can end the connection; and what a client can make h2 hold has no bound (`api.foreign.h2`).
-- Both connections count themselves in a `Crowd`, which Hypercorn does not bound.
+  without limit, also on a stream or connection that is gone; an error in the answer leaves the stream open; something of each
+  stream that was reset is kept, until the connection fails; a connection whose last stream was reset never counts as idle; data
+  for a stream that was answered already, a path that is not ASCII and a PRIORITY frame can end the connection; and what a client
+  can make h2 hold has no bound (`api.foreign.h2`).
+- Both connections count themselves in a `Crowd`, which Hypercorn does not bound. Without descriptors, asyncio and trio wait for
+  somebody else to free one and log an error each time that they have waited; `_OutOfRoom` frees one, and says so once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import resource
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from priority.priority import MissingStreamError
 
+from api.accepting import OUT_OF_ROOM, Notice, most_connections
 from api.foreign import require
 from api.foreign.h2 import MOST_HEADER_BYTES, BoundedConnection, require_tested_h2
 
@@ -63,9 +65,8 @@ _GOODBYE_S = 2.0
 _EARLY_S = 0.25
 # How long a client may take to send the head of a request that it has begun.
 _HEAD_S = 30.0
-# Descriptors that are not connections': listeners, files, worker processes, and the gRPC door's share.
-_SHARE_OF_DESCRIPTORS = 0.5
-_MOST_CONNECTIONS = 4096
+# Where asyncio and trio say that they cannot accept.
+_ACCEPTING = ("asyncio", "trio.serve_listeners")
 
 _log = logging.getLogger("perennial.http")
 
@@ -84,13 +85,18 @@ class Crowd:
 
     def enter(self, connection: _Connection) -> bool:
         """Whether there is room."""
-        if len(self._busy) + len(self._idle) >= self.most:
-            if not self._idle:
-                return False
-            longest = next(iter(self._idle))
-            self.leave(longest)
-            longest.cut()
+        if len(self._busy) + len(self._idle) >= self.most and not self.make_room():
+            return False
         self._idle[connection] = None
+        return True
+
+    def make_room(self) -> bool:
+        """Ends the connection that has been without a call for longest, if there is one."""
+        if not self._idle:
+            return False
+        longest = next(iter(self._idle))
+        self.leave(longest)
+        longest.cut()
         return True
 
     def note(self, connection: _Connection, *, is_idle: bool) -> None:
@@ -106,11 +112,21 @@ class Crowd:
         self._idle.pop(connection, None)
 
 
-def _most_connections() -> int:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return _MOST_CONNECTIONS
-    return max(1, min(_MOST_CONNECTIONS, int(soft * _SHARE_OF_DESCRIPTORS)))
+class _OutOfRoom(logging.Filter):
+    """Makes room where a connection could not be accepted. That it could not, the loops say in their logs alone."""
+
+    def __init__(self, crowd: Crowd) -> None:
+        super().__init__()
+        self._crowd = crowd
+        self._notice = Notice(_log, "HTTP")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, OSError) or error.errno not in OUT_OF_ROOM:
+            return True
+        self._notice.give(error.strerror or "out of resources")
+        self._crowd.make_room()
+        return False
 
 
 @dataclass(frozen=True)
@@ -119,7 +135,7 @@ class Patience:
 
     reader_timeout_s: float
     on_stop: Callable[[float], None]
-    crowd: Crowd = field(default_factory=lambda: Crowd(_most_connections()))
+    crowd: Crowd = field(default_factory=lambda: Crowd(most_connections()))
 
 
 def patch(patience: Patience) -> None:
@@ -131,6 +147,12 @@ def patch(patience: Patience) -> None:
     hypercorn.asyncio.run.TCPServer = partial(AsyncioConnection, patience)  # type: ignore[attr-defined, assignment]
     hypercorn.protocol.H2Protocol = partial(PatientH2, patience)  # type: ignore[attr-defined, assignment]
     hypercorn.protocol.h2.StreamBuffer = partial(PatientBuffer, patience)  # type: ignore[misc, assignment]
+    for name in _ACCEPTING:
+        logger = logging.getLogger(name)
+        logger.filters[:] = [
+            *(one for one in logger.filters if not isinstance(one, _OutOfRoom)),
+            _OutOfRoom(patience.crowd),
+        ]
 
 
 def _parts(data: bytes, most: int = _PART_BYTES) -> Iterator[memoryview]:
@@ -336,6 +358,9 @@ class AsyncioConnection(AsyncioTCPServer):
         async with self.send_lock:
             try:
                 for part in _parts(event.data):
+                    if self.writer.transport.is_closing():
+                        # asyncio would take it, and log a line each time.
+                        raise ConnectionResetError
                     self.writer.write(part)
                     await asyncio.wait_for(self.writer.drain(), self._patience.reader_timeout_s)
             except (OSError, RuntimeError):
@@ -457,12 +482,13 @@ class PatientH2(H2Protocol):
             await self.send(Updated(idle=self.idle))
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
-        resets = [event.stream_id for event in events if isinstance(event, h2.events.StreamReset)]
-        for stream_id in resets:
-            await self._discard(stream_id)
-        await super()._handle_events(events)
-        if resets:
-            await self.send(Updated(idle=self.idle))
+        # One by one: a stream may be opened and reset by what is read at once.
+        for event in events:
+            if isinstance(event, h2.events.StreamReset):
+                await self._discard(event.stream_id)
+            await super()._handle_events([event])
+            if isinstance(event, h2.events.StreamReset):
+                await self.send(Updated(idle=self.idle))
 
     async def _send_data(self, stream_id: int) -> None:
         # Of a stream that is discarded while a part of it is sent, nothing is left to be sent or to be blocked.

@@ -182,7 +182,9 @@ async def test_a_snapshot_of_another_model_is_refused_and_costs_no_slab(tmp_path
         assert len(runtime.list_snapshots()) == 1
 
 
-@pytest.mark.parametrize("snapshot_id", ["nobody", "", "..", "../lock", "../sessions/x", "/etc/passwd", "a\0b"])
+@pytest.mark.parametrize(
+    "snapshot_id", ["nobody", "", "..", "../lock", "../sessions/x", "/etc/passwd", "a\0b", "a" * 300]
+)
 async def test_an_id_that_was_not_issued_finds_no_snapshot(tmp_path: Path, snapshot_id: str) -> None:
     async with open_durable(tmp_path) as runtime:
         with pytest.raises(SnapshotNotFound):

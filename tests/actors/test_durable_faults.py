@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+import struct
+import threading
 from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -16,10 +18,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors import Runtime, SessionHandle
-from runtime.errors import CapacityExhausted, RequestError, SessionNotFound, StorageFailed
+from runtime.durable import SessionStore, Terms
+from runtime.durable.files import Files
+from runtime.durable.framing import CHECKSUM_BYTES, checksum
+from runtime.errors import (
+    CapacityExhausted,
+    RequestError,
+    SessionNotFound,
+    SnapshotMismatch,
+    SnapshotUnreadable,
+    StorageFailed,
+)
 from runtime.events import Token
 from tests.actors.engines import LedgerEngine, generated
-from tests.actors.test_durable import PROMPT, open_durable
+from tests.actors.test_durable import ENGINE, MODEL, PROMPT, everything, open_durable
 from tests.runtime.durable.faults import FAULTS, FaultyFiles
 
 OPERATIONS = ("create", "append", "append", "generate", "generate", "fork", "save", "restore", "close", "info")
@@ -239,6 +251,155 @@ async def test_where_a_history_cannot_be_read_just_now_its_session_sleeps_on(tmp
         files.heal()
 
         assert await generated(again, 3) == LedgerEngine().continued(PROMPT, 3)
+
+
+@pytest.mark.parametrize("error", FAULTS)
+async def test_a_stream_that_is_left_while_nothing_can_be_written_costs_no_later_call(
+    tmp_path: Path, error: int
+) -> None:
+    files = FaultyFiles()
+    async with open_durable(tmp_path, files=files) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT[:3])
+        async with session.generate(10) as events:
+            taken = [(await anext(events)).token_id for _ in range(2)]
+            files.fail_next(error, count=100)
+        length = (await session.info()).history_length
+        files.heal()
+
+        assert length == 3 + len(taken)
+        for token in (1, 2):
+            length = (await session.append([token], length)).history_length
+    history = [*PROMPT[:3], *taken, 1, 2]
+    async with open_durable(tmp_path) as runtime:
+        assert await generated(runtime.find_session(session.id), 5) == LedgerEngine().continued(history, 5)
+
+
+async def test_tokens_that_the_model_does_not_have_cost_their_session_and_their_snapshot_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    history = array("I", [1, 2, 5_000_000])
+    slab = LedgerEngine().new_pool(1).acquire()
+    with SessionStore.open(str(tmp_path), MODEL, ENGINE) as store:
+        session_id = store.create(Terms(), history).id
+        snapshot_id = store.save(Terms(), history, slab).snapshot_id
+    for _ in range(2):
+        async with open_durable(tmp_path) as runtime:
+            with pytest.raises(SessionNotFound):
+                await runtime.find_session(session_id).append([1])
+            with pytest.raises(SnapshotUnreadable):
+                await runtime.restore_session(snapshot_id)
+            other = await runtime.create_session()
+            await other.append(PROMPT)
+
+            assert await generated(other, 5) == LedgerEngine().continued(PROMPT, 5)
+    assert caplog.text.count(session_id) == 1
+
+
+def of_format(content: bytes, number: int) -> bytes:
+    """A file as a server of this format would have begun it."""
+    head = struct.Struct("<8sII")
+    magic, _, length = head.unpack_from(content)
+    changed = head.pack(magic, number, length) + content[head.size : head.size + length]
+    return changed + checksum(changed) + content[head.size + length + CHECKSUM_BYTES :]
+
+
+@pytest.mark.parametrize("number", [0, 2, 2**32 - 1])
+async def test_a_file_of_another_format_is_left_as_it_is_with_one_line(
+    tmp_path: Path, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_durable(tmp_path) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+        saved = await runtime.save_session(session.id)
+    paths = [path for path in everything(tmp_path) if path.suffix == ".history"]
+    contents = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(of_format(content, number))
+    caplog.clear()
+    async with open_durable(tmp_path) as runtime:
+        with pytest.raises(SessionNotFound):
+            runtime.find_session(session.id)
+        with pytest.raises(SnapshotMismatch, match=f"format {number}"):
+            await runtime.restore_session(saved.snapshot_id)
+    assert [path.read_bytes() for path in paths] == [of_format(content, number) for content in contents]
+    for path, content in zip(paths, contents, strict=True):
+        assert caplog.text.count(path.stem) == 1
+        path.write_bytes(content)
+    async with open_durable(tmp_path) as runtime:
+        assert await generated(runtime.find_session(session.id), 5) == LedgerEngine().continued(PROMPT, 5)
+
+
+async def test_a_slab_of_another_format_costs_time_only(tmp_path: Path) -> None:
+    async with open_durable(tmp_path) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+    path = tmp_path / "sessions" / f"{session.id}.slab"
+    path.write_bytes(of_format(path.read_bytes(), 2))
+    async with open_durable(tmp_path) as runtime:
+        assert await generated(runtime.find_session(session.id), 5) == LedgerEngine().continued(PROMPT, 5)
+
+
+class ThreadedFiles(Files):
+    """Notes in which threads slabs are written and read."""
+
+    def __init__(self) -> None:
+        self.threads: dict[str, set[int]] = {"write": set(), "read": set()}
+        self._slabs: set[int] = set()
+
+    def create(self, path: Path) -> int:
+        return self._noted(path, super().create(path))
+
+    def open(self, path: Path) -> int:
+        return self._noted(path, super().open(path))
+
+    def close(self, file: int) -> None:
+        self._slabs.discard(file)
+        super().close(file)
+
+    def write(self, file: int, offset: int, content: bytes | memoryview) -> None:
+        self._note("write", file)
+        super().write(file, offset, content)
+
+    def read(self, file: int, offset: int, count: int) -> bytes:
+        self._note("read", file)
+        return super().read(file, offset, count)
+
+    def _noted(self, path: Path, file: int) -> int:
+        if "slab" in path.suffix:
+            self._slabs.add(file)
+        return file
+
+    def _note(self, operation: str, file: int) -> None:
+        if file in self._slabs:
+            self.threads[operation].add(threading.get_ident())
+
+
+async def test_slabs_are_written_and_read_beside_the_loop(tmp_path: Path) -> None:
+    files = ThreadedFiles()
+    async with open_durable(tmp_path, files=files) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+        saved = await runtime.save_session(session.id)
+    async with open_durable(tmp_path, files=files) as runtime:
+        await runtime.find_session(session.id).append([1])
+        await runtime.restore_session(saved.snapshot_id)
+
+    assert all(files.threads.values())
+    assert threading.get_ident() not in files.threads["write"] | files.threads["read"]
+
+
+async def test_a_snapshot_for_which_there_is_no_folder_costs_nothing_else(tmp_path: Path) -> None:
+    async with open_durable(tmp_path) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+        (tmp_path / "snapshots").rmdir()
+        with pytest.raises(StorageFailed):
+            await runtime.save_session(session.id)
+
+        await session.append([1])
+    async with open_durable(tmp_path) as runtime:
+        assert await generated(runtime.find_session(session.id), 5) == LedgerEngine().continued([*PROMPT, 1], 5)
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -6,12 +6,10 @@ import asyncio
 import gc
 import gzip
 import logging
-import random
-import resource
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack
 
 import pytest
 import trio
@@ -38,6 +36,7 @@ from tests.api.hostile import (
     END_HEADERS,
     END_STREAM,
     GOAWAY,
+    GRPC_CALLS,
     HEADERS,
     INITIAL_WINDOW_SIZE,
     PING,
@@ -48,18 +47,23 @@ from tests.api.hostile import (
     RST_STREAM,
     SERVICE,
     SETTINGS,
+    UNKNOWN,
     WATCH,
     WINDOW_UPDATE,
+    Call,
     Peer,
+    few_descriptors,
+    floods,
     frame,
     hostile,
     is_polite_to_others,
     message,
+    resets,
+    send_anything,
     setting,
 )
 from tests.api.test_disconnects import until
 
-UNKNOWN = [0x42, 0x0A, 0x0C, 0x10, 0xFF]
 OK, CANCELLED, INVALID_ARGUMENT, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED = "0", "1", "3", "4", "8", "12"
 FLOW_CONTROL_ERROR, FRAME_SIZE_ERROR = 3, 6
 READ, IDLE = 0.3, 0.3
@@ -271,35 +275,8 @@ def streams_held() -> int:
 # Too many.
 
 
-async def floods(peer: Peer, frames: Iterable[bytes]) -> int | None:
-    """Sends it all while the connection takes it, and says how it ended."""
-    code = None
-
-    async def send() -> None:
-        try:
-            for one in frames:
-                await peer.send(one)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(send)
-        code = await peer.farewell()
-        nursery.cancel_scope.cancel()
-    return code
-
-
-def resets(peer: Peer) -> Iterator[bytes]:
-    for _ in range(200):
-        pairs = []
-        for _ in range(100):
-            number, opening = peer.opening(CHECK, ends=False)
-            pairs.append(opening + frame(RST_STREAM, 0, number, bytes(4)))
-        yield b"".join(pairs)
-
-
 FLOODS: dict[str, Callable[[Peer], Iterable[bytes]]] = {
-    "resets": resets,
+    "resets": lambda peer: resets(peer, 20_000, Call(CHECK)),
     "pings": lambda _: [frame(PING, payload=bytes(8)) * 100] * 200,
     "answers to pings": lambda _: [frame(PING, ACK, payload=bytes(8)) * 100] * 200,
     "settings": lambda _: [frame(SETTINGS, payload=setting(INITIAL_WINDOW_SIZE, 0)) * 100] * 200,
@@ -529,16 +506,6 @@ async def test_the_end_of_the_door_waits_for_no_client() -> None:
 # Connections.
 
 
-@contextmanager
-def few_descriptors(most: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
 async def test_without_descriptors_the_door_goes_on_and_says_so_once(
     house: House, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -673,52 +640,13 @@ async def test_a_session_with_a_label_and_eos_ids_at_their_bounds_is_made() -> N
 # Anything.
 
 
-def random_frames(source: random.Random, count: int) -> bytes:
-    """Frames of every type, some of them what they should be."""
-    kinds = [*range(11), *UNKNOWN]
-    frames = []
-    for _ in range(count):
-        kind, number = source.choice(kinds), source.choice([0, 1, 1, 3, 5, 2, source.randrange(2**31)])
-        sane = {
-            HEADERS: b"\x83\x86\x44\x01/",
-            PRIORITY: b"\x00\x00\x00\x07\x10",
-            RST_STREAM: bytes(4),
-            SETTINGS: setting(source.randrange(1, 70), source.choice([0, 1, 4096, 65535, 2**31 - 1])),
-            PING: bytes(8),
-            WINDOW_UPDATE: struct.pack(">I", source.randrange(1, 2**31)),
-        }
-        payload = sane.get(kind, b"") if source.random() < 0.7 else source.randbytes(source.randrange(40))
-        flags = source.choice([0, END_STREAM, END_HEADERS, END_HEADERS | END_STREAM, source.randrange(256)])
-        frames.append(frame(kind, flags, number, payload))
-    return b"".join(frames)
-
-
-async def sends_anything(house: House, seed: int, frames: int) -> None:
-    source = random.Random(seed)
-    async with hostile(house) as peer:
-        calls = [peer.opening(path, message(), ends=source.random() < 0.5)[1] for path in (CHECK, WATCH, REFLECTION)]
-        said = source.choice(calls) + random_frames(source, frames)
-        if source.random() < 0.2:
-            said = said[: source.randrange(len(said))]
-        try:
-            await peer.send(said)
-            if source.random() < 0.5:
-                # Enough of an answer that the server has begun to read.
-                await peer.next_frame()
-        except trio.BrokenResourceError:
-            pass
-
-
 @pytest.mark.parametrize(
     ("connections", "frames"), [(200, 20), pytest.param(5000, 20, marks=pytest.mark.soak, id="soak")]
 )
 async def test_random_frames_end_nothing_but_their_connections(
     house: House, connections: int, frames: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for first in range(0, connections, 20):
-        async with trio.open_nursery() as nursery:
-            for seed in range(first, first + 20):
-                nursery.start_soon(sends_anything, house, seed, frames)
+    await send_anything(house.grpc, GRPC_CALLS, connections, frames)
 
     assert await is_polite_to_others(house)
     assert not tracebacks(caplog)

@@ -6,8 +6,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
 import trio
@@ -185,7 +185,7 @@ async def test_data_for_a_stream_that_was_answered_already_does_not_end_the_conn
 
 
 async def test_beyond_the_most_connections_the_one_idle_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.foreign.hypercorn._most_connections", lambda: 3)
+    monkeypatch.setattr("api.foreign.hypercorn.most_connections", lambda: 3)
     async with open_house() as house, AsyncExitStack() as clients:
         idle = [await clients.enter_async_context(await trio.open_tcp_stream(*house.http)) for _ in range(3)]
         await settled()
@@ -256,6 +256,44 @@ async def test_messages_that_can_never_fit_are_refused_by_their_length_and_keep_
 
     assert (status, error["code"]) == (400, "context_length_exceeded")
     assert steps.longest_s < _LONG_STEP_S
+
+
+@asynccontextmanager
+async def uploading(house: House, length: int, *lines: str, lacks: int = 1) -> AsyncIterator[trio.SocketStream]:
+    """A completion of which all bytes have come but those that it lacks."""
+    async with await trio.open_tcp_stream(*house.http) as stream:
+        with suppress(trio.BrokenResourceError):
+            await stream.send_all(post("/v1/chat/completions", said("hi").ljust(length), *lines)[: -lacks or None])
+        await settled()
+        yield stream
+
+
+async def status_of(stream: trio.SocketStream) -> int:
+    with trio.fail_after(20):
+        return int((await stream.receive_some()).split()[1])
+
+
+async def test_bodies_on_their_way_share_a_room_and_give_it_back() -> None:
+    async with open_house() as house:
+        async with AsyncExitStack() as stack:
+            for _ in range(8):
+                await stack.enter_async_context(uploading(house, 15 * 2**19))
+            async with uploading(house, 15 * 2**19) as one_more, uploading(house, 1000, lacks=0) as short:
+                assert await status_of(one_more) == 429
+                assert await status_of(short) == 200
+        await settled()
+        async with AsyncExitStack() as stack:
+            streams = [await stack.enter_async_context(uploading(house, 15 * 2**19)) for _ in range(8)]
+            await streams[-1].send_all(b" ")
+            assert await status_of(streams[-1]) == 200
+
+
+async def test_bodies_of_requests_that_are_refused_are_not_held() -> None:
+    async with open_house(api_keys=("right",)) as house, AsyncExitStack() as stack:
+        for _ in range(10):
+            await stack.enter_async_context(uploading(house, 15 * 2**19))
+        async with uploading(house, 15 * 2**19, "Authorization: Bearer right", lacks=0) as stream:
+            assert await status_of(stream) == 200
 
 
 async def got_with(house: House, method: str, path: str, *lines: str) -> tuple[int, dict[str, str], bytes]:

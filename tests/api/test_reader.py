@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import subprocess
 import sys
 
@@ -18,8 +19,16 @@ from transformers import PreTrainedTokenizerFast
 
 from api.reader import ReadingFailed, open_reader
 from api.reading import Terms
-from runtime.errors import DeadlineExceeded, InvalidRequest, MalformedRequest, ModelNotFound, SlabOverflow
+from runtime.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    MalformedRequest,
+    ModelNotFound,
+    NotServing,
+    SlabOverflow,
+)
 from runtime.text import Text
+from tests.api.hostile import few_descriptors
 
 TERMS = Terms("a model", 100)
 SECRET = "xyzzy"
@@ -120,6 +129,17 @@ async def test_who_leaves_while_waiting_is_not_read() -> None:
 
         assert reader.waiting == 0
         nursery.cancel_scope.cancel()
+
+
+async def test_without_room_for_a_process_a_request_is_told_to_come_again(caplog: pytest.LogCaptureFixture) -> None:
+    async with open_reader(text(), TERMS, 60) as reader:
+        with socket.socket() as last:
+            most = last.fileno() + 2
+        with few_descriptors(most), pytest.raises(NotServing, match="try again"):
+            await reader.read(body("hello"))
+
+        assert list((await reader.read(body("hello"))).prompt) == [0]
+    assert len(caplog.records) == 1
 
 
 async def test_a_fault_in_reading_says_where_and_not_of_what(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,11 +9,13 @@ import pytest
 from runtime.models import SEEDLING, find_model
 from runtime.text import Text
 from tests.contract.openai_clients import CLIENTS, Client
-from tests.contract.servers import KINDS, ServerProcess, started
+from tests.contract.servers import KINDS, LONGEST_LINE, ServerProcess, complaints, started
 from tests.contract.stubs import Stubs, make_stubs
 
 KEYS = ("first-key", "second-key")
 LABEL = "a label"
+# How long a besieged server waits for a client, in seconds.
+PATIENCE_S = 3
 # Tokens that a session on the keyed server can see, 4 of them sinks.
 VISIBLE = 256
 
@@ -45,6 +47,18 @@ def server(request: pytest.FixtureRequest) -> ServerProcess:
     """A server of each kind, as it is without any setting."""
     found: ServerProcess = request.getfixturevalue(_OF_KIND[request.param])
     return found
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def besieged(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
+    """A server of each kind that is short of everything, patience included. Whatever it goes through, it ends well."""
+    flags = () if request.param == "perennial" else ("--keep-alive", str(PATIENCE_S))
+    patience = {"reader_timeout_s": PATIENCE_S, "idle_connection_s": PATIENCE_S}
+    with started(request.param, *flags, capacity=2, max_concurrent=1, http_overflow="evict", **patience) as server:
+        yield server
+        assert server.stop() == 0
+    assert complaints("".join(server.said)) == []
+    assert max(map(len, server.said)) <= LONGEST_LINE
 
 
 # Each kind of server and each form of OpenAI's client, though not each pair of them.

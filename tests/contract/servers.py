@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,11 +18,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from runtime.models import SEEDLING, find_model
 
 KINDS = ("perennial", "hypercorn-asyncio", "hypercorn-trio")
 # The rest of a POST's head, up to its body's length.
 JSON = "HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+# Of a log, with its end and what a host may put before it.
+LONGEST_LINE = 2100
 _LONGEST_START_S = 90
 _LONGEST_STOP_S = 30
 
@@ -123,6 +128,31 @@ def started(
             listener.join()
             assert process.stderr is not None
             process.stderr.close()
+
+
+def processes_of(server: ServerProcess) -> list[psutil.Process]:
+    """The server's process, and those that it has started."""
+    process = psutil.Process(server.process.pid)
+    return [process, *process.children(recursive=True)]
+
+
+def readers_of(server: ServerProcess) -> list[psutil.Process]:
+    """The processes that read requests, and are ended when they take too long or too much."""
+    return [each for each in processes_of(server) if "api.reading" in " ".join(each.cmdline())]
+
+
+def memory_of(server: ServerProcess) -> int:
+    """Bytes that the server's processes hold, but for those that read requests."""
+    own = set(processes_of(server)) - set(readers_of(server))
+    return sum(each.memory_info().rss for each in own)
+
+
+def until(condition: Callable[[], bool], longest_s: float = 60) -> None:
+    """Returns once `condition` holds, which no event tells of."""
+    end = time.monotonic() + longest_s
+    while not condition():
+        assert time.monotonic() < end, "it did not come to be"
+        threading.Event().wait(0.02)
 
 
 def fails_to_start(kind: str, *flags: str, http: str = "", **settings: object) -> subprocess.CompletedProcess[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import httpx
 import psutil
@@ -18,7 +20,18 @@ from h2.events import ResponseReceived
 from h2.settings import SettingCodes
 
 from runtime.models import SEEDLING
-from tests.contract.servers import JSON, KINDS, ServerProcess, complaints, environment, program, started
+from tests.contract.servers import (
+    JSON,
+    KINDS,
+    LONGEST_LINE,
+    ServerProcess,
+    complaints,
+    environment,
+    processes_of,
+    program,
+    started,
+    until,
+)
 
 pytestmark = pytest.mark.door
 
@@ -35,8 +48,10 @@ def connected(server: ServerProcess) -> socket.socket:
 
 
 @contextmanager
-def unread(server: ServerProcess, path: str, window: int, body: object = None) -> Iterator[None]:
-    """A request over HTTP/2 whose answer has begun and finds no more window than this."""
+def unread(
+    server: ServerProcess, path: str, window: int, body: object = None, *, is_reset: bool = False
+) -> Iterator[None]:
+    """A request over HTTP/2 whose answer has begun and finds no more window than this; in the end it may be reset."""
     h2 = H2Connection()
     h2.initiate_connection()
     h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: window})
@@ -51,6 +66,9 @@ def unread(server: ServerProcess, path: str, window: int, body: object = None) -
             connection.sendall(h2.data_to_send())
             has_begun = any(isinstance(event, ResponseReceived) for event in h2.receive_data(connection.recv(65536)))
         yield
+        if is_reset:
+            h2.reset_stream(1)
+            connection.sendall(h2.data_to_send())
 
 
 @each_kind
@@ -72,8 +90,7 @@ def test_clients_of_http_2_that_do_not_read_do_not_keep_a_server_from_its_end(ki
 
 def descriptors(server: ServerProcess) -> int:
     """Open files of the server and its processes."""
-    process = psutil.Process(server.process.pid)
-    return sum(each.num_fds() for each in [process, *process.children(recursive=True)])
+    return sum(each.num_fds() for each in processes_of(server))
 
 
 @each_kind
@@ -81,11 +98,13 @@ def test_answers_that_nobody_reads_cost_no_descriptor_once_their_clients_have_le
     with started(kind) as server:
         httpx.get(f"{server.http}/healthz").raise_for_status()
         before = descriptors(server)
-        for _ in range(20):
-            with unread(server, "/openapi.json", 1000):
+        for is_reset in [False, True] * 10:
+            with unread(server, "/openapi.json", 1000, is_reset=is_reset):
                 pass
 
-        assert any(descriptors(server) <= before for _ in range(2000))
+        until(lambda: descriptors(server) <= before)
+        assert server.stop() == 0
+    assert complaints("".join(server.said)) == []
 
 
 @each_kind
@@ -128,6 +147,77 @@ def test_signals_that_come_again_and_again_do_not_change_the_exit_status() -> No
 
 
 @each_kind
+def test_a_second_signal_does_not_change_the_exit_status(kind: str) -> None:
+    with started(kind) as server:
+        for _ in range(2):
+            server.process.send_signal(signal.SIGTERM)
+
+        assert server.wait() == 0
+    assert complaints("".join(server.said)) == []
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_worker_whose_host_is_gone_ends_when_it_is_told_to(kind: str) -> None:
+    with started(kind) as server:
+        workers = processes_of(server)[1:]
+        server.process.kill()
+        server.process.wait()
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
+                worker.terminate()
+
+        _, alive = psutil.wait_procs(workers, 60)
+        assert not alive
+
+
+@each_kind
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_all_of_a_servers_processes_lets_calls_come_to_their_end(kind: str, number: signal.Signals) -> None:
+    """As a terminal that is closed sends it, or a service manager."""
+    with started(kind, http_overflow="evict") as server:
+        asked = TALK | {"stream": True, "max_tokens": 100, "ignore_eos": True}
+        with httpx.stream("POST", server.http + COMPLETIONS, json=asked, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            for each in processes_of(server):
+                # Python's own bookkeeper, which says so when it is ended.
+                if "resource_tracker" not in " ".join(each.cmdline()):
+                    each.send_signal(number)
+            *_, last = [line for line in lines if line]
+
+        assert last == "data: [DONE]"
+        if kind != "perennial" and number is signal.SIGHUP:
+            # Hypercorn then starts another worker.
+            until(lambda: "".join(server.said).count("model loaded") == 2)
+            server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+    assert complaints("".join(server.said)) == []
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@each_kind
+def test_a_template_without_an_end_ends_with_its_time_and_with_the_server(
+    kind: str, tmp_path: Path, seedling: Path
+) -> None:
+    model = shutil.copytree(seedling, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(LOOP)
+    asked = TALK | {"model": "looping"}
+    with started(kind, model=model, model_label="looping", request_timeout_s=2) as server:
+        assert httpx.post(server.http + COMPLETIONS, json=asked, timeout=60).status_code == 504
+        assert httpx.get(f"{server.http}/healthz", timeout=60).status_code == 200
+        body = json.dumps(asked).encode()
+        with connected(server) as connection:
+            connection.sendall(f"POST {COMPLETIONS} {JSON}{len(body)}\r\n\r\n".encode() + body)
+            assert httpx.get(f"{server.http}/healthz", timeout=60).status_code == 200
+
+            # Within the time of a drain, or a killed process is what comes of it.
+            assert server.stop() == 0
+    assert complaints("".join(server.said)) == []
+
+
+@each_kind
 def test_no_line_of_the_log_is_long_or_has_a_clients_words(kind: str) -> None:
     body = json.dumps(TALK).encode()
     rude = [
@@ -157,7 +247,7 @@ def test_no_line_of_the_log_is_long_or_has_a_clients_words(kind: str) -> None:
 
     assert SECRET not in "".join(server.said)
     assert str(10**30) not in "".join(server.said)
-    assert max(map(len, server.said)) <= 2100
+    assert max(map(len, server.said)) <= LONGEST_LINE
     assert complaints("".join(server.said)) == []
 
 

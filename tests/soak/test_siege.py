@@ -14,8 +14,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from statistics import median, quantiles
@@ -31,7 +31,6 @@ from bench.servers import serving
 from proto.kakeya.v1 import GenerateRequest
 from runtime import Settings, Token
 from runtime.errors import CapacityExhausted, NotServing, PerennialError, SessionNotFound
-from runtime.settings import split_address
 from tests.api.h2_client import rude as rude_http2
 from tests.api.hostile import (
     CHECK,
@@ -47,6 +46,7 @@ from tests.api.hostile import (
     Peer,
     frame,
     message,
+    peer_at,
     setting,
 )
 from tests.contract.servers import free_port
@@ -134,16 +134,10 @@ async def leaves_a_generation(client: Client, chance: random.Random) -> None:
 async def never_reads_a_generation(address: str, chance: random.Random) -> None:
     async with connect(address) as client, client.session(label="rude") as session:
         await session.append(chance.choice(HISTORIES))
-        async with peer_of(address, setting(INITIAL_WINDOW_SIZE, 0)) as peer:
+        async with peer_at(address, setting(INITIAL_WINDOW_SIZE, 0)) as peer:
             request = GenerateRequest(session_id=session.id, max_tokens=100_000)
             await peer.open(f"{SERVICE}/Generate", message(bytes(request)))
             await trio.sleep(3 * chance.random())
-
-
-@asynccontextmanager
-async def peer_of(address: str, *settings: bytes) -> AsyncIterator[Peer]:
-    async with await trio.open_tcp_stream(*split_address(address)) as stream:
-        yield Peer(stream, *settings)
 
 
 @dataclass
@@ -180,7 +174,7 @@ class Siege:
                 elif kind is never_reads_a_generation:
                     await never_reads_a_generation(self.grpc, chance)
                 else:
-                    async with peer_of(self.grpc) as peer:
+                    async with peer_at(self.grpc) as peer:
                         await kind(peer, chance)
             self.ends[kind.__name__] += 1
             await trio.sleep(chance.random() * REST_S)
