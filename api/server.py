@@ -178,7 +178,6 @@ def _what_stays_uncollected() -> Iterator[None]:
     Modules and model are some 400,000 objects. To walk them takes 0.2 s, in which nothing else in the process runs.
     The connections of hundreds of clients take half as long, so it walks everything less often than is usual.
     """
-    gc.collect()
     gc.freeze()
     usual = gc.get_threshold()
     gc.set_threshold(*usual[:2], _YOUNGER_COLLECTIONS)
