@@ -42,6 +42,8 @@ from runtime.slab import SlabPool, SlabSpec
 
 _log = logging.getLogger("perennial.engine")
 
+# So many rows read a prompt as fast as more would, and a probe tries each count of them.
+_ROW_TILE = 128
 # A head draws for one row of each session, and its probe takes longest.
 _HEAD_MOST_ROWS = 32
 
@@ -89,14 +91,17 @@ class OpenVinoEngine(DrawingEngine):
             )
         forms = _forms(settings)
         count = count_weights(config, directory)
-        widest = slab_spec(config, settings, forms[0].dtype, cpu)
-        check_memory(2 * count, psutil.virtual_memory().available, settings, widest, beside)
+        widest = slab_spec(config, settings, forms[0].dtype, cpu, row_tile=_ROW_TILE)
+        # The embedding stays beside a head that shares its weights. What is rounded is read in 16 bits first.
+        held = count + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
+        bytes_each = max(form.dtype.itemsize if form.weights == "none" else 2 for form in forms)
+        check_memory(held * bytes_each, psutil.virtual_memory().available, settings, widest, beside)
         if beside is None:
             torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
         is_strict = settings.determinism == "strict"
         failed: list[Form] = []
         for form in forms:
-            spec = slab_spec(config, settings, form.dtype, cpu)
+            spec = slab_spec(config, settings, form.dtype, cpu, row_tile=_ROW_TILE)
             model = _Model(config, directory, form)
             if not is_strict or model.is_exact(spec):
                 return cls(model, spec, form.after(failed), is_bit_exact=is_strict)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from runtime.engine.machine import Level, level
 from tests.conftest import SMALL
 from tests.runtime.engine import feeding
 
@@ -14,8 +15,8 @@ from tests.runtime.engine import feeding
 @pytest.fixture(scope="session", params=feeding.BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     name = str(request.param)
-    if name == "openvino":
-        pytest.importorskip("openvino")
+    if name == "openvino" and level() < Level.AVX512:
+        pytest.skip("OpenVINO's kernels below AVX-512 are not claimed to be exact")
     if name == "mlx":
         pytest.importorskip("mlx_lm")
     return name

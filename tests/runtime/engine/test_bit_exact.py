@@ -101,6 +101,12 @@ CASES = (
         for kind in KINDS
         if kind[0] == "float32" or IS_BFLOAT16_NATIVE
     ),
+    *(
+        ("openvino", model, *kind)
+        for model in ("seedling", "heads of 0.6B", "widths of SmolLM2")
+        for kind in (*KINDS, ("bfloat16", "int8"), ("bfloat16", "int4"))
+        if level() >= (Level.AVX512_BF16 if kind == ("bfloat16", "none") else Level.AVX512)
+    ),
     *(("mlx", "small", *kind) for kind in KINDS),
     ("mlx", "seedling", "float32", "none"),
 )

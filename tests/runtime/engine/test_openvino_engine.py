@@ -1,0 +1,83 @@
+"""The OpenVINO engine: when it is taken, what it refuses, and what its weights come to. The rest is in every engine's suite."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from runtime.engine import load_engine
+from runtime.engine.machine import Level, level
+from runtime.errors import InvalidSetting, ModelUnavailable
+from runtime.settings import Settings
+from tests.conftest import SMALL, save_random_model
+
+pytestmark = pytest.mark.skipif(level() < Level.AVX512, reason="OpenVINO is not taken below AVX-512")
+
+
+def test_a_model_beyond_the_cache_runs_on_openvino_and_a_small_one_on_torch(large_model: Path, seedling: Path) -> None:
+    large, small = (load_engine(Settings(device="cpu", window=64), one).facts for one in (large_model, seedling))
+
+    assert (large.backend, large.is_bit_exact) == ("openvino", True)
+    assert small.backend == "torch"
+
+
+def test_a_type_that_was_asked_for_is_torchs(large_model: Path) -> None:
+    assert load_engine(Settings(device="cpu", window=64, dtype="float32"), large_model).facts.backend == "torch"
+
+
+def test_where_it_is_not_exact_torch_runs_the_model_and_the_log_says_why(
+    large_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = tmp_path / "perennial" / "findings.json"
+    for weights in ("none", "int8"):
+        load_engine(Settings(device="cpu", window=64, backend="openvino", weights=weights), large_model)
+    file.write_text(file.read_text().replace("true", "false"))
+
+    with caplog.at_level(logging.WARNING, logger="perennial.engine"):
+        facts = load_engine(Settings(device="cpu", window=64), large_model).facts
+
+    assert (facts.backend, facts.is_bit_exact) == ("torch", True)
+    assert any("torch runs the model" in record.getMessage() for record in caplog.records)
+
+
+def test_layers_that_it_has_no_parts_for_are_refused_in_a_line_and_left_to_torch(tmp_path: Path) -> None:
+    other = save_random_model(LlamaConfig(**SMALL | {"hidden_act": "gelu"}), tmp_path)
+
+    with pytest.raises(ModelUnavailable, match="set backend to torch") as caught:
+        load_engine(Settings(device="cpu", window=64, backend="openvino"), other)
+
+    assert "\n" not in str(caught.value)
+    assert load_engine(Settings(device="cpu", window=64), other).facts.backend == "torch"
+
+
+def test_another_device_than_a_cpu_is_refused(seedling: Path) -> None:
+    with pytest.raises(InvalidSetting, match="set backend to torch for device=cuda"):
+        load_engine(Settings(device="cuda", backend="openvino"), seedling)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["int8", "int4"]), st.floats(1e-5, 100))
+def test_a_weight_is_off_by_no_more_than_half_a_step_of_its_group(seed: int, weights: str, size: float) -> None:
+    from runtime.engine.openvino_graphs import GROUP, quantised
+
+    weight = size * torch.randn(4, 2 * GROUP, generator=torch.Generator().manual_seed(seed))
+    steps, scales = quantised(weight, weights)
+
+    off = (steps * scales.float() - weight.unflatten(1, (-1, GROUP))).abs()
+    # With 4 bits one side reaches a step less far than the other, and the largest value of that side may lie there.
+    most = 0.501 if weights == "int8" else 1.01
+    assert torch.all(off <= most * scales.float().abs() + 1e-7)
+
+
+def test_nothing_of_openvino_reports_home() -> None:
+    code = "import sys, runtime.engine.openvino_engine; print('openvino_telemetry' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
