@@ -8,7 +8,8 @@
 - `AsyncioConnection`. The same, but for the shield: there a close waits until all has been sent. And where a connection has
   not ended by `graceful_timeout`, Hypercorn fails on its own cancellation and never tells the application to stop.
 - `PatientH2`, `PatientBuffer`. Of an answer that is not read, any length is held in memory; it waits for the client's window
-  without limit, also on a stream or connection that is gone; an error in the answer leaves the stream open; something of each
+  without limit, also on a stream or connection that is gone; streams may be opened and reset faster than their calls end;
+  an error in the answer leaves the stream open; something of each
   stream that was reset is kept, until the connection fails; a connection whose last stream was reset never counts as idle; data
   for a stream that was answered already, a path that is not ASCII and a PRIORITY frame can end the connection; and what a client
   can make h2 hold has no bound (`api.foreign.h2`).
@@ -59,6 +60,8 @@ READ_AHEAD = 16
 _PART_BYTES = 2**16
 # What one step of the event loop takes of a client's frames, of which the shortest is 9 bytes long.
 _FRAMES_BYTES = 2**12
+# So many calls of one connection may be ending, whose streams are gone: no more frames are taken until fewer are.
+_MOST_ENDING = 100
 # How long a connection that ends may take to say goodbye.
 _GOODBYE_S = 2.0
 # How long before a host would cancel its connections they end by themselves.
@@ -439,10 +442,39 @@ class _Answered:
         pass
 
 
+class _Calls:
+    """The task group of a connection that knows how many of its calls have not ended."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self._running = 0
+        self._one_ended = anyio.Event()
+
+    def spawn(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        self._group.spawn(function, *arguments)
+
+    async def spawn_app(self, app: Any, config: Any, scope: Any, send: Callable[[Any], Awaitable[None]]) -> Any:
+        async def send_and_count(event: Any) -> None:
+            if event is None:
+                self._running -= 1
+                self._one_ended.set()
+            await send(event)
+
+        self._running += 1
+        return await self._group.spawn_app(app, config, scope, send_and_count)
+
+    async def until_at_most(self, most: int) -> None:
+        while self._running > most:
+            self._one_ended = anyio.Event()
+            await self._one_ended.wait()
+
+
 class PatientH2(H2Protocol):
     def __init__(self, patience: Patience, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self.streams = _Streams()
+        self._calls = _Calls(self.task_group)
+        self.task_group = self._calls  # type: ignore[assignment]
         settings = {
             SettingCodes.MAX_CONCURRENT_STREAMS: self.config.h2_max_concurrent_streams,
             SettingCodes.MAX_HEADER_LIST_SIZE: MOST_HEADER_BYTES,
@@ -463,6 +495,8 @@ class PatientH2(H2Protocol):
             for part in _parts(event.data, _FRAMES_BYTES):
                 await super().handle(RawData(bytes(part)))
                 await anyio.lowlevel.checkpoint()
+                # A stream that was reset counts no more, and its call has yet to end.
+                await self._calls.until_at_most(self.connection.open_inbound_streams + _MOST_ENDING)
             return
         await super().handle(event)
         if isinstance(event, Closed):
