@@ -18,11 +18,11 @@ from torch import Tensor
 from runtime.durable.files import Files, storage_errors
 from runtime.durable.framing import CHECKSUM_BYTES, Damaged, Unknown, checksum, read_header, write_header
 from runtime.durable.identity import SlabIdentity
-from runtime.slab import Slab
+from runtime.slab import Slab, SlabSpec
 
 MAGIC, VERSION = b"PERSLAB\n", 1
 # A piece of so many bytes is copied, sealed and written in some ten milliseconds on a busy machine.
-MOST_PIECE_BYTES = 4 * 2**20
+MOST_PIECE_BYTES = 2 * 2**20
 
 
 class SlabWriter:
@@ -47,7 +47,7 @@ class SlabWriter:
             "history": digest_of(history[: self.frontier]),
         }
         self._seal = b""
-        self._left = _pieces(slab.spec.layers, slab.spec.kv_heads, _head_bytes(slab))
+        self._left = _pieces(slab.spec, slab.used)
 
     def step(self) -> bool:
         """Writes the next piece; False once there is none left."""
@@ -58,8 +58,8 @@ class SlabWriter:
             piece = next(self._left, None)
             if piece is None:
                 return False
-            layer, side, heads = piece
-            content = _bytes_of(self._slab.held(layer)[side][heads])
+            layer, side, head, slots = piece
+            content = _bytes_of(self._slab.held(layer)[side][head, slots])
             self._seal = checksum(self._seal, content)
             for part in (content, self._seal):
                 self._files.write(self._file, self.size, part)
@@ -113,17 +113,17 @@ def read_slab(files: Files, path: Path, identity: SlabIdentity, slab: Slab, hist
         spec = slab.spec
         used = min(frontier, spec.slots)
         whole: list[Tensor] = []
-        for layer, side, heads in _pieces(spec.layers, spec.kv_heads, used * spec.head_dim * spec.dtype.itemsize):
-            count = (heads.stop - heads.start) * used * spec.head_dim * spec.dtype.itemsize
+        for layer, side, head, slots in _pieces(spec, used):
+            count = (slots.stop - slots.start) * spec.head_dim * spec.dtype.itemsize
             content = files.read(file, at, count)
             seal, found = checksum(seal, content), files.read(file, at + count, CHECKSUM_BYTES)
             if seal != found:
                 raise Damaged("a piece of it was changed or is missing")
             at += count + CHECKSUM_BYTES
-            whole.append(_tensor_of(content, spec.dtype).view(heads.stop - heads.start, used, spec.head_dim))
-            if side == 1 and heads.stop == spec.kv_heads:
-                middle = len(whole) // 2
-                slab.put(layer, torch.cat(whole[:middle]), torch.cat(whole[middle:]))
+            whole.append(_tensor_of(content, spec.dtype).view(-1, spec.head_dim))
+            if (side, head, slots.stop) == (1, spec.kv_heads - 1, used):
+                keys, values = torch.cat(whole).view(2, spec.kv_heads, used, spec.head_dim)
+                slab.put(layer, keys, values)
                 whole = []
         for layer in range(spec.layers):
             slab.advance(layer, frontier)
@@ -133,17 +133,14 @@ def digest_of(history: array[int]) -> str:
     return hashlib.blake2b(memoryview(history).cast("B"), digest_size=CHECKSUM_BYTES).hexdigest()
 
 
-def _pieces(layers: int, kv_heads: int, head_bytes: int) -> Iterator[tuple[int, int, slice]]:
-    """Layer, keys (0) or values (1), and kv heads, of each piece in the order in which they lie."""
-    at_once = max(1, min(kv_heads, MOST_PIECE_BYTES // max(1, head_bytes)))
-    for layer in range(layers):
+def _pieces(spec: SlabSpec, used: int) -> Iterator[tuple[int, int, int, slice]]:
+    """Layer, keys (0) or values (1), kv head, and slots, of each piece in the order in which they lie."""
+    at_once = max(1, MOST_PIECE_BYTES // (spec.head_dim * spec.dtype.itemsize))
+    for layer in range(spec.layers):
         for side in (0, 1):
-            for first in range(0, kv_heads, at_once):
-                yield layer, side, slice(first, min(first + at_once, kv_heads))
-
-
-def _head_bytes(slab: Slab) -> int:
-    return slab.used * slab.spec.head_dim * slab.spec.dtype.itemsize
+            for head in range(spec.kv_heads):
+                for first in range(0, used, at_once):
+                    yield layer, side, head, slice(first, min(first + at_once, used))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
