@@ -92,9 +92,10 @@ class OpenVinoEngine(DrawingEngine):
         forms = _forms(settings)
         count = count_weights(config, directory)
         widest = slab_spec(config, settings, forms[0].dtype, cpu, row_tile=_ROW_TILE)
-        # The embedding stays beside a head that shares its weights. What is rounded is read in 16 bits first.
+        # The embedding stays beside a head that shares its weights. What is rounded is read in 16 bits first, and what is not
+        # is kept twice: as it was, and as OpenVINO's kernels read it.
         held = count + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
-        bytes_each = max(form.dtype.itemsize if form.weights == "none" else 2 for form in forms)
+        bytes_each = max(2 * form.dtype.itemsize if form.weights == "none" else 2 for form in forms)
         check_memory(held * bytes_each, psutil.virtual_memory().available, settings, widest, beside)
         if beside is None:
             torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
@@ -168,7 +169,8 @@ class _Model:
         self._form = form
         decoder = model.get_decoder()
         self._rotary = ExactRotary(decoder.rotary_emb)
-        self._embedding: Tensor = decoder.embed_tokens.weight.detach()
+        # A copy, so that the file it was mapped from is let go.
+        self._embedding: Tensor = decoder.embed_tokens.weight.detach().clone()
         self._graphs = build(model, Compiling(form.dtype, form.weights, torch.get_num_threads()))
         self.weights_bytes = self._graphs.weights_bytes + self._embedding.numel() * self._embedding.itemsize
         self._no_logits = torch.empty(0, config.vocab_size)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 GROUP = 32
 _FLOAT = ov.Type.f32
+_ROWS_AT_ONCE = 4096
 _OV_TYPES = {torch.bfloat16: ov.Type.bf16, torch.float16: ov.Type.f16, torch.float32: ov.Type.f32}
 
 
@@ -176,7 +177,8 @@ class _Builder:
 
     def times(self, linears: Sequence[nn.Linear], rows: ov.Output, weights: str | None = None) -> ov.Output:
         """The rows through linears of the same input at once, one's outputs beside the other's."""
-        weight = torch.cat([linear.weight.detach() for linear in linears])
+        each = [linear.weight.detach() for linear in linears]
+        weight = each[0] if len(each) == 1 else torch.cat(each)
         product = ops.matmul(rows, self._held(weight, weights or self._compiling.weights), False, True)
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         self.weights_bytes += sum(bias.numel() * bias.itemsize for bias in biases)
@@ -195,7 +197,9 @@ class _Builder:
             self.weights_bytes += weight.numel() * weight.itemsize
             held = _owned(weight.view(torch.uint8), weight.shape, _OV_TYPES[weight.dtype])
             return _out(ops.convert(held, _FLOAT))
-        steps, scales = quantised(weight, weights)
+        # A head in float32 would take several times what it takes in the end.
+        parts = [quantised(part, weights) for part in weight.split(_ROWS_AT_ONCE)]
+        steps, scales = (torch.cat(each) for each in zip(*parts, strict=True))
         outputs, groups, _ = steps.shape
         whole = _constant(steps.numpy()) if weights == "int8" else _four_bits(steps)
         self.weights_bytes += steps.numel() // (1 if weights == "int8" else 2) + scales.numel() * scales.itemsize
