@@ -1,4 +1,4 @@
-"""The floor: a model's linears alone, in the form in which our engine holds them, reading their weights once."""
+"""Floors: a model's linears alone in the torch engine's form, and what a step has to read over what the memory gives."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.figures import Figure, figure, repeats
-from bench.peers.speeds import PREFILL, decoding
+from bench.peers.speeds import GENERATED_TOKENS, PREFILL, PROMPT_TOKENS, decoding
+from runtime.engine import EngineFacts
 from runtime.engine.linears import replace_linears
 from runtime.models import find_model
 
 BUDGET_S = 8
 PREFILL_ROWS = 256
+_READ_BYTES = 2 * 2**30
 
 
 def tokens_a_second(linears: Sequence[tuple[int, nn.Module]], rows: int, dtype: torch.dtype) -> float:
@@ -27,6 +29,23 @@ def tokens_a_second(linears: Sequence[tuple[int, nn.Module]], rows: int, dtype: 
         for width, linear in linears:
             linear(inputs[width])
         return rows / (time.perf_counter() - began)
+
+
+def memory_floor(facts: EngineFacts, model: str) -> Figure:
+    """Tokens a second of a stream whose step reads all weights but the embedding, keys and values, at the memory's pace."""
+    hidden = AutoConfig.from_pretrained(find_model(model)).hidden_size
+    embedding = facts.vocabulary * hidden * facts.slab.dtype.itemsize
+    read = facts.weights_bytes - embedding + (PROMPT_TOKENS + GENERATED_TOKENS) * facts.slab.token_bytes
+    # Larger than caches that neighbours share.
+    memory = torch.ones(_READ_BYTES // 4)
+    memory.sum()
+
+    def paced() -> float:
+        began = time.perf_counter()
+        memory.sum()
+        return float(_READ_BYTES / (time.perf_counter() - began) / read)
+
+    return figure("tokens/s", [paced() for _ in range(9)])
 
 
 def floors(model: str, dtype: torch.dtype, streams: Sequence[int]) -> dict[str, Figure]:

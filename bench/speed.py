@@ -13,10 +13,11 @@ import trio
 
 from actors import Runtime, open_runtime
 from bench.figures import Figure, figure, over, repeats
-from bench.floor import floors
+from bench.floor import floors, memory_floor
 from bench.peers.processes import PeerFailed, installed, measured, speeds
 from bench.peers.speeds import GENERATED_TOKENS, PREFILL, PREFILL_TOKENS, decoding, prompt
 from bench.scenario import Result, Setup
+from runtime.engine import EngineFacts
 from runtime.errors import InvalidSetting
 from runtime.events import Token
 from runtime.models import find_model
@@ -25,6 +26,7 @@ from runtime.settings import Settings
 BUDGET_S = 30
 WINDOW = 1020
 LABEL = "perennial"
+BF16 = "llama.cpp BF16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +40,13 @@ class Mode:
 MODES = {
     "strict": Mode({}, (1, 4, 8, 32)),
     "fast": Mode({"determinism": "fast"}, (1,)),
-    "int8": Mode({"weights": "int8"}, (1, 8)),
-    "int4": Mode({"weights": "int4"}, (1, 8)),
+    "int8": Mode({"weights": "int8"}, (1, 4, 8)),
+    "int4": Mode({"weights": "int4"}, (1, 4, 8)),
 }
+
+
+def _memory_of(mode: str) -> str:
+    return f"memory's floor, {mode}"
 
 
 async def decode(runtime: Runtime, streams: int) -> float:
@@ -84,8 +90,8 @@ async def prefill(runtime: Runtime, count: int) -> float:
     return count / seconds
 
 
-async def ours(settings: Settings, streams: Sequence[int]) -> tuple[str, dict[str, Figure]]:
-    """The type that the engine computes in, and tokens a second by what is done. Raises InvalidSetting."""
+async def ours(settings: Settings, streams: Sequence[int]) -> tuple[EngineFacts, dict[str, Figure]]:
+    """What the engine is, and tokens a second by what is done. Raises InvalidSetting."""
     taken: dict[str, list[float]] = {PREFILL: [], **{decoding(count): [] for count in streams}}
     async with open_runtime(settings) as runtime:
         await decode(runtime, 1)
@@ -93,7 +99,7 @@ async def ours(settings: Settings, streams: Sequence[int]) -> tuple[str, dict[st
             taken[PREFILL].append(await prefill(runtime, PREFILL_TOKENS))
             for count in streams:
                 taken[decoding(count)].append(await decode(runtime, count))
-        return runtime.facts.dtype, {name: figure("tokens/s", values) for name, values in taken.items()}
+        return runtime.facts, {name: figure("tokens/s", values) for name, values in taken.items()}
 
 
 async def run(setup: Setup) -> Result:
@@ -105,11 +111,13 @@ async def run(setup: Setup) -> Result:
     dtype = ""
     for name, mode in MODES.items():
         try:
-            computed_in, everyone[name] = await ours(replace(settings, **mode.changes), mode.streams)
+            facts, everyone[name] = await ours(replace(settings, **mode.changes), mode.streams)
         except InvalidSetting as error:
             result.remarks.append(f"{LABEL} {name}: {error}")
         else:
-            dtype = dtype or computed_in
+            dtype = dtype or facts.dtype
+            result.remarks.append(f"{LABEL} {name}: {facts.backend}, {facts.dtype}, weights {facts.weights}")
+            everyone[_memory_of(name)] = {decoding(1): memory_floor(facts, setup.settings.model)}
     torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
     everyone["floor"] = floors(setup.settings.model, getattr(torch, dtype), MODES["strict"].streams)
     await _measure_peers(setup, dtype, everyone, result)
@@ -143,10 +151,17 @@ def compared(everyone: Mapping[str, Mapping[str, Figure]]) -> dict[str, Figure]:
         "32 streams over 1": ("strict", decoding(32), "strict", one),
         "prefill, strict over fast": ("strict", PREFILL, "fast", PREFILL),
         "prefill, fast over the floor": ("fast", PREFILL, "floor", PREFILL),
-        "prefill, strict over llama.cpp BF16": ("strict", PREFILL, "llama.cpp BF16", PREFILL),
-        "prefill, fast over llama.cpp BF16": ("fast", PREFILL, "llama.cpp BF16", PREFILL),
-        "1 stream, int8 over llama.cpp Q8_0": ("int8", one, "llama.cpp Q8_0", one),
-        "1 stream, int4 over llama.cpp Q4_K_M": ("int4", one, "llama.cpp Q4_K_M", one),
+        **{f"a step of 1 stream over its memory's, {mode}": (_memory_of(mode), one, mode, one) for mode in MODES},
+        **{
+            f"{done}, {mode} over {peer}": (mode, done, peer, done)
+            for mode, peer in (
+                ("strict", BF16),
+                ("fast", BF16),
+                ("int8", "llama.cpp Q8_0"),
+                ("int4", "llama.cpp Q4_K_M"),
+            )
+            for done in (PREFILL, one, decoding(4), decoding(8))
+        },
     }
     return {
         name: over(everyone[upper][above], everyone[lower][below])
