@@ -20,6 +20,7 @@ from bench.machine import describe_machine, our_versions
 from bench.models import MODELS, QWEN3_06B, SMALL, bench_model
 from bench.results import Record
 from bench.scenario import Result, Setup
+from runtime.engine.machine import level
 from runtime.models import SEEDLING
 from runtime.settings import Settings
 
@@ -97,7 +98,8 @@ def _run(scenario: str, model: str, peers: str) -> None:
     settings = Settings.from_environment(os.environ, {"model": bench_model(model)})
     result = trio.run(partial(SCENARIOS[scenario], Setup(model, settings, peers)))
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    record = Record(scenario, model, date, describe_machine(), our_versions(), result)
+    kind = level().name.lower()
+    record = Record(scenario, model, kind, date, describe_machine(), our_versions(), result)
     results.write(record)
     for name, one in result.figures.items():
         spread = f"{report.number(one.min)} to {report.number(one.max)}"

@@ -82,14 +82,15 @@ def _missed(records: Sequence[Record], targets: Targets) -> Iterator[str]:
     yield "## Targets missed or not measured"
     yield ""
     for (scenario, model), aims in targets.items():
-        found = next((record for record in records if (record.scenario, record.model) == (scenario, model)), None)
+        of = [record for record in records if (record.scenario, record.model) == (scenario, model)]
         for name, target in aims.items():
-            one = found.result.figures.get(name) if found else None
-            if one is None:
+            found = {record.name: record.result.figures[name] for record in of if name in record.result.figures}
+            if not found:
                 yield f"- {scenario}-{model}, {name}: not measured."
-            elif not target.is_met_by(one):
-                needs = f" {target.needs}" if target.needs else ""
-                yield f"- {scenario}-{model}, {name}: {number(one.median)} {one.unit}, {target.words} wanted.{needs}"
+            for where, one in found.items():
+                if not target.is_met_by(one):
+                    needs = f" {target.needs}" if target.needs else ""
+                    yield f"- {where}, {name}: {number(one.median)} {one.unit}, {target.words} wanted.{needs}"
     yield ""
 
 

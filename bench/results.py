@@ -1,4 +1,4 @@
-"""Results as files: one JSON a scenario and model, beside the plots."""
+"""Results as files: one JSON a scenario, model and kind of machine, beside the plots."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ DIRECTORY = Path(__file__).parent / "results"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A result, and what it is of."""
+    """A result, and what it is of. Of each `kind` of machine, named by its instructions, the latest is kept."""
 
     scenario: str
     model: str
+    kind: str
     date: str
     machine: str
     versions: dict[str, str]
@@ -27,7 +28,7 @@ class Record:
 
     @property
     def name(self) -> str:
-        return f"{self.scenario}-{self.model}"
+        return f"{self.scenario}-{self.model}-{self.kind}"
 
 
 def write(record: Record, directory: Path = DIRECTORY) -> None:

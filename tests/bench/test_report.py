@@ -23,7 +23,7 @@ RESULT = Result(
 
 
 def record(result: Result = RESULT, machine: str = "a machine", model: str = "m") -> Record:
-    return Record("turns", model, "2026-11-25T10:00:00+00:00", machine, {"torch": "2.13.0"}, result)
+    return Record("turns", model, "avx2", "2026-11-25T10:00:00+00:00", machine, {"torch": "2.13.0"}, result)
 
 
 def row(page: str, name: str) -> list[str]:
@@ -35,7 +35,7 @@ def row(page: str, name: str) -> list[str]:
 def test_a_row_has_the_figure_with_its_spread() -> None:
     page = report.render([record()], {}, "results")
 
-    assert row(page, "speed-up") == ["turns-m", "speed-up", "x", "1.50", "1.25", "2.00", "", ""]
+    assert row(page, "speed-up") == ["turns-m-avx2", "speed-up", "x", "1.50", "1.25", "2.00", "", ""]
     assert row(page, "tokens")[3] == "100,000"
     assert row(page, "share")[3:6] == ["0.0123", "0.0000", "0.5000"]
 
@@ -59,7 +59,7 @@ def test_a_target_is_met_by_the_median(target: report.Target, words: str, met: s
 def test_what_a_missed_target_needs_stands_with_it() -> None:
     page = report.render([record()], {("turns", "m"): {"speed-up": at_least(2, "Another kernel.")}}, "results")
 
-    assert "- turns-m, speed-up: 1.50 x, at least 2 wanted. Another kernel." in page
+    assert "- turns-m-avx2, speed-up: 1.50 x, at least 2 wanted. Another kernel." in page
 
 
 def test_a_target_without_a_figure_is_said_to_be_not_measured() -> None:
@@ -71,15 +71,15 @@ def test_a_target_without_a_figure_is_said_to_be_not_measured() -> None:
 def test_results_of_two_machines_stand_under_their_own() -> None:
     page = report.render([record(machine="one"), record(machine="two", model="n")], {}, "results")
 
-    assert "- one; torch 2.13.0; 2026-11-25:\n  turns-m (window 252)." in page
-    assert "- two; torch 2.13.0; 2026-11-25:\n  turns-n (window 252)." in page
+    assert "- one; torch 2.13.0; 2026-11-25:\n  turns-m-avx2 (window 252)." in page
+    assert "- two; torch 2.13.0; 2026-11-25:\n  turns-n-avx2 (window 252)." in page
 
 
 def test_remarks_and_plots_are_named() -> None:
     page = report.render([record()], {}, "results")
 
-    assert "- turns-m: peers are mlx-lm 0.32.\n- turns-m: other: not installed." in page
-    assert "(results/turns-m-seconds-a-turn.png)" in page
+    assert "- turns-m-avx2: peers are mlx-lm 0.32.\n- turns-m-avx2: other: not installed." in page
+    assert "(results/turns-m-avx2-seconds-a-turn.png)" in page
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
