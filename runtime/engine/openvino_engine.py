@@ -49,6 +49,11 @@ _BUCKET_SLOTS = 64
 # A head draws for one row of each session, and its probe takes longest.
 _HEAD_MOST_ROWS = 32
 
+_TRIED = (
+    f"each kind of graph at every count of rows on {PROBED_ROWS} rows or more, attention at every count, a layer in "
+    "batches of two sessions"
+)
+
 
 def is_best_by(settings: Settings, directory: Path) -> bool:
     """Whether these settings leave the engine to us, and this one is the fastest for the model on this machine.
@@ -139,7 +144,7 @@ class OpenVinoEngine(DrawingEngine):
         is_whole = self._form.weights != "none"
         linears = Claim(
             "linears",
-            "OpenVINO, rows in 8 bits by groups of 32" if is_whole else "OpenVINO, in bfloat16",
+            "OpenVINO, rows in 8 bits, groups of 32 added in order" if is_whole else "OpenVINO, in bfloat16",
             Ground.WHOLE_NUMBERS if is_whole else Ground.ROW_BY_ROW,
         )
         rest = Claim("norms, activations, rotation", "OpenVINO's vectors, a row at a time", Ground.ROW_BY_ROW)
@@ -153,12 +158,6 @@ class OpenVinoEngine(DrawingEngine):
         rows = batch.rows
         assert 0 < len(rows) <= self._spec.row_tile
         return self._model.logits(batch, self._spec)
-
-
-_TRIED = (
-    f"each kind of graph at every count of rows on {PROBED_ROWS} rows or more, attention at every count, a layer in "
-    "batches of two sessions"
-)
 
 
 class _Model:

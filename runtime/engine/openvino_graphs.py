@@ -22,6 +22,7 @@ from torch import Tensor, nn
 GROUP = 32
 _FLOAT = ov.Type.f32
 _ROWS_AT_ONCE = 4096
+_TURN = ("cosines", "sines")
 _OV_TYPES = {torch.bfloat16: ov.Type.bf16, torch.float16: ov.Type.f16, torch.float32: ov.Type.f32}
 
 
@@ -94,29 +95,19 @@ def build(model: Any, compiling: Compiling) -> Graphs:
     builder = _Builder(config, compiling)
     layers = list(decoder.layers)
     decoder.layers = nn.ModuleList()
-    first = builder.graph(lambda hidden, *turn: builder.projected(layers[0], hidden, turn), ["hidden", *_TURN])
+    first = builder.first(layers[0])
     between = []
     for number in range(1, len(layers)):
-        before, after = layers[number - 1], layers[number]
-
-        def middle(attended: ov.Output, hidden: ov.Output, *turn: ov.Output) -> list[ov.Output]:
-            hidden = builder.mixed(before, attended, hidden)  # noqa: B023 (called before the loop goes on)
-            return [hidden, *builder.projected(after, hidden, turn)]  # noqa: B023
-
-        between.append(builder.graph(middle, ["attended", "hidden", *_TURN]))
+        between.append(builder.between(layers[number - 1], layers[number]))
         layers[number - 1] = None
-    last = builder.graph(
-        lambda attended, hidden: [builder.norm(decoder.norm, builder.mixed(layers[-1], attended, hidden))],
-        ["attended", "hidden"],
-    )
+    last = builder.last(layers[-1], decoder.norm)
     head = builder.head(model.get_output_embeddings())
     return Graphs(first, tuple(between), last, head, builder.weights_bytes)
 
 
-_TURN = ("cosines", "sines")
-
-
 class _Builder:
+    """Makes the graphs of one model, and counts the bytes of the weights that go into them."""
+
     def __init__(self, config: Any, compiling: Compiling) -> None:
         self._compiling = compiling
         self._heads = config.num_attention_heads
@@ -129,21 +120,40 @@ class _Builder:
         }
         self.weights_bytes = 0
 
-    def graph(self, make: Callable[..., list[ov.Output]], names: Sequence[str]) -> Graph:
-        widths = [self._widths[name] for name in names]
-        inputs = [_out(ops.parameter(ov.PartialShape([-1, width]), _FLOAT)) for width in widths]
-        return self._compiling.graph(make(*inputs), inputs, widths)
+    def first(self, layer: Any) -> Graph:
+        def make(hidden: ov.Output, *turn: ov.Output) -> list[ov.Output]:
+            return self._projected(layer, hidden, turn)
+
+        return self._graph(make, ["hidden", *_TURN])
+
+    def between(self, before: Any, after: Any) -> Graph:
+        def make(attended: ov.Output, hidden: ov.Output, *turn: ov.Output) -> list[ov.Output]:
+            hidden = self._mixed(before, attended, hidden)
+            return [hidden, *self._projected(after, hidden, turn)]
+
+        return self._graph(make, ["attended", "hidden", *_TURN])
+
+    def last(self, layer: Any, norm: Any) -> Graph:
+        def make(attended: ov.Output, hidden: ov.Output) -> list[ov.Output]:
+            return [self._norm(norm, self._mixed(layer, attended, hidden))]
+
+        return self._graph(make, ["attended", "hidden"])
 
     def head(self, linear: nn.Linear) -> Graph:
         """In 8 bits where the layers have 4: it decides between tokens."""
         weights = "int8" if self._compiling.weights == "int4" else self._compiling.weights
-        return self.graph(lambda hidden: [self.times([linear], hidden, weights)], ["hidden"])
+        return self._graph(lambda hidden: [self._times([linear], hidden, weights)], ["hidden"])
 
-    def projected(self, layer: Any, hidden: ov.Output, turn: Sequence[ov.Output]) -> list[ov.Output]:
+    def _graph(self, make: Callable[..., list[ov.Output]], names: Sequence[str]) -> Graph:
+        widths = [self._widths[name] for name in names]
+        inputs = [_out(ops.parameter(ov.PartialShape([-1, width]), _FLOAT)) for width in widths]
+        return self._compiling.graph(make(*inputs), inputs, widths)
+
+    def _projected(self, layer: Any, hidden: ov.Output, turn: Sequence[ov.Output]) -> list[ov.Output]:
         """Queries, keys and values [rows, heads, D] of a layer, queries and keys turned."""
         attention = layer.self_attn
         linears = [attention.q_proj, attention.k_proj, attention.v_proj]
-        together = self.times(linears, self.norm(layer.input_layernorm, hidden))
+        together = self._times(linears, self._norm(layer.input_layernorm, hidden))
         counts = (self._heads, self._kv_heads, self._kv_heads)
         lengths = _constant(np.array([count * self._head_dim for count in counts]))
         parts = ops.variadic_split(together, _constant(np.array(1)), lengths).outputs()
@@ -152,18 +162,18 @@ class _Builder:
             for part, count in zip(parts, counts, strict=True)
         )
         if hasattr(attention, "q_norm"):
-            query, key = self.norm(attention.q_norm, query), self.norm(attention.k_norm, key)
+            query, key = self._norm(attention.q_norm, query), self._norm(attention.k_norm, key)
         return [self._turned(query, turn), self._turned(key, turn), value]
 
-    def mixed(self, layer: Any, attended: ov.Output, hidden: ov.Output) -> ov.Output:
+    def _mixed(self, layer: Any, attended: ov.Output, hidden: ov.Output) -> ov.Output:
         """The hidden rows after a layer, from what it attended to."""
-        hidden = _out(ops.add(hidden, self.times([layer.self_attn.o_proj], attended)))
+        hidden = _out(ops.add(hidden, self._times([layer.self_attn.o_proj], attended)))
         mlp = layer.mlp
-        together = self.times([mlp.gate_proj, mlp.up_proj], self.norm(layer.post_attention_layernorm, hidden))
+        together = self._times([mlp.gate_proj, mlp.up_proj], self._norm(layer.post_attention_layernorm, hidden))
         gate, up = ops.split(together, _constant(np.array(1)), 2).outputs()
-        return _out(ops.add(hidden, self.times([mlp.down_proj], _out(ops.multiply(ops.swish(gate), up)))))
+        return _out(ops.add(hidden, self._times([mlp.down_proj], _out(ops.multiply(ops.swish(gate), up)))))
 
-    def norm(self, norm: Any, rows: ov.Output) -> ov.Output:
+    def _norm(self, norm: Any, rows: ov.Output) -> ov.Output:
         """The root mean square norm of the last axis (arXiv 1910.07467)."""
         mean = ops.reduce_mean(ops.multiply(rows, rows), _constant(np.array([-1])), True)
         root = ops.sqrt(ops.add(mean, _constant(np.array([norm.variance_epsilon], dtype=np.float32))))
@@ -175,7 +185,7 @@ class _Builder:
             )
         )
 
-    def times(self, linears: Sequence[nn.Linear], rows: ov.Output, weights: str | None = None) -> ov.Output:
+    def _times(self, linears: Sequence[nn.Linear], rows: ov.Output, weights: str | None = None) -> ov.Output:
         """The rows through linears of the same input at once, one's outputs beside the other's."""
         each = [linear.weight.detach() for linear in linears]
         weight = each[0] if len(each) == 1 else torch.cat(each)
