@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,22 +87,26 @@ def test_where_no_form_is_exact_each_row_runs_alone_and_the_start_goes_on(file: 
 
 
 @pytest.mark.parametrize(
-    ("here", "dtype", "weights"),
+    ("here", "asked_for", "backend", "dtype", "weights"),
     [
-        (Level.AVX2, "float32", "int8"),
-        (Level.AVX512, "float32", "int8"),
-        (Level.AVX512_BF16, "float32", "none"),
-        (Level.AMX, "bfloat16", "none"),
+        (Level.AVX2, "auto", "torch", "float32", "int8"),
+        (Level.AVX2, "torch", "torch", "float32", "int8"),
+        (Level.AVX512, "auto", "openvino", "bfloat16", "int8"),
+        (Level.AVX512, "torch", "torch", "float32", "int8"),
+        (Level.AVX512_BF16, "auto", "openvino", "bfloat16", "none"),
+        (Level.AVX512_BF16, "torch", "torch", "float32", "none"),
+        (Level.AMX, "auto", "openvino", "bfloat16", "none"),
+        (Level.AMX, "torch", "torch", "bfloat16", "none"),
     ],
 )
 def test_auto_takes_the_widest_form_that_a_cpu_reads_at_its_memorys_speed(
-    large_model: Path, here: Level, dtype: str, weights: str
+    large_model: Path, here: Level, asked_for: str, backend: str, dtype: str, weights: str
 ) -> None:
     if level() != here:
         pytest.skip(f"this CPU is {features()}, not {here.name}")
-    facts = load_engine(settings(), large_model).facts
+    facts = load_engine(replace(settings(), backend=asked_for), large_model).facts
 
-    assert (facts.dtype, facts.weights) == (dtype, weights)
+    assert (facts.backend, facts.dtype, facts.weights) == (backend, dtype, weights)
     assert facts.form_reason
 
 
