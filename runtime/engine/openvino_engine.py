@@ -240,7 +240,9 @@ class _FirstLayer:
 def _forms(settings: Settings) -> list[Form]:
     """The forms that the settings leave, the one to be tried first before the others. Raises InvalidSetting."""
     multiplies_halves = level() >= Level.AVX512_BF16
-    dtype = torch.bfloat16 if settings.dtype == "auto" else named_dtype(settings.dtype)
+    # Attention in bfloat16 is emulated on other CPUs.
+    usual = torch.bfloat16 if multiplies_halves else torch.float32
+    dtype = usual if settings.dtype == "auto" else named_dtype(settings.dtype)
     if settings.weights != "auto":
         return [Form(dtype, settings.weights)]
     whole = Form(dtype, "int8", "" if multiplies_halves else "this CPU multiplies no numbers of 16 bits")
