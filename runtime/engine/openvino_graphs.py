@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import openvino as ov
-import openvino.opset15 as ops
 import torch
 from torch import Tensor, nn
+
+from runtime.foreign.openvino import ops, ov
 
 GROUP = 32
 _FLOAT = ov.Type.f32

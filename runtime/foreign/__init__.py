@@ -1,0 +1,1 @@
+"""Other people's libraries, brought to behave."""
