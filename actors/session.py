@@ -31,7 +31,7 @@ from actors.messages import (
 )
 from actors.nursery import open_nursery
 from actors.proposing import Proposals
-from runtime.durable import Durable, SlabWriter, Terms
+from runtime.durable import Durable, Terms
 from runtime.errors import HistoryMismatch, InvalidRequest, NotDurable, SlabOverflow, StorageFailed
 from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
 from runtime.grammar import Constraint, Mask
@@ -133,16 +133,12 @@ class Session:
             while await trio.to_thread.run_sync(writer.step):
                 pass
             if self._slab.leases == lease:
-                self._finish(writer)
+                await trio.to_thread.run_sync(writer.finish)
+                self._durable.wrote(writer)
         except StorageFailed as error:
             _log.warning("%s", error)
         finally:
             writer.close()
-
-    def _finish(self, writer: SlabWriter) -> None:
-        assert self._durable is not None
-        writer.finish()
-        self._durable.wrote(writer)
 
     @property
     def _is_slab_on_disk_old(self) -> bool:

@@ -23,6 +23,13 @@ class Files:
         """A descriptor of a new, empty file, to be read and written."""
         return self._opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
 
+    def reuse(self, path: Path) -> int:
+        """A descriptor of a file to be written over, or of a new one."""
+        return self._opened(path, os.O_RDWR | os.O_CREAT)
+
+    def truncate(self, file: int, size: int) -> None:
+        os.ftruncate(file, size)
+
     def open(self, path: Path) -> int:
         """A descriptor of a file that is there, to be read and written."""
         return self._opened(path, os.O_RDWR)

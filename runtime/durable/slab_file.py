@@ -18,9 +18,12 @@ from torch import Tensor
 from runtime.durable.files import Files, storage_errors
 from runtime.durable.framing import CHECKSUM_BYTES, Damaged, Unknown, checksum, read_header, write_header
 from runtime.durable.identity import SlabIdentity
+from runtime.errors import StorageFailed
 from runtime.slab import Slab, SlabSpec
 
 MAGIC, VERSION = b"PERSLAB\n", 1
+# The suffix of a slab that is being written.
+PARTIAL = ".slab-new"
 # A piece of so many bytes is copied, sealed and written in some ten milliseconds on a busy machine.
 MOST_PIECE_BYTES = 2 * 2**20
 
@@ -28,7 +31,8 @@ MOST_PIECE_BYTES = 2 * 2**20
 class SlabWriter:
     """Writes a slab into a file beside its place, piece by piece; nothing is in its place before `finish`.
 
-    `step` and `finish` raise StorageFailed.
+    What is given up half-way stays and is written over by the next one: to free a gigabyte takes longer than a call may wait.
+    `step` and `finish` raise StorageFailed, and leave nothing beside.
     """
 
     def __init__(self, files: Files, path: Path, identity: SlabIdentity, slab: Slab, history: array[int]) -> None:
@@ -38,7 +42,8 @@ class SlabWriter:
         self._files = files
         self._path = path
         self._slab = slab
-        self._fresh = path.with_suffix(".slab-new")
+        self._fresh = path.with_suffix(PARTIAL)
+        self._has_failed = False
         self._file: int | None = None
         self._header = {
             "id": path.stem,
@@ -51,9 +56,9 @@ class SlabWriter:
 
     def step(self) -> bool:
         """Writes the next piece; False once there is none left."""
-        with storage_errors("the slab is not left on disk"):
+        with self._errors():
             if self._file is None:
-                self._file = self._files.create(self._fresh)
+                self._file = self._files.reuse(self._fresh)
                 self.size, self._seal = write_header(self._files, self._file, MAGIC, VERSION, self._header)
             piece = next(self._left, None)
             if piece is None:
@@ -68,16 +73,27 @@ class SlabWriter:
 
     def finish(self) -> None:
         """Puts the file into its place."""
-        with storage_errors("the slab is not left on disk"):
+        assert self._file is not None
+        with self._errors():
+            self._files.truncate(self._file, self.size)
             self._files.replace(self._fresh, self._path)
 
     def close(self) -> None:
-        """Gives up what was not finished."""
         if self._file is not None:
             with suppress(OSError):
                 self._files.close(self._file)
+        if self._has_failed:
             with suppress(OSError):
                 self._files.remove(self._fresh)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            with storage_errors("the slab is not left on disk"):
+                yield
+        except StorageFailed:
+            self._has_failed = True
+            raise
 
 
 def write_slab(files: Files, path: Path, identity: SlabIdentity, slab: Slab, history: array[int]) -> int:

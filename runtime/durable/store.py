@@ -22,7 +22,7 @@ from runtime.durable.files import Files, storage_errors
 from runtime.durable.framing import Damaged, Unknown
 from runtime.durable.identity import HistoryIdentity, SlabIdentity, Terms
 from runtime.durable.journal import Journal
-from runtime.durable.slab_file import SlabWriter, read_slab, write_slab
+from runtime.durable.slab_file import PARTIAL, SlabWriter, read_slab, write_slab
 from runtime.errors import (
     InvalidSetting,
     SessionNotFound,
@@ -216,7 +216,7 @@ class SessionStore:
                     self._files, path, self._history_identity, terms, history, self._next_use(), self._now()
                 )
             except BaseException:
-                self._remove(path, beside)
+                self._remove(path, beside, path.with_suffix(PARTIAL))
                 raise
             journal.close()
         record = Record(
@@ -286,7 +286,7 @@ class SessionStore:
         with self._lock:
             self._records.pop(record.id, None)
         path = self._sessions / f"{record.id}{HISTORY}"
-        self._remove(path, path.with_suffix(SLAB))
+        self._remove(path, path.with_suffix(SLAB), path.with_suffix(PARTIAL))
 
     def forget_slab(self, record: Record) -> None:
         """Deletes a session's slab from disk."""
@@ -304,7 +304,7 @@ class SessionStore:
         for folder, found in ((self._sessions, self._records), (self._snapshots, self._saved)):
             for name in self._files.names(folder):
                 path = folder / name
-                if path.suffix in (".new", ".slab-new"):
+                if path.suffix in (".new", PARTIAL):
                     self._remove(path)
                 elif path.suffix == HISTORY and (record := self._peek(path)):
                     found[record.id] = record

@@ -46,7 +46,7 @@ class WatchedFiles(Files):
     def replace(self, source: Path, target: Path) -> None:
         super().replace(source, target)
         if target.suffix == ".slab":
-            self.slab_is_there.set()
+            trio.from_thread.run_sync(self.slab_is_there.set)
 
 
 @asynccontextmanager

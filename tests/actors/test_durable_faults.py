@@ -350,6 +350,9 @@ class ThreadedFiles(Files):
     def create(self, path: Path) -> int:
         return self._noted(path, super().create(path))
 
+    def reuse(self, path: Path) -> int:
+        return self._noted(path, super().reuse(path))
+
     def open(self, path: Path) -> int:
         return self._noted(path, super().open(path))
 

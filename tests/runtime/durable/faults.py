@@ -48,6 +48,15 @@ class FaultyFiles(Files):
         self._held.add(file := super().create(path))
         return file
 
+    def reuse(self, path: Path) -> int:
+        self._operate()
+        self._held.add(file := super().reuse(path))
+        return file
+
+    def truncate(self, file: int, size: int) -> None:
+        self._operate()
+        super().truncate(file, size)
+
     def open(self, path: Path) -> int:
         self._operate()
         self._held.add(file := super().open(path))
