@@ -90,10 +90,12 @@ def _on_openvino(settings: Settings, directory: Path, beside: EngineFacts | None
     """The OpenVINO engine where it is known to be the fastest, and is bit-exact if that is asked for."""
     if not find_spec("openvino"):
         return None
-    from runtime.engine.openvino_engine import OpenVinoEngine, is_best_by
+    from runtime.engine.openvino_fit import is_best_by
 
     if not is_best_by(settings, directory):
         return None
+    from runtime.engine.openvino_engine import OpenVinoEngine
+
     try:
         return OpenVinoEngine.load(settings, directory, beside)
     except NotExact as error:

@@ -69,6 +69,13 @@ def is_small(weights: int) -> bool:
     return weights * torch.float32.itemsize < _ONE_THREAD_BYTES
 
 
+def attention_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """How many heads ask, how many hold keys and values, and how wide each is."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
 def slab_spec(
     config: PreTrainedConfig,
     settings: Settings,
@@ -84,11 +91,11 @@ def slab_spec(
         longest = min(longest, config.sliding_window)
     if settings.sink >= longest:
         raise InvalidSetting(f"sink must be less than the model's maximum context of {longest}, got {settings.sink}")
-    heads = config.num_attention_heads
+    _, kv_heads, head_dim = attention_shape(config)
     return SlabSpec(
         layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         sink=settings.sink,
         window=min(settings.window, longest - settings.sink),
         row_tile=row_tile,

@@ -21,7 +21,6 @@ from runtime.engine.configuration import (
     Form,
     check_memory,
     count_weights,
-    is_small,
     named_dtype,
     read_config,
     refuse,
@@ -31,7 +30,8 @@ from runtime.engine.drawing import DrawingEngine
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import found
 from runtime.engine.machine import Level, features, kernel_class, level
-from runtime.engine.openvino_graphs import Compiling, build, can_build
+from runtime.engine.openvino_fit import can_build
+from runtime.engine.openvino_graphs import Compiling, build
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
 from runtime.engine.rotary import ExactRotary
 from runtime.engine.torch_slab import torch_pool
@@ -53,23 +53,6 @@ _TRIED = (
     f"each kind of graph at every count of rows on {PROBED_ROWS} rows or more, attention at every count, a layer in "
     "batches of two sessions"
 )
-
-
-def is_best_by(settings: Settings, directory: Path) -> bool:
-    """Whether these settings leave the engine to us, and this one is the fastest for the model on this machine.
-
-    It was measured on CPUs with AVX-512. What stays in a CPU's cache is computed sooner than a graph is called.
-    """
-    config = read_config(directory)
-    is_on_cpu = settings.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    return (
-        settings.device in ("auto", "cpu")
-        and is_on_cpu
-        and settings.dtype == "auto"
-        and level() >= Level.AVX512
-        and can_build(config)
-        and not is_small(count_weights(config, directory))
-    )
 
 
 class OpenVinoEngine(DrawingEngine):
@@ -142,9 +125,10 @@ class OpenVinoEngine(DrawingEngine):
 
     def _claims(self) -> tuple[str, ...]:
         is_whole = self._form.weights != "none"
+        dtype = str(self._form.dtype).removeprefix("torch.")
         linears = Claim(
             "linears",
-            "OpenVINO, rows in 8 bits, groups of 32 added in order" if is_whole else "OpenVINO, in bfloat16",
+            "OpenVINO, rows in 8 bits, groups of 32 added in order" if is_whole else f"OpenVINO, in {dtype}",
             Ground.WHOLE_NUMBERS if is_whole else Ground.ROW_BY_ROW,
         )
         rest = Claim("norms, activations, rotation", "OpenVINO's vectors, a row at a time", Ground.ROW_BY_ROW)
@@ -178,7 +162,6 @@ class _Model:
         self._graphs = build(model, Compiling(form.dtype, form.weights, torch.get_num_threads()))
         self.weights_bytes = self._graphs.weights_bytes + self._embedding.numel() * self._embedding.itemsize
         self._no_logits = torch.empty(0, config.vocab_size)
-        self._scaling = (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) ** -0.5
 
     def is_exact(self, spec: SlabSpec) -> bool:
         """Whether each kind of graph, attention, and a layer as a whole, give rows the same bits in every batch here."""
@@ -209,7 +192,7 @@ class _Model:
         projected = graphs.first(hidden, *turn)
         for layer in range(spec.layers):
             query, key, value = (one.to(spec.dtype).transpose(0, 1) for one in projected)
-            attended = attend(layer, query, key, value, scaling=self._scaling, plan=plan)
+            attended = attend(layer, query, key, value, scaling=spec.head_dim**-0.5, plan=plan)
             flat = attended.flatten(1).float()
             if layer == spec.layers - 1:
                 (hidden,) = graphs.last(flat, hidden)

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from runtime.engine.configuration import attention_shape
+from runtime.engine.openvino_fit import GROUP
 from runtime.foreign.openvino import ops, ov
 
-GROUP = 32
 _FLOAT = ov.Type.f32
 _ROWS_AT_ONCE = 4096
 _TURN = ("cosines", "sines")
@@ -81,14 +82,6 @@ class Graphs:
     weights_bytes: int
 
 
-def can_build(config: Any) -> bool:
-    """Whether a model of this configuration has layers of the parts that are built here, of sizes that divide into groups."""
-    heads = config.num_attention_heads
-    attended = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    sizes = (config.hidden_size, config.intermediate_size, attended)
-    return config.hidden_act == "silu" and not any(size % GROUP for size in sizes)
-
-
 def build(model: Any, compiling: Compiling) -> Graphs:
     """The graphs of a model of transformers, whose layers are taken from it one by one, so that memory holds one twice."""
     decoder, config = model.get_decoder(), model.config
@@ -110,9 +103,7 @@ class _Builder:
 
     def __init__(self, config: Any, compiling: Compiling) -> None:
         self._compiling = compiling
-        self._heads = config.num_attention_heads
-        self._kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
-        self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
+        self._heads, self._kv_heads, self._head_dim = attention_shape(config)
         self._widths = {
             "hidden": config.hidden_size,
             "attended": self._heads * self._head_dim,

@@ -1,0 +1,39 @@
+"""Which models the OpenVINO engine can run, and for which it is the best here; told without importing OpenVINO."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from runtime.engine.configuration import attention_shape, count_weights, is_small, read_config
+from runtime.engine.machine import Level, level
+from runtime.settings import Settings
+
+# Weights in a row of so many share a scale.
+GROUP = 32
+
+
+def is_best_by(settings: Settings, directory: Path) -> bool:
+    """Whether these settings leave the engine to us, and this one is the fastest for the model on this machine.
+
+    It was measured on CPUs with AVX-512. What stays in a CPU's cache is computed sooner than a graph is called.
+    """
+    config = read_config(directory)
+    is_on_cpu = settings.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return (
+        settings.device in ("auto", "cpu")
+        and is_on_cpu
+        and settings.dtype == "auto"
+        and level() >= Level.AVX512
+        and can_build(config)
+        and not is_small(count_weights(config, directory))
+    )
+
+
+def can_build(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration has layers of the parts that are built there, of sizes that divide into groups."""
+    heads, _, head_dim = attention_shape(config)
+    sizes = (config.hidden_size, config.intermediate_size, heads * head_dim)
+    return config.hidden_act == "silu" and not any(size % GROUP for size in sizes)
