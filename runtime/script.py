@@ -166,11 +166,11 @@ class _Manner:
                 is_at_home = self.has_late_system if taken else self.has_system
                 item = item if is_at_home else replace(item, role="user")
             last = taken[-1] if taken else None
-            is_run = isinstance(item, Message) and isinstance(last, Message) and item.role == last.role == "user"
-            if is_run and not self.has_runs:
-                taken[-1] = replace(last, text=f"{last.text}\n\n{item.text}")
-            else:
-                taken.append(item)
+            match last, item:
+                case Message("user", earlier), Message("user", later) if not self.has_runs:
+                    taken[-1] = Message("user", f"{earlier}\n\n{later}")
+                case _:
+                    taken.append(item)
         return taken
 
 
