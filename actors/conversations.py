@@ -36,7 +36,7 @@ class Sessions(Protocol):
 class Stand:
     """A session lent to one turn: `length` tokens of the turn's history are in its own, `reused` of them need no reading.
 
-    Whoever has it sets `point` to where in the conversation it stands in the end; without one the session is closed.
+    Whoever has it says by `leave` where in the conversation it stands in the end; without a word the session is closed.
     """
 
     session: SessionHandle
@@ -44,15 +44,19 @@ class Stand:
     reused: int
     point: Point | None = None
 
+    def leave(self, point: Point) -> None:
+        """Says that the session stands at this point once it is given back."""
+        self.point = point
+
 
 class Conversations:
     """The tree of conversations, and the sessions that stand at its points. A session is lent to one turn at a time."""
 
-    def __init__(self, sessions: Sessions, spec: SlabSpec, eos_token_ids: Iterable[int]) -> None:
+    def __init__(self, sessions: Sessions, spec: SlabSpec, eos_token_ids: frozenset[int]) -> None:
         self.points = PointTree(MOST_BYTES)
         self._sessions = sessions
         self._spec = spec
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self._eos_token_ids = eos_token_ids
         # The one that was used last stands last.
         self._standing: dict[str, Point] = {}
         self._reading: dict[trio.Event, array[int]] = {}
@@ -74,7 +78,7 @@ class Conversations:
         try:
             async with self._lent(history) as stand:
                 await stand.session.append(history[stand.length :])
-                stand.point = point
+                stand.leave(point)
         finally:
             del self._reading[is_read]
             is_read.set()
@@ -109,14 +113,12 @@ class Conversations:
         return Stand(await self._sessions.create_session(self._eos_token_ids, label=LABEL), 0, 0)
 
     async def _stand_of(self, session: SessionHandle, length: int) -> Stand:
-        stand = Stand(session, length, 0)
         try:
-            stand.reused = await session.rewind(length)
+            return Stand(session, length, await session.rewind(length))
         except BaseException:
             with trio.CancelScope(shield=True):
-                await self._give_back(stand)
+                await self._give_back(Stand(session, 0, 0))
             raise
-        return stand
 
     def _best(self, history: array[int]) -> tuple[str, int] | None:
         """The session that has most of the beginning of a history, and how much that is."""

@@ -17,8 +17,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from api.reader import ReadingFailed, open_reader
-from api.reading import Terms
+from api.dialects.chat.request import CompletionRequest, read
+from api.question import Question
+from api.reader import Reader, ReadingFailed, open_reader
+from api.reading import ReadBody, Terms
 from runtime.errors import (
     DeadlineExceeded,
     InvalidRequest,
