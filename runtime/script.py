@@ -84,12 +84,13 @@ def write_on(
     None where the template writes down anew, or elsewhere, what came before. Raises MalformedRequest.
     """
     sheet, context = _Sheet(text, head, options), _stand_in(before)
+    earlier, _, already = sheet.written(context)[0].partition(_MARK)
     whole, cue = sheet.written([*context, *new])
-    _, found, said = whole.partition(_MARK)
-    if not found:
+    same, found, said = whole.partition(_MARK)
+    # Some templates have the system's words or the tools move on to the last turn.
+    if not found or same != earlier:
         return None
     if not is_assistants(before[-1]):
-        already = sheet.written(context)[0].partition(_MARK)[2]
         if not said.startswith(already):
             return None
         said = said[len(already) :]
@@ -118,7 +119,7 @@ class _Sheet:
             whole, asked = self._applied(messages)
         except MalformedRequest:
             # Some templates join the arguments of calls as text.
-            as_text = _messages(items, self._manner.no_content, lambda arguments: arguments)
+            as_text = _messages(items, self._manner.no_content, _as_text)
             if as_text == messages:
                 raise
             whole, asked = self._applied(as_text)
@@ -147,15 +148,11 @@ class _Manner:
         first, late = f"{_MARK}1", f"{_MARK}2"
         user = {"role": "user", "content": first}
         late_system = _tried(text, [user, {"role": "system", "content": late}, user]) or ""
-        turn = {"role": "assistant", "tool_calls": [_called(Call("f", "{}", "000000000"), _spelled_out)]}
-        with_none, with_empty = (_tried(text, [user, turn | {"content": none}]) for none in (None, ""))
-        # A template that takes none for a word writes it.
-        is_word = with_none is not None and "None" in with_none
         return cls(
             has_system=late in (_tried(text, [{"role": "system", "content": late}, user]) or ""),
             has_late_system=-1 < late_system.find(first) < late_system.find(late),
             has_runs=_tried(text, [user, user]) is not None,
-            no_content="" if is_word or (with_none is None and with_empty is not None) else None,
+            no_content="" if _shows_calls(text, "") and not _shows_calls(text, None) else None,
         )
 
     def adapted(self, items: Sequence[Item]) -> list[Item]:
@@ -176,22 +173,22 @@ class _Manner:
 
 def _stand_in(before: Sequence[Item]) -> list[Item]:
     """A conversation as short as can be after which a template goes on as after this one. It ends with the mark."""
-    user = Message("user", _DASH)
+    system, user = Message("system", _DASH), Message("user", _DASH)
     last = before[-1]
     match last:
         case Output(_, call_id):
-            return [user, _call_of(before, call_id), Output(_MARK, call_id)]
+            return [system, user, _call_of(before, call_id), Output(_MARK, call_id)]
         case Message("system") if len(before) == 1:
             return [Message("system", _MARK)]
         case Message("user"):
-            return [Message("user", _MARK)]
+            return [system, Message("user", _MARK)]
         case Call(name, _, call_id):
             run = [*takewhile(lambda item: isinstance(item, Call), reversed(before))][:0:-1]
-            return [user, *run, Call(name, json.dumps({_MARK: 1}), call_id)]
+            return [system, user, *run, Call(name, json.dumps({_MARK: 1}), call_id)]
         case Message("system"):
-            return [user, Message("system", _MARK)]
+            return [system, user, Message("system", _MARK)]
         case _:
-            return [user, Message("assistant", _MARK)]
+            return [system, user, Message("assistant", _MARK)]
 
 
 def _call_of(before: Sequence[Item], call_id: str) -> Call:
@@ -249,6 +246,21 @@ def _spelled_out(arguments: str) -> Any:
     """Templates spell the arguments themselves, and so need the object. What is none is passed on as the text that it is."""
     parsed = parsed_arguments(arguments)
     return arguments if parsed is None else parsed
+
+
+def _shows_calls(text: Text, content: str | None) -> bool:
+    """Whether a template writes the calls of a turn with this content, and nothing for what it does not say."""
+    for spelled in (_spelled_out, _as_text):
+        turn = {"role": "assistant", "content": content, "tool_calls": [_called(Call(_MARK, "{}", "000000000"), spelled)]}
+        said = _tried(text, [{"role": "user", "content": _DASH}, turn]) or ""
+        # A template that takes none for a word writes it.
+        if _MARK in said and "None" not in said:
+            return True
+    return False
+
+
+def _as_text(arguments: str) -> str:
+    return arguments
 
 
 def _tried(text: Text, messages: list[dict[str, Any]]) -> str | None:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import random
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from runtime.errors import InvalidRequest, MalformedRequest
 from runtime.events import Sampling
 from runtime.grammar import Grammar
-from runtime.models import SEEDLING, find_model
 from runtime.sampling import Draw, drawn
 from runtime.text import Text
 from runtime.tools import Call, CallForm
-from tests.templates import HERMES, LLAMA, PLAIN
+from tests.templates import HERMES, LLAMA, PLAIN, text_with
 
 EOS = 2
 WEATHER = {
@@ -33,14 +30,6 @@ WEATHER = {
     },
 }
 CLOCK = {"name": "clock", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}
-
-
-@cache
-def text_with(template: str) -> Text:
-    """seedling's tokenizer with another template."""
-    tokenizer = AutoTokenizer.from_pretrained(find_model(SEEDLING))
-    tokenizer.chat_template = template
-    return Text(tokenizer, frozenset({EOS}))
 
 
 def said_by_chance(text: Text, grammar: Grammar, seed: int, most: int = 400) -> str:
