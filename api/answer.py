@@ -152,7 +152,7 @@ class Answer:
 
     def _think(self, text: str) -> Iterator[Part]:
         if not isinstance(item := self._growing and self._growing.item, Reasoning):
-            item = yield from self._begin(Reasoning("", f"rs_{secrets.token_hex(16)}"))
+            item = yield from self._begin(Reasoning(""))
         self._grow(replace(item, text=item.text + text))
         yield Thought(text)
 

@@ -35,7 +35,7 @@ class Usage:
     reasoning: int
     reused: int
     evicted: int
-    broke_at: int | None = None
+    broke_at: str | None = None
     because: str | None = None
 
     @property
