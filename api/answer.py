@@ -109,6 +109,11 @@ class Answer:
         self.finish_reason: FinishReason | None = None
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the answer, if one has."""
+        return self._stops.stopped_by
+
+    @property
     def drawn(self) -> int:
         """Tokens drawn by now."""
         return len(self.tokens) - self._cue_length
