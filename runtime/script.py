@@ -29,15 +29,19 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Head:
-    """What a prompt is made of beside items: tools, and those options that show before the model's turn begins."""
+    """What a prompt is made of beside items: tools, options that show before the model's turn begins, and instructions.
+
+    Instructions stand before all items, and are not a part of the conversation.
+    """
 
     tools: tuple[str, ...] = ()
     """As JSON, in the shape that chat completions have."""
     options: tuple[tuple[str, Any], ...] = ()
+    instructions: str = ""
 
     @cached_property
     def digest(self) -> bytes:
-        told = json.dumps([self.tools, self.options]).encode()
+        told = json.dumps([self.tools, self.options, self.instructions]).encode()
         return hashlib.blake2b(told, digest_size=16).digest()
 
 
@@ -49,7 +53,7 @@ class Written:
     cue: array[int]
 
 
-def head_of(text: Text, tools: Sequence[Mapping[str, Any]], options: Options) -> Head:
+def head_of(text: Text, tools: Sequence[Mapping[str, Any]], options: Options, instructions: str = "") -> Head:
     """The head of a prompt whose template is given these tools and options."""
     asked = [{"role": "user", "content": _DASH}]
     plain = text.apply_template(asked, is_turn_next=False) if options else ""
@@ -58,7 +62,8 @@ def head_of(text: Text, tools: Sequence[Mapping[str, Any]], options: Options) ->
         for name, value in options.items()
         if text.apply_template(asked, is_turn_next=False, options={name: value}) != plain
     }
-    return Head(tuple(json.dumps(tool, ensure_ascii=False) for tool in tools), tuple(sorted(shown.items())))
+    spelled = tuple(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    return Head(spelled, tuple(sorted(shown.items())), instructions)
 
 
 def write(text: Text, head: Head, items: Sequence[Item], options: Options) -> Written:
@@ -81,14 +86,18 @@ def write_on(
 ) -> Written | None:
     """The tokens of `new` behind those that the model has of `before`; `is_after_eos` if an end-of-turn token is their last.
 
-    None where the template writes down anew, or elsewhere, what came before. Raises MalformedRequest.
+    None where the template writes down anew, or elsewhere, what came before, or does not go on from there.
     """
     sheet, context = _Sheet(text, head, options), _stand_in(before)
-    earlier, _, already = sheet.written(context)[0].partition(_MARK)
-    whole, cue = sheet.written([*context, *new])
-    same, found, said = whole.partition(_MARK)
-    # Some templates have the system's words or the tools move on to the last turn.
-    if not found or same != earlier:
+    if sheet.moves_on([*before, *new]):
+        return None
+    try:
+        whole, cue = sheet.written([*context, *new])
+        already = "" if is_assistants(before[-1]) else sheet.written(context)[0].partition(_MARK)[2]
+    except MalformedRequest:
+        return None
+    _, found, said = whole.partition(_MARK)
+    if not found:
         return None
     if not is_assistants(before[-1]):
         if not said.startswith(already):
@@ -108,12 +117,18 @@ class _Sheet:
     def __init__(self, text: Text, head: Head, options: Options) -> None:
         self._text = text
         self._tools = text.masked([json.loads(tool) for tool in head.tools])
-        self._options = options
+        self._instructions = [Message("system", head.instructions)] if head.instructions else []
+        self._options = text.masked(options)
         self._manner = _Manner.of_template(text)
+
+    def moves_on(self, items: Sequence[Item]) -> bool:
+        """Whether what stands at the beginning of these items would stand elsewhere once more have come."""
+        has_system = self._instructions or any(isinstance(item, Message) and item.role == "system" for item in items)
+        return bool((has_system and self._manner.moves_system) or (self._tools and self._manner.moves_tools))
 
     def written(self, items: Sequence[Item]) -> tuple[str, str]:
         """The text of the items, and the cue; that is empty where the template has none, or writes the items otherwise for it."""
-        items = self._manner.adapted(items)
+        items = self._manner.adapted([*self._instructions, *items])
         messages = _messages(items, self._manner.no_content, _spelled_out)
         try:
             whole, asked = self._applied(messages)
@@ -140,6 +155,8 @@ class _Manner:
     has_system: bool
     has_late_system: bool
     has_runs: bool
+    moves_system: bool
+    moves_tools: bool
     no_content: str | None
 
     @classmethod
@@ -147,11 +164,17 @@ class _Manner:
     def of_template(cls, text: Text) -> _Manner:
         first, late = f"{_MARK}1", f"{_MARK}2"
         user = {"role": "user", "content": first}
-        late_system = _tried(text, [user, {"role": "system", "content": late}, user]) or ""
+        system = {"role": "system", "content": late}
+        late_system = _tried(text, [user, system, user]) or ""
+        turns = [user, {"role": "assistant", "content": _DASH}, {"role": "user", "content": _DASH}]
+        tool = {"type": "function", "function": {"name": late, "description": _DASH, "parameters": {"type": "object"}}}
+        with_system, with_tool = _tried(text, [system, *turns]) or "", _tried(text, turns, [tool]) or ""
         return cls(
-            has_system=late in (_tried(text, [{"role": "system", "content": late}, user]) or ""),
+            has_system=late in (_tried(text, [system, user]) or ""),
             has_late_system=-1 < late_system.find(first) < late_system.find(late),
             has_runs=_tried(text, [user, user]) is not None,
+            moves_system=-1 < with_system.find(first) < with_system.find(late),
+            moves_tools=-1 < with_tool.find(first) < with_tool.find(late),
             no_content="" if _shows_calls(text, "") and not _shows_calls(text, None) else None,
         )
 
@@ -173,22 +196,22 @@ class _Manner:
 
 def _stand_in(before: Sequence[Item]) -> list[Item]:
     """A conversation as short as can be after which a template goes on as after this one. It ends with the mark."""
-    system, user = Message("system", _DASH), Message("user", _DASH)
+    user = Message("user", _DASH)
     last = before[-1]
     match last:
         case Output(_, call_id):
-            return [system, user, _call_of(before, call_id), Output(_MARK, call_id)]
+            return [user, _call_of(before, call_id), Output(_MARK, call_id)]
         case Message("system") if len(before) == 1:
             return [Message("system", _MARK)]
         case Message("user"):
-            return [system, Message("user", _MARK)]
+            return [Message("user", _MARK)]
         case Call(name, _, call_id):
             run = [*takewhile(lambda item: isinstance(item, Call), reversed(before))][:0:-1]
-            return [system, user, *run, Call(name, json.dumps({_MARK: 1}), call_id)]
+            return [user, *run, Call(name, json.dumps({_MARK: 1}), call_id)]
         case Message("system"):
-            return [system, user, Message("system", _MARK)]
+            return [user, Message("system", _MARK)]
         case _:
-            return [system, user, Message("assistant", _MARK)]
+            return [user, Message("assistant", _MARK)]
 
 
 def _call_of(before: Sequence[Item], call_id: str) -> Call:
@@ -213,6 +236,8 @@ def _messages(items: Sequence[Item], no_content: str | None, spelled: Any) -> li
             case Message("assistant", said):
                 turn = turn or new_turn()
                 turn["content"] = said
+            case Reasoning(""):
+                pass
             case Reasoning(thought):
                 turn = turn or new_turn()
                 turn["reasoning_content"] = thought
@@ -263,8 +288,8 @@ def _as_text(arguments: str) -> str:
     return arguments
 
 
-def _tried(text: Text, messages: list[dict[str, Any]]) -> str | None:
+def _tried(text: Text, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str | None:
     try:
-        return text.apply_template(messages, is_turn_next=False)
+        return text.apply_template(messages, tools, is_turn_next=False)
     except MalformedRequest:
         return None
