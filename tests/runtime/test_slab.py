@@ -234,3 +234,22 @@ def test_memory_is_taken_as_tokens_arrive_and_not_before() -> None:
     written(pool.acquire(), layer=0, start=0, count=32)
 
     assert psutil.Process().memory_info().rss - before < spec.ceiling_bytes // 4
+
+
+@settings(max_examples=200, deadline=None)
+@given(SPECS, st.integers(0, 150), st.data())
+def test_a_slab_is_whole_where_nothing_that_the_next_token_sees_was_written_over(
+    spec: SlabSpec, written: int, data: st.DataObject
+) -> None:
+    frontier = data.draw(st.integers(0, written))
+    held = {spec.slot(position): position for position in range(written)}
+    # The token at the frontier is written before it attends.
+    held[spec.slot(frontier)] = frontier
+
+    seen = positions_seen(frontier, spec.sink, spec.window)
+    is_there = all(held[spec.slot(position)] == position for position in seen)
+
+    assert is_there or not spec.is_whole(written, frontier)
+    # Of nothing but the sinks and itself a token may be told to read again.
+    if spec.window > 1 and frontier > spec.sink:
+        assert spec.is_whole(written, frontier) == is_there

@@ -183,3 +183,29 @@ def test_calls_are_found_however_the_text_is_cut(
     texts = "".join(one for one in found if isinstance(one, str))
     expected = words[0] + "".join(words[1:])
     assert "".join(texts.split()) == "".join(expected.split())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(WORDS, WORDS, max_size=3), WORDS, st.randoms())
+@pytest.mark.parametrize("template", [HERMES, LLAMA], ids=["hermes", "llama"])
+def test_a_call_that_comes_in_part_is_told_as_far_as_it_goes(
+    template: str, arguments: dict[str, str], before: str, chance: random.Random
+) -> None:
+    form = CallForm.of_template(text_with(template))
+    spelled = json.dumps(arguments)
+    said = f"{before.replace('<', '').replace('{', '')}{form.opening}{form.before_name}f{form.before_arguments}{spelled}"
+    said += form.after_arguments
+    reader = form.reader()
+    told: list[Call] = []
+    whole: list[Call] = []
+
+    while said:
+        cut = chance.randint(1, 5)
+        whole += [one for one in reader.feed(said[:cut]) if isinstance(one, Call)]
+        said = said[cut:]
+        told += [reader.begun] if reader.begun else []
+
+    assert whole == [Call("f", spelled)]
+    assert reader.begun is None
+    assert all(one.name == "f" and spelled.startswith(one.arguments) for one in told)
+    assert [len(one.arguments) for one in told] == sorted(len(one.arguments) for one in told)
