@@ -342,7 +342,6 @@ def with_schema(schema: dict[str, Any]) -> dict[str, Any]:
         ({"tools": [TOOL | {"function": {"name": f"f{n}"}} for n in range(1025)]}, "tools"),
         ({"metadata": []}, "metadata"),
         ({"reasoning_effort": 5}, "reasoning_effort"),
-        ({"chat_template_kwargs": {"deep": [1]}}, "chat_template_kwargs.deep"),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -372,6 +371,7 @@ HINTS: dict[str, object] = {
     "metadata": {"run": "7"},
     "prediction": {"type": "content", "content": "The sea."},
     "prompt_cache_key": "a key",
+    "prompt_cache_options": {"mode": "implicit"},
     "prompt_cache_retention": "24h",
     "safety_identifier": "somebody",
     "service_tier": "flex",
@@ -477,7 +477,9 @@ def test_a_field_that_openai_does_not_define_is_ignored(plain: ServerProcess) ->
         ({"tools": [TOOL], "logprobs": True}, "logprobs"),
         ({"tools": [TOOL], "ignore_eos": True}, "ignore_eos"),
         ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
-        ({"tools": [TOOL]}, "tools"),
+        ({"chat_template_kwargs": {"messages": "none"}}, "chat_template_kwargs"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"continue_final_message": True}, "messages"),
     ],
 )
 def test_a_combination_that_cannot_be_honoured_is_a_bad_request(plain: ServerProcess, both: Any, param: str) -> None:
