@@ -11,7 +11,8 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, takewhile
+from functools import cached_property
+from itertools import chain, islice, takewhile
 from typing import Protocol
 
 from runtime.items import Item, Message, Reasoning, are_same, is_assistants, keys_of
@@ -40,7 +41,7 @@ class Span:
         return self.begin + at + 1
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class Node:
     """Items that came together, and their tokens. `spans` are those of an answer; what was given has none.
 
@@ -57,6 +58,16 @@ class Node:
     children: list[Node] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     used: int = 0
+
+    @cached_property
+    def before(self) -> int:
+        """Tokens of the conversation that stand before the node's own."""
+        return self.parent.length if self.parent else 0
+
+    @cached_property
+    def first(self) -> Node:
+        """The node that the conversation begins with."""
+        return self.parent.node.first if self.parent and self.parent.node.parent else self
 
     @property
     def is_answer(self) -> bool:
@@ -78,7 +89,7 @@ class Point:
     @property
     def length(self) -> int:
         """Tokens from the conversation's beginning up to here."""
-        return sum(point.offset for point in self.path())
+        return self.node.before + self.offset
 
     @property
     def history(self) -> array[int]:
@@ -119,12 +130,36 @@ class Point:
         assert first.node.head is not None
         return first.node.head
 
+    def since(self, length: int) -> array[int]:
+        """The history's tokens from `length` on."""
+        parts = []
+        for point in self.path():
+            if point.length <= length:
+                break
+            parts.append(point.node.tokens[max(0, length - point.node.before) : point.offset])
+        return array("I", chain.from_iterable(reversed(parts)))
+
     def path(self) -> Iterator[Point]:
         """This point and those before it, the last one first."""
         point: Point | None = self
         while point is not None:
             yield point
             point = point.node.parent
+
+
+def common_history(one: Point, other: Point, more: array[int]) -> int:
+    """How many tokens the history of a point has in common with that of another and `more` behind it."""
+    offsets = {point.node: point.offset for point in other.path()}
+    begin = 0
+    for point in one.path():
+        if point.node in offsets:
+            begin = point.node.before + min(point.offset, offsets[point.node])
+            break
+    else:
+        length = _common(one.node.first.tokens, other.node.first.tokens)
+        if length < min(len(one.node.first.tokens), len(other.node.first.tokens)):
+            return length
+    return begin + _common(one.since(begin), other.since(begin) + more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +353,12 @@ class PointTree:
             del self._roots[above.head.digest]
 
 
+def _common(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many of their first elements are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (ours, theirs) in pairs if ours != theirs), min(len(one), len(other)))
+
+
 def _branches(point: Point) -> list[Node]:
     """What goes on from a point."""
     return [child for child in point.node.children if child.parent == point]
@@ -330,11 +371,7 @@ def _agreement(node: Node, items: Sequence[Item], keys: Sequence[bytes]) -> tupl
     """
     if node.is_answer:
         return _answers_agreement(node, items)
-    taken = 0
-    for ours, theirs in zip(node.keys, keys, strict=False):
-        if ours != theirs:
-            break
-        taken += 1
+    taken = _common(node.keys, keys)
     return taken, len(node.tokens) if taken == len(node.keys) else None
 
 
