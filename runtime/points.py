@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice, takewhile
+from math import inf
 from typing import Protocol
 
 from runtime.items import Item, Message, Reasoning, are_same, is_assistants, keys_of
@@ -191,7 +192,7 @@ class Log(Protocol):
 class PointTree:
     """Conversations by what was said in them and by the names of points. Those used longest ago go where room is short."""
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, most_bytes: float = inf) -> None:
         self._most_bytes = most_bytes
         self._log: Log | None = None
         self._next_id = 0
@@ -300,6 +301,11 @@ class PointTree:
         """About how much memory it takes."""
         return self._bytes
 
+    def bound(self, most_bytes: float) -> None:
+        """Holds no more than this from now on."""
+        self._most_bytes = most_bytes
+        self._make_room(None)
+
     def write_to(self, log: Log) -> None:
         """Tells `log` of all that there is, and of every change from now on."""
         for root in self._roots.values():
@@ -329,7 +335,7 @@ class PointTree:
         self._next_id = max(self._next_id, found + 1)
         return found
 
-    def _make_room(self, newest: Node) -> None:
+    def _make_room(self, newest: Node | None) -> None:
         if self._bytes <= self._most_bytes:
             return
         for leaf in sorted((node for node in self.nodes() if not node.children), key=lambda node: node.used):
