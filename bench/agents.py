@@ -1,7 +1,7 @@
 """A conversation as a coding agent has it: a long head, then turns of a few new tokens; how long each waits for its first token.
 
 Ours is asked through `/v1/responses`, each turn by the id of the one before. Then it is asked once more with everything sent
-again, as after a reconnect; after a restart of the server; and from a point half-way, which is a fork. A peer's server is sent the
+again, as after a reconnect; after a restart of the server; and from a point half-way, a fork. A peer's server is sent the
 whole conversation, in its second turn and in its last.
 """
 
