@@ -7,6 +7,9 @@ import reprlib
 
 from runtime.errors import InvalidRequest
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+
 
 def check_whole(name: str, value: object, low: int, high: int | None = None) -> None:
     """Raises InvalidRequest, naming the field, unless `value` is a whole number from `low` to `high`."""
@@ -25,7 +28,7 @@ def is_number(value: object) -> bool:
 def shown(value: object) -> str:
     """A value as an error tells of it: short, and on one line."""
     try:
-        return " ".join(reprlib.repr(value).split())
+        return " ".join(_SHORT.repr(value).split())
     except ValueError:
         # Python refuses to write out integers of more than some thousand digits.
         return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__

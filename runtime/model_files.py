@@ -103,7 +103,7 @@ def _check_rotation(file: Path, parameters: Mapping[str, Any]) -> None:
     for name, value in parameters.items():
         if isinstance(value, dict):
             _check_rotation(file, value)
-        elif name in _NAMES_OF_ROTATION or isinstance(value, bool | None):
+        elif name in _NAMES_OF_ROTATION or isinstance(value, bool | list | None):
             continue
         elif not (is_number(value) and 0 < value < _MOST_ROTATION):
             raise ModelUnavailable(f"{file}: {name} must be a number over 0, not {shown(value)}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from runtime.checks import shown
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.settings import Settings
 
@@ -21,7 +22,7 @@ def find_model(name: str) -> Path:
     """
     if name == SEEDLING:
         return Path(__file__).parent / SEEDLING
-    if Path(name).is_dir():
+    if _is_directory(name):
         directory = Path(name)
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         directory = _download(name)
@@ -32,6 +33,13 @@ def find_model(name: str) -> Path:
     if not (directory / "config.json").is_file():
         raise ModelUnavailable(f"{name!r} holds no config.json: it is not a model's directory")
     return directory
+
+
+def _is_directory(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError as error:
+        raise ModelUnavailable(f"the directory {shown(name)} cannot be looked at: {error.strerror}") from error
 
 
 def find_proposer_model(settings: Settings) -> Path:

@@ -10,8 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
+from runtime.engine.probe import NO_NUMBERS
 from runtime.errors import InvalidSetting, ModelUnavailable, NotExact
 from runtime.events import Sampling, Token
+from runtime.model_files import one_line
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
 from runtime.settings import Settings
@@ -75,11 +77,14 @@ def load_engine(settings: Settings, directory: Path, beside: EngineFacts | None 
 
 
 def _check_forward(engine: Engine, directory: Path) -> None:
-    """Raises ModelUnavailable where a forward comes to no numbers: such a model would answer, and say nothing."""
+    """Raises ModelUnavailable where a forward fails, or comes to no numbers, in which a server would answer nothing for ever."""
     row = Row(engine.new_pool(1).acquire(), 0, 0, Draw(Sampling(), top_logprobs=1))
-    (token,) = engine.forward(RowBatch((row,)))
+    try:
+        (token,) = engine.forward(RowBatch((row,)))
+    except Exception as error:
+        raise ModelUnavailable(f"the model in {directory} cannot be run: {one_line(error)}") from error
     if token.logprobs is None or not math.isfinite(token.logprobs.chosen):
-        raise ModelUnavailable(f"the model in {directory} computes no numbers: its weights or config.json are damaged")
+        raise ModelUnavailable(NO_NUMBERS)
 
 
 def _chosen_engine(settings: Settings, directory: Path, beside: EngineFacts | None) -> Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from fractions import Fraction
@@ -16,12 +17,12 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from actors import Runtime, open_runtime
-from runtime import Overflow, Settings
+from runtime import Done, Overflow, Settings, StopReason, Token
 from runtime.errors import InvalidRequest, SessionNotFound, SnapshotNotFound
 from runtime.models import SEEDLING, find_model
 from runtime.text import Text
 from tests.actors.engines import LedgerEngine, generated, open_lab
-from tests.runtime.test_text import save_byte_fallback_tokenizer
+from tests.runtime.test_text import ending, save_byte_fallback_tokenizer
 
 NAN, INFINITE, HUGE = float("nan"), float("inf"), 10**5000
 NO_COUNT = [-1, HUGE * -1, 2.5, NAN, True, "5", b"5", [5], Fraction(5), np.float32(5)]
@@ -177,3 +178,19 @@ async def test_a_grammar_of_another_tokenizer_is_refused(tmp_path: Path, another
         assert refused.value.param == "grammar"
         again = Text.load(find_model(SEEDLING)).json_grammar({"const": 1})
         assert runtime.text.decode(await generated(session, 5, grammar=again)) == "1"
+
+
+async def test_a_model_whose_files_name_no_end_answers_by_a_grammar(tmp_path: Path) -> None:
+    model = shutil.copytree(find_model(SEEDLING), tmp_path / "model")
+    ending(model, {}, {}, None)
+    async with open_small(model) as runtime:
+        assert runtime.text.eos_token_ids == frozenset()
+        session = await runtime.create_session(runtime.text.eos_token_ids)
+        await session.append([5, 6, 7])
+        grammar = runtime.text.json_grammar({"const": [1]})
+        async with session.generate(20, grammar=grammar, top_logprobs=2) as stream:
+            *tokens, done = [event async for event in stream]
+
+    assert runtime.text.decode([token.token_id for token in tokens if isinstance(token, Token)]) == "[1]"
+    assert isinstance(done, Done)
+    assert done.stop_reason is StopReason.EOS
