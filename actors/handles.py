@@ -97,7 +97,7 @@ class SessionHandle:
         sampling = Sampling(temperature, top_p, top_k, secrets.randbits(64) if seed is None else seed)
         generate = Generate(max_tokens, sampling, top_logprobs, grammar)
         # Its masks number the tokens of its own tokenizer: under another they would let through what it never said.
-        if grammar is not None and grammar.tokenizer_digest != await trio.to_thread.run_sync(_digest, self._text):
+        if grammar is not None and grammar.tokenizer_digest != await trio.to_thread.run_sync(digest_of, self._text):
             raise InvalidRequest("the grammar is of another tokenizer: make it with Runtime.text", "grammar")
         async with AsyncExitStack() as stack:
             with as_session_errors():
@@ -148,7 +148,8 @@ class SessionHandle:
             yield replies
 
 
-def _digest(text: Text) -> bytes:
+def digest_of(text: Text) -> bytes:
+    """Whose first use takes long for a large vocabulary: it belongs into a thread."""
     return text.digest
 
 

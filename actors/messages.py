@@ -48,6 +48,16 @@ class SessionSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What is to be known to make tokens for a model. `tokenizer_digest` is that of `runtime.text.Text`."""
+
+    model: str
+    vocabulary: int
+    tokenizer_digest: bytes
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """What is taken of slabs and of permits for completions, and how many completions wait for permits."""
 

@@ -12,9 +12,9 @@ import trio
 
 from actors.admission import Admission
 from actors.executor import EngineThread, ModelExecutor
-from actors.handles import Completion, SessionHandle
+from actors.handles import Completion, SessionHandle, digest_of
 from actors.mailbox import open_mailbox
-from actors.messages import Load, Saved, SessionSummary
+from actors.messages import Load, ModelInfo, Saved, SessionSummary
 from actors.nursery import open_nursery
 from actors.proposing import NewProposals, open_proposing
 from actors.registry import SessionRegistry
@@ -102,6 +102,12 @@ class Runtime:
     async def delete_snapshot(self, snapshot_id: str) -> int:
         """Deletes a snapshot; returns the bytes that it took. Raises NotDurable, SnapshotNotFound, StorageFailed."""
         return await trio.to_thread.run_sync(self._durable().delete_snapshot, snapshot_id)
+
+    async def model_info(self) -> ModelInfo:
+        """What is to be known to make tokens for the model that runs."""
+        digest = await trio.to_thread.run_sync(digest_of, self.text)
+        name = self.settings.model_label or self.settings.model
+        return ModelInfo(name, self.facts.vocabulary, digest, self.text.eos_token_ids)
 
     def list_sessions(self) -> list[SessionSummary]:
         """What an operator may know of the long-lived sessions."""

@@ -12,20 +12,21 @@ from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.settings import Settings
 
 SEEDLING = "seedling"
-_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+_WORDS = ("*.json", "*.jinja", "*.model", "*.txt")
+_FILES = (*_WORDS, "*.safetensors")
 
 
-def find_model(name: str) -> Path:
+def find_model(name: str, *, with_weights: bool = True) -> Path:
     """The directory of a bundled model, a local path or a Hugging Face id, downloaded where it is not yet.
 
-    Raises ModelUnavailable.
+    Where nobody asks for weights, none are downloaded. Raises ModelUnavailable.
     """
     if name == SEEDLING:
         return Path(__file__).parent / SEEDLING
     if _is_directory(name):
         directory = Path(name)
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        directory = _download(name)
+        directory = _download(name, _FILES if with_weights else _WORDS)
     else:
         raise ModelUnavailable(
             f"no model at {name!r}: give {SEEDLING!r}, a directory, or a Hugging Face id like org/name"
@@ -54,9 +55,9 @@ def find_proposer_model(settings: Settings) -> Path:
     return find_model(SEEDLING) / settings.proposer
 
 
-def _download(name: str) -> Path:
+def _download(name: str, patterns: tuple[str, ...]) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except HFValidationError as error:
         raise ModelUnavailable(f"{name!r} is neither a directory nor a Hugging Face id") from error
     except RuntimeError as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,8 +86,15 @@ class Text:
 
     @cached_property
     def digest(self) -> bytes:
-        """Tells tokenizers apart that number their tokens in other ways; the first use takes long for a large vocabulary."""
-        return hashlib.blake2b(self._backend.to_str().encode()).digest()
+        """Tells tokenizers apart that number their tokens in other ways; the first use takes long for a large vocabulary.
+
+        BLAKE2b over each token in the order of ids: id and length as little-endian uint32, and its text in UTF-8.
+        """
+        digest = hashlib.blake2b()
+        for token, token_id in sorted(self._backend.get_vocab().items(), key=itemgetter(1)):
+            spelt = token.encode()
+            digest.update(struct.pack("<II", token_id, len(spelt)) + spelt)
+        return digest.digest()
 
     @cached_property
     def _guided(self) -> LLTokenizer | ValueError:
