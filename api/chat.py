@@ -36,7 +36,7 @@ async def chat(settings: Settings, connect_to: str | None, max_tokens: int, temp
 
 
 async def _model_of(client: Client, settings: Settings) -> tuple[str, Text]:
-    """The name and the tokenizer of the server's model; `model`, where it is set, says where its tokenizer lies.
+    """The name and the tokenizer of the server's model, which lies where `model` or that name says.
 
     Raises ModelUnavailable where it cannot be had here.
     """
@@ -46,15 +46,20 @@ async def _model_of(client: Client, settings: Settings) -> tuple[str, Text]:
         print(f"the server does not say which model it runs: that of {settings.model} is taken", file=sys.stderr)
         text, _ = await trio.to_thread.run_sync(_tokenizer, settings.model)
         return settings.model, text
-    name = served.model if settings.model == Settings().model else settings.model
-    needed = f"set model to a directory, or an id, with the tokenizer of {served.model!r}, which the server runs"
-    try:
-        text, digest = await trio.to_thread.run_sync(_tokenizer, name)
-    except ModelUnavailable as error:
-        raise ModelUnavailable(f"{error}; {needed}") from error
-    if digest != served.tokenizer_digest:
-        raise ModelUnavailable(f"{name!r} has another tokenizer: {needed}")
-    return name, text
+    places = [settings.model] if settings.model != Settings().model else [settings.model, served.model]
+    reason = ""
+    for place in dict.fromkeys(places):
+        try:
+            text, digest = await trio.to_thread.run_sync(_tokenizer, place)
+        except ModelUnavailable as error:
+            reason = str(error)
+        else:
+            if digest == served.tokenizer_digest:
+                return served.model, text
+            reason = f"{place!r} has another tokenizer"
+    raise ModelUnavailable(
+        f"{reason}: set model to a directory, or an id, with the tokenizer of {served.model!r}, which the server runs"
+    )
 
 
 def _tokenizer(name: str) -> tuple[Text, bytes]:
