@@ -194,7 +194,7 @@ class RuntimeService:
         async def answer(stream: Stream[bytes, A]) -> None:
             authorization = stream.metadata.get("authorization") if stream.metadata else None
             check_key(self._server.settings, str(authorization) if authorization else None)
-            with self._server.call() as runtime:
+            with self._server.call() as runtime, self._server.may_be_ended(by_host=False):
                 message = await self._from_asyncio(stream.recv_message)()
                 assert message is not None, "a unary call without a message was refused"
                 parse = partial(_parsed, asked, message)
