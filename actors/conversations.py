@@ -20,6 +20,8 @@ LABEL = "conversation"
 MOST_BYTES = 256 * 2**20
 # A branch of more tokens than this is kept in a slab of its own, where one can be had, when a conversation goes back behind it.
 _WORTH_A_SLAB = 256
+# To copy a slab for fewer tokens takes longer than to read them.
+_WORTH_A_COPY = 32
 
 
 class Sessions(Protocol):
@@ -97,15 +99,20 @@ class Conversations:
     async def _take(self, history: array[int]) -> Stand:
         while (found := self._best(history)) is not None:
             session_id, length = found
-            point = self._standing[session_id]
+            given_up = self._standing[session_id].length - length
             try:
-                if point.length - length > _WORTH_A_SLAB:
+                if given_up > min(length, _WORTH_A_SLAB):
                     with suppress(CapacityExhausted):
+                        if length < _WORTH_A_COPY:
+                            return await self._new_stand()
                         return await self._stand_of(await self._sessions.fork_session(session_id), length)
                 del self._standing[session_id]
                 return await self._stand_of(self._sessions.find_session(session_id), length)
             except (SessionNotFound, SessionFailed):
                 self._standing.pop(session_id, None)
+        return await self._new_stand()
+
+    async def _new_stand(self) -> Stand:
         return Stand(await self._sessions.create_session(self._eos_token_ids, label=LABEL), 0, 0)
 
     async def _stand_of(self, session: SessionHandle, length: int) -> Stand:

@@ -35,7 +35,7 @@ class Usage:
     reasoning: int
     reused: int
     evicted: int
-    broke_at: int | None = None
+    broke_at: str | None = None
     because: str | None = None
 
     @property
@@ -50,6 +50,7 @@ class Ending:
     finish_reason: FinishReason
     usage: Usage
     point: Point
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ class AnswerStream:
         while not self._waiting:
             if (reason := self.answer.finish_reason) is not None:
                 self._asked.runtime.metrics.completions_total.labels(reason).inc()
-                return Ending(reason, self._usage(), self._point())
+                return Ending(reason, self._usage(), self._point(), self.answer.stop_string)
             with self._asked.limit.holds():
                 event = await anext(self._events)
             self._waiting += self.answer.take(event)

@@ -144,7 +144,7 @@ class PointTree:
         self._most_bytes = most_bytes
         self._bytes = 0
         self._roots: dict[bytes, Node] = {}
-        self._named: dict[str, Point] = {}
+        self._named: dict[str, tuple[Point, bytes]] = {}
         self._uses = 0
 
     def root(self, head: Head) -> Point:
@@ -194,18 +194,27 @@ class PointTree:
             each.node.used = self._uses
         return point
 
-    def name(self, name: str, point: Point) -> None:
-        """Has the point be found by this name from now on."""
+    def name(self, name: str, point: Point, record: bytes = b"") -> None:
+        """Has the point be found by this name from now on, and with it a record of whoever named it."""
         self.forget(name)
-        self._named[name] = point
+        self._named[name] = (point, record)
+        self._bytes += len(record)
         point.node.names.append(name)
 
     def named(self, name: str) -> Point | None:
-        return self._named.get(name)
+        """The point of this name."""
+        found = self._named.get(name)
+        return found and found[0]
+
+    def record(self, name: str) -> bytes:
+        """What was kept with the name; empty where nothing was."""
+        return self._named[name][1] if name in self._named else b""
 
     def forget(self, name: str) -> None:
         """Has no point be found by this name any more."""
-        if (point := self._named.pop(name, None)) is not None:
+        if name in self._named:
+            point, record = self._named.pop(name)
+            self._bytes -= len(record)
             point.node.names.remove(name)
 
     def nodes(self) -> Iterator[Node]:
