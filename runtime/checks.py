@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import reprlib
+from typing import Any
 
 from runtime.errors import InvalidRequest
 
@@ -11,11 +12,14 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120
 
 
-def check_whole(name: str, value: object, low: int, high: int | None = None) -> None:
+def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
     """Raises InvalidRequest, naming the field, unless `value` is a whole number from `low` to `high`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
         raise InvalidRequest(f"{name} must be a whole number, got {shown(value)}", name)
-    number = operator.index(value)
     if number < low or (high is not None and number > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
         raise InvalidRequest(f"{name} must be {bounds}, got {shown(value)}", name)

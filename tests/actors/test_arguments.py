@@ -25,7 +25,7 @@ from tests.actors.engines import LedgerEngine, generated, open_lab
 from tests.runtime.test_text import ending, save_byte_fallback_tokenizer
 
 NAN, INFINITE, HUGE = float("nan"), float("inf"), 10**5000
-NO_COUNT = [-1, HUGE * -1, 2.5, NAN, True, "5", b"5", [5], Fraction(5), np.float32(5)]
+NO_COUNT = [-1, HUGE * -1, 2.5, NAN, True, "5", b"5", [5], Fraction(5), np.float32(5), np.array([5, 6]), np.True_, int]
 NO_NUMBER = [-0.1, NAN, INFINITE, -INFINITE, HUGE, -HUGE, True, "1", [1.0], Fraction(1, 2), 1j]
 
 WRONG: dict[str, list[Any]] = {
