@@ -14,7 +14,7 @@ from quart import Response, request, websocket
 from actors import Runtime
 from actors.nursery import open_nursery
 from api.answering import Answers, Ending, open_answers
-from api.dialects.responses.events import Event, ResponseWriter, error_event
+from api.dialects.responses.events import Event, ResponseWriter, as_responses_error, error_event
 from api.dialects.responses.request import Frame, ResponseRequest, read, read_frame
 from api.event_stream import EventStream, named_event
 from api.http.chat import ANSWER_ERRORS
@@ -28,7 +28,7 @@ from api.traces import describe_request
 from runtime.errors import NotServing, PayloadTooLarge, PreviousResponseNotFound, RequestError, ResponseNotFound
 from runtime.points import Point
 
-RESPONSES = Family("/v1/responses", is_deprecated=False)
+RESPONSES = Family("/v1/responses", is_deprecated=False, as_error=as_responses_error)
 # Requests of one WebSocket that run or wait; more are not read from it.
 _MOST_REQUESTS = 16
 
