@@ -276,7 +276,11 @@ def _spelled_out(arguments: str) -> Any:
 def _shows_calls(text: Text, content: str | None) -> bool:
     """Whether a template writes the calls of a turn with this content, and nothing for what it does not say."""
     for spelled in (_spelled_out, _as_text):
-        turn = {"role": "assistant", "content": content, "tool_calls": [_called(Call(_MARK, "{}", "000000000"), spelled)]}
+        turn = {
+            "role": "assistant",
+            "content": content,
+            "tool_calls": [_called(Call(_MARK, "{}", "000000000"), spelled)],
+        }
         said = _tried(text, [{"role": "user", "content": _DASH}, turn]) or ""
         # A template that takes none for a word writes it.
         if _MARK in said and "None" not in said:

@@ -150,7 +150,7 @@ async def http_door(server: Server, bind: str, *, task_status: trio.TaskStatus[s
 @asynccontextmanager
 async def _own_socket(bind: str) -> AsyncIterator[None]:
     """Sees to it that a path to be listened on is no other server's, and is gone when the block ends."""
-    path = Path(bind.removeprefix(UNIX))
+    path = trio.Path(bind.removeprefix(UNIX))
     if not bind.startswith(UNIX):
         yield
         return
@@ -158,13 +158,13 @@ async def _own_socket(bind: str) -> AsyncIterator[None]:
     with suppress(OSError):
         async with await trio.open_unix_socket(path):
             raise InvalidSetting(f"bind={bind} is listened on already: stop that server, or choose another path")
-    if path.exists() and not path.is_socket():
+    if await path.exists() and not await path.is_socket():
         raise InvalidSetting(f"bind={bind} is a file that is no socket: choose another path")
     try:
         yield
     finally:
-        with suppress(OSError):
-            path.unlink()
+        with trio.CancelScope(shield=True), suppress(OSError):
+            await path.unlink()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from runtime import Sampling
 from tests.actors.engines import LedgerEngine, tiny_text
 from tests.api.doors import JSON, House, open_house
 
+GREEDY = Sampling()
 COMPLETIONS = "/v1/chat/completions"
 ASKED: dict[str, Any] = {"model": "seedling", "max_tokens": 6, "ignore_eos": True, "temperature": 0}
 
@@ -44,7 +45,7 @@ def text_of(answer: dict[str, Any], index: int = 0) -> str:
     return text
 
 
-def continued(engine: LedgerEngine, prompt: list[int], sampling: Sampling = Sampling()) -> str:
+def continued(engine: LedgerEngine, prompt: list[int], sampling: Sampling = GREEDY) -> str:
     """What the engine says behind a prompt, found without slabs."""
     return tiny_text().decode(engine.continued(prompt, 6, sampling))
 
@@ -112,7 +113,7 @@ class TestAPrefix:
 
     @pytest.mark.parametrize("drawn", [{}, {"temperature": 1.0, "seed": 7}], ids=["greedy", "sampled"])
     async def test_of_the_turn_before_is_cached(self, drawn: dict[str, Any]) -> None:
-        sampling = Sampling(**drawn) if drawn else Sampling()
+        sampling = Sampling(**drawn)
         async with open_house(max_concurrent=1) as house, client_of(house) as client:
             first = await complete(client, said(5, 6, 7), **drawn)
             second = await complete(client, said(5, 6, 7), said(8, 9), **drawn)

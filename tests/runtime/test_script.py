@@ -51,7 +51,9 @@ def written(text: Text, head: Head, items: list[Item]) -> array[int]:
 @pytest.mark.parametrize("template", ALL.values(), ids=ALL)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_what_follows_a_client_is_written_as_if_all_had_been_written_at_once(template: str, data: st.DataObject) -> None:
+def test_what_follows_a_client_is_written_as_if_all_had_been_written_at_once(
+    template: str, data: st.DataObject
+) -> None:
     text = text_with(template)
     has_calls = template in CALLERS and data.draw(st.booleans())
     items = data.draw(conversations(has_calls))
@@ -214,7 +216,16 @@ class TestArguments:
     @pytest.mark.parametrize("template", CALLERS, ids=NAMES.get)
     @pytest.mark.parametrize(
         "broken",
-        ["{", "", "[1]", "a", '{"a":"\\ud83d"}', '{"a":' + "[" * 3000 + "]" * 3000 + "}", f'{{"a":{"9" * 5000}}}', '{"a":NaN}'],
+        [
+            "{",
+            "",
+            "[1]",
+            "a",
+            '{"a":"\\ud83d"}',
+            '{"a":' + "[" * 3000 + "]" * 3000 + "}",
+            f'{{"a":{"9" * 5000}}}',
+            '{"a":NaN}',
+        ],
         ids=lambda broken: broken[:12],
     )
     def test_that_no_parser_takes_are_passed_on_as_text(self, template: str, broken: str) -> None:

@@ -193,7 +193,9 @@ def test_a_call_that_comes_in_part_is_told_as_far_as_it_goes(
 ) -> None:
     form = CallForm.of_template(text_with(template))
     spelled = json.dumps(arguments)
-    said = f"{before.replace('<', '').replace('{', '')}{form.opening}{form.before_name}f{form.before_arguments}{spelled}"
+    said = (
+        f"{before.replace('<', '').replace('{', '')}{form.opening}{form.before_name}f{form.before_arguments}{spelled}"
+    )
     said += form.after_arguments
     reader = form.reader()
     told: list[Call] = []
