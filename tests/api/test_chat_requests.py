@@ -108,6 +108,11 @@ class TestATool:
         assert "xyzzy" not in caplog.text
         assert "plugh" not in caplog.text
 
+    def test_is_refused_where_the_template_knows_none(self) -> None:
+        with pytest.raises(MalformedRequest, match="knows no tools") as refused:
+            question(text_with(PLAIN), tools=[tool({})])
+        assert refused.value.param == "tools"
+
     @pytest.mark.parametrize("name", ["server.tool", "server/tool", "mcp:tool", "a-b_c", "a" * 128])
     def test_may_be_named_as_agents_name_theirs(self, name: str) -> None:
         assert question(self.text, tools=[tool({}, name)]).bounds.grammar(self.text) is not None

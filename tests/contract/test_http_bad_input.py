@@ -486,13 +486,6 @@ def test_a_combination_that_cannot_be_honoured_is_a_bad_request(plain: ServerPro
     assert error_in(post(plain, HELLO | both), 400)["param"] == param
 
 
-def test_a_role_that_the_chat_template_does_not_know_is_a_bad_request(plain: ServerProcess) -> None:
-    error = error_in(post(plain, HELLO | {"messages": [{"role": "tool", "content": "5", "tool_call_id": "1"}]}), 400)
-
-    assert "template" in error["message"]
-    assert error["param"] == "messages"
-
-
 def test_developer_is_the_newer_name_of_system(plain: ServerProcess) -> None:
     answers = [
         post(plain, HELLO | {"messages": [{"role": role, "content": "Be brief."}, *HELLO["messages"]]}).json()

@@ -295,8 +295,3 @@ class TestTools:
         assert usage is not None
         assert shorter is not None
         assert usage.prompt_tokens > shorter.prompt_tokens
-
-    def test_are_refused_where_the_template_knows_none(self, client: Client) -> None:
-        with pytest.raises(openai.BadRequestError, match="knows no tools") as refused:
-            client.answer(tools=[WEATHER])
-        assert refused.value.param == "tools"
