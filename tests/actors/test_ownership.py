@@ -36,7 +36,8 @@ OWNED: dict[str, dict[str, set[str]]] = {
     "Conversations": {
         "the tree of points": {"points"},
         "which sessions stand where": {"_standing"},
-        "what is read ahead": {"_reading"},
+        "reads ahead": {"_reading"},
+        "turns told": {"_told"},
     },
     "Admission": {"permits": {"_permits"}, "FIFO of waiters": {"_permits", "_line"}},
 }
