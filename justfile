@@ -26,6 +26,8 @@ mlx:
 # Regenerates proto/ from runtime.proto.
 proto:
     python -m grpc_tools.protoc -Iproto --python_betterproto2_out=proto --python_betterproto2_opt=client_generation=async,server_generation=async --descriptor_set_out=proto/kakeya/v1/runtime.binpb kakeya/v1/runtime.proto
+    # `proto` is the package of another distribution too, so ours is a part of it and not all.
+    rm proto/__init__.py && mv proto/py.typed proto/kakeya/
 
 # Trains seedling and its siblings anew, then measures them and writes their card.
 seedling:

@@ -11,12 +11,13 @@ from typing import TypeVar
 import trio
 
 from actors.mailbox import ActorFailed, ActorStopped, Message, Replies
-from actors.messages import Append, Appended, Branch, Close, Fork, Generate, Info, Save, Saved, SessionInfo
+from actors.messages import Append, Branch, Close, Fork, Generate, Info, Save
 from actors.registry import NO_SESSION, SessionRegistry
 from runtime.durable import Terms
 from runtime.errors import InvalidRequest, SessionFailed, SessionNotFound
 from runtime.events import Done, Event, Sampling
 from runtime.grammar import Grammar
+from runtime.sessions import Appended, Saved, SessionInfo
 from runtime.slab import Slab
 
 # Scheduler passes in which a session whose token was taken has its next forward begun. Whatever is done with the token, such

@@ -10,39 +10,8 @@ from runtime.durable import Terms
 from runtime.events import Event, Sampling, Token
 from runtime.grammar import Grammar
 from runtime.rows import Row
+from runtime.sessions import Appended, Saved, SessionInfo
 from runtime.slab import Slab
-
-
-@dataclass(frozen=True, slots=True)
-class Appended:
-    history_length: int
-    evicted_token_count: int
-    history_digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class SessionInfo:
-    """What a session says of itself. `history_digest` is BLAKE2b over the history as little-endian uint32."""
-
-    history_length: int
-    kv_live_bytes: int
-    kv_ceiling_bytes: int
-    evicted_token_count: int
-    sink: int
-    window: int
-    idle_seconds: float
-    history_digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class SessionSummary:
-    """What an operator sees of a session."""
-
-    label: str
-    history_length: int
-    evicted_token_count: int
-    kv_live_bytes: int
-    idle_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +22,6 @@ class Load:
     slab_in_use: int
     completions_running: int
     completions_waiting: int
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A snapshot that was written."""
-
-    snapshot_id: str
-    size_bytes: int
-    history_length: int
 
 
 @dataclass(frozen=True, slots=True)

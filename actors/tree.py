@@ -14,16 +14,17 @@ from actors.admission import Admission
 from actors.executor import EngineThread, ModelExecutor
 from actors.handles import Completion, SessionHandle
 from actors.mailbox import open_mailbox
-from actors.messages import Load, Saved, SessionSummary
+from actors.messages import Load
 from actors.nursery import open_nursery
 from actors.proposing import NewProposals, open_proposing
 from actors.registry import SessionRegistry
-from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity, Snapshot, Terms, fingerprint
+from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity, Terms, fingerprint
 from runtime.engine import Engine, EngineFacts, load_engine
 from runtime.errors import InvalidRequest, NotDurable
 from runtime.events import Overflow
 from runtime.metrics import Metrics
 from runtime.models import find_model
+from runtime.sessions import Saved, SessionSummary, Snapshot
 from runtime.settings import Settings
 from runtime.slab import Slab
 from runtime.text import Text
