@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import sniffio
+import trio
 import trio_asyncio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
@@ -25,8 +26,10 @@ from api.logs import where
 from runtime.errors import lone_errors
 
 # With trio_asyncio imported, a new asyncio loop is made over trio, and so would be that of an asyncio server that hosts us.
-# Where a thread has set a policy, even the one that it had, trio_asyncio leaves it alone.
-asyncio.set_event_loop_policy(asyncio.get_event_loop_policy())
+# Where a thread has set a policy, even the one that it had, trio_asyncio leaves it alone. Inside trio none can be set, and a
+# client that comes from there hosts no server.
+if not trio.lowlevel.in_trio_run():
+    asyncio.set_event_loop_policy(asyncio.get_event_loop_policy())
 
 _log = logging.getLogger("perennial.server")
 

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_quiet = asked.command == "chat" and settings.log_level == Settings().log_level
         configure_logging("warning" if is_quiet else settings.log_level)
         with lone_errors():
-            status = trio.run(partial(_COMMANDS[asked.command], settings, asked))
+            status = _COMMANDS[asked.command](settings, asked)
         if arguments is None and status == 0:
             leave_at_once()
         return status
@@ -62,28 +62,31 @@ def _bench(arguments: Sequence[str]) -> int:
 
 # Each loads what it needs when it runs: `doctor` has to be able to say what stands in the place of ours, which the others
 # would fail to load.
-async def _serve(settings: Settings, asked: argparse.Namespace) -> int:
+def _serve(settings: Settings, asked: argparse.Namespace) -> int:
     from api.doors import serve
     from api.traces import configure_tracing
 
+    async def serve_until_signalled() -> None:
+        for number in _STOPS:
+            # What the receiver leaves behind: a signal that comes after the drain must not change the exit status.
+            signal.signal(number, signal.SIG_IGN)
+        with trio.open_signal_receiver(*_STOPS) as signals:
+            next_signal = partial(anext, signals)
+            await serve(settings, http_bind=asked.bind or None, shutdown_trigger=next_signal, hurry_trigger=next_signal)
+
     configure_tracing()
-    for number in _STOPS:
-        # What the receiver leaves behind: a signal that comes after the drain must not change the exit status.
-        signal.signal(number, signal.SIG_IGN)
-    with trio.open_signal_receiver(*_STOPS) as signals:
-        next_signal = partial(anext, signals)
-        await serve(settings, http_bind=asked.bind or None, shutdown_trigger=next_signal, hurry_trigger=next_signal)
+    trio.run(serve_until_signalled)
     return 0
 
 
-async def _chat(settings: Settings, asked: argparse.Namespace) -> int:
+def _chat(settings: Settings, asked: argparse.Namespace) -> int:
     from api.chat import chat
 
-    return await chat(settings, connect_to=asked.connect, max_tokens=asked.max_tokens, temperature=asked.temperature)
+    return trio.run(chat, settings, asked.connect, asked.max_tokens, asked.temperature)
 
 
-async def _doctor(settings: Settings, asked: argparse.Namespace) -> int:
-    return await doctor(settings)
+def _doctor(settings: Settings, asked: argparse.Namespace) -> int:
+    return doctor(settings)
 
 
 # The second of these cuts the drain short.

@@ -6,6 +6,7 @@ import platform
 from typing import TYPE_CHECKING
 
 import psutil
+import trio
 
 from api import installation
 from runtime.settings import Settings
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from actors import Runtime
 
 
-async def doctor(settings: Settings) -> int:
+def doctor(settings: Settings) -> int:
     """Prints what is installed, loads the model, prints what there is, and returns the exit status: 0 when all is well."""
     _print("installed", installation.described())
     for rival in installation.rivals():
@@ -27,9 +28,12 @@ async def doctor(settings: Settings) -> int:
     # Not at the top of this file: with another package in the place of one of ours this fails.
     from actors import open_runtime
 
-    async with open_runtime(settings) as runtime:
-        for name, value in _report(runtime):
-            _print(name, value)
+    async def report() -> None:
+        async with open_runtime(settings) as runtime:
+            for name, value in _report(runtime):
+                _print(name, value)
+
+    trio.run(report)
     return 0
 
 
