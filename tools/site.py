@@ -72,7 +72,8 @@ def settings_page() -> str:
         accepts = field.metadata["accepts"].words.replace("|", "\\|")
         shown = f"`{default}`" if default != "" else "empty"
         rows.append(f"| `{field.name}` | {shown} | {accepts} | {field.metadata['help']} |")
-    return "\n".join(rows) + f"\n\nEach is a flag of `perennial serve`, `--<name>`, and a variable, `{ENVIRONMENT_PREFIX}<NAME>`.\n"
+    rows += ["", f"Each is a flag of `perennial serve`, `--<name>`, and a variable, `{ENVIRONMENT_PREFIX}<NAME>`."]
+    return "\n".join(rows) + "\n"
 
 
 def metrics_page() -> str:
