@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import trio
 
-from bench import door, flatness, loop, marathon, mlx, proposing, report, results, scheduling, speed
+from bench import loop, marathon, report, results, scheduling, speed
 from bench.machine import describe_machine, our_versions
 from bench.models import MODELS, QWEN3_06B, SMALL, bench_model
 from bench.results import Record
@@ -25,32 +25,19 @@ from runtime.models import SEEDLING
 from runtime.settings import Settings
 
 SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
-    "flatness": flatness.run,
-    "door": door.run,
     "speed": speed.run,
     "scheduling": scheduling.run,
     "loop": loop.run,
-    "proposing": proposing.run,
     "marathon": marathon.run,
-    "mlx": mlx.run,
-    "marathon-mlx": marathon.run_on_mlx,
 }
 ALL = (
     ("speed", QWEN3_06B),
     ("scheduling", QWEN3_06B),
-    ("proposing", QWEN3_06B),
     ("loop", QWEN3_06B),
-    ("door", QWEN3_06B),
     ("marathon", SMALL),
     ("scheduling", SMALL),
     ("marathon", SEEDLING),
-    ("proposing", SEEDLING),
     ("loop", SEEDLING),
-    ("door", SEEDLING),
-    ("flatness", SEEDLING),
-    ("mlx", QWEN3_06B),
-    ("mlx", SEEDLING),
-    ("marathon-mlx", SEEDLING),
 )
 
 
