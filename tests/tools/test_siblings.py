@@ -16,7 +16,7 @@ from tools.seedling import diffusion, draft
 from tools.seedling.card import HELD_OUT_SEED, drawn_dialogues, turns_in
 from tools.seedling.diffusion import IGNORED, MASK_ID, MOST_MASKS, Talk, examples, talks, with_holes, with_tail
 from tools.seedling.siblings import GreedyDraft, Turn, acceptance, disk_bytes, siblings
-from tools.seedling.train import END_ID, OUTPUT, PAD_ID, VOCABULARY, Encoder
+from tools.seedling.training import END_ID, OUTPUT, PAD_ID, VOCABULARY, Encoder
 
 ANSWER = tuple(range(10, 31))
 TURNS = (Turn((1, 2, 3), ANSWER), Turn((4, 5), ANSWER[:1]))
