@@ -31,11 +31,35 @@ from tools.seedling.training import (
 )
 
 CHAT_TEMPLATE = """\
+{%- if tools -%}
+{{- '<|im_start|>system\\n' -}}
+{%- if messages[0].role == 'system' -%}
+{{- messages[0].content ~ '\\n\\n' -}}
+{%- endif -%}
+{{- 'Call a tool by <tool_call>\\n{"name": NAME, "arguments": OBJECT}\\n</tool_call>. Tools:\\n' -}}
+{%- for tool in tools -%}
+{{- tool | tojson ~ '\\n' -}}
+{%- endfor -%}
+{{- '<|im_end|>\\n' -}}
+{%- endif -%}
 {%- for message in messages -%}
-{%- if message.role not in ('system', 'user', 'assistant') -%}
+{%- if message.role not in ('system', 'user', 'assistant', 'tool') -%}
 {{- raise_exception('unknown role: ' ~ message.role) -}}
 {%- endif -%}
-{{- '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' -}}
+{%- if not (tools and loop.first and message.role == 'system') -%}
+{%- if message.role == 'tool' -%}
+{{- '<|im_start|>user\\n<tool_response>\\n' ~ message.content ~ '\\n</tool_response><|im_end|>\\n' -}}
+{%- else -%}
+{{- '<|im_start|>' ~ message.role ~ '\\n' ~ (message.content or '') -}}
+{%- for call in message.tool_calls or [] -%}
+{%- if not loop.first or message.content -%}
+{{- '\\n' -}}
+{%- endif -%}
+{{- '<tool_call>\\n{"name": "' ~ call.function.name ~ '", "arguments": ' ~ (call.function.arguments | tojson) ~ '}\\n</tool_call>' -}}
+{%- endfor -%}
+{{- '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- '<|im_start|>assistant\\n' -}}
