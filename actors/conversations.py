@@ -18,6 +18,8 @@ from runtime.slab import SlabSpec, common_length
 LABEL = "conversation"
 # Tokens, items and answers of all conversations together; those used longest ago are forgotten beyond it.
 MOST_BYTES = 256 * 2**20
+# What points are named by at which sessions stand.
+_SESSION = "session "
 # A branch of more tokens than this is kept in a slab of its own, where one can be had, when a conversation goes back behind it.
 _WORTH_A_SLAB = 256
 # To copy a slab for fewer tokens takes longer than to read them.
@@ -36,7 +38,7 @@ class Sessions(Protocol):
 
 @dataclass(slots=True)
 class Stand:
-    """A session lent to one turn: `length` tokens of the turn's history are in its own, `reused` of them need no reading.
+    """A session lent to one turn: its history is the first `length` tokens of the turn's, `reused` of which need no reading.
 
     Whoever has it sets `point` to where in the conversation it stands in the end; without one the session is closed.
     """
@@ -50,13 +52,20 @@ class Stand:
 class Conversations:
     """The tree of conversations, and the sessions that stand at its points. A session is lent to one turn at a time."""
 
-    def __init__(self, sessions: Sessions, spec: SlabSpec, eos_token_ids: Iterable[int]) -> None:
-        self.points = PointTree(MOST_BYTES)
+    def __init__(
+        self, sessions: Sessions, spec: SlabSpec, eos_token_ids: Iterable[int], points: PointTree | None = None
+    ) -> None:
+        """`points` are those of an earlier server, whose sessions stand where it left them."""
+        self.points = points or PointTree(MOST_BYTES)
         self._sessions = sessions
         self._spec = spec
         self._eos_token_ids = frozenset(eos_token_ids)
         # The one that was used last stands last.
-        self._standing: dict[str, Point] = {}
+        self._standing = {
+            name.removeprefix(_SESSION): point
+            for name in self.points.names()
+            if name.startswith(_SESSION) and (point := self.points.named(name)) is not None
+        }
         self._reading: dict[trio.Event, array[int]] = {}
 
     @asynccontextmanager
@@ -105,25 +114,29 @@ class Conversations:
                     with suppress(CapacityExhausted):
                         if length < _WORTH_A_COPY:
                             return await self._new_stand()
-                        return await self._stand_of(await self._sessions.fork_session(session_id), length)
+                        return await self._stand_of(await self._sessions.fork_session(session_id), history)
                 del self._standing[session_id]
-                return await self._stand_of(self._sessions.find_session(session_id), length)
+                return await self._stand_of(self._sessions.find_session(session_id), history)
             except (SessionNotFound, SessionFailed):
                 self._standing.pop(session_id, None)
+                self.points.forget(_SESSION + session_id)
         return await self._new_stand()
+
+    def stands(self, session_id: str) -> bool:
+        """Whether a session stands somewhere in a conversation."""
+        return session_id in self._standing
 
     async def _new_stand(self) -> Stand:
         return Stand(await self._sessions.create_session(self._eos_token_ids, label=LABEL), 0, 0)
 
-    async def _stand_of(self, session: SessionHandle, length: int) -> Stand:
-        stand = Stand(session, length, 0)
+    async def _stand_of(self, session: SessionHandle, history: array[int]) -> Stand:
         try:
-            stand.reused = await session.rewind(length)
+            rewound = await session.rewind(history)
         except BaseException:
             with trio.CancelScope(shield=True):
-                await self._give_back(stand)
+                await self._give_back(Stand(session, 0, 0))
             raise
-        return stand
+        return Stand(session, rewound.length, rewound.read)
 
     def _best(self, history: array[int]) -> tuple[str, int] | None:
         """The session that has most of the beginning of a history, and how much that is."""
@@ -145,5 +158,6 @@ class Conversations:
                 await session.close()
                 return
             if length > point.length:
-                await session.rewind(point.length)
+                await session.rewind(point.history)
             self._standing[session.id] = point
+            self.points.name(_SESSION + session.id, point)

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, takewhile
+from typing import Protocol
 
 from runtime.items import Item, Message, Reasoning, are_same, is_assistants, keys_of
 from runtime.script import Head
@@ -46,6 +47,7 @@ class Node:
     A root has no parent, no items and no tokens, and instead the `head` of the prompts of its conversations.
     """
 
+    id: int
     parent: Point | None
     items: tuple[Item, ...] = ()
     keys: tuple[bytes, ...] = ()
@@ -137,19 +139,40 @@ class Match:
     broke_at: int | None
 
 
+class Log(Protocol):
+    """Who is told of every change of a tree, before it is made. Raises StorageFailed where it may not be made."""
+
+    def rooted(self, node: Node) -> None: ...
+
+    def grew(self, node: Node) -> None: ...
+
+    def dropped(self, node: Node) -> None: ...
+
+    def named(self, name: str, point: Point, record: bytes) -> None: ...
+
+    def forgot(self, name: str) -> None: ...
+
+
 class PointTree:
     """Conversations by what was said in them and by the names of points. Those used longest ago go where room is short."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
+        self._log: Log | None = None
+        self._next_id = 0
         self._bytes = 0
         self._roots: dict[bytes, Node] = {}
         self._named: dict[str, tuple[Point, bytes]] = {}
         self._uses = 0
 
-    def root(self, head: Head) -> Point:
+    def root(self, head: Head, as_id: int | None = None) -> Point:
         """Where the conversations begin whose prompts begin with `head`."""
-        node = self._roots.setdefault(head.digest, Node(None, head=head))
+        node = self._roots.get(head.digest)
+        if node is None:
+            node = Node(self._new_id(as_id), None, head=head)
+            if self._log:
+                self._log.rooted(node)
+            self._roots[head.digest] = node
         return Point(node, 0)
 
     def roots(self) -> list[Point]:
@@ -174,13 +197,22 @@ class PointTree:
         is_broken = count < len(items) and bool(_branches(point))
         return Match(point, count, furthest if is_broken else None)
 
-    def grow(self, point: Point, items: Sequence[Item], tokens: array[int], spans: Sequence[Span] = ()) -> Point:
+    def grow(
+        self,
+        point: Point,
+        items: Sequence[Item],
+        tokens: array[int],
+        spans: Sequence[Span] = (),
+        as_id: int | None = None,
+    ) -> Point:
         """The point after these items, which follow `point`. What is there already is not held twice."""
         keys = keys_of(items)
         for child in _branches(point):
             if child.keys == keys and child.tokens == tokens:
                 return self.use(Point(child, len(tokens)))
-        node = Node(point, tuple(items), keys, tokens, tuple(spans))
+        node = Node(self._new_id(as_id), point, tuple(items), keys, tokens, tuple(spans))
+        if self._log:
+            self._log.grew(node)
         point.node.children.append(node)
         self._bytes += node.size_bytes
         grown = self.use(Point(node, len(tokens)))
@@ -196,7 +228,9 @@ class PointTree:
 
     def name(self, name: str, point: Point, record: bytes = b"") -> None:
         """Has the point be found by this name from now on, and with it a record of whoever named it."""
-        self.forget(name)
+        if self._log:
+            self._log.named(name, point, record)
+        self._forget(name)
         self._named[name] = (point, record)
         self._bytes += len(record)
         point.node.names.append(name)
@@ -212,10 +246,38 @@ class PointTree:
 
     def forget(self, name: str) -> None:
         """Has no point be found by this name any more."""
+        if self._log and name in self._named:
+            self._log.forgot(name)
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
         if name in self._named:
             point, record = self._named.pop(name)
             self._bytes -= len(record)
             point.node.names.remove(name)
+
+    def names(self) -> list[str]:
+        """Every name of a point."""
+        return [*self._named]
+
+    @property
+    def size_bytes(self) -> int:
+        """About how much memory it takes."""
+        return self._bytes
+
+    def write_to(self, log: Log) -> None:
+        """Tells `log` of all that there is, and of every change from now on."""
+        for root in self._roots.values():
+            log.rooted(root)
+        for node in self.nodes():
+            log.grew(node)
+        for name, (point, record) in self._named.items():
+            log.named(name, point, record)
+        self._log = log
+
+    def go_on_in(self, log: Log) -> None:
+        """Tells `log`, which knows of all that there is, of every change from now on."""
+        self._log = log
 
     def nodes(self) -> Iterator[Node]:
         """Every node but the roots, parents before their children."""
@@ -226,22 +288,32 @@ class PointTree:
                 yield node
             waiting += node.children
 
+    def _new_id(self, as_id: int | None) -> int:
+        """The next id; where one is given, that one, and none that is lower afterwards."""
+        found = self._next_id if as_id is None else as_id
+        self._next_id = max(self._next_id, found + 1)
+        return found
+
     def _make_room(self, newest: Node) -> None:
         if self._bytes <= self._most_bytes:
             return
         for leaf in sorted((node for node in self.nodes() if not node.children), key=lambda node: node.used):
             node = leaf
             while self._bytes > self._most_bytes and node is not newest and node.parent and not node.children:
-                self._drop(node)
+                if self._log:
+                    self._log.dropped(node)
+                self.drop(node)
                 node = node.parent.node
 
-    def _drop(self, node: Node) -> None:
+    def drop(self, node: Node) -> None:
+        """Forgets a node that has no children, and its names."""
         assert node.parent is not None
+        assert not node.children
         above = node.parent.node
         above.children.remove(node)
         self._bytes -= node.size_bytes
         for name in [*node.names]:
-            self.forget(name)
+            self._forget(name)
         if above.head is not None and not above.children:
             del self._roots[above.head.digest]
 
