@@ -60,11 +60,23 @@ def site(wheel: Path, tmp_path: Path) -> Path:
     return folder
 
 
+# An editable installation finds our modules wherever else they are missing.
+NOT_EDITABLE = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+"""
+
+
 def run(code: str, *path: Path, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """`code` in a fresh interpreter that looks for modules in `path` first, and not in `folder`, where it runs."""
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
     return subprocess.run(
-        [sys.executable, "-P", "-c", code], env=environ, cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", NOT_EDITABLE + code],
+        env=environ,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
