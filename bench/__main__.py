@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import trio
 
-from bench import loop, marathon, report, results, scheduling, speed
+from bench import agents, loop, marathon, report, results, scheduling, speed
 from bench.machine import describe_machine, our_versions
 from bench.models import MODELS, QWEN3_06B, SMALL, bench_model
 from bench.results import Record
@@ -29,11 +29,13 @@ SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
     "scheduling": scheduling.run,
     "loop": loop.run,
     "marathon": marathon.run,
+    "agents": agents.run,
 }
 ALL = (
     ("speed", QWEN3_06B),
     ("scheduling", QWEN3_06B),
     ("loop", QWEN3_06B),
+    ("agents", QWEN3_06B),
     ("marathon", SMALL),
     ("scheduling", SMALL),
     ("marathon", SEEDLING),

@@ -11,7 +11,9 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, takewhile
+from functools import cached_property
+from itertools import chain, islice, takewhile
+from math import inf
 from typing import Protocol
 
 from runtime.items import Item, Message, Reasoning, are_same, is_assistants, keys_of
@@ -40,7 +42,7 @@ class Span:
         return self.begin + at + 1
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class Node:
     """Items that came together, and their tokens. `spans` are those of an answer; what was given has none.
 
@@ -57,6 +59,16 @@ class Node:
     children: list[Node] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     used: int = 0
+
+    @cached_property
+    def before(self) -> int:
+        """Tokens of the conversation that stand before the node's own."""
+        return self.parent.length if self.parent else 0
+
+    @cached_property
+    def first(self) -> Node:
+        """The node that the conversation begins with."""
+        return self.parent.node.first if self.parent and self.parent.node.parent else self
 
     @property
     def is_answer(self) -> bool:
@@ -78,7 +90,7 @@ class Point:
     @property
     def length(self) -> int:
         """Tokens from the conversation's beginning up to here."""
-        return sum(point.offset for point in self.path())
+        return self.node.before + self.offset
 
     @property
     def history(self) -> array[int]:
@@ -119,12 +131,36 @@ class Point:
         assert first.node.head is not None
         return first.node.head
 
+    def since(self, length: int) -> array[int]:
+        """The history's tokens from `length` on."""
+        parts = []
+        for point in self.path():
+            if point.length <= length:
+                break
+            parts.append(point.node.tokens[max(0, length - point.node.before) : point.offset])
+        return array("I", chain.from_iterable(reversed(parts)))
+
     def path(self) -> Iterator[Point]:
         """This point and those before it, the last one first."""
         point: Point | None = self
         while point is not None:
             yield point
             point = point.node.parent
+
+
+def common_history(one: Point, other: Point, more: array[int]) -> int:
+    """How many tokens the history of a point has in common with that of another and `more` behind it."""
+    offsets = {point.node: point.offset for point in other.path()}
+    begin = 0
+    for point in one.path():
+        if point.node in offsets:
+            begin = point.node.before + min(point.offset, offsets[point.node])
+            break
+    else:
+        length = _common(one.node.first.tokens, other.node.first.tokens)
+        if length < min(len(one.node.first.tokens), len(other.node.first.tokens)):
+            return length
+    return begin + _common(one.since(begin), other.since(begin) + more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +192,7 @@ class Log(Protocol):
 class PointTree:
     """Conversations by what was said in them and by the names of points. Those used longest ago go where room is short."""
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, most_bytes: float = inf) -> None:
         self._most_bytes = most_bytes
         self._log: Log | None = None
         self._next_id = 0
@@ -265,6 +301,11 @@ class PointTree:
         """About how much memory it takes."""
         return self._bytes
 
+    def bound(self, most_bytes: float) -> None:
+        """Holds no more than this from now on."""
+        self._most_bytes = most_bytes
+        self._make_room(None)
+
     def write_to(self, log: Log) -> None:
         """Tells `log` of all that there is, and of every change from now on."""
         for root in self._roots.values():
@@ -294,7 +335,7 @@ class PointTree:
         self._next_id = max(self._next_id, found + 1)
         return found
 
-    def _make_room(self, newest: Node) -> None:
+    def _make_room(self, newest: Node | None) -> None:
         if self._bytes <= self._most_bytes:
             return
         for leaf in sorted((node for node in self.nodes() if not node.children), key=lambda node: node.used):
@@ -318,6 +359,12 @@ class PointTree:
             del self._roots[above.head.digest]
 
 
+def _common(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many of their first elements are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (ours, theirs) in pairs if ours != theirs), min(len(one), len(other)))
+
+
 def _branches(point: Point) -> list[Node]:
     """What goes on from a point."""
     return [child for child in point.node.children if child.parent == point]
@@ -330,11 +377,7 @@ def _agreement(node: Node, items: Sequence[Item], keys: Sequence[bytes]) -> tupl
     """
     if node.is_answer:
         return _answers_agreement(node, items)
-    taken = 0
-    for ours, theirs in zip(node.keys, keys, strict=False):
-        if ours != theirs:
-            break
-        taken += 1
+    taken = _common(node.keys, keys)
     return taken, len(node.tokens) if taken == len(node.keys) else None
 
 

@@ -96,7 +96,7 @@ def open_points(
     is_token: Callable[[array[int]], bool],
 ) -> tuple[PointTree, PointLog]:
     """The tree in a file, which is made where it is missing, and what goes on writing to it. Raises OSError."""
-    tree, is_whole, size = PointTree(most_bytes), True, 0
+    tree, is_whole, size = PointTree(), True, 0
     if files.size(path):
         file = files.open(path)
         try:
@@ -109,6 +109,7 @@ def open_points(
     if size and is_whole and not is_outdated:
         log = PointLog(files, files.open(path), size)
         tree.go_on_in(log)
+        tree.bound(most_bytes)
         return tree, log
     fresh = path.with_suffix(".new")
     file = files.create(fresh)
@@ -117,6 +118,7 @@ def open_points(
         log = PointLog(files, file, begin)
         tree.write_to(log)
         files.replace(fresh, path)
+        tree.bound(most_bytes)
     except BaseException:
         files.close(file)
         raise
