@@ -10,9 +10,9 @@ from api.installation import intruders
 def main() -> int:
     """Runs the command; where it cannot be loaded because something stands in the place of ours, that is named."""
     try:
-        from api.cli import main
+        from api import cli
 
-        return main()
+        return cli.main()
     except ImportError:
         found = intruders()
         if not found:

@@ -10,6 +10,7 @@ from hashlib import sha256
 from importlib.metadata import Distribution, PackageNotFoundError, PackagePath, distribution, distributions
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import unquote
 
 PACKAGES = ("actors", "api", "proto.kakeya", "runtime")
 DISTRIBUTION = "perennial"
@@ -19,9 +20,8 @@ HOME = Path(__file__).resolve().parents[1]
 
 def described() -> str:
     """The version that is installed, and where from."""
-    try:
-        installed = distribution(DISTRIBUTION)
-    except PackageNotFoundError:
+    installed = _installed()
+    if installed is None:
         return f"not installed: run from {HOME}"
     source = _source(installed)
     return (
@@ -37,11 +37,7 @@ def intruders() -> list[str]:
 def rivals() -> list[str]:
     """What would run instead of the installed files, or does as a whole, a line each; it may be meant so."""
     found = []
-    try:
-        installed = distribution(DISTRIBUTION)
-    except PackageNotFoundError:
-        pass
-    else:
+    if installed := _installed():
         home = _source(installed) or Path(str(installed.locate_file(""))).resolve()
         if home != HOME:
             found.append(
@@ -76,11 +72,8 @@ def _packages_from_elsewhere() -> Iterator[str]:
 
 def _files_not_as_installed() -> Iterator[str]:
     """Files that are missing or have other contents than the distribution's RECORD says."""
-    try:
-        installed = distribution(DISTRIBUTION)
-    except PackageNotFoundError:
-        return
-    if _source(installed):
+    installed = _installed()
+    if installed is None or _source(installed):
         return
     tops = {name.partition(".")[0] for name in PACKAGES}
     for file in installed.files or ():
@@ -108,10 +101,17 @@ def _others_with(file: PackagePath) -> Iterator[str]:
             yield other.name
 
 
+def _installed() -> Distribution | None:
+    try:
+        return distribution(DISTRIBUTION)
+    except PackageNotFoundError:
+        return None
+
+
 def _source(installed: Distribution) -> Path | None:
     """The folder of an editable installation."""
     origin = json.loads(installed.read_text("direct_url.json") or "{}")
     if not origin.get("dir_info", {}).get("editable"):
         return None
     url: str = origin["url"]
-    return Path(url.removeprefix("file://")).resolve()
+    return Path(unquote(url.removeprefix("file://"))).resolve()

@@ -14,6 +14,10 @@ from tools import site
 DECISIONS = [str(path.relative_to(site.ROOT)) for path in sorted((site.ROOT / "docs" / "adr").glob("*.md"))]
 
 
+def test_the_site_has_every_page_of_the_documentation() -> None:
+    assert {f"docs/{path.name}" for path in (site.ROOT / "docs").glob("*.md")} <= set(site.PAGES)
+
+
 @pytest.mark.parametrize("page", [*site.PAGES, *DECISIONS, "client/README.md"])
 def test_every_link_of_a_page_leads_to_something(page: str) -> None:
     text = (site.ROOT / page).read_text()
