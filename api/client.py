@@ -25,7 +25,7 @@ from grpclib.client import Channel, UnaryStreamMethod, UnaryUnaryMethod
 from grpclib.exceptions import StreamTerminatedError
 
 from api.foreign.grpclib import ForgetfulChannel
-from api.wire import SERVICE, appended_of, event_of, info_of, snapshot_of, summary_of
+from api.wire import SERVICE, appended_of, event_of, info_of, model_of, snapshot_of, summary_of
 from proto.kakeya.v1 import (
     AppendTokensRequest,
     AppendTokensResponse,
@@ -39,6 +39,8 @@ from proto.kakeya.v1 import (
     ForkSessionResponse,
     GenerateRequest,
     GenerateResponse,
+    GetModelInfoRequest,
+    GetModelInfoResponse,
     GetSessionInfoRequest,
     GetSessionInfoResponse,
     ListSessionsRequest,
@@ -58,6 +60,7 @@ from runtime.errors import (
     HistoryMismatch,
     InvalidRequest,
     NotServing,
+    NotSupported,
     PerennialError,
     SessionFailed,
     SessionNotFound,
@@ -65,7 +68,7 @@ from runtime.errors import (
     SnapshotMismatch,
     Unauthenticated,
 )
-from runtime.sessions import Appended, Saved, SessionInfo, SessionSummary, Snapshot
+from runtime.sessions import Appended, ModelInfo, Saved, SessionInfo, SessionSummary, Snapshot
 from runtime.settings import split_address
 
 if TYPE_CHECKING:
@@ -86,6 +89,7 @@ _ERRORS: dict[Status, type[PerennialError]] = {
     Status.DEADLINE_EXCEEDED: DeadlineExceeded,
     Status.UNAUTHENTICATED: Unauthenticated,
     Status.UNAVAILABLE: NotServing,
+    Status.UNIMPLEMENTED: NotSupported,
 }
 
 
@@ -142,6 +146,10 @@ class Client:
         """What the server says of all its sessions."""
         reply = await self.call("ListSessions", ListSessionsRequest(), ListSessionsResponse)
         return [summary_of(one) for one in reply.sessions]
+
+    async def model_info(self) -> ModelInfo:
+        """What is to be known to make tokens for the server's model. Raises NotSupported where the server does not say."""
+        return model_of(await self.call("GetModelInfo", GetModelInfoRequest(), GetModelInfoResponse))
 
     def find_session(self, session_id: str) -> ClientSession:
         """The session with this id, which the first call looks for."""

@@ -15,7 +15,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from api.client import Client, ClientEvents, ClientSession, connect
 from runtime.events import Event
-from runtime.sessions import Appended, Saved, SessionInfo, SessionSummary, Snapshot
+from runtime.sessions import Appended, ModelInfo, Saved, SessionInfo, SessionSummary, Snapshot
 
 
 @contextmanager
@@ -54,6 +54,9 @@ class SyncClient:
 
     def find_session(self, session_id: str) -> SyncSession:
         return self._wrapped(self._client.find_session(session_id))
+
+    def model_info(self) -> ModelInfo:
+        return self._portal.call(self._client.model_info)
 
     def list_sessions(self) -> list[SessionSummary]:
         return self._portal.call(self._client.list_sessions)

@@ -55,3 +55,13 @@ class Snapshot:
     history_length: int
     size_bytes: int
     saved_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What is to be known to make tokens for a model. `tokenizer_digest` is that of `runtime.text.Text`."""
+
+    model: str
+    vocabulary: int
+    tokenizer_digest: bytes
+    eos_token_ids: frozenset[int]
