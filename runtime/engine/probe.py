@@ -16,7 +16,7 @@ from torch import Tensor
 from runtime.events import Sampling
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
-from runtime.slab import BUCKET_SLOTS, Slab, SlabPool, SlabSpec
+from runtime.slab import BUCKET_SLOTS, Slab, SlabPool, SlabSpec, as_held
 
 PROBED_ROWS = 4096
 # Each count of rows is tried on so many rows at least, at several places: one count alone may err, in few values.
@@ -176,10 +176,10 @@ def _cut(
 
 
 def _fill(slab: Slab) -> None:
-    """Leaves random bytes in every slot of an empty slab."""
+    """Leaves random numbers in every slot of an empty slab."""
     generator = torch.Generator().manual_seed(0)
     spec = slab.spec
     block = torch.randn(spec.layers, spec.kv_heads, BUCKET_SLOTS, spec.head_dim, generator=generator)
-    whole = block.to(spec.dtype).repeat(1, 1, -(-spec.slots // BUCKET_SLOTS), 1)[:, :, : spec.slots]
+    whole = as_held(block, spec.dtype).repeat(1, 1, -(-spec.slots // BUCKET_SLOTS), 1)[:, :, : spec.slots]
     slab.fill(whole, whole, spec.slots)
     slab.clear()
