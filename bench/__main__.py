@@ -15,9 +15,9 @@ from importlib.util import find_spec
 
 import trio
 
-from bench import door, flatness, loop, marathon, mlx, proposing, report, results, scheduling, speed
+from bench import door, flatness, loop, marathon, mlx, proposing, quality, report, results, scheduling, speed
 from bench.machine import describe_machine, our_versions
-from bench.models import MODELS, QWEN3_06B, SMALL, bench_model
+from bench.models import MODELS, QWEN3_06B, SMALL, SMOLLM2, bench_model
 from bench.results import Record
 from bench.scenario import Result, Setup
 from runtime.engine.machine import level
@@ -28,6 +28,7 @@ SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
     "flatness": flatness.run,
     "door": door.run,
     "speed": speed.run,
+    "quality": quality.run,
     "scheduling": scheduling.run,
     "loop": loop.run,
     "proposing": proposing.run,
@@ -37,6 +38,7 @@ SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
 }
 ALL = (
     ("speed", QWEN3_06B),
+    ("quality", SMOLLM2),
     ("scheduling", QWEN3_06B),
     ("proposing", QWEN3_06B),
     ("loop", QWEN3_06B),
