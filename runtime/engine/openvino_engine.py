@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -28,7 +29,7 @@ from runtime.engine.configuration import (
 from runtime.engine.drawing import DrawingEngine
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import found
-from runtime.engine.machine import Level, features, kernel_class, level
+from runtime.engine.machine import Level, features, hardware_level, kernel_class, level
 from runtime.engine.openvino_fit import can_build
 from runtime.engine.openvino_graphs import Compiling, build
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
@@ -45,7 +46,7 @@ _log = logging.getLogger("perennial.engine")
 # So many rows read a prompt as fast as more would, and a probe tries each count of them.
 _ROW_TILE = 128
 # Attention reads slabs of these types, whatever the graphs compute in.
-_HELD = ("float32", "bfloat16", "float16", "int8")
+_HELD = ("float32", "bfloat16", "int8")
 # A head draws for one row of each session, and its probe takes longest.
 _HEAD_MOST_ROWS = 32
 
@@ -83,7 +84,7 @@ class OpenVinoEngine(DrawingEngine):
         count = count_weights(config, directory)
 
         def spec_of(form: Form) -> SlabSpec:
-            return slab_spec(config, settings, form.dtype, cpu, row_tile=_ROW_TILE, others=_HELD)
+            return slab_spec(config, settings, form.dtype, cpu, row_tile=_ROW_TILE, others=_held_types())
 
         # The embedding stays beside a head that shares its weights. What is rounded is read in 16 bits first, and what is not
         # is kept twice: as it was, and as OpenVINO's kernels read it.
@@ -217,6 +218,12 @@ class _FirstLayer:
     @torch.inference_mode()
     def logits(self, batch: RowBatch) -> Tensor:
         return self._model.hidden(batch, self.spec.layers)
+
+
+def _held_types() -> tuple[str, ...]:
+    # An older x86 CPU has no instruction that reads float16, and numba's code none to call instead.
+    reads_halves = platform.machine().lower() not in ("x86_64", "amd64") or hardware_level() >= Level.AVX2
+    return (*_HELD, "float16") if reads_halves else _HELD
 
 
 def _forms(settings: Settings) -> list[Form]:

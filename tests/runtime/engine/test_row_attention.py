@@ -1,11 +1,18 @@
 """Attention by kernels of our own: against a loop over positions, for each type that slabs hold."""
 
+import hashlib
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from runtime.engine.machine import Level, hardware_level
 from runtime.engine.probe import hard_rows, is_exact_at_every_count
 from runtime.engine.rotary import rotate
 from runtime.engine.row_attention import RowAttention, RowAttentionAlone
@@ -29,6 +36,13 @@ SPEC = SlabSpec(
 )
 HELD = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 LENGTH = 150
+# Of `digests`.
+EVERYWHERE = {
+    "float32": "9e4a9d41d127fec54b93d04aa93eb717",
+    "bfloat16": "26d19903e6d575cad7e17bbbf2981503",
+    "float16": "9e4a9d41d127fec54b93d04aa93eb717",
+    "int8": "e64d3a7ca7b6326f5e57a295012a287f",
+}
 
 
 class History:
@@ -167,3 +181,37 @@ def test_a_row_gets_the_same_bits_whatever_is_computed_beside_it(
             for engine, one in ((shared, slab), (alone, other))
         )
         assert torch.equal(mine, theirs)
+
+
+def digests() -> dict[str, str]:
+    """Of what rows of whole numbers attend to, inside a window and past it, by the type of the slab."""
+    random = np.random.default_rng(0)
+    parts = HEADS + 2 * KV_HEADS
+    # No library's logarithm or cosine is in them.
+    table = torch.from_numpy(random.integers(-512, 512, (64, parts, HEAD_DIM)).astype(np.float32)) / 128
+    found = {}
+    for dtype in HELD:
+        spec = replace(SPEC, layers=1, sink=0, dtype=dtype)
+        engine = RowAttentionAlone(spec, HEADS, a_rotary(HEAD_DIM), table)
+        slab = engine.new_pool(1).acquire()
+        digest = hashlib.blake2b(digest_size=16)
+        for start in range(0, LENGTH - 15, 16):
+            rows = tuple(Row(slab, start + n, (7 * start + n) % 64, GREEDY) for n in range(16))
+            digest.update(engine.logits(RowBatch(rows)).numpy().tobytes())
+        found[spec.holds] = digest.hexdigest()
+    return found
+
+
+def test_every_cpu_gives_the_same_bits() -> None:
+    assert digests() == EVERYWHERE
+
+
+@pytest.mark.skipif(
+    hardware_level() <= Level.AVX2, reason="the kernels here are those of AVX2 anyway, or of another family"
+)
+def test_kernels_made_for_avx2_give_them_too(tmp_path: Path) -> None:
+    code = "from tests.runtime.engine.test_row_attention import EVERYWHERE, digests; assert digests() == EVERYWHERE"
+    features = "+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.2"
+    of_avx2 = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+
+    subprocess.run([sys.executable, "-c", code], env=os.environ | of_avx2, check=True)
