@@ -9,7 +9,8 @@ sums whole numbers inside a group, and adds the groups in order, which is what Q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ from runtime.foreign.openvino import ops, ov
 from runtime.foreign.pages import page_out
 
 _FLOAT = ov.Type.f32
-_ROUNDED_AT_ONCE = 2**20
+# So many weights and what is made of them stay in a core's cache.
+_ROUNDED_AT_ONCE = 2**18
 _TURN = ("cosines", "sines")
 _OV_TYPES = {torch.bfloat16: ov.Type.bf16, torch.float16: ov.Type.f16, torch.float32: ov.Type.f32}
 
@@ -83,6 +85,19 @@ class Graphs:
     weights_bytes: int
 
 
+@contextmanager
+def _on_one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# In parts that stay in its cache one core rounds weights as fast as memory gives them; several would wait for each other after
+# each of a dozen small steps.
+@_on_one_thread()
 def build(model: Any, compiling: Compiling) -> Graphs:
     """The graphs of a model of transformers, whose layers are taken from it one by one, so that memory holds one twice."""
     decoder, config = model.get_decoder(), model.config
