@@ -37,8 +37,8 @@ def at_least(bound: float, needs: str = "") -> Target:
 
 _STEP = (
     "A step on OpenVINO is its graphs and attention by a kernel of ours between them (ADR 11), which hand over to each other "
-    "57 times. How much of that the hand-overs take was not measured alone: attention inside the graphs, or several layers a call, "
-    "would spare them. On CPUs with AVX2 alone torch's linears run the layers: OpenVINO was not measured there."
+    "57 times. How much of that the hand-overs take was not measured alone: attention inside the graphs, or several layers a "
+    "call, would spare them. On CPUs with AVX2 alone torch's linears run the layers: OpenVINO was not measured there."
 )
 _EIGHT_BITS = (
     "Weights in 8 bits alone give 20.02, and rows rounded to 8 bits beside them 20.11; llama.cpp's Q8_0 is as far above its "
