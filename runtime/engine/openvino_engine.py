@@ -132,8 +132,11 @@ class OpenVinoEngine(DrawingEngine):
             "OpenVINO, rows in 8 bits, groups of 32 added in order" if is_whole else f"OpenVINO, in {dtype}",
             Ground.WHOLE_NUMBERS if is_whole else Ground.ROW_BY_ROW,
         )
-        rest = Claim("norms, activations, rotation", "OpenVINO's vectors, a row at a time", Ground.ROW_BY_ROW)
-        return tuple(f"{claim.part} ({claim.form}): {claim.ground}" for claim in (linears, rest, CLAIM))
+        rest = (
+            Claim(part, "OpenVINO's vectors, a row at a time", Ground.ROW_BY_ROW)
+            for part in ("norms", "activations, rotation")
+        )
+        return tuple(f"{claim.part} ({claim.form}): {claim.ground}" for claim in (linears, *rest, CLAIM))
 
     def new_pool(self, count: int) -> SlabPool:
         return torch_pool(self._spec, count)
