@@ -77,8 +77,8 @@ class OpenVinoEngine(DrawingEngine):
         cpu = torch.device("cpu")
         if not can_build(config):
             raise ModelUnavailable(
-                f"backend=openvino cannot run the model in {directory}, whose layers have other parts or sizes that are no "
-                "multiples of 32: set backend to torch"
+                f"backend=openvino cannot run the model in {directory}, whose layers have other parts, sizes that are no "
+                "multiples of 32 or heads of no multiple of 16: set backend to torch"
             )
         forms = _forms(settings)
         count = count_weights(config, directory)

@@ -27,8 +27,6 @@ from runtime.slab import Slab, SlabPool, SlabSpec
 
 CLAIM = Claim("attention", "a kernel of ours in float32, slots in order", Ground.ROW_BY_ROW)
 
-# Heads that the kernel takes have a multiple of so many dimensions.
-HEAD_STEP = 16
 # What a thread does with fewer slots takes less time than to wake it.
 _LEAST_SLOTS = 4096
 # Attention is tried over no longer windows: more slots are the same sums again.

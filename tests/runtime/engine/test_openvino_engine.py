@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,8 +50,11 @@ def test_where_it_is_not_exact_torch_runs_the_model_and_the_log_says_why(
     assert any("torch runs the model" in record.getMessage() for record in caplog.records)
 
 
-def test_layers_that_it_has_no_parts_for_are_refused_in_a_line_and_left_to_torch(tmp_path: Path) -> None:
-    other = save_random_model(LlamaConfig(**SMALL | {"hidden_act": "gelu"}), tmp_path)
+@pytest.mark.parametrize("changes", [{"hidden_act": "gelu"}, {"head_dim": 24}], ids=str)
+def test_layers_that_it_has_no_parts_for_are_refused_in_a_line_and_left_to_torch(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    other = save_random_model(LlamaConfig(**SMALL | changes), tmp_path)
 
     with pytest.raises(ModelUnavailable, match="set backend to torch") as caught:
         load_engine(Settings(device="cpu", window=64, backend="openvino"), other)
