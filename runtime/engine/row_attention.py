@@ -64,7 +64,10 @@ class RowPlan:
 
 
 class RowAttention:
-    """Attention of a model with that many query `heads` over slabs of `spec`, on as many threads as torch has."""
+    """Attention of a model with that many query `heads` over slabs of `spec`, on as many threads as torch has.
+
+    Threads besides the caller's sleep between calls, and end when nobody holds this any more.
+    """
 
     def __init__(self, spec: SlabSpec, heads: int, rotary: ExactRotary) -> None:
         self._spec, self._heads, self._rotary = spec, heads, rotary
