@@ -15,9 +15,9 @@ from importlib.util import find_spec
 
 import trio
 
-from bench import agents, loop, marathon, report, results, scheduling, speed
+from bench import agents, loop, marathon, quality, report, results, scheduling, speed
 from bench.machine import describe_machine, our_versions
-from bench.models import MODELS, QWEN3_06B, SMALL, bench_model
+from bench.models import MODELS, QWEN3_06B, SMALL, SMOLLM2, bench_model
 from bench.results import Record
 from bench.scenario import Result, Setup
 from runtime.engine.machine import level
@@ -26,6 +26,7 @@ from runtime.settings import Settings
 
 SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
     "speed": speed.run,
+    "quality": quality.run,
     "scheduling": scheduling.run,
     "loop": loop.run,
     "marathon": marathon.run,
@@ -33,6 +34,7 @@ SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
 }
 ALL = (
     ("speed", QWEN3_06B),
+    ("quality", SMOLLM2),
     ("scheduling", QWEN3_06B),
     ("loop", QWEN3_06B),
     ("agents", QWEN3_06B),
