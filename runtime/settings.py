@@ -11,6 +11,8 @@ from typing import Any, get_origin, get_type_hints
 from runtime.errors import InvalidSetting
 
 ENVIRONMENT_PREFIX = "PERENNIAL_"
+DEFAULT_HTTP_BIND = "127.0.0.1:8000"
+"""No setting: with `hypercorn api.http:app` the address is Hypercorn's."""
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -98,7 +100,12 @@ class Settings:
     model: str = _setting("seedling", "bundled model, a local directory, or a Hugging Face id", NOT_EMPTY)
     backend: str = _setting("auto", "engine that runs the model", one_of("auto", "torch", "mlx", "openvino"))
     device: str = _setting("auto", "torch device", one_of("auto", "cpu", "cuda", "mps"))
-    dtype: str = _setting("auto", "type of weights and KV", one_of("auto", "bfloat16", "float16", "float32"))
+    dtype: str = _setting("auto", "type of weights", one_of("auto", "bfloat16", "float16", "float32"))
+    kv_dtype: str = _setting(
+        "auto",
+        "type of keys and values in slabs; auto: the engine's own, others on openvino alone",
+        one_of("auto", "float32", "bfloat16", "float16", "int8"),
+    )
     weights: str = _setting(
         "auto",
         "bits a weight; auto: on a CPU the most that are exact and read at the memory's speed",
