@@ -97,7 +97,7 @@ def loading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
 of_idle = schema_of(narrowed(described(api_keys=(KEY,), **IDLE)), 30, 200, 400, 404, 426)
 FUZZING = {"phases": {"coverage": {"enabled": False}, "examples": {"enabled": False}}}
 of_busy = schema_of(narrowed(described(**BUSY)), 10, 200, 400, 404, 426, 429, **FUZZING)
-of_loading = schema_of(narrowed(described()), 5, 200, 503, **FUZZING)
+of_loading = schema_of(narrowed(described()), 5, 200, 426, 503, **FUZZING)
 
 
 @pytest.mark.door
