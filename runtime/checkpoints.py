@@ -1,4 +1,4 @@
-"""Weights in a directory, loaded by transformers; what goes wrong is said in one line."""
+"""Weights in a directory or a GGUF file, in a model of transformers; what goes wrong is said in one line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from runtime.errors import ModelUnavailable
+from runtime.gguf_model import dense_model
 
 # What transformers raises over a config.json whose values make no sense, and over all other files of a model.
 CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, StrictDataclassError, TypeError, ValueError)
@@ -21,8 +22,11 @@ FILE_ERRORS = (*CONFIG_ERRORS, RuntimeError, SafetensorError)
 def load_weights(kind: Any, directory: Path, dtype: torch.dtype | Literal["auto"], refusal: str, **options: Any) -> Any:
     """The model in `directory` by one of transformers' auto classes, in this type or, under auto, in the checkpoint's own.
 
-    Raises ModelUnavailable, in the words of `refusal`.
+    Of a GGUF file it is the causal language model, in this type. Raises ModelUnavailable, in the words of `refusal`.
     """
+    if directory.is_file():
+        assert isinstance(dtype, torch.dtype)
+        return dense_model(directory, dtype, **options)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     try:

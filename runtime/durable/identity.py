@@ -63,9 +63,10 @@ class Terms:
 
 
 def fingerprint(directory: Path) -> str:
-    """A digest of a model's configuration and weights."""
+    """A digest of a model's configuration and weights, in a directory or a GGUF file."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+    parts = [directory] if directory.is_file() else [directory / "config.json", *directory.glob("*.safetensors")]
+    for path in sorted(parts):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}:".encode())
         with path.open("rb") as file:

@@ -12,11 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from runtime.checkpoints import CONFIG_ERRORS, one_line
 from runtime.engine import EngineFacts
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory, NotExact
+from runtime.gguf_model import gguf_config
 from runtime.settings import Settings
 from runtime.slab import BUCKET_SLOTS, SlabSpec
 
 # Those whose logits the test suite compares with transformers' own.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+# How weights are held that stay as a GGUF file has them.
+KEPT = "kept"
 # The more rows in a forward, the faster a prompt is read.
 ROW_TILE = 256
 # Handing so little out to more threads costs more than it saves, several times more where other programs run.
@@ -43,7 +46,7 @@ class Form:
 def read_config(directory: Path) -> PreTrainedConfig:
     """The configuration of a model that this release runs. Raises ModelUnavailable."""
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = gguf_config(directory) if directory.is_file() else AutoConfig.from_pretrained(directory)
     except CONFIG_ERRORS as error:
         raise ModelUnavailable(
             f"{directory} has no configuration that transformers can read: {one_line(error)}"

@@ -9,7 +9,7 @@ sums whole numbers inside a group, and adds the groups in order, which is what Q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runtime.engine.configuration import attention_shape
+from runtime.engine.configuration import KEPT, attention_shape
 from runtime.engine.openvino_fit import GROUP
+from runtime.engine.stored import Matrix, Tally, form_of, join, matrix_of, quantised
 from runtime.foreign.openvino import ops, ov
 
 _FLOAT = ov.Type.f32
@@ -35,24 +36,36 @@ class Compiling:
     weights: str
     threads: int
 
-    def graph(self, outputs: Sequence[ov.Output], inputs: Sequence[ov.Output], widths: Sequence[int]) -> Graph:
+    def graph(
+        self,
+        outputs: Sequence[ov.Output],
+        inputs: Sequence[ov.Output],
+        widths: Sequence[int],
+        groups: Mapping[str, int],
+    ) -> Graph:
+        """Compiles what leads from `inputs` to `outputs`; `groups` are those of its weights by their forms."""
+        # Rows that are rounded in larger groups than the weights have are not rounded at all.
+        group = min(groups.values(), default=GROUP)
         properties = {
             "INFERENCE_PRECISION_HINT": "bf16" if self.dtype == torch.bfloat16 and self.weights == "none" else "f32",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(GROUP if self.weights != "none" else 0),
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group if self.weights != "none" else 0),
             "INFERENCE_NUM_THREADS": self.threads,
             "NUM_STREAMS": 1,
             # Threads that are tied to a core stand in the way of torch's own.
             "ENABLE_CPU_PINNING": False,
         }
         model = ov.Model(list(outputs), [one.get_node() for one in inputs])
-        return Graph(ov.Core().compile_model(model, "CPU", properties), widths)
+        return Graph(ov.Core().compile_model(model, "CPU", properties), widths, tuple(groups))
 
 
 class Graph:
-    """A compiled graph. Takes rows of these `widths` and returns rows, in float32; its next call overwrites what it returned."""
+    """A compiled graph. Takes rows of these `widths` and returns rows, in float32; its next call overwrites what it returned.
 
-    def __init__(self, compiled: ov.CompiledModel, widths: Sequence[int]) -> None:
-        self.widths = tuple(widths)
+    `forms` are those of its weights that come from a GGUF file.
+    """
+
+    def __init__(self, compiled: ov.CompiledModel, widths: Sequence[int], forms: tuple[str, ...]) -> None:
+        self.widths, self.forms = tuple(widths), forms
         self._request = compiled.create_infer_request()
         self._outputs = len(compiled.outputs)
         self._given: list[ov.Tensor] = []
@@ -73,13 +86,17 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class Graphs:
-    """`first` takes hidden rows; each of `between`, and `last`, what a layer attended to and the hidden rows before it."""
+    """`first` takes hidden rows; each of `between`, and `last`, what a layer attended to and the hidden rows before it.
+
+    `tensors` says of each kind in a GGUF file what became of it.
+    """
 
     first: Graph
     between: tuple[Graph, ...]
     last: Graph
     head: Graph
     weights_bytes: int
+    tensors: tuple[str, ...]
 
 
 def build(model: Any, compiling: Compiling) -> Graphs:
@@ -95,7 +112,7 @@ def build(model: Any, compiling: Compiling) -> Graphs:
         layers[number - 1] = None
     last = builder.last(layers[-1], decoder.norm)
     head = builder.head(model.get_output_embeddings())
-    return Graphs(first, tuple(between), last, head, builder.weights_bytes)
+    return Graphs(first, tuple(between), last, head, builder.weights_bytes, builder.tally.lines())
 
 
 class _Builder:
@@ -109,7 +126,9 @@ class _Builder:
             "attended": self._heads * self._head_dim,
             **dict.fromkeys(_TURN, self._head_dim),
         }
+        self._groups: dict[str, int] = {}
         self.weights_bytes = 0
+        self.tally = Tally()
 
     def first(self, layer: Any) -> Graph:
         def make(hidden: ov.Output, *turn: ov.Output) -> list[ov.Output]:
@@ -138,7 +157,9 @@ class _Builder:
     def _graph(self, make: Callable[..., list[ov.Output]], names: Sequence[str]) -> Graph:
         widths = [self._widths[name] for name in names]
         inputs = [_out(ops.parameter(ov.PartialShape([-1, width]), _FLOAT)) for width in widths]
-        return self._compiling.graph(make(*inputs), inputs, widths)
+        self._groups = {}
+        outputs = make(*inputs)
+        return self._compiling.graph(outputs, inputs, widths, self._groups)
 
     def _projected(self, layer: Any, hidden: ov.Output, turn: Sequence[ov.Output]) -> list[ov.Output]:
         """Queries, keys and values [rows, heads, D] of a layer, queries and keys turned."""
@@ -178,12 +199,42 @@ class _Builder:
 
     def _times(self, linears: Sequence[nn.Linear], rows: ov.Output, weights: str | None = None) -> ov.Output:
         """The rows through linears of the same input at once, one's outputs beside the other's."""
-        each = [linear.weight.detach() for linear in linears]
-        weight = each[0] if len(each) == 1 else torch.cat(each)
-        product = ops.matmul(rows, self._held(weight, weights or self._compiling.weights), False, True)
+        weights = weights or self._compiling.weights
+        if weights == KEPT:
+            product = self._times_stored(linears, rows)
+        else:
+            each = [linear.weight.detach() for linear in linears]
+            weight = each[0] if len(each) == 1 else torch.cat(each)
+            product = ops.matmul(rows, self._held(weight, weights), False, True)
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         self.weights_bytes += sum(bias.numel() * bias.itemsize for bias in biases)
         return _out(ops.add(product, _constant(torch.cat(biases).float().numpy())) if biases else product)
+
+    def _times_stored(self, linears: Sequence[Any], rows: ov.Output) -> ov.Output:
+        """The rows through linears whose weights stay as a GGUF file has them, those of one form at once."""
+        matrices: list[Matrix] = []
+        for linear in linears:
+            one = matrix_of(linear.stored, self.tally)
+            if matrices and form_of(matrices[-1]) == form_of(one):
+                matrices[-1] = join(matrices[-1], one)
+            else:
+                matrices.append(one)
+        products = [self._times_matrix(one, rows) for one in matrices]
+        return products[0] if len(products) == 1 else _out(ops.concat(products, 1))
+
+    def _times_matrix(self, matrix: Matrix, rows: ov.Output) -> ov.Output:
+        if isinstance(matrix, Tensor):
+            return _out(ops.matmul(rows, self._plain(matrix), False, True))
+        self._groups[form_of(matrix)] = matrix.group
+        self.weights_bytes += matrix.nbytes
+        held = self._scaled(matrix.steps, matrix.scales, matrix.bits)
+        product = _out(ops.matmul(rows, held, False, True))
+        if matrix.offsets is None:
+            return product
+        # What all weights of a group have in common meets the sum of what they are multiplied with.
+        grouped = ops.reshape(rows, _constant(np.array([0, -1, matrix.group])), True)
+        sums = ops.reduce_sum(grouped, _constant(np.array([2])), False)
+        return _out(ops.add(product, ops.matmul(sums, _constant(matrix.offsets.numpy()), False, True)))
 
     def _turned(self, vectors: ov.Output, turn: Sequence[ov.Output]) -> ov.Output:
         """Vectors [rows, heads, D] turned by angles given as cosines and sines [rows, D]."""
@@ -195,36 +246,24 @@ class _Builder:
     def _held(self, weight: Tensor, weights: str) -> ov.Output:
         """A constant [outputs, inputs], as the graph reads it."""
         if weights == "none":
-            self.weights_bytes += weight.numel() * weight.itemsize
-            held = _owned(weight.view(torch.uint8), weight.shape, _OV_TYPES[weight.dtype])
-            return _out(ops.convert(held, _FLOAT))
+            return self._plain(weight.to(self._compiling.dtype))
         # A head in float32 would take several times what it takes in the end.
         parts = [quantised(part, weights) for part in weight.split(_ROWS_AT_ONCE)]
         steps, scales = (torch.cat(each) for each in zip(*parts, strict=True))
-        outputs, groups, _ = steps.shape
-        whole = _constant(steps.numpy()) if weights == "int8" else _four_bits(steps)
         self.weights_bytes += steps.numel() // (1 if weights == "int8" else 2) + scales.numel() * scales.itemsize
-        scaled = ops.multiply(ops.convert(whole, ov.Type.f16), _constant(scales.numpy()))
-        flat = ops.reshape(scaled, _constant(np.array([outputs, groups * GROUP])), False)
+        return self._scaled(steps, scales, 8 if weights == "int8" else 4)
+
+    def _plain(self, weight: Tensor) -> ov.Output:
+        self.weights_bytes += weight.numel() * weight.itemsize
+        return _out(ops.convert(_owned(weight.view(torch.uint8), weight.shape, _OV_TYPES[weight.dtype]), _FLOAT))
+
+    def _scaled(self, steps: Tensor, scales: Tensor, bits: int) -> ov.Output:
+        """Weights [outputs, inputs] of whole numbers that need so many bits, each times the scale of its group."""
+        outputs, groups, group = steps.shape
+        whole = _constant(steps.numpy()) if bits == 8 else _four_bits(steps)
+        scaled = ops.multiply(ops.convert(whole, _OV_TYPES[scales.dtype]), _constant(scales.numpy()))
+        flat = ops.reshape(scaled, _constant(np.array([outputs, groups * group])), False)
         return _out(ops.convert(flat, _FLOAT))
-
-
-def quantised(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
-    """Whole numbers [outputs, groups, 32] int8, and the scale [outputs, groups, 1] float16 of each group.
-
-    With 8 bits they reach from -127 to 127. With 4 the value of the largest size is -8, as in Q4_0 of GGUF.
-    """
-    groups = weight.detach().float().unflatten(1, (-1, GROUP))
-    if weights == "int8":
-        lowest, highest = -127, 127
-        scales = groups.abs().amax(dim=2, keepdim=True) / highest
-    else:
-        lowest, highest = -8, 7
-        scales = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True)) / lowest
-    # The weights are rounded against the scale as it is kept, so that its own rounding costs nothing.
-    kept = scales.half()
-    steps = torch.where(kept == 0, 0.0, groups / kept.float())
-    return steps.round().clamp(lowest, highest).to(torch.int8), kept
 
 
 def _four_bits(steps: Tensor) -> Any:

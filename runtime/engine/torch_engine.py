@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
 from runtime.engine.rotary import ExactRotary
 from runtime.engine.torch_slab import torch_pool
 from runtime.errors import InvalidSetting
+from runtime.gguf_file import GgufFile
 from runtime.rows import RowBatch
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
@@ -51,8 +53,19 @@ AttentionInterface.register(ATTENTION_NAME, slab_attention)
 class TorchEngine(DrawingEngine):
     """A causal language model of one of `ARCHITECTURES` on one torch device."""
 
-    def __init__(self, model: PreTrainedModel, spec: SlabSpec, form: Form, *, is_bit_exact: bool) -> None:
-        """`model` attends by `ATTENTION_NAME` and turns by an ExactRotary; `form` says what its linears are."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        spec: SlabSpec,
+        form: Form,
+        *,
+        is_bit_exact: bool,
+        kinds: Mapping[str, int] | None = None,
+    ) -> None:
+        """`model` attends by `ATTENTION_NAME` and turns by an ExactRotary; `form` says what its linears are.
+
+        `kinds` are those of the tensors that it had in a GGUF file, and how many there are of each.
+        """
         decoder = model.get_decoder()
         self._decoder = decoder
         self._rotary: ExactRotary = decoder.rotary_emb
@@ -62,6 +75,7 @@ class TorchEngine(DrawingEngine):
         self._form = form
         self._linears = [part for part in model.modules() if isinstance(part, RowLinear)]
         self._is_bit_exact = is_bit_exact
+        self._kinds = kinds or {}
         self._weights_bytes = weights_bytes(model)
 
     @classmethod
@@ -75,7 +89,7 @@ class TorchEngine(DrawingEngine):
         config = read_config(directory)
         device = _choose_device(settings)
         count = count_weights(config, directory)
-        forms = _forms(settings, device, count)
+        forms = _forms(settings, device, count, is_file=directory.is_file())
         widest = max(form.dtype.itemsize for form in forms)
         # Beside the form that the head gets, the embedding that it shares its weights with stays as it is.
         held = count + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
@@ -84,25 +98,27 @@ class TorchEngine(DrawingEngine):
         if device.type == "cpu" and beside is None:
             torch.set_num_threads(1 if is_small(count) else psutil.cpu_count(logical=False) or 1)
         is_strict = settings.determinism == "strict"
+        kinds = GgufFile.read(directory).kinds() if directory.is_file() else {}
         failed: list[Form] = []
         for form in forms:
             spec = slab_spec(config, settings, form.dtype, device)
             model = _load_model(directory, form, device, is_strict=is_strict)
             if not is_strict or _is_proven(model, spec, form):
-                return cls(model, spec, form.after(failed), is_bit_exact=is_strict)
+                return cls(model, spec, form.after(failed), is_bit_exact=is_strict, kinds=kinds)
             failed.append(form)
         if (settings.dtype, settings.weights) != ("auto", "auto"):
             raise refuse(failed)
         # A row that is always alone has no company that its bits could depend on.
         spec = slab_spec(config, settings, form.dtype, device, row_tile=1)
-        return cls(model, spec, replace(form, reason="one row a forward").after(failed), is_bit_exact=True)
+        form = replace(form, reason="one row a forward").after(failed)
+        return cls(model, spec, form, is_bit_exact=True, kinds=kinds)
 
     @cached_property
     def facts(self) -> EngineFacts:
         return EngineFacts(
             backend="torch",
             device=self._spec.device.type,
-            dtype=str(self._spec.dtype).removeprefix("torch."),
+            dtype=self._dtype_name,
             weights=self._form.weights,
             form_reason=self._form.reason,
             architecture=self._config.model_type,
@@ -116,7 +132,14 @@ class TorchEngine(DrawingEngine):
             cpu_features=features(),
             kernel_class=kernel_class(),
             slab=self._spec,
+            tensors=tuple(
+                f"{count} of {kind}: dequantised into {self._dtype_name}" for kind, count in self._kinds.items()
+            ),
         )
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self._spec.dtype).removeprefix("torch.")
 
     def _claims(self) -> tuple[str, ...]:
         kinds = {type(one): one for one in self._linears}
@@ -223,8 +246,11 @@ def _choose_device(settings: Settings) -> torch.device:
     return torch.device(name)
 
 
-def _forms(settings: Settings, device: torch.device, weights: int) -> list[Form]:
-    """The forms that the settings leave for a model of so many `weights`, the one to be tried first before the others."""
+def _forms(settings: Settings, device: torch.device, weights: int, *, is_file: bool) -> list[Form]:
+    """The forms that the settings leave for a model of so many `weights`, the one to be tried first before the others.
+
+    Those of a GGUF file are rounded once more by an explicit setting alone.
+    """
     is_dtype_auto, is_weights_auto = settings.dtype == "auto", settings.weights == "auto"
     if device.type != "cpu":
         dtype = torch.bfloat16 if is_dtype_auto else named_dtype(settings.dtype)
@@ -239,7 +265,9 @@ def _forms(settings: Settings, device: torch.device, weights: int) -> list[Form]
         dtypes = [torch.float32]
     if not is_weights_auto:
         return [Form(dtype, settings.weights) for dtype in dtypes]
-    if is_small(weights):
+    if is_file:
+        choices = {"none": "the file's weights are not rounded again"}
+    elif is_small(weights):
         choices = {"none": "so small a model stays in the CPU's cache", "int8": ""}
     elif here >= Level.AVX512_BF16:
         choices = {"none": "this CPU reads 16 bits a weight at its memory's speed", "int8": ""}

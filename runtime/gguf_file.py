@@ -1,0 +1,222 @@
+"""A GGUF file as a checkpoint: the configuration and tokenizer that its metadata tell, and its tensors as they are stored.
+
+transformers reads the file. What a file says of itself is not believed: sizes are compared before anything is built by them.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+from numpy.typing import NDArray
+from tokenizers.pre_tokenizers import ByteLevel, Digits
+from tokenizers.pre_tokenizers import Sequence as InTurn
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from runtime.errors import ModelUnavailable
+from runtime.foreign.gguf import (
+    GGUF_CONFIG_MAPPING,
+    GgufHeader,
+    convert_gguf_tokenizer,
+    get_gguf_tokenizer,
+    load_gguf_state_dict,
+    read_gguf_metadata,
+)
+
+Values = Mapping[str, Any]
+
+# What the readers raise over files that are damaged, or made to be.
+_READ_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+_FIELDS = ("rope_theta", "rms_norm_eps")
+_EMBEDDING = "token_embd.weight"
+_ROPE_FACTORS = "rope_freqs.weight"
+# Names of splits that llama.cpp makes in two steps, each digit by itself first; transformers knows their second alone.
+_DIGITS_ALONE = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+_ENDS = ("eos", "eot", "eom")
+_PLAIN = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of this `shape` as a file stores it: `raw` [..., bytes of a row] uint8, mapped from the file, of one `kind`."""
+
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    raw: NDArray[np.uint8]
+
+    @property
+    def nbytes(self) -> int:
+        return self.raw.nbytes
+
+    def dense(self) -> Tensor:
+        """All of it in float32."""
+        return torch.tensor(dequantize(self.raw, self.kind)).view(self.shape)
+
+    def plain(self) -> Tensor | None:
+        """All of it in the type that the file has it in, or None where it is quantised."""
+        dtype = _PLAIN.get(self.kind)
+        return torch.from_numpy(np.array(self.raw)).view(dtype) if dtype else None
+
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """These rows [indices, columns] of a matrix in float32."""
+        return torch.tensor(dequantize(self.raw[indices], self.kind))
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """What one file holds; nothing of its tensors is read yet."""
+
+    path: Path
+    architecture: str
+    metadata: Values
+    tensors: Mapping[str, StoredTensor]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises ModelUnavailable where it is no whole GGUF file."""
+        with _told(path):
+            metadata, _ = read_gguf_metadata(str(path))
+            if metadata.get("split.count", 1) != 1:
+                raise ModelUnavailable(
+                    f"{path} is one of {metadata['split.count']} parts: join them by llama-gguf-split --merge first"
+                )
+            return cls(path, metadata["general.architecture"], metadata, dict(_tensors(path)))
+
+    @property
+    def rope_factors(self) -> Tensor | None:
+        """By what the frequencies of the rotary embedding are divided [head_dim / 2], as Llama 3.1 has them."""
+        stored = self.tensors.get(_ROPE_FACTORS)
+        return stored.dense() if stored else None
+
+    def weights(self) -> Mapping[str, StoredTensor]:
+        """The tensors that a model is made of."""
+        return {name: stored for name, stored in self.tensors.items() if name != _ROPE_FACTORS}
+
+    def kinds(self) -> Mapping[str, int]:
+        """How many tensors there are of each kind, by its name."""
+        return Counter(stored.kind.name for stored in self.weights().values())
+
+    def config_values(self) -> dict[str, Any]:
+        """What transformers' configuration of this architecture is made of. Raises ModelUnavailable."""
+        names = GGUF_CONFIG_MAPPING.get(self.architecture) if isinstance(self.architecture, str) else None
+        if names is None:
+            raise ModelUnavailable(f"{self.path} is of architecture {self.architecture!r}, which cannot be read here")
+        with _told(self.path):
+            values = {name: self._own(key) for key, name in names.items() if name and self._own(key) is not None}
+            embedding = self.tensors[_EMBEDDING].shape
+            values |= {
+                "model_type": self.architecture,
+                "vocab_size": embedding[0],
+                "tie_word_embeddings": "output.weight" not in self.tensors,
+            }
+            if head_dim := self._own("attention.key_length"):
+                values["head_dim"] = head_dim
+            if self.architecture == "llama" and "blk.0.attn_q.bias" in self.tensors:
+                values["attention_bias"] = True
+            self._check(values, embedding)
+            return values | {"rope_parameters": self._rope(values.pop("rope_theta"))}
+
+    def _own(self, key: str) -> Any:
+        return self.metadata.get(f"{self.architecture}.{key}")
+
+    def _check(self, values: Values, embedding: Sequence[int]) -> None:
+        """Raises ValueError over values that make no model, or one larger than the file can hold."""
+        for name in (*_SIZES, *(name for name in ("num_key_value_heads", "head_dim") if name in values)):
+            if type(values[name]) is not int or values[name] < 1:
+                raise ValueError(f"its {name} is {values[name]!r}")
+        for name in _FIELDS:
+            if not (isinstance(values[name], float) and math.isfinite(values[name]) and values[name] > 0):
+                raise ValueError(f"its {name} is {values[name]!r}")
+        if tuple(embedding) != (values["vocab_size"], values["hidden_size"]):
+            raise ValueError(f"its embedding is of {tuple(embedding)}, where rows are {values['hidden_size']} wide")
+        if values["num_hidden_layers"] > len(self.tensors):
+            raise ValueError(f"it has {len(self.tensors)} tensors for {values['num_hidden_layers']} layers")
+        if (words := self.metadata.get("tokenizer.ggml.tokens", 0)) > values["vocab_size"]:
+            raise ValueError(f"it has {words} tokens, and embeddings for {values['vocab_size']}")
+
+    def _rope(self, theta: float) -> dict[str, Any]:
+        kind = self._own("rope.scaling.type")
+        if kind in (None, "none"):
+            return {"rope_type": "default", "rope_theta": theta}
+        if kind not in ("linear", "yarn"):
+            raise ValueError(f"its rotary embedding is scaled by {kind!r}, which is not known here")
+        scaling = {"rope_type": kind, "rope_theta": theta, "factor": float(self._own("rope.scaling.factor"))}
+        if kind == "yarn":
+            scaling["original_max_position_embeddings"] = self._own("rope.scaling.original_context_length")
+        return scaling
+
+
+def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, frozenset[int]]:
+    """The tokenizer of the file, with its chat template, and the ids that end a turn. Raises ModelUnavailable."""
+    with _told(path):
+        metadata, _ = read_gguf_metadata(str(path))
+        architecture, words, options = get_gguf_tokenizer(str(path))
+        backend = _backend(architecture, words)
+        if words.get("pre_tokenizer_type") in _DIGITS_ALONE:
+            backend.pre_tokenizer = InTurn([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+        ends = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in _ENDS]
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+        return tokenizer, frozenset(end for end in ends if end is not None)
+
+
+def _backend(architecture: str, words: dict[str, Any]) -> Any:
+    try:
+        backend, _ = convert_gguf_tokenizer(architecture, words)
+    except Exception as error:
+        # The tokenizers package raises no narrower kind over words that do not fit together.
+        raise ValueError(f"its tokenizer cannot be built: {error}") from error
+    return backend
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    header = GgufHeader.from_file(str(path))
+    stored = load_gguf_state_dict(header)
+    if len(stored) != len(header.tensors):
+        raise ValueError("it has two tensors of one name")
+    for info in header.tensors:
+        kind = GGMLQuantizationType(info.ggml_type)
+        values, size = GGML_QUANT_SIZES[kind]
+        if not info.shape or min(info.shape) < 1 or info.shape[-1] % values:
+            raise ValueError(f"its tensor {info.name} of {kind.name} has the shape {info.shape}")
+        raw = stored[info.name].data
+        if raw.nbytes != info.nbytes:
+            raise ValueError(f"it ends inside its tensor {info.name}: download it again")
+        # Raises NotImplementedError for kinds that nothing can be made of.
+        dequantize(np.zeros((1, size), np.uint8), kind)
+        yield info.name, StoredTensor(kind, info.shape, raw.reshape(*info.shape[:-1], -1))
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turns what readers raise into ModelUnavailable, in one line that names the file."""
+    try:
+        yield
+    except _READ_ERRORS as error:
+        words = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        kind = f"{type(error).__name__}: " if isinstance(error, LookupError | struct.error) else ""
+        raise ModelUnavailable(f"{path} is no GGUF file that can be run: {kind}{words}") from error
