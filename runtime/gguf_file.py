@@ -180,7 +180,9 @@ def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, frozenset[int]]
         if words.get("pre_tokenizer_type") in _DIGITS_ALONE:
             backend.pre_tokenizer = InTurn([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
         ends = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in _ENDS]
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+        # Those that the file gives no part to are as special: no text of a user may stand for them.
+        special = [str(token.content) for token in backend.get_added_tokens_decoder().values() if token.special]
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=special, **options)
         return tokenizer, frozenset(end for end in ends if end is not None)
 
 
@@ -201,14 +203,15 @@ def _tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     for info in header.tensors:
         kind = GGMLQuantizationType(info.ggml_type)
         values, size = GGML_QUANT_SIZES[kind]
-        if not info.shape or min(info.shape) < 1 or info.shape[-1] % values:
+        if not info.shape or min(info.shape) < 1 or info.shape[-1] % values or (len(info.shape) == 1 and values > 1):
             raise ValueError(f"its tensor {info.name} of {kind.name} has the shape {info.shape}")
         raw = stored[info.name].data
         if raw.nbytes != info.nbytes:
             raise ValueError(f"it ends inside its tensor {info.name}: download it again")
         # Raises NotImplementedError for kinds that nothing can be made of.
         dequantize(np.zeros((1, size), np.uint8), kind)
-        yield info.name, StoredTensor(kind, info.shape, raw.reshape(*info.shape[:-1], -1))
+        # A vector's values are rows of their own.
+        yield info.name, StoredTensor(kind, info.shape, raw.reshape(*(info.shape[:-1] or info.shape), -1))
 
 
 @contextmanager
