@@ -221,5 +221,11 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except _READ_ERRORS as error:
         words = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        kind = f"{type(error).__name__}: " if isinstance(error, LookupError | struct.error) else ""
-        raise ModelUnavailable(f"{path} is no GGUF file that can be run: {kind}{words}") from error
+        match error:
+            case struct.error() | UnicodeDecodeError():
+                line = f"{path} is damaged or cut off: download it again ({words})"
+            case KeyError():
+                line = f"{path} says nothing of {words}: it is no model, or one that was badly converted"
+            case _:
+                line = f"{path} is no GGUF file that can be run: {words}"
+        raise ModelUnavailable(line) from error

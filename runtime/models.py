@@ -34,8 +34,8 @@ def find_model(name: str) -> Path:
         return _inside(path, name)
     if path.is_file() and path.suffix == _GGUF:
         return path
-    repository, _, file = name.partition(":")
-    if repository.count("/") != 1 or repository.startswith((".", "/", "~")) or (file and not file.endswith(_GGUF)):
+    repository, colon, file = name.partition(":")
+    if repository.count("/") != 1 or repository.startswith((".", "/", "~")) or (colon and not file.endswith(_GGUF)):
         raise ModelUnavailable(
             f"no model at {name!r}: give {SEEDLING!r}, a directory, or a Hugging Face id like org/name; or a GGUF file, "
             f"here or there as org/name:FILE{_GGUF}"
