@@ -72,7 +72,8 @@ def directories(
     seedling: Path, small_models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     heads_of_06b = save_random_model(HEADS_OF_06B, tmp_path_factory.mktemp("heads_of_06b"))
-    write_gguf(heads_of_06b, heads_of_06b / "every kind.gguf", every_kind)
+    # seedling's tokenizer has more tokens than this model.
+    write_gguf(heads_of_06b, heads_of_06b / "every kind.gguf", every_kind, tokenizer__ggml__tokens=None)
     return {
         "seedling": seedling,
         "small": small_models["qwen3"],
@@ -114,7 +115,6 @@ CASES = (
     ),
     *(("mlx", "small", *kind) for kind in KINDS),
     ("mlx", "seedling", "float32", "none"),
-    ("torch", GGUF, "float32", "auto"),
     *(("openvino", GGUF, dtype, "auto") for dtype in ("float32", "bfloat16") if level() >= Level.AVX512),
 )
 
