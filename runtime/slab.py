@@ -11,9 +11,11 @@ record of what was written when.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,6 +76,11 @@ class SlabSpec:
         needed = min(position + 1, self.slots)
         return min(-(-needed // self.bucket) * self.bucket, self.slots)
 
+    def is_whole(self, written: int, frontier: int) -> bool:
+        """Whether a slab that was written up to `written` still holds all that a token at `frontier` attends to."""
+        oldest = max(self.sink, frontier - self.window + 1)
+        return frontier >= written or written - self.ring <= oldest
+
     def visible_slots(self, positions: Tensor, extent: int) -> Tensor:
         """Whether the query at each of `positions` [N] attends to each of the first `extent` slots, bool [N, extent]."""
         query = positions.unsqueeze(1)  # [N, 1]
@@ -104,7 +111,6 @@ class Slab(ABC):
     def change_hands(self) -> None:
         """Is lent, or given back."""
         self._leases += 1
-        self.clear()
 
     @property
     def frontiers(self) -> tuple[int, ...]:
@@ -153,8 +159,8 @@ class Slab(ABC):
             self.advance(layer, other.frontier)
 
     def retract(self, frontier: int) -> None:
-        """Forgets what was written from `frontier` on, at most a tile less one of rows: the window is whole still."""
-        assert self.frontier - self.spec.row_tile < frontier
+        """Forgets what was written from `frontier` on. The window that is left must be whole (`SlabSpec.is_whole`)."""
+        assert self.spec.is_whole(self.frontier, frontier)
         self._frontiers = [min(frontier, each) for each in self._frontiers]
 
     def skip(self, frontier: int) -> None:
@@ -185,26 +191,54 @@ class Slab(ABC):
 
 
 class SlabPool:
-    """Slabs that are there from the start, lent to one session at a time."""
+    """Slabs that are there from the start, lent to one session at a time. One that is free remembers what it has read."""
 
     def __init__(self, spec: SlabSpec, slabs: Iterable[Slab]) -> None:
         self.spec = spec
-        self._free = [*slabs][::-1]
+        # The one given back last stands last.
+        self._free: dict[Slab, array[int]] = {slab: array("I") for slab in [*slabs][::-1]}
         self.total = len(self._free)
 
     @property
     def in_use(self) -> int:
         return self.total - len(self._free)
 
-    def acquire(self) -> Slab:
-        """An empty slab. Raises CapacityExhausted, and changes nothing, when none is free."""
+    def acquire(self, history: array[int] | None = None) -> Slab:
+        """A slab that has read as much of the beginning of `history` as any that is free; without one an empty slab.
+
+        Raises CapacityExhausted, and changes nothing, when none is free.
+        """
         if not self._free:
             raise CapacityExhausted(f"all {self.total} slabs are in use: close a session or try again later")
-        slab = self._free.pop()
-        slab.change_hands()
-        return slab
+        lengths = {slab: self._useful(slab, read, history) for slab, read in self._free.items() if history and read}
+        best = max(lengths, key=lambda slab: lengths[slab], default=None)
+        if best is None or not lengths[best]:
+            # What was read longest ago is least likely to be asked for again.
+            best = next((slab for slab, read in self._free.items() if not read), next(iter(self._free)))
+        del self._free[best]
+        best.change_hands()
+        if length := lengths.get(best, 0):
+            best.retract(length)
+        else:
+            best.clear()
+        return best
 
-    def release(self, slab: Slab) -> None:
+    def release(self, slab: Slab, read: array[int] | None = None) -> None:
+        """Takes a slab back, which has read these tokens; without them it is emptied."""
         assert slab not in self._free
         slab.change_hands()
-        self._free.append(slab)
+        if not read:
+            slab.clear()
+        self._free[slab] = read or array("I")
+
+    def _useful(self, slab: Slab, read: array[int], history: array[int] | None) -> int:
+        """How much of the history a slab has read and still holds whole."""
+        length = common_length(read, history or array("I"))
+        return length if self.spec.is_whole(slab.frontier, length) else 0
+
+
+def common_length(one: array[int], other: array[int]) -> int:
+    """How many tokens two histories begin with alike."""
+    most = min(len(one), len(other))
+    differ = np.flatnonzero(np.asarray(one[:most]) != np.asarray(other[:most]))
+    return int(differ[0]) if len(differ) else most
