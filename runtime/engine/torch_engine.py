@@ -53,19 +53,8 @@ AttentionInterface.register(ATTENTION_NAME, slab_attention)
 class TorchEngine(DrawingEngine):
     """A causal language model of one of `ARCHITECTURES` on one torch device."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        spec: SlabSpec,
-        form: Form,
-        *,
-        is_bit_exact: bool,
-        kinds: Mapping[str, int] | None = None,
-    ) -> None:
-        """`model` attends by `ATTENTION_NAME` and turns by an ExactRotary; `form` says what its linears are.
-
-        `kinds` are those of the tensors that it had in a GGUF file, and how many there are of each.
-        """
+    def __init__(self, model: PreTrainedModel, spec: SlabSpec, form: Form, *, is_bit_exact: bool) -> None:
+        """`model` attends by `ATTENTION_NAME` and turns by an ExactRotary; `form` says what its linears are."""
         decoder = model.get_decoder()
         self._decoder = decoder
         self._rotary: ExactRotary = decoder.rotary_emb
@@ -75,7 +64,6 @@ class TorchEngine(DrawingEngine):
         self._form = form
         self._linears = [part for part in model.modules() if isinstance(part, RowLinear)]
         self._is_bit_exact = is_bit_exact
-        self._kinds = kinds or {}
         self._weights_bytes = weights_bytes(model)
 
     @classmethod
@@ -89,7 +77,7 @@ class TorchEngine(DrawingEngine):
         config = read_config(directory)
         device = _choose_device(settings)
         count = count_weights(config, directory)
-        forms = _forms(settings, device, count, is_file=directory.is_file())
+        forms = _forms(settings, device, count, GgufFile.read(directory).kinds() if directory.is_file() else {})
         widest = max(form.dtype.itemsize for form in forms)
         # Beside the form that the head gets, the embedding that it shares its weights with stays as it is.
         held = count + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
@@ -98,27 +86,25 @@ class TorchEngine(DrawingEngine):
         if device.type == "cpu" and beside is None:
             torch.set_num_threads(1 if is_small(count) else psutil.cpu_count(logical=False) or 1)
         is_strict = settings.determinism == "strict"
-        kinds = GgufFile.read(directory).kinds() if directory.is_file() else {}
         failed: list[Form] = []
         for form in forms:
             spec = slab_spec(config, settings, form.dtype, device)
             model = _load_model(directory, form, device, is_strict=is_strict)
             if not is_strict or _is_proven(model, spec, form):
-                return cls(model, spec, form.after(failed), is_bit_exact=is_strict, kinds=kinds)
+                return cls(model, spec, form.after(failed), is_bit_exact=is_strict)
             failed.append(form)
         if (settings.dtype, settings.weights) != ("auto", "auto"):
             raise refuse(failed)
         # A row that is always alone has no company that its bits could depend on.
         spec = slab_spec(config, settings, form.dtype, device, row_tile=1)
-        form = replace(form, reason="one row a forward").after(failed)
-        return cls(model, spec, form, is_bit_exact=True, kinds=kinds)
+        return cls(model, spec, replace(form, reason="one row a forward").after(failed), is_bit_exact=True)
 
     @cached_property
     def facts(self) -> EngineFacts:
         return EngineFacts(
             backend="torch",
             device=self._spec.device.type,
-            dtype=self._dtype_name,
+            dtype=str(self._spec.dtype).removeprefix("torch."),
             weights=self._form.weights,
             form_reason=self._form.reason,
             architecture=self._config.model_type,
@@ -132,14 +118,7 @@ class TorchEngine(DrawingEngine):
             cpu_features=features(),
             kernel_class=kernel_class(),
             slab=self._spec,
-            tensors=tuple(
-                f"{count} of {kind}: dequantised into {self._dtype_name}" for kind, count in self._kinds.items()
-            ),
         )
-
-    @property
-    def _dtype_name(self) -> str:
-        return str(self._spec.dtype).removeprefix("torch.")
 
     def _claims(self) -> tuple[str, ...]:
         kinds = {type(one): one for one in self._linears}
@@ -246,15 +225,15 @@ def _choose_device(settings: Settings) -> torch.device:
     return torch.device(name)
 
 
-def _forms(settings: Settings, device: torch.device, weights: int, *, is_file: bool) -> list[Form]:
+def _forms(settings: Settings, device: torch.device, weights: int, kinds: Mapping[str, int]) -> list[Form]:
     """The forms that the settings leave for a model of so many `weights`, the one to be tried first before the others.
 
-    Those of a GGUF file are rounded once more by an explicit setting alone.
+    `kinds` are those of its tensors in a GGUF file, which an explicit setting alone rounds once more.
     """
     is_dtype_auto, is_weights_auto = settings.dtype == "auto", settings.weights == "auto"
     if device.type != "cpu":
         dtype = torch.bfloat16 if is_dtype_auto else named_dtype(settings.dtype)
-        return [Form(dtype, "none" if is_weights_auto else settings.weights)]
+        return [Form(dtype, "none" if is_weights_auto else settings.weights, _dequantised(kinds))]
     here = level()
     if not is_dtype_auto:
         dtypes = [named_dtype(settings.dtype)]
@@ -265,8 +244,8 @@ def _forms(settings: Settings, device: torch.device, weights: int, *, is_file: b
         dtypes = [torch.float32]
     if not is_weights_auto:
         return [Form(dtype, settings.weights) for dtype in dtypes]
-    if is_file:
-        choices = {"none": "the file's weights are not rounded again"}
+    if kinds:
+        choices = {"none": _dequantised(kinds)}
     elif is_small(weights):
         choices = {"none": "so small a model stays in the CPU's cache", "int8": ""}
     elif here >= Level.AVX512_BF16:
@@ -274,3 +253,7 @@ def _forms(settings: Settings, device: torch.device, weights: int, *, is_file: b
     else:
         choices = {"int8": "this CPU multiplies no numbers of 16 bits", "none": ""}
     return [Form(dtype, name, reason) for dtype in dtypes for name, reason in choices.items()]
+
+
+def _dequantised(kinds: Mapping[str, int]) -> str:
+    return f"dequantised: {', '.join(f'{count} of {kind}' for kind, count in kinds.items())}" if kinds else ""

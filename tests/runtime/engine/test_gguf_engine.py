@@ -127,16 +127,17 @@ def test_each_kind_of_tensor_is_told_with_what_became_of_it(
 
     facts = load(directory / "model.gguf", weights="auto").facts
 
-    told = {line.split(":")[0].split(" of ")[1]: line for line in facts.tensors}
-    kinds = {Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.Q5_0, Kind.Q5_1, Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.Q3_K}
-    assert {kind.name for kind in kinds} <= told.keys()
     if backend == "openvino":
+        told = {line.split(":")[0].split(" of ")[1]: line for line in facts.tensors}
+        kinds = (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.Q5_0, Kind.Q5_1, Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.Q3_K)
         assert facts.weights == "kept"
+        assert {kind.name for kind in kinds} <= told.keys()
         assert "no value rounded" in told["Q4_K"]
         assert "moved by at most" in told["Q3_K"]
     else:
         assert facts.weights == "none"
-        assert told["Q4_K"] == "2 of Q4_K: dequantised into float32"
+        assert facts.form_reason.startswith("dequantised: ")
+        assert "2 of Q4_K" in facts.form_reason
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4", "none"])
