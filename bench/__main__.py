@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import trio
 
-from bench import door, flatness, loop, marathon, mlx, proposing, report, results, scheduling, speed
+from bench import door, flatness, gguf, loop, marathon, mlx, proposing, report, results, scheduling, speed
 from bench.machine import describe_machine, our_versions
 from bench.models import MODELS, QWEN3_06B, SMALL, bench_model
 from bench.results import Record
@@ -23,11 +23,13 @@ from bench.scenario import Result, Setup
 from runtime.engine.machine import level
 from runtime.models import SEEDLING
 from runtime.settings import Settings
+from runtime.smollm2 import SMOLLM2
 
 SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
     "flatness": flatness.run,
     "door": door.run,
     "speed": speed.run,
+    "gguf": gguf.run,
     "scheduling": scheduling.run,
     "loop": loop.run,
     "proposing": proposing.run,
@@ -37,6 +39,8 @@ SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
 }
 ALL = (
     ("speed", QWEN3_06B),
+    ("gguf", QWEN3_06B),
+    ("gguf", SMOLLM2),
     ("scheduling", QWEN3_06B),
     ("proposing", QWEN3_06B),
     ("loop", QWEN3_06B),

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config
 
 from runtime.models import SEEDLING, find_model
+from runtime.smollm2 import SMOLLM2, find_smollm2
 
 QWEN3_06B = "qwen3-0.6b-random"
 SMALL = "small-random"
@@ -52,12 +53,14 @@ _SHAPES: Mapping[str, tuple[PreTrainedConfig, torch.dtype]] = {
         torch.float32,
     ),
 }
-MODELS = (SEEDLING, SMALL, QWEN3_06B)
+MODELS = (SEEDLING, SMOLLM2, SMALL, QWEN3_06B)
 
 
 def bench_model(name: str) -> str:
-    """What `Settings.model` takes for a model of this name: the bundled one's, or a directory that is made once."""
-    return SEEDLING if name == SEEDLING else str(_random(name, _cache() / name))
+    """What `Settings.model` takes for a model of this name: the bundled one's, SmolLM2's file, or a directory made once."""
+    if name == SEEDLING:
+        return SEEDLING
+    return str(find_smollm2() if name == SMOLLM2 else _random(name, _cache() / name))
 
 
 def _cache() -> Path:
