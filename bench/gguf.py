@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
+import trio
 
 from bench.figures import Figure, figure, over
 from bench.peers.processes import PeerFailed, Speed, installed, made_gguf, measured
@@ -27,7 +27,8 @@ async def run(setup: Setup) -> Result:
     versions = await installed(setup.peers)
     threads = str(psutil.cpu_count(logical=False) or 1)
     for kind, file in (await _files(setup, result)).items():
-        result.figures[f"{kind}: the file"] = figure("MiB", [os.path.getsize(file) / 2**20])
+        size = (await trio.Path(file).stat()).st_size
+        result.figures[f"{kind}: the file"] = figure("MiB", [size / 2**20])
         settings = replace(setup.settings, model=file, capacity=max(STREAMS), max_concurrent=1, window=WINDOW)
         facts, figures = await ours(settings, STREAMS)
         result.remarks.append(

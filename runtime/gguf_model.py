@@ -38,7 +38,7 @@ class StoredEmbedding(nn.Module):
 
 def gguf_config(path: Path) -> PreTrainedConfig:
     """Raises ModelUnavailable, and what transformers raises over values that make no sense."""
-    return AutoConfig.for_model(**GgufFile.read(path).config_values())
+    return _config(GgufFile.read(path))
 
 
 def dense_model(path: Path, dtype: torch.dtype, **options: Any) -> Any:
@@ -72,10 +72,14 @@ def stored_model(path: Path) -> Any:
     return model
 
 
+def _config(file: GgufFile) -> PreTrainedConfig:
+    return AutoConfig.for_model(**file.config_values())
+
+
 def _empty_model(path: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> tuple[Any, dict[str, StoredTensor]]:
     """A model without weights, and the tensors of the file by the names of its parameters, each of the right shape."""
     file = GgufFile.read(path)
-    config = gguf_config(path)
+    config = _config(file)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     decoder = model.get_decoder()
