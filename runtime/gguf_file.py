@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +30,6 @@ from runtime.foreign.gguf import (
     GgufHeader,
     convert_gguf_tokenizer,
     get_gguf_tokenizer,
-    load_gguf_state_dict,
     read_gguf_metadata,
 )
 
@@ -66,28 +66,40 @@ _PLAIN = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of this `shape` as a file stores it: `raw` [..., bytes of a row] uint8, mapped from the file, of one `kind`."""
+    """A tensor of this `shape` and `kind` in a file; `read` maps its rows from there, uint8 [..., bytes of a row].
+
+    Pages of a mapping count as this process's memory for as long as it is held, so nothing is mapped until it is read.
+    """
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
-    raw: NDArray[np.uint8]
+    read: Callable[[], NDArray[np.uint8]]
 
     @property
     def nbytes(self) -> int:
-        return self.raw.nbytes
+        values, size = GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // values * size
 
     def dense(self) -> Tensor:
         """All of it in float32."""
-        return torch.tensor(dequantize(self.raw, self.kind)).view(self.shape)
+        return torch.tensor(dequantize(self.read(), self.kind)).view(self.shape)
 
     def plain(self) -> Tensor | None:
         """All of it in the type that the file has it in, or None where it is quantised."""
         dtype = _PLAIN.get(self.kind)
-        return torch.from_numpy(np.array(self.raw)).view(dtype) if dtype else None
+        return torch.from_numpy(np.array(self.read())).view(dtype) if dtype else None
+
+
+class StoredRows:
+    """Rows of a matrix that stay in the file, mapped, until they are looked up."""
+
+    def __init__(self, stored: StoredTensor) -> None:
+        self.nbytes = stored.nbytes
+        self._kind, self._raw = stored.kind, stored.read()
 
     def rows(self, indices: Sequence[int]) -> Tensor:
-        """These rows [indices, columns] of a matrix in float32."""
-        return torch.tensor(dequantize(self.raw[indices], self.kind))
+        """[indices, columns] float32."""
+        return torch.tensor(dequantize(self._raw[indices], self._kind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,21 +215,23 @@ def _backend(architecture: str, words: dict[str, Any]) -> Any:
 
 def _tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     header = GgufHeader.from_file(str(path))
-    stored = load_gguf_state_dict(header)
-    if len(stored) != len(header.tensors):
+    if len(header.ggml_types) != len(header.tensors):
         raise ValueError("it has two tensors of one name")
+    length = path.stat().st_size
     for info in header.tensors:
         kind = GGMLQuantizationType(info.ggml_type)
         values, size = GGML_QUANT_SIZES[kind]
         if not info.shape or min(info.shape) < 1 or info.shape[-1] % values or (len(info.shape) == 1 and values > 1):
             raise ValueError(f"its tensor {info.name} of {kind.name} has the shape {info.shape}")
-        raw = stored[info.name].data
-        if raw.nbytes != info.nbytes:
+        start = header.data_start + info.offset
+        if start + info.nbytes > length:
             raise ValueError(f"it ends inside its tensor {info.name}: download it again")
         # Raises NotImplementedError for kinds that nothing can be made of.
         dequantize(np.zeros((1, size), np.uint8), kind)
         # A vector's values are rows of their own.
-        yield info.name, StoredTensor(kind, info.shape, raw.reshape(*(info.shape[:-1] or info.shape), -1))
+        rows = info.shape[:-1] or info.shape
+        shape = (*rows, info.nbytes // math.prod(rows))
+        yield info.name, StoredTensor(kind, info.shape, partial(np.memmap, path, np.uint8, "r", start, shape))
 
 
 @contextmanager

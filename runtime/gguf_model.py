@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
@@ -104,12 +107,16 @@ def _named(file: GgufFile, model: Any) -> dict[str, StoredTensor]:
             raise ModelUnavailable(f"{file.path} lacks the weights of {name} and maybe more")
         if stored.shape != tuple(parameter.shape):
             raise ModelUnavailable(f"{file.path} has {ours} of {stored.shape}, not of {tuple(parameter.shape)}")
-        # Whole rows change places in what the processors of our architectures do.
-        raw = processor.process(weights=stored.raw, name=ours).weights
-        found[name] = StoredTensor(stored.kind, stored.shape, raw)
+        found[name] = StoredTensor(stored.kind, stored.shape, partial(_in_order, processor, stored, ours))
     if tensors:
         raise ModelUnavailable(f"{file.path} has tensors that this release has no use for, such as {min(tensors)}")
     return found
+
+
+def _in_order(processor: Any, stored: StoredTensor, name: str) -> NDArray[np.uint8]:
+    """The rows of a tensor where transformers has them: whole ones change places, whatever they hold."""
+    rows: NDArray[np.uint8] = processor.process(weights=stored.read(), name=name).weights
+    return rows
 
 
 def _set(model: Any, name: str, values: Tensor) -> None:

@@ -57,7 +57,7 @@ def unpack(stored: StoredTensor) -> Blocks | None:
     outputs, inputs = stored.shape
     values, _ = GGML_QUANT_SIZES[stored.kind]
     # A copy, so that the file can be let go.
-    raw = torch.from_numpy(np.array(stored.raw)).view(outputs * inputs // values, -1)
+    raw = torch.from_numpy(np.array(stored.read())).view(outputs * inputs // values, -1)
     steps, scales, offsets, bits = make(raw)
     groups = inputs // steps.shape[-1]
     return Blocks(

@@ -38,7 +38,7 @@ from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
 from runtime.engine.rotary import ExactRotary
 from runtime.engine.torch_slab import torch_pool
 from runtime.errors import InvalidSetting, ModelUnavailable
-from runtime.gguf_file import StoredTensor
+from runtime.gguf_file import StoredRows
 from runtime.gguf_model import StoredEmbedding, stored_model
 from runtime.rows import RowBatch
 from runtime.settings import Settings
@@ -219,9 +219,9 @@ class _DenseRows:
         return self._weight[indices].float()
 
 
-def _embedding_of(decoder: Any) -> _DenseRows | StoredTensor:
+def _embedding_of(decoder: Any) -> _DenseRows | StoredRows:
     embedding = decoder.embed_tokens
-    return embedding.stored if isinstance(embedding, StoredEmbedding) else _DenseRows(embedding.weight)
+    return StoredRows(embedding.stored) if isinstance(embedding, StoredEmbedding) else _DenseRows(embedding.weight)
 
 
 def _loaded(directory: Path, form: Form) -> Any:

@@ -73,7 +73,7 @@ class Tally:
         """`error` is the largest by which a value was moved, as a share of the matrix's largest."""
         became = self._kinds.setdefault((stored.kind, form), _Became(form))
         became.count += 1
-        became.stored_bytes += stored.raw.nbytes
+        became.stored_bytes += stored.nbytes
         became.held_bytes += held_bytes
         became.error = max(became.error, error)
 

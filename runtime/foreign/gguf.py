@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-from transformers.integrations.gguf import GgufHeader, convert_gguf_tokenizer, get_gguf_tokenizer, load_gguf_state_dict
+from transformers.integrations.gguf import GgufHeader, convert_gguf_tokenizer, get_gguf_tokenizer
 from transformers.integrations.gguf.dequant import GGML_BLOCK
 from transformers.integrations.gguf.reader import read_gguf_metadata
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
@@ -27,6 +27,5 @@ __all__ = [
     "TensorProcessor",
     "convert_gguf_tokenizer",
     "get_gguf_tokenizer",
-    "load_gguf_state_dict",
     "read_gguf_metadata",
 ]

@@ -27,7 +27,7 @@ OUTPUTS, INPUTS = 64, 1024
 
 
 def stored(kind: Kind, seed: int = 0) -> StoredTensor:
-    return StoredTensor(kind, (OUTPUTS, INPUTS), drawn_blocks(kind, OUTPUTS, INPUTS, seed))
+    return StoredTensor(kind, (OUTPUTS, INPUTS), lambda: drawn_blocks(kind, OUTPUTS, INPUTS, seed))
 
 
 def blocks_of(tensor: StoredTensor) -> Blocks:
@@ -37,7 +37,7 @@ def blocks_of(tensor: StoredTensor) -> Blocks:
 
 
 def dequantised(tensor: StoredTensor) -> Tensor:
-    return torch.from_numpy(dequantize(tensor.raw, tensor.kind).copy())
+    return torch.from_numpy(dequantize(tensor.read(), tensor.kind).copy())
 
 
 @pytest.mark.parametrize("kind", FORMS, ids=lambda kind: kind.name)
@@ -96,7 +96,7 @@ def test_values_that_are_not_quantised_keep_their_type(dtype: torch.dtype) -> No
     kind = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}[dtype]
     raw = values.view(torch.uint8).numpy().astype(np.uint8)
 
-    matrix = matrix_of(StoredTensor(kind, (OUTPUTS, INPUTS), raw), Tally())
+    matrix = matrix_of(StoredTensor(kind, (OUTPUTS, INPUTS), lambda: raw), Tally())
 
     assert isinstance(matrix, Tensor)
     assert matrix.dtype == dtype
