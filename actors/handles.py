@@ -11,7 +11,20 @@ from typing import TypeVar
 import trio
 
 from actors.mailbox import ActorFailed, ActorStopped, Message, Replies
-from actors.messages import Append, Appended, Branch, Close, Fork, Generate, Info, Rewind, Save, Saved, SessionInfo
+from actors.messages import (
+    Append,
+    Appended,
+    Branch,
+    Close,
+    Fork,
+    Generate,
+    Info,
+    Rewind,
+    Rewound,
+    Save,
+    Saved,
+    SessionInfo,
+)
 from actors.registry import NO_SESSION, SessionRegistry
 from runtime.durable import Terms
 from runtime.errors import InvalidRequest, SessionFailed, SessionNotFound
@@ -108,13 +121,10 @@ class SessionHandle:
         with as_session_errors():
             return await self._ask(Save())
 
-    async def rewind(self, length: int) -> int:
-        """Takes back the history from `length` on; returns how much of what is left need not be read again.
-
-        Raises InvalidRequest where the history is shorter.
-        """
+    async def rewind(self, history: array[int]) -> Rewound:
+        """Takes back of the session's history what `history` does not begin with too."""
         with as_session_errors():
-            return await self._ask(Rewind(length))
+            return await self._ask(Rewind(history))
 
     async def fork_into(self, target: Slab) -> Branch:
         """Copies the slab into an empty one, which is the caller's to give back."""

@@ -92,10 +92,18 @@ class Info(Message[SessionInfo]):
 
 
 @dataclass(frozen=True, slots=True)
-class Rewind(Message[int]):
-    """Takes back the history from `length` on; the reply is how much of what is left the slab holds."""
+class Rewound:
+    """How long a history is now, and how much of it the slab holds."""
 
     length: int
+    read: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rewind(Message[Rewound]):
+    """Takes back the history from the first token on that `history` does not have there too."""
+
+    history: array[int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from actors.messages import (
     Generate,
     Info,
     Rewind,
+    Rewound,
     Save,
     Saved,
     SessionInfo,
@@ -38,7 +39,7 @@ from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, 
 from runtime.grammar import Constraint, Mask
 from runtime.metrics import Metrics, Turn
 from runtime.sampling import Draw
-from runtime.slab import Slab
+from runtime.slab import Slab, common_length
 
 MAX_APPEND_TOKENS = 2**18
 
@@ -190,8 +191,8 @@ class Session:
                     raise NotDurable("this session is not kept on disk: start the server with state_dir")
                 saved = await trio.to_thread.run_sync(self._durable.save, self._slab, self._history)
                 await reply(Saved(saved.snapshot_id, saved.size_bytes, saved.history_length))
-            case Rewind(length):
-                await reply(self._rewind(length))
+            case Rewind(history):
+                await reply(self._rewind(common_length(self._history, history)))
             case Close():
                 self._ending = Ending.CLOSED
                 await reply(len(self._history))
@@ -215,9 +216,9 @@ class Session:
             self._mark_used()
         return Appended(len(self._history), self.evicted_token_count, self._digest.digest())
 
-    def _rewind(self, length: int) -> int:
-        if not 0 <= length <= len(self._history):
-            raise InvalidRequest(f"history_length is {len(self._history)}: go back to that or less", "length")
+    def _rewind(self, length: int) -> Rewound:
+        if length == len(self._history):
+            return Rewound(length, self._feed.length)
         if self._durable is not None:
             self._durable.take_back(length)
             if self._durable.slab_length > length:
@@ -228,7 +229,7 @@ class Session:
         if self._proposals:
             self._proposals.rewind(length)
         self._mark_used()
-        return self._feed.length
+        return Rewound(length, self._feed.length)
 
     def _check_append(self, request: Append) -> None:
         token_ids, expected = request.token_ids, request.expected_history_length

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 import trio
 
 from actors.admission import Admission
-from actors.conversations import Conversations
+from actors.conversations import LABEL, MOST_BYTES, Conversations
 from actors.executor import EngineThread, ModelExecutor
 from actors.handles import Completion, SessionHandle
 from actors.mailbox import open_mailbox
@@ -53,7 +53,8 @@ class Runtime:
         self.facts = facts
         self.text = text
         self.metrics = metrics
-        self.conversations = Conversations(self, facts.slab, text.eos_token_ids)
+        points = store.open_points(MOST_BYTES) if store else None
+        self.conversations = Conversations(self, facts.slab, text.eos_token_ids, points)
         self._registry = registry
         self._admission = admission
         self._store = store
@@ -215,9 +216,19 @@ async def open_sessions(
                 new_proposals=new_proposals,
             )
             session_nursery.start_soon(registry.expire)
-            yield Runtime(settings, engine.facts, text, registry, Admission(settings, metrics), metrics, store)
+            runtime = Runtime(settings, engine.facts, text, registry, Admission(settings, metrics), metrics, store)
+            if store is not None:
+                _delete_lost(store, runtime.conversations)
+            yield runtime
             session_nursery.cancel_scope.cancel()
         executor_nursery.cancel_scope.cancel()
+
+
+def _delete_lost(store: SessionStore, conversations: Conversations) -> None:
+    """Deletes the sessions that an earlier server had lent when it ended: where they stand is not known."""
+    for record in store.sleeping():
+        if record.terms.label == LABEL and not conversations.stands(record.id):
+            store.delete(record)
 
 
 def _identities(facts: EngineFacts, model: str) -> tuple[HistoryIdentity, SlabIdentity]:

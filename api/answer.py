@@ -109,6 +109,11 @@ class Answer:
         self.finish_reason: FinishReason | None = None
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the answer, if one has."""
+        return self._stops.stopped_by
+
+    @property
     def drawn(self) -> int:
         """Tokens drawn by now."""
         return len(self.tokens) - self._cue_length
@@ -152,7 +157,7 @@ class Answer:
 
     def _think(self, text: str) -> Iterator[Part]:
         if not isinstance(item := self._growing and self._growing.item, Reasoning):
-            item = yield from self._begin(Reasoning("", f"rs_{secrets.token_hex(16)}"))
+            item = yield from self._begin(Reasoning(""))
         self._grow(replace(item, text=item.text + text))
         yield Thought(text)
 

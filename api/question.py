@@ -20,12 +20,13 @@ _MESSAGES_BESIDE_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Items to answer, and how. `is_open_turn`: the last item is the answer's beginning.
+    """Items to answer, the place of each in the request, and how. `is_open_turn`: the last item is the answer's beginning.
 
     `forgets`: whether what does not fit is evicted, rather than refused; None as the settings say.
     """
 
     items: tuple[Item, ...]
+    places: tuple[str, ...]
     head: Head
     options: Mapping[str, Any] = field(default_factory=dict)
     bounds: Bounds = field(default_factory=Bounds)

@@ -24,10 +24,9 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """What the model thinks before it speaks. A `seal` of ours stands for reasoning whose text a client left out."""
+    """What the model thinks before it speaks."""
 
     text: str
-    seal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +60,10 @@ def keys_of(items: Sequence[Item]) -> tuple[bytes, ...]:
 
 
 def are_same(ours: Item, theirs: Item) -> bool:
-    """Whether a client's item is one of ours come back: trimmed, spelled anew, or reasoning of which the seal alone is left."""
+    """Whether a client's item is one of ours come back: trimmed, spelled anew, or reasoning without its text."""
     match ours, theirs:
-        case Reasoning(text, seal), Reasoning(said, said_seal):
-            return (bool(seal) and seal == said_seal) or not said.strip() or said.strip() == text.strip()
+        case Reasoning(text), Reasoning(said):
+            return said.strip() in ("", text.strip())
         case Message("assistant", text), Message("assistant", said):
             return said.strip() == text.strip()
         case _:

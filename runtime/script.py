@@ -29,15 +29,19 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Head:
-    """What a prompt is made of beside items: tools, and those options that show before the model's turn begins."""
+    """What a prompt is made of beside items: tools, options that show before the model's turn begins, and instructions.
+
+    Instructions stand before all items, and are not a part of the conversation.
+    """
 
     tools: tuple[str, ...] = ()
     """As JSON, in the shape that chat completions have."""
     options: tuple[tuple[str, Any], ...] = ()
+    instructions: str = ""
 
     @cached_property
     def digest(self) -> bytes:
-        told = json.dumps([self.tools, self.options]).encode()
+        told = json.dumps([self.tools, self.options, self.instructions]).encode()
         return hashlib.blake2b(told, digest_size=16).digest()
 
 
@@ -49,7 +53,7 @@ class Written:
     cue: array[int]
 
 
-def head_of(text: Text, tools: Sequence[Mapping[str, Any]], options: Options) -> Head:
+def head_of(text: Text, tools: Sequence[Mapping[str, Any]], options: Options, instructions: str = "") -> Head:
     """The head of a prompt whose template is given these tools and options."""
     asked = [{"role": "user", "content": _DASH}]
     plain = text.apply_template(asked, is_turn_next=False) if options else ""
@@ -58,7 +62,8 @@ def head_of(text: Text, tools: Sequence[Mapping[str, Any]], options: Options) ->
         for name, value in options.items()
         if text.apply_template(asked, is_turn_next=False, options={name: value}) != plain
     }
-    return Head(tuple(json.dumps(tool, ensure_ascii=False) for tool in tools), tuple(sorted(shown.items())))
+    spelled = tuple(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    return Head(spelled, tuple(sorted(shown.items())), instructions)
 
 
 def write(text: Text, head: Head, items: Sequence[Item], options: Options) -> Written:
@@ -107,12 +112,13 @@ class _Sheet:
     def __init__(self, text: Text, head: Head, options: Options) -> None:
         self._text = text
         self._tools = text.masked([json.loads(tool) for tool in head.tools])
+        self._instructions = [Message("system", head.instructions)] if head.instructions else []
         self._options = options
         self._manner = _Manner.of_template(text)
 
     def written(self, items: Sequence[Item]) -> tuple[str, str]:
         """The text of the items, and the cue; that is empty where the template has none, or writes the items otherwise for it."""
-        items = self._manner.adapted(items)
+        items = self._manner.adapted([*self._instructions, *items])
         messages = _messages(items, self._manner.no_content, _spelled_out)
         try:
             whole, asked = self._applied(messages)
@@ -216,6 +222,8 @@ def _messages(items: Sequence[Item], no_content: str | None, spelled: Any) -> li
             case Message("assistant", said):
                 turn = turn or new_turn()
                 turn["content"] = said
+            case Reasoning(""):
+                pass
             case Reasoning(thought):
                 turn = turn or new_turn()
                 turn["reasoning_content"] = thought

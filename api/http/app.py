@@ -26,6 +26,8 @@ from api.guard import check_caller, cors_headers, preflight_headers
 from api.hosting import HostedApplication
 from api.http.chat import add_chat_routes
 from api.http.connection import MOST_BODY_BYTES, Connection, upload_of
+from api.http.messages import add_message_routes
+from api.http.responses import add_response_routes
 from api.http.routes import DEPRECATION, Door, Route
 from api.http.standard import add_standard_routes, json_response
 from api.server import Server
@@ -35,7 +37,7 @@ from runtime.errors import InvalidSetting, Saturated
 # Of all bodies at once: a client without a key can send some, too.
 MOST_UPLOAD_BYTES = 64 * 2**20
 # Each adds its routes.
-_FAMILIES = (add_standard_routes, add_chat_routes)
+_FAMILIES = (add_standard_routes, add_chat_routes, add_response_routes, add_message_routes)
 
 
 def make_app(server: Server) -> QuartTrio:
@@ -74,7 +76,7 @@ def make_app(server: Server) -> QuartTrio:
     @app.before_request
     async def authenticate() -> None:
         if needs_key(request.path) and request.method != "OPTIONS":
-            check_key(server.settings, request.headers.get("Authorization"))
+            check_key(settings, request.headers.get("Authorization"), request.headers.get("x-api-key"))
 
     @app.after_request
     async def deprecate(response: Response) -> Response:

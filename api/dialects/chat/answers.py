@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from api.answer import CallBegun, CallGrown, ItemDone, Said, Thought
@@ -30,6 +30,7 @@ from api.dialects.chat.schemas import (
 from api.event_stream import EventStream, data_event
 from api.logprobs import ChosenLogprob
 from api.replies import as_http
+from api.reuse import reuse_of
 from runtime.items import Call
 
 
@@ -171,10 +172,7 @@ def _usage(endings: list[Ending]) -> Usage:
         total_tokens=first.prompt + completion,
         prompt_tokens_details=PromptDetails(
             cached_tokens=first.reused,
-            read_tokens=first.read,
-            evicted_tokens=max(count.evicted for count in counts),
-            broke_at_item=first.broke_at,
-            reread_because=first.because,
+            **reuse_of(replace(first, evicted=max(count.evicted for count in counts))).model_dump(),
         ),
         completion_tokens_details=CompletionDetails(reasoning_tokens=sum(count.reasoning for count in counts)),
     )

@@ -162,7 +162,8 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[CompletionRequest, Ques
     asked = CompletionRequest.parse(body)
     asked.check_combinations()
     asked.check_model(terms.label)
-    items = tuple(item for message in asked.messages for item in message.items())
+    said = [(f"messages.{n}", item) for n, message in enumerate(asked.messages) for item in message.items()]
+    places, items = tuple(place for place, _ in said), tuple(item for _, item in said)
     check_length(items, text, terms.most_tokens)
     tools = [tool.plain() for tool in asked.tools or ()]
     options = thinking_options(text, asked.reasoning_effort, _options(asked), "reasoning_effort")
@@ -174,6 +175,7 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[CompletionRequest, Ques
     temperature = DEFAULT_TEMPERATURE if asked.temperature is None else asked.temperature
     question = Question(
         items,
+        places,
         head_of(text, [tool.for_template() for tool in tools], options),
         options,
         bounds,

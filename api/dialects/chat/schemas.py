@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.answer import FinishReason
 from api.logprobs import ChosenLogprob
+from api.reuse import Reuse
 
 
 class _Answered(BaseModel):
@@ -22,15 +23,8 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
-class PromptDetails(_Answered):
-    """`cached_tokens` of the prompt needed no reading; ours beside it: how many were read and are out of sight, the index of the
-    first item that differs from what was held, and why what was held could not serve."""
-
+class PromptDetails(Reuse):
     cached_tokens: int
-    read_tokens: int
-    evicted_tokens: int
-    broke_at_item: int | None = None
-    reread_because: str | None = None
 
 
 class CompletionDetails(_Answered):
