@@ -15,7 +15,21 @@ from importlib.util import find_spec
 
 import trio
 
-from bench import agents, door, flatness, gguf, loop, marathon, mlx, proposing, report, results, scheduling, speed
+from bench import (
+    agents,
+    door,
+    flatness,
+    gguf,
+    loop,
+    marathon,
+    mlx,
+    proposing,
+    recall,
+    report,
+    results,
+    scheduling,
+    speed,
+)
 from bench.machine import describe_machine, our_versions
 from bench.models import MODELS, QWEN3_06B, SMALL, bench_model
 from bench.results import Record
@@ -30,6 +44,7 @@ SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
     "door": door.run,
     "speed": speed.run,
     "gguf": gguf.run,
+    "recall": recall.run,
     "scheduling": scheduling.run,
     "loop": loop.run,
     "proposing": proposing.run,
@@ -42,6 +57,8 @@ ALL = (
     ("speed", QWEN3_06B),
     ("gguf", QWEN3_06B),
     ("gguf", SMOLLM2),
+    ("recall", SMOLLM2),
+    ("recall", SEEDLING),
     ("scheduling", QWEN3_06B),
     ("proposing", QWEN3_06B),
     ("loop", QWEN3_06B),

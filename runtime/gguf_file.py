@@ -50,8 +50,10 @@ _READ_ERRORS = (
 # Those whose files the test suite compares with transformers, by llama.cpp's names: Mistral's are `llama`. Of their tensors
 # none but whole rows are at another place than in transformers.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-_FIELDS = ("rope_theta", "rms_norm_eps")
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    "max_position_embeddings",
+)
 _EMBEDDING = "token_embd.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
 # Names of splits that llama.cpp makes in two steps, each digit by itself first; transformers knows their second alone.
@@ -122,11 +124,18 @@ class GgufFile:
                 )
             return cls(path, metadata["general.architecture"], metadata, dict(_tensors(path)))
 
-    @property
-    def rope_factors(self) -> Tensor | None:
-        """By what the frequencies of the rotary embedding are divided [head_dim / 2], as Llama 3.1 has them."""
+    def rope_factors(self, count: int) -> Tensor:
+        """By what the frequencies of the rotary embedding are divided, [count] in float32; Llama 3.1 has such.
+
+        Raises ModelUnavailable where the file has others.
+        """
         stored = self.tensors.get(_ROPE_FACTORS)
-        return stored.dense() if stored else None
+        factors = stored.dense() if stored else torch.ones(count)
+        if factors.shape != (count,) or not bool((factors > 0).all() and factors.isfinite().all()):
+            raise ModelUnavailable(
+                f"{self.path} has {_ROPE_FACTORS} that divide no frequencies: convert the model anew"
+            )
+        return factors
 
     def weights(self) -> Mapping[str, StoredTensor]:
         """The tensors that a model is made of."""
@@ -152,6 +161,8 @@ class GgufFile:
                 "vocab_size": embedding[0],
                 "tie_word_embeddings": "output.weight" not in self.tensors,
             }
+            # What llama.cpp takes where a file does not say.
+            values = {"rope_theta": 10_000.0, "num_key_value_heads": values["num_attention_heads"]} | values
             if head_dim := self._own("attention.key_length"):
                 values["head_dim"] = head_dim
             if self.architecture == "llama" and "blk.0.attn_q.bias" in self.tensors:
@@ -164,12 +175,11 @@ class GgufFile:
 
     def _check(self, values: Values, embedding: Sequence[int]) -> None:
         """Raises ValueError over values that make no model, or one larger than the file can hold."""
-        for name in (*_SIZES, *(name for name in ("num_key_value_heads", "head_dim") if name in values)):
+        for name in (*_SIZES, *(["head_dim"] if "head_dim" in values else [])):
             if type(values[name]) is not int or values[name] < 1:
                 raise ValueError(f"its {name} is {values[name]!r}")
-        for name in _FIELDS:
-            if not (isinstance(values[name], float) and math.isfinite(values[name]) and values[name] > 0):
-                raise ValueError(f"its {name} is {values[name]!r}")
+        for name in ("rope_theta", "rms_norm_eps"):
+            _check_positive(name, values[name])
         if tuple(embedding) != (values["vocab_size"], values["hidden_size"]):
             raise ValueError(f"its embedding is of {tuple(embedding)}, where rows are {values['hidden_size']} wide")
         if values["num_hidden_layers"] > len(self.tensors):
@@ -183,10 +193,17 @@ class GgufFile:
             return {"rope_type": "default", "rope_theta": theta}
         if kind not in ("linear", "yarn"):
             raise ValueError(f"its rotary embedding is scaled by {kind!r}, which is not known here")
-        scaling = {"rope_type": kind, "rope_theta": theta, "factor": float(self._own("rope.scaling.factor"))}
+        factor = self._own("rope.scaling.factor")
+        _check_positive("scaling of the rotary embedding", factor)
+        scaling = {"rope_type": kind, "rope_theta": theta, "factor": factor}
         if kind == "yarn":
             scaling["original_max_position_embeddings"] = self._own("rope.scaling.original_context_length")
         return scaling
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not (isinstance(value, float) and math.isfinite(value) and value > 0):
+        raise ValueError(f"its {name} is {value!r}")
 
 
 def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, frozenset[int]]:
@@ -197,11 +214,15 @@ def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, frozenset[int]]
         backend = _backend(architecture, words)
         if words.get("pre_tokenizer_type") in _DIGITS_ALONE:
             backend.pre_tokenizer = InTurn([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-        ends = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in _ENDS]
+        if not isinstance(options.get("chat_template", ""), str):
+            raise ValueError("its chat template is no text")
+        ends = {metadata.get(f"tokenizer.ggml.{end}_token_id") for end in _ENDS} - {None}
+        if not ends.issubset(range(len(words["tokens"]))):
+            raise ValueError(f"its turns end with tokens {sorted(ends)}, not all of which it has")
         # Those that the file gives no part to are as special: no text of a user may stand for them.
         special = [str(token.content) for token in backend.get_added_tokens_decoder().values() if token.special]
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=special, **options)
-        return tokenizer, frozenset(end for end in ends if end is not None)
+        return tokenizer, frozenset(ends)
 
 
 def _backend(architecture: str, words: dict[str, Any]) -> Any:

@@ -87,8 +87,8 @@ def _empty_model(path: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> 
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     decoder = model.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(config)
-    if file.rope_factors is not None:
-        decoder.rotary_emb.inv_freq /= file.rope_factors
+    frequencies = decoder.rotary_emb.inv_freq
+    frequencies /= file.rope_factors(len(frequencies))
     return model, _named(file, model)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from runtime.engine import load_engine
 from runtime.errors import StartError
@@ -100,6 +101,12 @@ METADATA: Mapping[str, dict[str, Any]] = {
     "angles of no base": {"qwen3__rope__freq_base": 0.0},
     "an unknown scaling of angles": {"qwen3__rope__scaling__type": "longrope"},
     "a scaling by nothing": {"qwen3__rope__scaling__type": "linear"},
+    "a scaling by NaN": {"qwen3__rope__scaling__type": "linear", "qwen3__rope__scaling__factor": math.nan},
+    "factors of angles for others": {"rope_factors": torch.ones(3)},
+    "factors of angles that are zero": {"rope_factors": torch.zeros(16)},
+    "a template that is no text": {"tokenizer__chat_template": 7},
+    "an end of turns that it lacks": {"tokenizer__ggml__eot_token_id": 10**6},
+    "an end of turns in words": {"tokenizer__ggml__eot_token_id": "the end"},
     "one part of three": {"split__count": 3},
     "an alignment of nothing": {"general__alignment": 0},
     "no vocabulary": {"tokenizer__ggml__tokens": None},

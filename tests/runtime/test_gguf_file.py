@@ -1,6 +1,7 @@
 """What a GGUF file tells of its model: the tokenizer and template, and where a history of it can go on."""
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,16 @@ def test_a_history_of_one_file_goes_on_with_no_other(file: Path, seedling: Path,
 
     assert fingerprint(file) == fingerprint(file)
     assert len({fingerprint(one) for one in (file, tmp_path / "other.gguf", seedling)}) == 3
+
+
+def test_what_a_file_leaves_out_is_what_llama_cpp_takes(small_models: Mapping[str, Path], tmp_path: Path) -> None:
+    left_out = {"qwen3__rope__freq_base": None, "qwen3__attention__head_count_kv": None}
+    write_gguf(small_models["qwen3"], tmp_path / "model.gguf", **left_out)
+
+    values = GgufFile.read(tmp_path / "model.gguf").config_values()
+
+    assert values["rope_parameters"] == {"rope_type": "default", "rope_theta": 10_000.0}
+    assert values["num_key_value_heads"] == values["num_attention_heads"]
 
 
 def test_kinds_of_tensors_are_counted(file: Path) -> None:
