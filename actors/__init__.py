@@ -10,6 +10,12 @@
 Asks go from a door to a session and from a session to the executor, never back, so nothing waits in a circle.
 """
 
+import os
+
+# Threads of OpenMP that spin while they wait take the cores of whatever else runs here, our own event loop among it, and a
+# forward beside another busy program takes many times as long. It has to be said before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from actors.handles import Events, SessionHandle
 from actors.tree import Runtime, open_runtime
 

@@ -6,43 +6,14 @@ from array import array
 from dataclasses import dataclass
 
 from actors.mailbox import Message
+from runtime.checks import check_whole, shown
 from runtime.durable import Terms
+from runtime.errors import InvalidRequest
 from runtime.events import Event, Sampling, Token
 from runtime.grammar import Grammar
 from runtime.rows import Row
+from runtime.sessions import Appended, Saved, SessionInfo
 from runtime.slab import Slab
-
-
-@dataclass(frozen=True, slots=True)
-class Appended:
-    history_length: int
-    evicted_token_count: int
-    history_digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class SessionInfo:
-    """What a session says of itself. `history_digest` is BLAKE2b over the history as little-endian uint32."""
-
-    history_length: int
-    kv_live_bytes: int
-    kv_ceiling_bytes: int
-    evicted_token_count: int
-    sink: int
-    window: int
-    idle_seconds: float
-    history_digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class SessionSummary:
-    """What an operator sees of a session."""
-
-    label: str
-    history_length: int
-    evicted_token_count: int
-    kv_live_bytes: int
-    idle_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +27,6 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
-    """A snapshot that was written."""
-
-    snapshot_id: str
-    size_bytes: int
-    history_length: int
-
-
-@dataclass(frozen=True, slots=True)
 class Ran:
     """How many of the rows asked for took part in the forward, and the tokens that those drew."""
 
@@ -74,16 +36,31 @@ class Ran:
 
 @dataclass(frozen=True, slots=True)
 class Append(Message[Appended]):
+    """Raises InvalidRequest for a length that is none."""
+
     token_ids: tuple[int, ...]
     expected_history_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.expected_history_length is not None:
+            check_whole("expected_history_length", self.expected_history_length, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Generate(Message[Event]):
+    """Raises InvalidRequest for a count that is out of range whatever the model, and for a grammar that is none."""
+
     max_tokens: int
     sampling: Sampling
     top_logprobs: int | None = None
     grammar: Grammar | None = None
+
+    def __post_init__(self) -> None:
+        check_whole("max_tokens", self.max_tokens, 1)
+        if self.top_logprobs is not None:
+            check_whole("top_logprobs", self.top_logprobs, 0)
+        if not (self.grammar is None or isinstance(self.grammar, Grammar)):
+            raise InvalidRequest(f"grammar must be one that Runtime.text made, got {shown(self.grammar)}", "grammar")
 
 
 @dataclass(frozen=True, slots=True)

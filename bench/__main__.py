@@ -15,21 +15,7 @@ from importlib.util import find_spec
 
 import trio
 
-from bench import (
-    agents,
-    door,
-    flatness,
-    gguf,
-    loop,
-    marathon,
-    mlx,
-    proposing,
-    recall,
-    report,
-    results,
-    scheduling,
-    speed,
-)
+from bench import agents, gguf, loop, marathon, recall, report, results, scheduling, speed
 from bench.machine import describe_machine, our_versions
 from bench.models import MODELS, QWEN3_06B, SMALL, bench_model
 from bench.results import Record
@@ -40,18 +26,13 @@ from runtime.settings import Settings
 from runtime.smollm2 import SMOLLM2
 
 SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
-    "flatness": flatness.run,
-    "door": door.run,
     "speed": speed.run,
     "gguf": gguf.run,
     "recall": recall.run,
     "scheduling": scheduling.run,
     "loop": loop.run,
-    "proposing": proposing.run,
     "marathon": marathon.run,
     "agents": agents.run,
-    "mlx": mlx.run,
-    "marathon-mlx": marathon.run_on_mlx,
 }
 ALL = (
     ("speed", QWEN3_06B),
@@ -60,20 +41,12 @@ ALL = (
     ("recall", SMOLLM2),
     ("recall", SEEDLING),
     ("scheduling", QWEN3_06B),
-    ("proposing", QWEN3_06B),
     ("loop", QWEN3_06B),
-    ("door", QWEN3_06B),
     ("agents", QWEN3_06B),
     ("marathon", SMALL),
     ("scheduling", SMALL),
     ("marathon", SEEDLING),
-    ("proposing", SEEDLING),
     ("loop", SEEDLING),
-    ("door", SEEDLING),
-    ("flatness", SEEDLING),
-    ("mlx", QWEN3_06B),
-    ("mlx", SEEDLING),
-    ("marathon-mlx", SEEDLING),
 )
 
 

@@ -82,24 +82,15 @@ TARGETS: Mapping[tuple[str, str], Mapping[str, Target]] = {
         }
         for model in (QWEN3_06B, SMALL)
     },
-    **{
-        ("proposing", model): {
-            "quoting: ngram over none": at_least(2.5),
-            **{f"unforeseen: {name} over none": at_least(0.97) for name in proposers},
-        }
-        for model, proposers in ((QWEN3_06B, ("ngram",)), (SEEDLING, ("ngram", "draft", "diffusion")))
-    },
     ("loop", QWEN3_06B): {"share of a token that is not its forward": at_most(3)},
     ("loop", SEEDLING): {"a token but for its forward": at_most(200, _HAND_OVERS)},
     **{
-        (scenario, model): {
+        ("marathon", model): {
             "p50 of the last tenth over the second's": at_most(1.02, _MINUTES_APART),
             "a turn of the last tenth over one of the second beside it": at_most(1.02),
             "resident growth from the first tenth on, less 4 bytes a token": at_most(1),
             "kv_live_bytes once full, most over least": at_most(1),
         }
-        for scenario, model in (("marathon", SMALL), ("marathon", SEEDLING), ("marathon-mlx", SEEDLING))
+        for model in (SMALL, SEEDLING)
     },
-    ("mlx", QWEN3_06B): {"1 stream over mlx-lm's, by turns": at_least(0.95)},
-    ("flatness", SEEDLING): {"mean of the last ten turns over the first ten's": at_most(1.15)},
 }

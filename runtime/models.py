@@ -9,31 +9,33 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from runtime.checks import shown
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.settings import Settings
 from runtime.smollm2 import SMOLLM2, find_smollm2
 
 SEEDLING = "seedling"
-_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+_WORDS = ("*.json", "*.jinja", "*.model", "*.txt")
+_FILES = (*_WORDS, "*.safetensors")
 _GGUF = ".gguf"
 # What llama.cpp keeps beside a model that sees, for its eyes.
 _EYES = "mmproj"
 
 
-def find_model(name: str) -> Path:
+def find_model(name: str, *, with_weights: bool = True) -> Path:
     """The directory or GGUF file of a bundled model, a local path or a Hugging Face id, downloaded where it is not yet.
 
-    A GGUF file on the hub is named `org/name:FILE.gguf`. Raises ModelUnavailable.
+    A GGUF file on the hub is named `org/name:FILE.gguf`. Where nobody asks for weights, none are downloaded but those that
+    are in one file with the rest. Raises ModelUnavailable.
     """
     if name == SEEDLING:
         return Path(__file__).parent / SEEDLING
     if name == SMOLLM2:
         return find_smollm2()
-    path = Path(name)
-    if path.is_dir():
-        return _inside(path, name)
-    if path.is_file() and path.suffix == _GGUF:
-        return path
+    if _is_directory(name):
+        return _inside(Path(name), name)
+    if name.endswith(_GGUF) and Path(name).is_file():
+        return Path(name)
     repository, colon, file = name.partition(":")
     if repository.count("/") != 1 or repository.startswith((".", "/", "~")) or (colon and not file.endswith(_GGUF)):
         raise ModelUnavailable(
@@ -43,12 +45,20 @@ def find_model(name: str) -> Path:
     with _downloading(name):
         if file:
             return Path(hf_hub_download(repository, file))
-        directory = Path(snapshot_download(repository, allow_patterns=list(_FILES)))
+        patterns = _FILES if with_weights else _WORDS
+        directory = Path(snapshot_download(repository, allow_patterns=list(patterns)))
     if not (directory / "config.json").is_file():
         raise ModelUnavailable(
             f"{name!r} holds no config.json: name a model, or of a repository of GGUF files one as {name}:FILE{_GGUF}"
         )
     return directory
+
+
+def _is_directory(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError as error:
+        raise ModelUnavailable(f"the directory {shown(name)} cannot be looked at: {error.strerror}") from error
 
 
 def find_proposer_model(settings: Settings) -> Path:

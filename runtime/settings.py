@@ -11,6 +11,8 @@ from typing import Any, get_origin, get_type_hints
 from runtime.errors import InvalidSetting
 
 ENVIRONMENT_PREFIX = "PERENNIAL_"
+DEFAULT_HTTP_BIND = "127.0.0.1:8000"
+"""No setting: with `hypercorn api.http:app` the address is Hypercorn's."""
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 

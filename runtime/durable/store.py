@@ -33,6 +33,7 @@ from runtime.errors import (
     StorageFull,
 )
 from runtime.points import PointTree
+from runtime.sessions import Snapshot
 from runtime.slab import Slab
 
 HISTORY, SLAB = ".history", ".slab"
@@ -56,17 +57,6 @@ class Record:
     @property
     def size(self) -> int:
         return self.history_bytes + self.slab_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A session that was saved. `saved_at` is in seconds since 1970."""
-
-    snapshot_id: str
-    label: str
-    history_length: int
-    size_bytes: int
-    saved_at: float
 
 
 class SessionStore:
@@ -352,6 +342,8 @@ class SessionStore:
         return None
 
     def _found(self, snapshot_id: str) -> Record:
+        if not isinstance(snapshot_id, str):
+            raise SnapshotNotFound("no snapshot has this id")
         record = self._saved.get(snapshot_id)
         if record is None and snapshot_id in self._left:
             raise SnapshotMismatch(f"the snapshot cannot go on here: {self._left[snapshot_id]}")

@@ -12,7 +12,6 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from actors import SessionHandle
-from actors.messages import SessionInfo
 from runtime import Done, Event, HistoryTruncated, Overflow, Sampling, StopReason, Token
 from runtime.errors import (
     HistoryMismatch,
@@ -23,6 +22,7 @@ from runtime.errors import (
     SlabOverflow,
 )
 from runtime.metrics import Turn
+from runtime.sessions import SessionInfo
 from tests.actors.engines import (
     GOES_BACK,
     SKIPS_A_LAYER,
@@ -646,8 +646,7 @@ async def test_a_bug_in_a_handler_is_told_as_a_failed_session(engine: LedgerEngi
         session = await runtime.create_session()
         await session.append([5])
         with pytest.raises(SessionFailed):
-            # No gRPC client can send it; a program that embeds the runtime can.
-            await generated(session, "five")  # type: ignore[arg-type]
+            await session.fork_into(None)  # type: ignore[arg-type]
         assert sample(runtime.metrics, "session_total", outcome="failed") == 1
 
 
