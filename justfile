@@ -23,6 +23,12 @@ mlx:
     pytest -q -n 2 --dist loadfile tests/runtime/engine -k mlx
     PERENNIAL_BACKEND=mlx PERENNIAL_DEVICE=auto pytest -q -n 2 --dist loadfile tests/contract
 
+# The OpenVINO engine on this machine: what it finds, its suite, and both doors' contract tests on it.
+openvino:
+    PERENNIAL_BACKEND=openvino perennial doctor
+    pytest -q -n 2 --dist loadfile tests/runtime/engine -k openvino
+    PERENNIAL_BACKEND=openvino pytest -q -n 2 --dist loadfile tests/contract
+
 # Regenerates proto/ from runtime.proto.
 proto:
     python -m grpc_tools.protoc -Iproto --python_betterproto2_out=proto --python_betterproto2_opt=client_generation=async,server_generation=async --descriptor_set_out=proto/kakeya/v1/runtime.binpb kakeya/v1/runtime.proto

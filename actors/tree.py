@@ -264,7 +264,7 @@ def _identities(facts: EngineFacts, model: str) -> tuple[HistoryIdentity, SlabId
     slab = facts.slab
     kernels = f"{facts.kernel_class}, {'strict' if facts.is_bit_exact else 'fast'}"
     of_slab = SlabIdentity(
-        model, facts.backend, kernels, facts.weights, facts.dtype, slab.sink, slab.window, slab.slots
+        model, facts.backend, kernels, facts.weights, facts.dtype, slab.holds, slab.sink, slab.window, slab.slots
     )
     return HistoryIdentity(model, facts.vocabulary), of_slab
 
@@ -272,13 +272,14 @@ def _identities(facts: EngineFacts, model: str) -> tuple[HistoryIdentity, SlabId
 def _log_start(settings: Settings, facts: EngineFacts) -> None:
     slabs = settings.capacity + settings.max_concurrent
     _log.info(
-        "model loaded model=%s architecture=%s device=%s dtype=%s weights=%s form=%r row_tile=%d sink=%d window=%d "
+        "model loaded model=%s architecture=%s device=%s dtype=%s kv_dtype=%s weights=%s form=%r row_tile=%d sink=%d window=%d "
         "session_ceiling_bytes=%d slabs=%d all_slabs_ceiling_bytes=%d",
         *(
             settings.model,
             facts.architecture,
             facts.device,
             facts.dtype,
+            facts.slab.holds,
             facts.weights,
             facts.form_reason,
             facts.row_tile,

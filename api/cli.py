@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bind",
         default=DEFAULT_HTTP_BIND,
         metavar="HOST:PORT",
-        help="HTTP address; empty = no HTTP (default: %(default)s)",
+        help="HTTP address, or unix:PATH for a socket in the file system; empty = no HTTP (default: %(default)s)",
     )
     chatting = commands.add_parser(
         "chat", parents=[settings], help="talk to a model over a session that lives in a server"

@@ -15,20 +15,20 @@ from importlib.util import find_spec
 
 import trio
 
-from bench import agents, gguf, loop, marathon, recall, report, results, scheduling, speed
+from bench import agents, gguf, loop, marathon, quality, recall, report, results, scheduling, speed
 from bench.machine import describe_machine, our_versions
-from bench.models import MODELS, QWEN3_06B, SMALL, bench_model
+from bench.models import MODELS, QWEN3_06B, SMALL, SMOLLM2, SMOLLM2_FILE, bench_model
 from bench.results import Record
 from bench.scenario import Result, Setup
 from runtime.engine.machine import level
 from runtime.models import SEEDLING
 from runtime.settings import Settings
-from runtime.smollm2 import SMOLLM2
 
 SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
     "speed": speed.run,
     "gguf": gguf.run,
     "recall": recall.run,
+    "quality": quality.run,
     "scheduling": scheduling.run,
     "loop": loop.run,
     "marathon": marathon.run,
@@ -37,9 +37,10 @@ SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
 ALL = (
     ("speed", QWEN3_06B),
     ("gguf", QWEN3_06B),
-    ("gguf", SMOLLM2),
-    ("recall", SMOLLM2),
+    ("gguf", SMOLLM2_FILE),
+    ("recall", SMOLLM2_FILE),
     ("recall", SEEDLING),
+    ("quality", SMOLLM2),
     ("scheduling", QWEN3_06B),
     ("loop", QWEN3_06B),
     ("agents", QWEN3_06B),

@@ -9,7 +9,8 @@ sums whole numbers inside a group, and adds the groups in order, which is what Q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,11 @@ from runtime.engine.configuration import KEPT, attention_shape
 from runtime.engine.openvino_fit import GROUP
 from runtime.engine.stored import Matrix, Tally, form_of, join, matrix_of, quantised
 from runtime.foreign.openvino import ops, ov
+from runtime.foreign.pages import page_out
 
 _FLOAT = ov.Type.f32
-_ROWS_AT_ONCE = 4096
+# So many weights and what is made of them stay in a core's cache.
+_ROUNDED_AT_ONCE = 2**18
 _TURN = ("cosines", "sines")
 _OV_TYPES = {torch.bfloat16: ov.Type.bf16, torch.float16: ov.Type.f16, torch.float32: ov.Type.f32}
 
@@ -99,6 +102,19 @@ class Graphs:
     tensors: tuple[str, ...]
 
 
+@contextmanager
+def _on_one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# In parts that stay in its cache one core rounds weights as fast as memory gives them; several would wait for each other after
+# each of a dozen small steps.
+@_on_one_thread()
 def build(model: Any, compiling: Compiling) -> Graphs:
     """The graphs of a model of transformers, whose layers are taken from it one by one, so that memory holds one twice."""
     decoder, config = model.get_decoder(), model.config
@@ -109,8 +125,10 @@ def build(model: Any, compiling: Compiling) -> Graphs:
     between = []
     for number in range(1, len(layers)):
         between.append(builder.between(layers[number - 1], layers[number]))
+        page_out(layers[number - 1].parameters())
         layers[number - 1] = None
     last = builder.last(layers[-1], decoder.norm)
+    page_out(layers[-1].parameters())
     head = builder.head(model.get_output_embeddings())
     return Graphs(first, tuple(between), last, head, builder.weights_bytes, builder.tally.lines())
 
@@ -226,11 +244,13 @@ class _Builder:
         if isinstance(matrix, Tensor):
             return _out(ops.matmul(rows, self._plain(matrix), False, True))
         self._groups[form_of(matrix)] = matrix.group
-        self.weights_bytes += matrix.nbytes
-        held = self._scaled(matrix.steps, matrix.scales, matrix.bits)
-        product = _out(ops.matmul(rows, held, False, True))
+        whole, scales = _room(*matrix.steps.shape, matrix.bits, _OV_TYPES[matrix.scales.dtype])
+        _bytes_of(whole, len(matrix.steps))[:] = _packed(matrix.steps, matrix.bits)
+        scales.data[:] = matrix.scales.numpy()
+        product = _out(ops.matmul(rows, self._scaled(whole, scales), False, True))
         if matrix.offsets is None:
             return product
+        self.weights_bytes += matrix.offsets.nbytes
         # What all weights of a group have in common meets the sum of what they are multiplied with.
         grouped = ops.reshape(rows, _constant(np.array([0, -1, matrix.group])), True)
         sums = ops.reduce_sum(grouped, _constant(np.array([2])), False)
@@ -247,34 +267,55 @@ class _Builder:
         """A constant [outputs, inputs], as the graph reads it."""
         if weights == "none":
             return self._plain(weight.to(self._compiling.dtype))
-        # A head in float32 would take several times what it takes in the end.
-        parts = [quantised(part, weights) for part in weight.split(_ROWS_AT_ONCE)]
-        steps, scales = (torch.cat(each) for each in zip(*parts, strict=True))
-        self.weights_bytes += steps.numel() // (1 if weights == "int8" else 2) + scales.numel() * scales.itemsize
-        return self._scaled(steps, scales, 8 if weights == "int8" else 4)
+        outputs, inputs = weight.shape
+        bits = 8 if weights == "int8" else 4
+        whole, scales = _room(outputs, inputs // GROUP, GROUP, bits, ov.Type.f16)
+        at = 0
+        # A head as a whole would take several times, in float32 and beside what is made of it, what it takes in the end.
+        for part in weight.split(max(1, _ROUNDED_AT_ONCE // inputs)):
+            steps, kept = quantised(part, weights)
+            rows = slice(at, at + len(part))
+            _bytes_of(whole, outputs)[rows] = _packed(steps, bits)
+            scales.data[rows] = kept.numpy()
+            at += len(part)
+        return self._scaled(whole, scales)
 
     def _plain(self, weight: Tensor) -> ov.Output:
-        self.weights_bytes += weight.numel() * weight.itemsize
-        return _out(ops.convert(_owned(weight.view(torch.uint8), weight.shape, _OV_TYPES[weight.dtype]), _FLOAT))
+        self.weights_bytes += weight.nbytes
+        held = ov.Tensor(_OV_TYPES[weight.dtype], ov.Shape(weight.shape))
+        _bytes_of(held, len(weight))[:] = weight.contiguous().view(torch.uint8).numpy()
+        return _out(ops.convert(_shared(held), _FLOAT))
 
-    def _scaled(self, steps: Tensor, scales: Tensor, bits: int) -> ov.Output:
-        """Weights [outputs, inputs] of whole numbers that need so many bits, each times the scale of its group."""
-        outputs, groups, group = steps.shape
-        whole = _constant(steps.numpy()) if bits == 8 else _four_bits(steps)
-        scaled = ops.multiply(ops.convert(whole, _OV_TYPES[scales.dtype]), _constant(scales.numpy()))
+    def _scaled(self, whole: ov.Tensor, scales: ov.Tensor) -> ov.Output:
+        """Weights [outputs, inputs] of whole numbers [outputs, groups, group], each times the scale of its group."""
+        self.weights_bytes += whole.byte_size + scales.byte_size
+        outputs, groups, group = whole.shape
+        scaled = ops.multiply(ops.convert(_shared(whole), scales.element_type), _shared(scales))
         flat = ops.reshape(scaled, _constant(np.array([outputs, groups * group])), False)
         return _out(ops.convert(flat, _FLOAT))
 
 
-def _four_bits(steps: Tensor) -> Any:
-    pairs = steps.flatten().view(torch.uint8).bitwise_and(0xF).view(-1, 2)
-    return _owned(pairs[:, 0] | (pairs[:, 1] << 4), steps.shape, ov.Type.i4)
+def _room(outputs: int, groups: int, group: int, bits: int, kind: ov.Type) -> tuple[ov.Tensor, ov.Tensor]:
+    """Memory for whole numbers of so many bits, and for the scales of their groups."""
+    whole = ov.Tensor(ov.Type.i8 if bits == 8 else ov.Type.i4, ov.Shape([outputs, groups, group]))
+    return whole, ov.Tensor(kind, ov.Shape([outputs, groups, 1]))
 
 
-def _owned(content: Tensor, shape: Sequence[int], kind: ov.Type) -> Any:
-    """A constant of a type that numpy lacks, with these bytes, in memory of its own."""
-    tensor = ov.Tensor(kind, ov.Shape(shape))
-    tensor.data.view(np.uint8).reshape(-1)[:] = content.flatten().numpy()
+def _packed(steps: Tensor, bits: int) -> Any:
+    """Whole numbers as a graph holds them, bytes [outputs, any]: as they are, or two of 4 bits in each."""
+    whole = steps.flatten(1).view(torch.uint8)
+    if bits == 8:
+        return whole.numpy()
+    pairs = whole.bitwise_and(0xF).unflatten(1, (-1, 2))
+    return (pairs[..., 0] | (pairs[..., 1] << 4)).numpy()
+
+
+def _bytes_of(tensor: ov.Tensor, rows: int) -> Any:
+    """The memory of a tensor, whatever its type, as bytes [rows, any]."""
+    return tensor.data.reshape(-1).view(np.uint8).reshape(rows, -1)
+
+
+def _shared(tensor: ov.Tensor) -> Any:
     return ops.constant(tensor, shared_memory=True)
 
 
