@@ -17,12 +17,13 @@ import trio
 
 from bench import agents, gguf, loop, marathon, quality, recall, report, results, scheduling, speed
 from bench.machine import describe_machine, our_versions
-from bench.models import MODELS, QWEN3_06B, SMALL, SMOLLM2, SMOLLM2_FILE, bench_model
+from bench.models import MODELS, QWEN3_06B, SMALL, SMOLLM2, bench_model
 from bench.results import Record
 from bench.scenario import Result, Setup
 from runtime.engine.machine import level
 from runtime.models import SEEDLING
 from runtime.settings import Settings
+from runtime.smollm2 import SMOLLM2 as SMOLLM2_FILE
 
 SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
     "speed": speed.run,

@@ -11,14 +11,14 @@ import psutil
 import trio
 
 from bench.figures import Figure, figure, over
-from bench.peers.processes import PeerFailed, Speed, installed, made_gguf, measured
+from bench.peers.processes import Peer, PeerFailed, installed, made_gguf, measured
 from bench.peers.speeds import LOAD, MEMORY, PREFILL, decoding
 from bench.scenario import Result, Setup
 from bench.speed import LABEL, WINDOW, ours
 
 KINDS = ("Q8_0", "Q4_0", "Q4_K_M")
 STREAMS = (1, 4, 8)
-PEER = "llama.cpp"
+THEIRS = "llama.cpp"
 
 
 async def run(setup: Setup) -> Result:
@@ -34,12 +34,12 @@ async def run(setup: Setup) -> Result:
         result.remarks.append(
             f"{LABEL} {kind}: {facts.backend}, {facts.dtype}, weights {facts.weights}; {'; '.join(facts.tensors)}"
         )
-        everyone = {LABEL: figures | await measured(sys.executable, Speed(LABEL, LABEL, "gguf_load", (file,)))}
+        everyone = {LABEL: figures | await measured(sys.executable, Peer(LABEL, LABEL, "gguf_load", (file,)))}
         try:
-            everyone[PEER] = await measured(setup.peers, Speed(PEER, PEER, "llama_cpp_decode", (file, threads)))
+            everyone[THEIRS] = await measured(setup.peers, Peer(THEIRS, THEIRS, "llama_cpp_decode", (file, threads)))
             result.peers |= {name: version for name, version in versions.items() if name == "llama-cpp-python"}
         except PeerFailed as error:
-            result.remarks.append(f"{PEER} {kind}: {error}")
+            result.remarks.append(f"{THEIRS} {kind}: {error}")
         result.figures |= {
             f"{who}, {kind}: {name}": one for who, theirs in everyone.items() for name, one in theirs.items()
         }
@@ -63,10 +63,10 @@ async def _files(setup: Setup, result: Result) -> dict[str, str]:
 
 def compared(kind: str, everyone: Mapping[str, Mapping[str, Figure]]) -> dict[str, Figure]:
     """Ours over theirs, of what both were measured at."""
-    mine, theirs = everyone[LABEL], everyone.get(PEER, {})
+    mine, theirs = everyone[LABEL], everyone.get(THEIRS, {})
     names = (LOAD, MEMORY, PREFILL, *map(decoding, STREAMS))
     return {
-        f"{kind}, {name}, over {PEER}'s": over(mine[name], theirs[name])
+        f"{kind}, {name}, over {THEIRS}'s": over(mine[name], theirs[name])
         for name in names
         if name in mine.keys() & theirs.keys()
     }

@@ -244,8 +244,9 @@ class _Builder:
         if isinstance(matrix, Tensor):
             return _out(ops.matmul(rows, self._plain(matrix), False, True))
         self._groups[form_of(matrix)] = matrix.group
-        whole, scales = _room(*matrix.steps.shape, matrix.bits, _OV_TYPES[matrix.scales.dtype])
-        _bytes_of(whole, len(matrix.steps))[:] = _packed(matrix.steps, matrix.bits)
+        outputs, groups, group = matrix.steps.shape
+        whole, scales = _room(outputs, groups, group, matrix.bits, _OV_TYPES[matrix.scales.dtype])
+        _bytes_of(whole, outputs)[:] = _packed(matrix.steps, matrix.bits)
         scales.data[:] = matrix.scales.numpy()
         product = _out(ops.matmul(rows, self._scaled(whole, scales), False, True))
         if matrix.offsets is None:
