@@ -30,8 +30,8 @@ class EngineFacts:
 
     A forward runs at most `row_tile` rows, and costs what the next multiple of `row_step` costs. `form_reason` says why a
     form was taken that no setting named. Where bit-exactness is claimed, `claims` are its grounds, a line each, and `tried`
-    is what a probe tried on top. Machines of one `kernel_class` give each other's bits. `tensors` says of each kind that a GGUF
-    file has what became of it.
+    is what a probe tried on top. Machines of one `kernel_class` give each other's bits. `tensors` says of each kind in a
+    GGUF file what became of it, where the engine keeps its weights as the file has them.
     """
 
     backend: str
