@@ -74,15 +74,26 @@ class SlabSpec:
         needed = min(position + 1, self.slots)
         return min(-(-needed // self.bucket) * self.bucket, self.slots)
 
-    def visible_slots(self, positions: Tensor, extent: int) -> Tensor:
-        """Whether the query at each of `positions` [N] attends to each of the first `extent` slots, bool [N, extent]."""
+    def visible_slots(self, positions: Tensor, extent: int, window: int | None = None) -> Tensor:
+        """Whether the query at each of `positions` [N] attends to each of the first `extent` slots, bool [N, extent].
+
+        A layer with a `window` of its own sees of them what is nearer than that. A sink is as far away as the model is told.
+        """
         query = positions.unsqueeze(1)  # [N, 1]
         slot = torch.arange(extent, device=positions.device).unsqueeze(0)  # [1, extent]
         is_sink = slot < self.sink
         age = torch.where(is_sink, query - slot, (query - slot) % self.ring)
         held = query - age
         in_window = (age < self.window) & (held >= self.sink)
-        return torch.where(is_sink, age >= 0, in_window)
+        seen = torch.where(is_sink, age >= 0, in_window)
+        if window is None:
+            return seen
+        distance = torch.where(is_sink, query.clamp(max=self.visible - 1) - slot, age)
+        return seen & (distance < window)
+
+    def lasting_sinks(self, window: int | None) -> slice:
+        """The slots of the first tokens that a query past the window sees in a layer with a `window` of its own, or without."""
+        return slice(0 if window is None else min(self.sink, max(0, self.visible - window)), self.sink)
 
 
 class Slab(ABC):

@@ -67,7 +67,7 @@ def load_engine(settings: Settings, directory: Path, beside: EngineFacts | None 
 
     Raises InvalidSetting, ModelUnavailable or NotEnoughMemory, each with one line that says what to do.
     """
-    if settings.backend == "mlx" or (settings.backend == "auto" and _is_apple_silicon() and find_spec("mlx_lm")):
+    if settings.backend == "mlx" or (settings.backend == "auto" and _is_best_by_mlx(directory)):
         try:
             from runtime.engine.mlx_engine import MlxEngine
         except ImportError as error:
@@ -103,5 +103,11 @@ def _on_openvino(settings: Settings, directory: Path, beside: EngineFacts | None
         return None
 
 
-def _is_apple_silicon() -> bool:
-    return (platform.system(), platform.machine()) == ("Darwin", "arm64")
+def _is_best_by_mlx(directory: Path) -> bool:
+    """Whether this is Apple silicon, and the MLX engine is there and has code for the model."""
+    if (platform.system(), platform.machine()) != ("Darwin", "arm64") or not find_spec("mlx_lm"):
+        return False
+    from runtime.engine.architectures import missing_parts
+    from runtime.engine.configuration import read_config
+
+    return not missing_parts(read_config(directory), "mlx")

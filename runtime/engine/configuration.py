@@ -11,12 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import CONFIG_ERRORS, one_line
 from runtime.engine import EngineFacts
+from runtime.engine.architectures import ARCHITECTURES, layer_kinds, missing_parts
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory, NotExact
 from runtime.settings import Settings
 from runtime.slab import BUCKET_SLOTS, SlabSpec
 
-# Those whose logits the test suite compares with transformers' own.
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # The more rows in a forward, the faster a prompt is read.
 ROW_TILE = 256
 # Handing so little out to more threads costs more than it saves, several times more where other programs run.
@@ -55,6 +54,15 @@ def read_config(directory: Path) -> PreTrainedConfig:
     return config
 
 
+def check_covered(config: PreTrainedConfig, engine: str) -> None:
+    """Raises ModelUnavailable where a model of this configuration has parts for which an engine has no code."""
+    if missing := missing_parts(config, engine):
+        raise ModelUnavailable(
+            f"backend={engine} has no code for {', '.join(sorted(missing))}, which {config.model_type} has: set backend to auto "
+            "or torch"
+        )
+
+
 def count_weights(config: PreTrainedConfig, directory: Path) -> int:
     """How many weights the model in `directory` has. Raises ModelUnavailable."""
     try:
@@ -87,8 +95,8 @@ def slab_spec(
 ) -> SlabSpec:
     """The shape of slabs. The window is cut down to what the model can see. Raises InvalidSetting."""
     longest = config.max_position_embeddings
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        longest = min(longest, config.sliding_window)
+    # What no layer sees need not be kept.
+    longest = max(min(longest, kind.window or longest) for kind in layer_kinds(config))
     if settings.sink >= longest:
         raise InvalidSetting(f"sink must be less than the model's maximum context of {longest}, got {settings.sink}")
     _, kv_heads, head_dim = attention_shape(config)

@@ -20,7 +20,16 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import FILE_ERRORS, one_line
 from runtime.engine import EngineFacts
-from runtime.engine.configuration import ROW_TILE, Form, check_memory, named_dtype, read_config, refuse, slab_spec
+from runtime.engine.configuration import (
+    ROW_TILE,
+    Form,
+    check_covered,
+    check_memory,
+    named_dtype,
+    read_config,
+    refuse,
+    slab_spec,
+)
 from runtime.engine.drawing import DrawingEngine
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import found
@@ -67,6 +76,7 @@ class MlxEngine(DrawingEngine):
         One that is loaded `beside` another leaves it its memory. Raises InvalidSetting, ModelUnavailable or NotEnoughMemory.
         """
         config = read_config(directory)
+        check_covered(config, "mlx")
         mx.set_default_device(_choose_device(settings))
         dtype = _choose_dtype(settings)
         is_strict = settings.determinism == "strict"

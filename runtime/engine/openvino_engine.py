@@ -16,9 +16,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import load_weights
 from runtime.engine import EngineFacts
-from runtime.engine.attention import CLAIMS, attend, attention_is_exact, plan_forward
+from runtime.engine.architectures import ONE_ROTARY, layer_kinds
+from runtime.engine.attention import CLAIMS, attend
+from runtime.engine.attention_plan import plan_forward
+from runtime.engine.attention_probe import attention_is_exact
 from runtime.engine.configuration import (
     Form,
+    check_covered,
     check_memory,
     count_weights,
     named_dtype,
@@ -34,6 +38,7 @@ from runtime.engine.openvino_fit import can_build
 from runtime.engine.openvino_graphs import Compiling, build
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
 from runtime.engine.rotary import ExactRotary
+from runtime.engine.softmax import Scoring
 from runtime.engine.torch_slab import torch_pool
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.rows import RowBatch
@@ -74,6 +79,7 @@ class OpenVinoEngine(DrawingEngine):
         if settings.device not in ("auto", "cpu"):
             raise InvalidSetting(f"backend=openvino runs on a CPU: set backend to torch for device={settings.device}")
         cpu = torch.device("cpu")
+        check_covered(config, "openvino")
         if not can_build(config):
             raise ModelUnavailable(
                 f"backend=openvino cannot run the model in {directory}, whose layers have other parts or sizes that are no "
@@ -157,6 +163,8 @@ class _Model:
         self._form = form
         decoder = model.get_decoder()
         self._rotary = ExactRotary(decoder.rotary_emb)
+        self._rotaries = {ONE_ROTARY: self._rotary}
+        self._kinds = layer_kinds(config)
         # A copy, so that the file it was mapped from is let go.
         self._embedding: Tensor = decoder.embed_tokens.weight.detach().clone()
         self._graphs = build(model, Compiling(form.dtype, form.weights, torch.get_num_threads()))
@@ -177,7 +185,7 @@ class _Model:
                 _log.warning("a row gets other bits in other batches of the graph %s of %s", kind, self._form)
                 return False
         layer = _FirstLayer(self, replace(spec, layers=1))
-        return attention_is_exact(spec, self.config.num_attention_heads, self._rotary) and found(
+        return attention_is_exact(spec, self.config.num_attention_heads, self._rotaries) and found(
             f"{described} {layer.spec}", partial(is_bit_exact, layer, layer.spec, self.config.vocab_size)
         )
 
@@ -187,12 +195,13 @@ class _Model:
         hidden = self._embedding[[row.token_id for row in rows]].float()
         positions = torch.tensor([row.position for row in rows])
         turn = self._rotary(hidden, positions)
-        plan = plan_forward(batch, self._rotary, self.config.num_attention_heads)
+        plan = plan_forward(batch, self._rotaries, self.config.num_attention_heads, self._kinds)
         graphs = self._graphs
+        scoring = Scoring(spec.head_dim**-0.5)
         projected = graphs.first(hidden, *turn)
         for layer in range(spec.layers):
             query, key, value = (one.to(spec.dtype).transpose(0, 1) for one in projected)
-            attended = attend(layer, query, key, value, scaling=spec.head_dim**-0.5, plan=plan)
+            attended = attend(layer, query, key, value, scoring=scoring, plan=plan)
             flat = attended.flatten(1).float()
             if layer == spec.layers - 1:
                 (hidden,) = graphs.last(flat, hidden)

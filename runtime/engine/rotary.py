@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,22 +23,31 @@ class ExactRotary(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, original: nn.Module) -> None:
-        """Raises ModelUnavailable where the frequencies change with the input's length."""
+    def __init__(self, original: nn.Module, kind: str = "", *, has_half_angles: bool = False) -> None:
+        """The embedding of one `kind` of layer, where the original has several. Raises ModelUnavailable where its frequencies
+        change with the input's length.
+        """
         super().__init__()
-        rope_type = getattr(original, "rope_type", None)
+        prefix = f"{kind}_" if kind else ""
+        rope_type: Any = getattr(original, "rope_type", None)
+        if kind:
+            rope_type = rope_type[kind]
         if rope_type not in STATIC_ROPE_TYPES:
             raise ModelUnavailable(
                 f"rotary embedding of type {rope_type!r} is not supported: use a model with one of {STATIC_ROPE_TYPES}"
             )
-        frequencies = original.get_buffer("inv_freq")
+        frequencies = original.get_buffer(f"{prefix}inv_freq")
         self.register_buffer("frequencies", frequencies.double(), persistent=False)
-        self._scaling = float(getattr(original, "attention_scaling", 1.0))
+        self._scaling = float(getattr(original, f"{prefix}attention_scaling", 1.0))
+        self._columns = len(frequencies) * (1 if has_half_angles else 2)
 
     def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [..., D] of the angles at `position_ids` [...], in the type of `hidden`."""
-        cosines, sines = self.turn(position_ids)
-        return (cosines * self._scaling).to(hidden.dtype), (sines * self._scaling).to(hidden.dtype)
+        """Cosines and sines [..., D] of the angles at `position_ids` [...], in the type of `hidden`.
+
+        Where the layers take one angle for both halves of a head, [..., D / 2].
+        """
+        cosines, sines = (part[..., : self._columns] * self._scaling for part in self.turn(position_ids))
+        return cosines.to(hidden.dtype), sines.to(hidden.dtype)
 
     def turn(self, distance: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [..., D] in float64 that turn a vector by `distance` [...] positions."""
@@ -44,7 +56,23 @@ class ExactRotary(nn.Module):
         return row_by_row(torch.cos, angles), row_by_row(torch.sin, angles)
 
 
+class RotaryByLayer(nn.Module):
+    """The rotary embeddings of a model that turns its kinds of layers by different ones."""
+
+    def __init__(self, original: nn.Module, kinds: Iterable[str]) -> None:
+        """Raises ModelUnavailable as ExactRotary does."""
+        super().__init__()
+        self.by_kind = {kind: ExactRotary(original, kind) for kind in kinds}
+        self.embeddings = nn.ModuleList(self.by_kind.values())
+
+    def forward(self, hidden: Tensor, position_ids: Tensor, layer_type: str) -> tuple[Tensor, Tensor]:
+        turn: tuple[Tensor, Tensor] = self.by_kind[layer_type](hidden, position_ids)
+        return turn
+
+
 def rotate(vectors: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """`vectors` [..., D] turned by angles given as `cosines` and `sines` [..., D]."""
-    low, high = vectors.chunk(2, dim=-1)
-    return vectors * cosines + torch.cat((-high, low), dim=-1) * sines
+    """`vectors` [..., D] turned by angles given as `cosines` and `sines` [..., R], of which the first R columns turn."""
+    turned, still = vectors.tensor_split([cosines.shape[-1]], dim=-1)
+    low, high = turned.chunk(2, dim=-1)
+    turned = turned * cosines + torch.cat((-high, low), dim=-1) * sines
+    return torch.cat((turned, still), dim=-1) if still.shape[-1] else turned

@@ -1,0 +1,111 @@
+"""The architectures that run: what each has beyond the layers of Llama, and which engines have code for that.
+
+A row of the table feeds the engines, what a refusal says, the tests and the README. docs/architectures.md tells how to add one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from transformers import PreTrainedConfig
+
+
+class Part(StrEnum):
+    """What layers may have that those of Llama have not, in the words of the README and of refusals."""
+
+    BIASES = "biases of queries, keys and values"
+    HEAD_NORMS = "norms of queries and keys"
+    OUTER_NORMS = "norms behind attention and MLP"
+    FUSED = "fused projections"
+    LAYER_WINDOWS = "windows of some layers' own"
+    BARE_LAYERS = "layers without rotary embeddings"
+    PARTIAL_ROPE = "rotary embeddings of a part of each head"
+    ROPE_BY_LAYER = "rotary embeddings by kind of layer"
+    SOFT_CAPS = "soft-capped scores and logits"
+    SOFTMAX_SINKS = "learned sinks in the softmax"
+    EXPERTS = "experts"
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One of transformers' model types. `models` is what people call those that have it.
+
+    With `has_half_angles` its layers take one angle for both halves of a head, instead of each angle twice.
+    """
+
+    name: str
+    models: str
+    parts: frozenset[Part] = frozenset()
+    has_half_angles: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """How a layer attends: over its own window, if it has one, and turned by the rotary embedding of this name, if by any."""
+
+    window: int | None
+    rotary: str | None
+
+
+# The name of the rotary embedding where all layers are turned by one.
+ONE_ROTARY = "one"
+_SLIDING = "sliding_attention"
+
+ENGINES: Mapping[str, frozenset[Part]] = {
+    "torch": frozenset(Part),
+    "openvino": frozenset({Part.BIASES, Part.HEAD_NORMS, Part.LAYER_WINDOWS}),
+    "mlx": frozenset({Part.BIASES, Part.HEAD_NORMS}),
+}
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    one.name: one
+    for one in (
+        Architecture("llama", "Llama, SmolLM2", frozenset({Part.BIASES})),
+        Architecture("mistral", "Mistral"),
+        Architecture("qwen2", "Qwen2, Qwen2.5", frozenset({Part.BIASES})),
+        Architecture("qwen3", "Qwen3", frozenset({Part.BIASES, Part.HEAD_NORMS})),
+        Architecture("qwen3_moe", "Qwen3 MoE", frozenset({Part.BIASES, Part.HEAD_NORMS, Part.EXPERTS})),
+        Architecture("smollm3", "SmolLM3", frozenset({Part.BIASES, Part.BARE_LAYERS})),
+        Architecture("phi3", "Phi-3, Phi-4", frozenset({Part.FUSED, Part.PARTIAL_ROPE})),
+        Architecture(
+            "gemma2", "Gemma 2", frozenset({Part.BIASES, Part.OUTER_NORMS, Part.LAYER_WINDOWS, Part.SOFT_CAPS})
+        ),
+        Architecture(
+            "gemma3_text",
+            "Gemma 3 (its text)",
+            frozenset({Part.BIASES, Part.HEAD_NORMS, Part.OUTER_NORMS, Part.LAYER_WINDOWS, Part.ROPE_BY_LAYER}),
+        ),
+        Architecture(
+            "gpt_oss",
+            "gpt-oss",
+            frozenset({Part.BIASES, Part.LAYER_WINDOWS, Part.SOFTMAX_SINKS, Part.EXPERTS}),
+            has_half_angles=True,
+        ),
+    )
+}
+
+
+def missing_parts(config: PreTrainedConfig, engine: str) -> frozenset[Part]:
+    """What a model of this configuration has and this engine has no code for."""
+    parts = ARCHITECTURES[config.model_type].parts
+    if len({kind.window for kind in layer_kinds(config)}) > 1:
+        parts |= {Part.LAYER_WINDOWS}
+    return parts - ENGINES[engine]
+
+
+def layer_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
+    """The kind of each layer of a model."""
+    layers = range(config.num_hidden_layers)
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or [_SLIDING if window else "" for _ in layers]
+    is_turned = getattr(config, "no_rope_layers", None) or [True for _ in layers]
+    is_by_layer = Part.ROPE_BY_LAYER in ARCHITECTURES[config.model_type].parts
+    return tuple(
+        LayerKind(
+            window if types[layer] == _SLIDING else None,
+            (types[layer] if is_by_layer else ONE_ROTARY) if is_turned[layer] else None,
+        )
+        for layer in layers
+    )
