@@ -1,4 +1,4 @@
-"""The slab: one session's keys and values, of fixed size, written in place.
+"""The slab: one session's keys and values, and what its recurrent layers keep, of fixed size, written in place.
 
 Letters for shapes, here and in the engines: L layers, B slabs, G kv heads, Q query heads a kv head, S slots, D head
 dimension, N rows.
@@ -6,10 +6,15 @@ dimension, N rows.
 The first `sink` slots hold the first tokens for ever; the others are a ring, so that a position's slot is a function of
 the position alone. What lies in a slot, seen from a query at position q, follows from q too, and the mask needs no
 record of what was written when.
+
+A recurrent layer keeps two rings of the same nature: what it was given for each of the last tokens, and the state before
+each of the last chunks of positions. A row's output follows from the state before its chunk and what was given inside it,
+so a position that is written anew, as after a proposal that failed, needs nothing to be undone.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,9 +30,29 @@ BUCKET_SLOTS = 256
 _LINE_SLOTS = 32
 
 
+# A state is kept before each so many positions: fewer cost memory, more cost a lone row the work of a longer chunk.
+CHUNK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrentSpec:
+    """What each of some recurrent `layers` keeps: for a token `columns` that it is given, of which it reads `reach` back.
+
+    `state` is the shape of what it remembers of all tokens before a chunk, in float32; none where it reads tokens alone.
+    """
+
+    layers: int
+    columns: int
+    reach: int
+    state: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class SlabSpec:
-    """The shape of every slab of one engine; `row_tile` is the most rows that one forward brings, `bucket` counts slots."""
+    """The shape of every slab of one engine; `row_tile` is the most rows that one forward brings, `bucket` counts slots.
+
+    `layers` are those that attend.
+    """
 
     layers: int
     kv_heads: int
@@ -38,6 +63,27 @@ class SlabSpec:
     dtype: torch.dtype
     device: torch.device
     bucket: int = BUCKET_SLOTS
+    recurrent: RecurrentSpec | None = None
+
+    @property
+    def given(self) -> int:
+        """Tokens whose input a recurrent layer keeps: a tile is taken back, another is read, and a chunk begins before both."""
+        assert self.recurrent is not None
+        needed = 2 * self.row_tile + CHUNK + self.recurrent.reach
+        return -(-needed // _LINE_SLOTS) * _LINE_SLOTS
+
+    @property
+    def states(self) -> int:
+        """Chunks before which a recurrent layer keeps its state: those that a tile touches which is taken back."""
+        return -(-self.row_tile // CHUNK) + 1
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that recurrent layers keep, however long the session."""
+        if self.recurrent is None:
+            return 0
+        state = math.prod(self.recurrent.state) * torch.float32.itemsize if self.recurrent.state else 0
+        return self.recurrent.layers * (self.given * self.recurrent.columns * self.dtype.itemsize + self.states * state)
 
     @property
     def ring(self) -> int:
@@ -57,13 +103,13 @@ class SlabSpec:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes that one token holds: keys and values of all layers."""
+        """Bytes that one token holds: keys and values of all layers that attend."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     @property
     def ceiling_bytes(self) -> int:
         """Bytes that one slab can ever hold."""
-        return self.slots * self.token_bytes
+        return self.slots * self.token_bytes + self.kept_bytes
 
     def slot(self, position: int) -> int:
         """Where the token at `position` lies."""
@@ -97,14 +143,15 @@ class SlabSpec:
 
 
 class Slab(ABC):
-    """Keys and values of one session. Positions are written in order; a rewritten one keeps its slot.
+    """What one session's layers hold. Positions are written in order; a rewritten one keeps its slot.
 
     An engine's own kind of slab holds them, in arrays of its backend.
     """
 
     def __init__(self, spec: SlabSpec) -> None:
         self.spec = spec
-        self._frontiers = [0] * spec.layers
+        self._layers = spec.layers + (spec.recurrent.layers if spec.recurrent else 0)
+        self._frontiers = [0] * self._layers
         self._leases = 0
 
     @property
@@ -119,7 +166,7 @@ class Slab(ABC):
 
     @property
     def frontiers(self) -> tuple[int, ...]:
-        """For each layer, one more than the last position written there."""
+        """For each layer, those that attend first, one more than the last position written there."""
         return tuple(self._frontiers)
 
     @property
@@ -134,7 +181,7 @@ class Slab(ABC):
 
     @property
     def live_bytes(self) -> int:
-        return self.live_length * self.spec.token_bytes
+        return self.live_length * self.spec.token_bytes + (self.spec.kept_bytes if self.live_length else 0)
 
     @property
     def used(self) -> int:
@@ -154,14 +201,16 @@ class Slab(ABC):
                 raise ValueError(f"keys and values are {given.dtype} {tuple(given.shape)}, not {spec.dtype} {shape}")
         for layer in range(spec.layers):
             self.put(layer, keys[layer], values[layer])
-            self.advance(layer, frontier)
+        self.advance_all(frontier)
 
     def copy_from(self, other: Slab) -> None:
         """Holds from now on what `other`, of the same shape, holds."""
         self.clear()
         for layer in range(self.spec.layers):
             self.put(layer, *other.held(layer))
-            self.advance(layer, other.frontier)
+        for mine, theirs in zip(self.kept(), other.kept(), strict=True):
+            mine.copy_(theirs)
+        self.advance_all(other.frontier)
 
     def retract(self, frontier: int) -> None:
         """Forgets what was written from `frontier` on, at most a tile less one of rows: the window is whole still."""
@@ -171,16 +220,26 @@ class Slab(ABC):
     def skip(self, frontier: int) -> None:
         """Goes on at `frontier`: of what lies before it only the sinks are there, and the rest is seen as zeros."""
         self.blank()
-        for layer in range(self.spec.layers):
-            self.advance(layer, frontier)
+        for one in self.kept():
+            one.zero_()
+        self.advance_all(frontier)
 
     def clear(self) -> None:
         """Forgets every token. The bytes stay; no later query sees them."""
-        self._frontiers = [0] * self.spec.layers
+        self._frontiers = [0] * self._layers
 
     def advance(self, layer: int, end: int) -> None:
         """Says that a layer holds the positions up to `end` (exclusive)."""
         self._frontiers[layer] = max(self._frontiers[layer], end)
+
+    def advance_all(self, end: int) -> None:
+        """Says that every layer holds the positions up to `end` (exclusive)."""
+        for layer in range(self._layers):
+            self.advance(layer, end)
+
+    def kept(self) -> tuple[Tensor, ...]:
+        """What recurrent layers keep, in one order, to be read or written in place."""
+        return ()
 
     @abstractmethod
     def held(self, layer: int) -> tuple[Tensor, Tensor]:

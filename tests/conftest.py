@@ -16,11 +16,14 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
@@ -41,6 +44,14 @@ SMALL = {
     "eos_token_id": 2,
     "bos_token_id": None,
     "pad_token_id": 0,
+}
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 32,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
 }
 # Of the layers that have one, shorter than most windows of tests.
 OWN_WINDOW = 16
@@ -68,6 +79,16 @@ SMALL_CONFIGS: Mapping[str, PreTrainedConfig] = {
         num_local_experts=8,
         num_experts_per_tok=2,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
+    "lfm2": Lfm2Config(**SMALL | {"num_hidden_layers": 3}, layer_types=["conv", "full_attention", "conv"]),
+    "qwen3_5_text": Qwen3_5TextConfig(**SMALL, **HYBRID),
+    "qwen3_5_moe_text": Qwen3_5MoeTextConfig(
+        **SMALL,
+        **HYBRID,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
     ),
 }
 

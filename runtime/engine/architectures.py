@@ -11,6 +11,8 @@ from enum import StrEnum
 
 from transformers import PreTrainedConfig
 
+from runtime.slab import RecurrentSpec
+
 
 class Part(StrEnum):
     """What layers may have that those of Llama have not, in the words of the README and of refusals."""
@@ -26,38 +28,50 @@ class Part(StrEnum):
     SOFT_CAPS = "soft-capped scores and logits"
     SOFTMAX_SINKS = "learned sinks in the softmax"
     EXPERTS = "experts"
+    GATED_ATTENTION = "gates behind attention"
+    SHORT_CONVOLUTIONS = "recurrent layers of short convolutions"
+    DELTA_RULE = "recurrent layers of the gated delta rule"
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """One of transformers' model types. `models` is what people call those that have it.
 
-    With `has_half_angles` its layers take one angle for both halves of a head, instead of each angle twice.
+    With `has_half_angles` its layers take one angle for both halves of a head, instead of each angle twice. `inside` is the
+    model type of those that hold it beside other senses, where transformers loads the text of these alone.
     """
 
     name: str
     models: str
     parts: frozenset[Part] = frozenset()
     has_half_angles: bool = False
+    inside: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """How a layer attends: over its own window, if it has one, and turned by the rotary embedding of this name, if by any."""
+    """How a layer attends: over its own window, if it has one, and turned by the rotary embedding of this name, if by any.
+
+    One that `is_recurrent` does not attend at all.
+    """
 
     window: int | None
     rotary: str | None
+    is_recurrent: bool = False
 
 
 # The name of the rotary embedding where all layers are turned by one.
 ONE_ROTARY = "one"
 _SLIDING = "sliding_attention"
+_RECURRENT = ("conv", "linear_attention")
 
 ENGINES: Mapping[str, frozenset[Part]] = {
     "torch": frozenset(Part),
     "openvino": frozenset({Part.BIASES, Part.HEAD_NORMS, Part.LAYER_WINDOWS}),
     "mlx": frozenset({Part.BIASES, Part.HEAD_NORMS}),
 }
+
+_OF_QWEN3_5 = frozenset({Part.BIASES, Part.HEAD_NORMS, Part.PARTIAL_ROPE, Part.GATED_ATTENTION, Part.DELTA_RULE})
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     one.name: one
@@ -83,6 +97,19 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             frozenset({Part.BIASES, Part.LAYER_WINDOWS, Part.SOFTMAX_SINKS, Part.EXPERTS}),
             has_half_angles=True,
         ),
+        Architecture("lfm2", "LFM2", frozenset({Part.HEAD_NORMS, Part.SHORT_CONVOLUTIONS})),
+        Architecture(
+            "qwen3_5_text",
+            "Qwen3.5 (its text)",
+            _OF_QWEN3_5,
+            inside="qwen3_5",
+        ),
+        Architecture(
+            "qwen3_5_moe_text",
+            "Qwen3.5 MoE (its text)",
+            _OF_QWEN3_5 | {Part.EXPERTS},
+            inside="qwen3_5_moe",
+        ),
     )
 }
 
@@ -90,7 +117,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 def missing_parts(config: PreTrainedConfig, engine: str) -> frozenset[Part]:
     """What a model of this configuration has and this engine has no code for."""
     parts = ARCHITECTURES[config.model_type].parts
-    if len({kind.window for kind in layer_kinds(config)}) > 1:
+    if len({kind.window for kind in attending_kinds(config)}) > 1:
         parts |= {Part.LAYER_WINDOWS}
     return parts - ENGINES[engine]
 
@@ -107,5 +134,25 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
             window if types[layer] == _SLIDING else None,
             (types[layer] if is_by_layer else ONE_ROTARY) if is_turned[layer] else None,
         )
+        if types[layer] not in _RECURRENT
+        else LayerKind(None, None, is_recurrent=True)
         for layer in layers
     )
+
+
+def attending_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
+    """The kind of each layer that attends, in their order."""
+    return tuple(kind for kind in layer_kinds(config) if not kind.is_recurrent)
+
+
+def recurrent_spec(config: PreTrainedConfig) -> RecurrentSpec | None:
+    """What the recurrent layers of a model keep of a session, if it has any."""
+    layers = sum(kind.is_recurrent for kind in layer_kinds(config))
+    if not layers:
+        return None
+    if Part.SHORT_CONVOLUTIONS in ARCHITECTURES[config.model_type].parts:
+        return RecurrentSpec(layers, config.hidden_size, config.conv_L_cache - 1)
+    heads, keys, values = config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
+    # Queries, keys and values, and for each head what it forgets and how much it learns.
+    columns = 2 * config.linear_num_key_heads * keys + heads * values + 2 * heads
+    return RecurrentSpec(layers, columns, config.linear_conv_kernel_dim - 1, (heads, keys, values))

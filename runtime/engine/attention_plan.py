@@ -23,9 +23,10 @@ _QUERY_STEP = 8
 
 @dataclass(frozen=True, slots=True)
 class PiecePlan:
-    """Where the keys and values of one piece go."""
+    """The positions of one piece, from `begin` to `end` (exclusive), and where its keys and values go."""
 
     piece: Piece
+    begin: int
     end: int
     slots: Tensor  # [N]
 
@@ -130,7 +131,12 @@ def plan_forward(
             sink_turns[name] = cosines.float(), sines.float()
     return ForwardPlan(
         pieces=tuple(
-            PiecePlan(piece, batch.rows[piece.stop - 1].position + 1, slots[piece.start : piece.stop])
+            PiecePlan(
+                piece,
+                batch.rows[piece.start].position,
+                batch.rows[piece.stop - 1].position + 1,
+                slots[piece.start : piece.stop],
+            )
             for piece in pieces
         ),
         stacks=tuple(stacks),

@@ -11,13 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import CONFIG_ERRORS, one_line
 from runtime.engine import EngineFacts
-from runtime.engine.architectures import ARCHITECTURES, layer_kinds, missing_parts
+from runtime.engine.architectures import ARCHITECTURES, attending_kinds, missing_parts, recurrent_spec
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory, NotExact
 from runtime.settings import Settings
 from runtime.slab import BUCKET_SLOTS, SlabSpec
 
 # The more rows in a forward, the faster a prompt is read.
 ROW_TILE = 256
+# Recurrent layers keep a state for each chunk of a tile.
+_RECURRENT_TILE = 32
 # Handing so little out to more threads costs more than it saves, several times more where other programs run.
 _ONE_THREAD_BYTES = 32 * 2**20
 
@@ -47,6 +49,9 @@ def read_config(directory: Path) -> PreTrainedConfig:
         raise ModelUnavailable(
             f"{directory} has no configuration that transformers can read: {one_line(error)}"
         ) from error
+    text = config.get_text_config()
+    if text.model_type in ARCHITECTURES and ARCHITECTURES[text.model_type].inside == config.model_type:
+        return text
     if config.model_type not in ARCHITECTURES:
         raise ModelUnavailable(
             f"{directory} is of architecture {config.model_type!r}; this release runs {', '.join(ARCHITECTURES)}"
@@ -96,20 +101,23 @@ def slab_spec(
     """The shape of slabs. The window is cut down to what the model can see. Raises InvalidSetting."""
     longest = config.max_position_embeddings
     # What no layer sees need not be kept.
-    longest = max(min(longest, kind.window or longest) for kind in layer_kinds(config))
+    kinds = attending_kinds(config)
+    longest = max(min(longest, kind.window or longest) for kind in kinds)
     if settings.sink >= longest:
         raise InvalidSetting(f"sink must be less than the model's maximum context of {longest}, got {settings.sink}")
     _, kv_heads, head_dim = attention_shape(config)
+    recurrent = recurrent_spec(config)
     return SlabSpec(
-        layers=config.num_hidden_layers,
+        layers=len(kinds),
         kv_heads=kv_heads,
         head_dim=head_dim,
         sink=settings.sink,
         window=min(settings.window, longest - settings.sink),
-        row_tile=row_tile,
+        row_tile=min(row_tile, _RECURRENT_TILE) if recurrent else row_tile,
         dtype=dtype,
         device=device,
         bucket=bucket,
+        recurrent=recurrent,
     )
 
 

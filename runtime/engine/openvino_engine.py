@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import load_weights
 from runtime.engine import EngineFacts
-from runtime.engine.architectures import ONE_ROTARY, layer_kinds
+from runtime.engine.architectures import ONE_ROTARY, attending_kinds
 from runtime.engine.attention import CLAIMS, attend
 from runtime.engine.attention_plan import plan_forward
 from runtime.engine.attention_probe import attention_is_exact
@@ -164,7 +164,7 @@ class _Model:
         decoder = model.get_decoder()
         self._rotary = ExactRotary(decoder.rotary_emb)
         self._rotaries = {ONE_ROTARY: self._rotary}
-        self._kinds = layer_kinds(config)
+        self._kinds = attending_kinds(config)
         # A copy, so that the file it was mapped from is let go.
         self._embedding: Tensor = decoder.embed_tokens.weight.detach().clone()
         self._graphs = build(model, Compiling(form.dtype, form.weights, torch.get_num_threads()))

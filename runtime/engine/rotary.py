@@ -46,6 +46,9 @@ class ExactRotary(nn.Module):
 
         Where the layers take one angle for both halves of a head, [..., D / 2].
         """
+        if position_ids.dim() > hidden.dim() - 1:
+            # Those that give a token of text the same place in time, height and width.
+            position_ids = position_ids[0]
         cosines, sines = (part[..., : self._columns] * self._scaling for part in self.turn(position_ids))
         return cosines.to(hidden.dtype), sines.to(hidden.dtype)
 

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 
 from runtime.checkpoints import load_weights
 from runtime.engine import EngineFacts
-from runtime.engine.architectures import ARCHITECTURES, Part, layer_kinds
+from runtime.engine.architectures import ARCHITECTURES, Part, attending_kinds, layer_kinds
 from runtime.engine.attention import ATTENTION_NAME, CLAIMS, slab_attention
 from runtime.engine.attention_plan import plan_forward
 from runtime.engine.attention_probe import Manner, attention_is_exact
@@ -65,7 +65,7 @@ class TorchEngine(DrawingEngine):
         model, self._rotaries = loaded
         self._decoder = model.get_decoder()
         self._head = model.get_output_embeddings()
-        self._kinds = layer_kinds(model.config)
+        self._kinds = attending_kinds(model.config)
         self._config: PreTrainedConfig = model.config
         self._parts = ARCHITECTURES[model.config.model_type].parts
         self._spec = spec
@@ -172,7 +172,7 @@ def _is_proven(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
     cap = getattr(config, "attn_logit_softcapping", None)
     has_sinks = Part.SOFTMAX_SINKS in ARCHITECTURES[config.model_type].parts
     # In the order of layers, so that what is tried is called the same in every process.
-    manners = dict.fromkeys(Manner(kind, cap, has_sinks) for kind in layer_kinds(config))
+    manners = dict.fromkeys(Manner(kind, cap, has_sinks) for kind in attending_kinds(config))
     return (
         _linears_are_exact(loaded.model, form)
         and attention_is_exact(spec, config.num_attention_heads, loaded.rotaries, manners)
@@ -198,10 +198,16 @@ def _layers_are_exact(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
     config = loaded.model.config
     kinds = layer_kinds(config)
     # Layers of a kind have the same shapes, and so the same kernels: more of it would show nothing more.
-    tried = replace(spec, layers=max(kinds.index(kind) for kind in kinds) + 1)
+    count = max(kinds.index(kind) for kind in kinds) + 1
+    recurrent = sum(kind.is_recurrent for kind in kinds[:count])
+    tried = replace(
+        spec,
+        layers=count - recurrent,
+        recurrent=replace(spec.recurrent, layers=recurrent) if spec.recurrent else None,
+    )
 
     def probe() -> bool:
-        short = _first_layers(loaded.model, tried.layers)
+        short = _first_layers(loaded.model, count)
         # The head was tried by itself, and a large one takes longest.
         short.set_output_embeddings(nn.Identity())
         engine = TorchEngine(Loaded(short, loaded.rotaries), tried, form, is_bit_exact=False)

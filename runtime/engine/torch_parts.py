@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from runtime.engine.architectures import ARCHITECTURES, ONE_ROTARY, Part, layer_kinds
-from runtime.engine.exact import Claim, Ground, RowByRow, row_by_row
+from runtime.engine.exact import Claim, Ground, RowByRow, RowByRowCalls, row_by_row
+from runtime.engine.recurrent import DeltaRule, ShortConvolution
 from runtime.engine.rotary import ExactRotary, RotaryByLayer
+from runtime.slab import CHUNK
 
 CLAIMS_OF_PARTS = {
     Part.SOFT_CAPS: Claim("capped attention", "torch's products, of one block of queries each", Ground.FIXED_ROWS),
+    Part.SHORT_CONVOLUTIONS: Claim("convolutions", "products and sums of columns by themselves", Ground.ROW_BY_ROW),
+    Part.DELTA_RULE: Claim("delta rule", f"chunks of {CHUNK} positions from multiples of it", Ground.FIXED_ROWS),
     Part.EXPERTS: Claim("routers and experts", "each row's outputs added in the order of experts", Ground.ROW_BY_ROW),
 }
 
@@ -21,6 +27,10 @@ CLAIMS_OF_PARTS = {
 _ROUTED_ROWS = 32
 # The names that transformers' layers have for them.
 _ACTIVATIONS = ("act_fn", "activation_fn")
+# Modules that call activation functions instead of holding them.
+_CALLING_BY_NAME = ("Lfm2MLP", "Qwen3_5Attention", "Qwen3_5MoeAttention", "Qwen3_5MoeSparseMoeBlock")
+# Recurrent layers, by the names that transformers' layers have for them.
+_RECURRENT: Mapping[str, Callable[[Any, int], nn.Module]] = {"conv": ShortConvolution, "linear_attn": DeltaRule}
 
 
 class FixedRows(nn.Module):
@@ -70,12 +80,29 @@ def take_over(model: Any) -> dict[str, ExactRotary]:
                 setattr(parent, name, _experts(child))
             elif type(child).__name__.endswith("TopKRouter"):
                 setattr(parent, name, FixedRows(child, _ROUTED_ROWS))
+            elif type(child).__name__ in _CALLING_BY_NAME:
+                setattr(parent, name, RowByRowCalls(child))
+    _number_layers(decoder, model.config)
     names = sorted({kind.rotary for kind in layer_kinds(model.config) if kind.rotary})
     if names == [ONE_ROTARY]:
         decoder.rotary_emb = ExactRotary(decoder.rotary_emb, has_half_angles=architecture.has_half_angles)
         return {ONE_ROTARY: decoder.rotary_emb}
     by_layer = decoder.rotary_emb = RotaryByLayer(decoder.rotary_emb, names)
     return by_layer.by_kind
+
+
+def _number_layers(decoder: Any, config: PreTrainedConfig) -> None:
+    """Puts recurrent layers of ours into a model; these, and those that attend, are counted each by themselves, as in a slab."""
+    counts: Counter[bool] = Counter()
+    for layer, kind in zip(decoder.layers, layer_kinds(config), strict=True):
+        number = counts[kind.is_recurrent]
+        counts[kind.is_recurrent] += 1
+        if kind.is_recurrent:
+            name = next(name for name in _RECURRENT if hasattr(layer, name))
+            setattr(layer, name, _RECURRENT[name](getattr(layer, name), number))
+        else:
+            attention = layer.self_attn
+            (attention.module if isinstance(attention, RowByRowCalls) else attention).layer_idx = number
 
 
 def capped(logits: Tensor, cap: float | None) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GptOssConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForMultimodalLM, GptOssConfig, Qwen2Config
 
 from runtime.durable.files import Files
 from runtime.durable.slab_file import read_slab, write_slab
@@ -33,6 +33,12 @@ ROOT = Path(__file__).parents[3]
 ON_SOME_ENGINES = [name for name in ARCHITECTURES if name not in ON_EVERY_ENGINE]
 WINDOW = 64
 DTYPES = ("float32", "bfloat16") if level() >= Level.AVX512_BF16 else ("float32",)
+CASES = (
+    *((name, dtype, "none") for name in ON_SOME_ENGINES for dtype in DTYPES),
+    # Experts, gates of one column, and recurrent layers, in fewer bits.
+    ("gpt_oss", "float32", "int8"),
+    ("qwen3_5_moe_text", "float32", "int4"),
+)
 # Engines of small models choose one thread; with several, kernels have more ways to sum.
 THREADS = 2
 
@@ -85,6 +91,28 @@ def test_logits_equal_those_of_transformers_where_a_configuration_asks_for_more(
     torch.testing.assert_close(logits, transformers_logits(directory, tokens), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", [name for name, one in ARCHITECTURES.items() if one.inside])
+def test_the_text_of_a_model_with_other_senses_runs(tmp_path: Path, architecture: str) -> None:
+    text = SMALL_CONFIGS[architecture]
+    config = AutoConfig.for_model(
+        ARCHITECTURES[architecture].inside,
+        text_config=text.to_dict(),
+        vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64},
+    )
+    torch.manual_seed(0)
+    model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path)
+    tokens = random_tokens(FITS, 2048)
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([tokens])).logits[0]
+    engine = load(tmp_path, determinism="fast")
+
+    logits = feed(engine, engine.new_pool(1).acquire(), tokens)
+
+    assert engine.facts.architecture == architecture
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
 # With the second, some of the sinks are farther away than a layer's own window at the end of the first, and some not.
 @pytest.mark.parametrize(("sink", "window"), [(0, 24), (3, OWN_WINDOW - 1)])
 @pytest.mark.parametrize("architecture", ON_SOME_ENGINES)
@@ -110,6 +138,7 @@ def test_logits_at_position_ten_million_are_those_at_position_two_thousand(
     def logits_at(last: int) -> Tensor:
         slab = engine.new_pool(1).acquire()
         feed(engine, slab, head)
+        slab.skip(last + 1 - len(tail))
         return feed(engine, slab, tail, start=last + 1 - len(tail))[-100:]
 
     near, far = logits_at(2_000), logits_at(10_000_000)
@@ -126,6 +155,9 @@ class Case:
     def slab(self) -> Slab:
         return self.engine.new_pool(1).acquire()
 
+    def random_cut(self) -> Iterator[int]:
+        return random_cut(min(150, self.engine.facts.row_tile))
+
 
 @pytest.fixture(autouse=True)
 def several_threads() -> Iterator[None]:
@@ -133,20 +165,20 @@ def several_threads() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=[(name, dtype) for name in ON_SOME_ENGINES for dtype in DTYPES], ids=" ".join)
+@pytest.fixture(scope="module", params=CASES, ids=" ".join)
 def case(request: pytest.FixtureRequest, small_models: Mapping[str, Path]) -> Case:
     """A history three times as long as the window, and its logits when it is fed in one append."""
-    architecture, dtype = request.param
-    engine = load(small_models[architecture], dtype, window=WINDOW)
+    architecture, dtype, weights = request.param
+    engine = load(small_models[architecture], dtype, window=WINDOW, weights=weights)
     tokens = random_tokens(3 * WINDOW, 2048)
     with threads(THREADS):
         return Case(engine, tokens, feed(engine, engine.new_pool(1).acquire(), tokens))
 
 
-@pytest.mark.parametrize("cuts", [repeat(1), random_cut(150)], ids=["ones", "a random cut"])
-def test_logits_are_the_same_bits_however_the_history_was_cut(case: Case, cuts: Iterator[int]) -> None:
+def test_logits_are_the_same_bits_however_the_history_was_cut(case: Case) -> None:
     assert case.engine.facts.is_bit_exact
-    assert torch.equal(feed(case.engine, case.slab(), case.tokens, cuts), case.whole)
+    assert torch.equal(feed(case.engine, case.slab(), case.tokens, repeat(1)), case.whole)
+    assert torch.equal(feed(case.engine, case.slab(), case.tokens, case.random_cut()), case.whole)
 
 
 def test_logits_are_the_same_bits_beside_seven_busy_sessions(case: Case) -> None:
@@ -171,6 +203,20 @@ def test_verifying_a_proposal_gives_the_same_bits_as_decoding(case: Case) -> Non
         slab.retract(min(at, len(case.tokens)))
 
     assert torch.equal(torch.cat(logits), case.whole)
+
+
+@pytest.mark.parametrize("start", [95, 96, 97])
+def test_a_tile_of_which_one_row_came_true_leaves_no_trace(case: Case, start: int) -> None:
+    """At the edge of the chunks of recurrent layers, which begin anew from a state before the tile."""
+    slab = case.slab()
+    feed(case.engine, slab, case.tokens[:start])
+    wrong = random_tokens(case.engine.facts.row_tile - 1, 2048, seed=start)
+
+    feed(case.engine, slab, [case.tokens[start], *wrong], start=start)
+    slab.retract(start + 1)
+
+    logits = feed(case.engine, slab, case.tokens[start + 1 :], repeat(5), start=start + 1)
+    assert torch.equal(logits, case.whole[start + 1 :])
 
 
 @pytest.mark.parametrize("length", [40, 150])
