@@ -50,10 +50,13 @@ class Feed:
         return drawn[: accepted + 1], checked
 
     def retract(self, length: int) -> None:
-        """Takes back rows of tokens that did not come to be part of the history."""
+        """Takes back rows of tokens that are no part of the history. Where too little is left, all is to be read again."""
         if self._length > length:
-            self._slab.retract(length)
-            self._length = length
+            if self._slab.is_whole(length):
+                self._slab.retract(length)
+            else:
+                self._slab.clear()
+            self._length = self._slab.frontier
 
     async def follow(self, token_id: int, draw: Draw) -> Token:
         """Reads one token more, and returns the one drawn after it. Raises InvariantViolation or EngineFailed."""

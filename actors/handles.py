@@ -11,7 +11,7 @@ from typing import TypeVar
 import trio
 
 from actors.mailbox import ActorFailed, ActorStopped, Message, Replies
-from actors.messages import Append, Appended, Branch, Close, Fork, Generate, Info, Save, Saved, SessionInfo
+from actors.messages import Append, Appended, Branch, Close, Fork, Generate, Info, Rewind, Save, Saved, SessionInfo
 from actors.registry import NO_SESSION, SessionRegistry
 from runtime.durable import Terms
 from runtime.errors import InvalidRequest, SessionFailed, SessionNotFound
@@ -108,6 +108,14 @@ class SessionHandle:
         with as_session_errors():
             return await self._ask(Save())
 
+    async def rewind(self, length: int) -> int:
+        """Takes back the history from `length` on; returns how much of what is left need not be read again.
+
+        Raises InvalidRequest where the history is shorter.
+        """
+        with as_session_errors():
+            return await self._ask(Rewind(length))
+
     async def fork_into(self, target: Slab) -> Branch:
         """Copies the slab into an empty one, which is the caller's to give back."""
         with as_session_errors():
@@ -159,19 +167,24 @@ class Completion:
     def __init__(self, registry: SessionRegistry, terms: Terms, count: int, held: AsyncExitStack) -> None:
         """Its `count` sessions, at most so many slabs as there are permits for, are closed with `held`."""
         self._registry = registry
+        self._terms = terms
         self._count = count
         self._held = held
-        with registry.completion_slab() as slab:
-            self.session = self._open(slab, terms)
 
-    async def fork(self) -> tuple[SessionHandle, ...]:
+    def open(self, prompt: array[int]) -> tuple[SessionHandle, int]:
+        """The first session, and how much of the prompt's beginning it has read, from a slab that an earlier one left."""
+        with self._registry.completion_slab(prompt) as slab:
+            held = prompt[: slab.frontier]
+            return self._open(slab, self._terms, held or None), len(held)
+
+    async def fork(self, session: SessionHandle) -> list[SessionHandle]:
         """Every session that answers, the first included, once the prompt was appended to that one."""
-        sessions = [self.session]
+        sessions = [session]
         for _ in range(self._count - 1):
             with self._registry.completion_slab() as slab:
-                branch = await self.session.fork_into(slab)
+                branch = await session.fork_into(slab)
                 sessions.append(self._open(slab, branch.terms, branch.history))
-        return tuple(sessions)
+        return sessions
 
     def _open(self, slab: Slab, terms: Terms, history: array[int] | None = None) -> SessionHandle:
         session_id = self._registry.open_completion(slab, terms, history)

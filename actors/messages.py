@@ -92,6 +92,13 @@ class Info(Message[SessionInfo]):
 
 
 @dataclass(frozen=True, slots=True)
+class Rewind(Message[int]):
+    """Takes back the history from `length` on; the reply is how much of what is left the slab holds."""
+
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class Close(Message[int]):
     """Ends the session; the reply is the length of its history."""
 
@@ -129,4 +136,4 @@ class Save(Message[Saved]):
     """Writes a snapshot of the session; for one that is on disk itself."""
 
 
-SessionMessage = Append | Generate | Info | Fork | Save | Close | Evict
+SessionMessage = Append | Generate | Info | Fork | Save | Rewind | Close | Evict

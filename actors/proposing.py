@@ -33,6 +33,10 @@ class Source(Protocol):
         """Takes what was added to the history."""
         ...
 
+    def rewind(self, length: int) -> None:
+        """Takes that the history has gone back to this length."""
+        ...
+
     async def propose(self, history: array[int], count: int, sampling: Sampling) -> Sequence[int]:
         """About `count` tokens that may follow the history when they are drawn by `sampling`."""
         ...
@@ -50,6 +54,9 @@ class AtOnce:
 
     def extend(self, token_ids: Sequence[int]) -> None:
         self._proposer.extend(token_ids)
+
+    def rewind(self, length: int) -> None:
+        pass  # What was said and taken back may well be said again.
 
     async def propose(self, history: array[int], count: int, sampling: Sampling) -> Sequence[int]:
         return self._proposer.propose(count)
@@ -73,6 +80,10 @@ class Drafter:
 
     def extend(self, token_ids: Sequence[int]) -> None:
         pass
+
+    def rewind(self, length: int) -> None:
+        self._begin, self._draft = min(self._begin, length), []
+        self._feed.retract(length)
 
     async def propose(self, history: array[int], count: int, sampling: Sampling) -> Sequence[int]:
         self._feed.retract(self._came_true(history))
@@ -116,6 +127,9 @@ class Filler:
     def extend(self, token_ids: Sequence[int]) -> None:
         pass
 
+    def rewind(self, length: int) -> None:
+        pass
+
     async def propose(self, history: array[int], count: int, sampling: Sampling) -> Sequence[int]:
         context = self._model.context(history)
         return await self._thread.run(self._model.fill, context, count, self._steps)
@@ -136,6 +150,10 @@ class Proposals:
     def extend(self, token_ids: Sequence[int]) -> None:
         """Takes what was added to the history."""
         self._source.extend(token_ids)
+
+    def rewind(self, length: int) -> None:
+        """Takes that the history has gone back to this length."""
+        self._source.rewind(length)
 
     async def next(self, history: array[int], most: int, sampling: Sampling) -> list[int]:
         """The proposal for what follows the history, of at most `most` tokens."""

@@ -110,9 +110,9 @@ class SessionRegistry:
             yield slab
 
     @contextmanager
-    def completion_slab(self) -> Iterator[Slab]:
-        """As `free_slab`, of the completions' own; nothing is evicted for it."""
-        with _given_back(self._completions) as slab:
+    def completion_slab(self, history: array[int] | None = None) -> Iterator[Slab]:
+        """As `free_slab`, of the completions' own; nothing is evicted for it. It has read as much of `history` as one has."""
+        with _given_back(self._completions, history) as slab:
             yield slab
 
     def open(self, slab: Slab, terms: Terms, history: array[int] | None = None) -> str:
@@ -243,26 +243,28 @@ class SessionRegistry:
         ]
         for session_id, entry in sorted(held, key=lambda pair: pair[1].session.last_used):
             if entry.mailbox.offer(Evict()):
-                self._remove(session_id)
+                self._remove(session_id, entry.session.read)
                 return True
         return False
 
-    def _remove(self, session_id: str) -> None:
+    def _remove(self, session_id: str, read: array[int] | None = None) -> None:
         # A session to be evicted leaves the map, and gives up its slab, before its task has had its turn to end.
         entry = self._entries.pop(session_id, None)
         if entry is not None:
             if entry.durable is not None:
                 # Its record is open still, and it cannot be woken before that is closed.
                 self._passing[session_id] = trio.Event()
-            entry.pool.release(entry.slab)
+            entry.pool.release(entry.slab, read)
             if entry.proposals is not None:
                 entry.proposals.close()
 
     async def _supervise(self, session_id: str, session: Session, durable: Durable | None) -> None:
         # A fault deletes no record: that of a session that failed is read again when it is next asked for.
         has_ended = False
+        read: array[int] | None = None
         try:
             ending = await session.run()
+            read = session.read
             has_ended = durable is None or ending is not Ending.EVICTED
             if has_ended:
                 self._metrics.session_total.labels("closed" if ending is Ending.CLOSED else "evicted").inc()
@@ -282,16 +284,16 @@ class SessionRegistry:
                 await session.leave_slab_on_disk()
             raise
         finally:
-            self._remove(session_id)
+            self._remove(session_id, read)
             if durable is not None:
                 durable.delete() if has_ended else durable.close()
                 self._settled(session_id)
 
 
 @contextmanager
-def _given_back(pool: SlabPool) -> Iterator[Slab]:
-    """A slab of the pool, free again where the block raises."""
-    slab = pool.acquire()
+def _given_back(pool: SlabPool, history: array[int] | None = None) -> Iterator[Slab]:
+    """A slab of the pool, free again where the block raises; one that has read as much of `history` as any."""
+    slab = pool.acquire(history)
     try:
         yield slab
     except BaseException:

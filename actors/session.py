@@ -24,6 +24,7 @@ from actors.messages import (
     Fork,
     Generate,
     Info,
+    Rewind,
     Save,
     Saved,
     SessionInfo,
@@ -109,6 +110,11 @@ class Session:
     def terms(self) -> Terms:
         return self._terms
 
+    @property
+    def read(self) -> array[int]:
+        """The tokens of the history that the slab has read."""
+        return self._history[: self._feed.length]
+
     async def run(self) -> Ending:
         """Serves until closed or evicted. Raises InvariantViolation or EngineFailed when the session has failed."""
         with self._inbox:
@@ -184,6 +190,8 @@ class Session:
                     raise NotDurable("this session is not kept on disk: start the server with state_dir")
                 saved = await trio.to_thread.run_sync(self._durable.save, self._slab, self._history)
                 await reply(Saved(saved.snapshot_id, saved.size_bytes, saved.history_length))
+            case Rewind(length):
+                await reply(self._rewind(length))
             case Close():
                 self._ending = Ending.CLOSED
                 await reply(len(self._history))
@@ -206,6 +214,21 @@ class Session:
         finally:
             self._mark_used()
         return Appended(len(self._history), self.evicted_token_count, self._digest.digest())
+
+    def _rewind(self, length: int) -> int:
+        if not 0 <= length <= len(self._history):
+            raise InvalidRequest(f"history_length is {len(self._history)}: go back to that or less", "length")
+        if self._durable is not None:
+            self._durable.take_back(length)
+            if self._durable.slab_length > length:
+                self._durable.forget_slab()
+        del self._history[length:]
+        self._digest = hashlib.blake2b(_little_endian(self._history))
+        self._feed.retract(length)
+        if self._proposals:
+            self._proposals.rewind(length)
+        self._mark_used()
+        return self._feed.length
 
     def _check_append(self, request: Append) -> None:
         token_ids, expected = request.token_ids, request.expected_history_length
@@ -314,10 +337,7 @@ class Session:
         self._history += tokens
         if self._proposals:
             self._proposals.extend(tokens)
-        little_endian = array("I", tokens)
-        if sys.byteorder == "big":
-            little_endian.byteswap()
-        self._digest.update(little_endian.tobytes())
+        self._digest.update(_little_endian(tokens))
 
     async def _draw(self, request: Generate, constraint: Constraint | None, most: int) -> tuple[tuple[Token, ...], int]:
         """The tokens that follow the history, at least one, and how many proposed ones were checked for it, at `most`."""
@@ -332,3 +352,10 @@ class Session:
         if self._proposals and is_decode:
             self._proposals.learn(checked, len(tokens) - 1, trio.current_time() - began)
         return tokens, checked
+
+
+def _little_endian(tokens: array[int]) -> bytes:
+    copied = array("I", tokens)
+    if sys.byteorder == "big":
+        copied.byteswap()
+    return copied.tobytes()

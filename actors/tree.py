@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 import trio
 
 from actors.admission import Admission
+from actors.conversations import Conversations
 from actors.executor import EngineThread, ModelExecutor
 from actors.handles import Completion, SessionHandle
 from actors.mailbox import open_mailbox
@@ -52,6 +53,7 @@ class Runtime:
         self.facts = facts
         self.text = text
         self.metrics = metrics
+        self.conversations = Conversations(self, facts.slab, text.eos_token_ids)
         self._registry = registry
         self._admission = admission
         self._store = store
@@ -123,6 +125,12 @@ class Runtime:
         """The session with this id. Raises SessionNotFound."""
         self._registry.check(session_id)
         return SessionHandle(session_id, self._registry)
+
+    @asynccontextmanager
+    async def permit(self) -> AsyncIterator[None]:
+        """The right to run one turn of a conversation, as a completion needs one. Raises Saturated."""
+        async with self._admission.permits():
+            yield
 
     @asynccontextmanager
     async def completion(

@@ -2,61 +2,141 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from api.request import CompletionRequest
-from api.request_parts import Tool
-from runtime.errors import InvalidRequest
-from runtime.grammar import Grammar, json_source
+from runtime.errors import InvalidRequest, MalformedRequest
+from runtime.grammar import Grammar, check_source, json_source
 from runtime.text import Text
 from runtime.tools import CallForm, CallReader
 
 # A function without parameters takes none, says OpenAI.
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+_ANY_ARGUMENTS = {"type": "object"}
+
+# An object with some 500 optional ones is more than a grammar can be followed through, and that shows only on the way.
+_MOST_PROPERTIES = 256
+
+_log = logging.getLogger("perennial.api")
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call. The schema of a `strict` one is followed to the letter, or refused."""
+
+    name: str
+    description: str | None = None
+    parameters: Mapping[str, Any] | None = None
+    strict: bool = False
+
+    def for_template(self) -> dict[str, Any]:
+        """The tool in the shape that chat templates know."""
+        told = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", "function": {name: value for name, value in told.items() if value is not None}}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which tools may be called: none, some (None for all), and whether one of them must be, or several may."""
+
+    names: frozenset[str] | None = None
+    is_required: bool = False
+    is_parallel: bool = True
+
+
+NO_CALLS = Choice(frozenset())
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The tools that the template is to show, the text of every answer's grammar, and the form of calls in it.
+    """The text of every answer's grammar, and the form of calls in it. `param` names the field that the grammar is made of."""
 
-    `param` names the field that the grammar is made of.
-    """
-
-    tools: Sequence[dict[str, Any]] = ()
     source: str | None = None
     form: CallForm | None = None
     param: str = ""
 
     @classmethod
-    def of(cls, request: CompletionRequest, text: Text) -> Bounds:
-        """Raises InvalidRequest where schemas are too long, or the model's template knows no tools."""
-        if tools := request.called_tools:
+    def of_tools(cls, tools: Sequence[Tool], choice: Choice, text: Text) -> Bounds:
+        """Raises InvalidRequest where a schema cannot be followed, or the model's template knows no tools."""
+        called = [tool for tool in tools if choice.names is None or tool.name in choice.names]
+        if not called:
+            return cls.without_calls(text) if tools else cls()
+        form = CallForm.of_template(text)
+        rules = [{"name": tool.name, "parameters": _followed(index, tool, form)} for index, tool in enumerate(called)]
+        with _blaming("tools"):
+            source = form.source(rules, is_required=choice.is_required, is_parallel=choice.is_parallel)
+        return cls(source, form, "tools")
+
+    @classmethod
+    def without_calls(cls, text: Text) -> Bounds:
+        """Of an answer that has no call in it, though the prompt shows tools."""
+        try:
             form = CallForm.of_template(text)
-            called = [{"name": tool.function.name, "parameters": _parameters(tool)} for tool in tools]
-            with _blaming("tools"):
-                source = form.source(
-                    called, is_required=request.must_call, is_parallel=request.parallel_tool_calls is not False
-                )
-            return cls([tool.model_dump(exclude_none=True) for tool in request.tools or ()], source, form, "tools")
-        if (schema := request.schema_of_answers) is not None:
-            with _blaming("response_format"):
-                return cls(source=json_source(schema), param="response_format")
-        return cls()
+        except MalformedRequest:
+            return cls()
+        return cls(form.source_without_calls(), None, "tools")
+
+    @classmethod
+    def of_schema(cls, schema: Mapping[str, Any], param: str) -> Bounds:
+        """Of an answer that is JSON. Raises InvalidRequest where the schema is too long."""
+        with _blaming(param):
+            return cls(json_source(schema), param=param)
 
     def grammar(self, text: Text) -> Grammar | None:
         """Raises InvalidRequest where a schema cannot be followed."""
         with _blaming(self.param):
-            return text.grammar(self.source) if self.source is not None else None
+            return _compiled(self.source, text) if self.source is not None else None
 
     def reader(self) -> CallReader | None:
         return self.form.reader() if self.form else None
 
 
-def _parameters(tool: Tool) -> dict[str, Any]:
-    return tool.function.parameters or _NO_ARGUMENTS
+def _followed(index: int, tool: Tool, form: CallForm) -> Mapping[str, Any]:
+    """The schema that the arguments of a tool will have, loosened where it is not `strict` and cannot be followed."""
+    parameters = tool.parameters or _NO_ARGUMENTS
+    spelled = json.dumps(parameters)
+    if (reason := _fault_in(spelled, form)) is None:
+        return parameters
+    if tool.strict:
+        raise InvalidRequest(f"tools.{index} ({tool.name}): {reason}", f"tools.{index}")
+    lenient = {**parameters, "x-guidance": {"lenient": True}}
+    if _fault_in(json.dumps(lenient), form) is None:
+        _log.warning("the schema of a tool is followed in part: index=%d", index)
+        return lenient
+    _log.warning("the schema of a tool is not followed, any object will do: index=%d", index)
+    return _ANY_ARGUMENTS
+
+
+@lru_cache(maxsize=32)
+def _compiled(source: str, text: Text) -> Grammar:
+    return text.grammar(source)
+
+
+@lru_cache(maxsize=512)  # Agents send the same tools with every request.
+def _fault_in(parameters: str, form: CallForm) -> str | None:
+    """Why the arguments of a tool cannot be bound by this schema."""
+    schema = json.loads(parameters)
+    if (count := _property_count(schema)) > _MOST_PROPERTIES:
+        return f"the schema has {count} properties, and {_MOST_PROPERTIES} can be followed"
+    tool = {"name": "f", "parameters": schema}
+    try:
+        check_source(form.source([tool], is_required=True, is_parallel=False))
+    except InvalidRequest as error:
+        return str(error)
+    return None
+
+
+def _property_count(schema: Any) -> int:
+    if isinstance(schema, dict):
+        properties = schema.get("properties")
+        own = len(properties) if isinstance(properties, dict) else 0
+        return own + sum(map(_property_count, schema.values()))
+    return sum(map(_property_count, schema)) if isinstance(schema, list) else 0
 
 
 @contextmanager

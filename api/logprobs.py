@@ -5,12 +5,27 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Set
 
-from api.schemas import ChosenLogprob, TokenLogprob
+from pydantic import BaseModel, ConfigDict
+
 from runtime.events import Token
 from runtime.text import Text
 
 # What OpenAI's own service says of a token that is as good as impossible; JSON has no infinity.
 _LEAST = -9999.0
+
+
+class TokenLogprob(BaseModel):
+    """A token's text and bytes; only some of a character's bytes make no text, and a replacement character stands there."""
+
+    model_config = ConfigDict(frozen=True, json_schema_serialization_defaults_required=True)
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
 
 
 class SentLogprobs:
@@ -35,7 +50,7 @@ class SentLogprobs:
             self._settle()
 
     def sent(self, text: str, *, is_last: bool) -> tuple[ChosenLogprob, ...]:
-        """The logprobs of tokens that are sent to their end with this text, after which `is_last` says no more comes."""
+        """The logprobs of tokens whose text is now fully sent; `is_last` flushes the rest."""
         self._sent += len(text)
         if is_last:
             self._settle()

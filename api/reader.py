@@ -11,12 +11,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from subprocess import DEVNULL, PIPE
+from typing import Any, TypeVar
 
 import outcome
 import trio
 
 from actors.nursery import open_nursery
-from api.reading import LENGTH, Fault, Job, Reading, Terms
+from api.reading import LENGTH, Fault, Job, Nothing, Read, Task, Terms
 from runtime.errors import DeadlineExceeded, InvalidRequest, NotServing, RequestError
 from runtime.text import Text
 
@@ -40,26 +41,33 @@ main()
 _log = logging.getLogger("perennial.api")
 
 
+R = TypeVar("R")
+
+
 class ReadingFailed(Exception):
     """A request could not be read, by a fault of ours. Says where and not of what."""
 
 
 @dataclass(eq=False)
 class _Asked:
-    """A body that waits to be read, and what came of it."""
+    """A task that waits, how long what it reads is, and what came of it."""
 
-    body: bytes
-    limit_s: float
-    answer: outcome.Maybe[Reading] | None = None
+    task: Task[Any]
+    size_bytes: int
+    answer: outcome.Maybe[Any] | None = None
     is_answered: trio.Event = field(default_factory=trio.Event)
 
-    def give(self, answer: outcome.Maybe[Reading]) -> None:
+    @property
+    def limit_s(self) -> float:
+        return _LIMIT_S + _LIMIT_S_PER_MIB * self.size_bytes / 2**20
+
+    def give(self, answer: outcome.Maybe[Any]) -> None:
         self.answer = answer
         self.is_answered.set()
 
 
 class Reader:
-    """Reads bodies in the order in which they come, small ones also past longer ones."""
+    """Does tasks in the order in which they come, small ones also past longer ones."""
 
     def __init__(self, text: Text, terms: Terms, request_timeout_s: float) -> None:
         self._text = text
@@ -76,20 +84,19 @@ class Reader:
 
     def warm(self) -> None:
         """Starts a process before the first request needs it."""
-        self._ask(_Asked(b"", _LIMIT_S))
+        self._ask(_Asked(Nothing(), 0))
 
     @property
     def waiting(self) -> int:
-        """Bodies that nobody reads yet."""
+        """Tasks that nobody does yet."""
         return len(self._waiting)
 
-    async def read(self, body: bytes) -> Reading:
-        """What the body comes to. Raises what is wrong with it, or DeadlineExceeded.
+    async def read(self, task: Task[R], size_bytes: int) -> R:
+        """What comes of a task, which reads so many bytes. Raises what is wrong with them, or DeadlineExceeded.
 
         Who leaves before the answer leaves a process that may go on for the time it has: others need not wait for another.
         """
-        limit_s = _LIMIT_S + _LIMIT_S_PER_MIB * len(body) / 2**20
-        asked = _Asked(body, limit_s)
+        asked = _Asked(task, size_bytes)
         self._ask(asked)
         try:
             with trio.fail_after(self._request_timeout_s):
@@ -101,16 +108,17 @@ class Reader:
             if asked in self._waiting:
                 self._waiting.remove(asked)
         assert asked.answer is not None
-        return asked.answer.unwrap()
+        read: R = asked.answer.unwrap()
+        return read
 
     def _ask(self, asked: _Asked) -> None:
         self._waiting.append(asked)
         self._assign()
 
     def _assign(self) -> None:
-        """Gives to each desk that is free the first body that it takes."""
+        """Gives to each desk that is free the first task that it takes."""
         for desk in self._desks:
-            found = next((asked for asked in self._waiting if len(asked.body) <= desk.most_bytes), None)
+            found = next((asked for asked in self._waiting if asked.size_bytes <= desk.most_bytes), None)
             if desk.is_free and found is not None:
                 self._waiting.remove(found)
                 desk.give(found)
@@ -151,7 +159,7 @@ async def open_reader(text: Text, terms: Terms, request_timeout_s: float) -> Asy
 
 
 class _Desk:
-    """A place where one body is read at a time, none over `most_bytes`."""
+    """A place where one task is done at a time, none over `most_bytes`."""
 
     def __init__(self, most_bytes: float) -> None:
         self.most_bytes = most_bytes
@@ -176,21 +184,21 @@ class _Process:
         self._received = bytearray()
         self.is_broken = False
 
-    async def read(self, asked: _Asked) -> outcome.Maybe[Reading]:
-        """What came of the body. The process is broken where it took too long, or ended."""
+    async def read(self, asked: _Asked) -> outcome.Maybe[Any]:
+        """What came of the task. The process is broken where it took too long, or ended."""
         try:
             with trio.fail_after(asked.limit_s):
-                answer = await self.exchange(Job(asked.body, math.ceil(asked.limit_s) + 1))
+                answer = await self.exchange(Job(asked.task, math.ceil(asked.limit_s) + 1))
         except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError, EOFError) as error:
             self.is_broken = True
             reason = "it took too long" if isinstance(error, trio.TooSlowError) else "its process ended"
-            _log.warning("request not read bytes=%d reason=%r", len(asked.body), reason)
+            _log.warning("request not read bytes=%d reason=%r", asked.size_bytes, reason)
             return outcome.Error(
                 InvalidRequest("this request takes more time or memory to read than there is for it: send less")
             )
         match answer:
-            case Reading():
-                return outcome.Value(answer)
+            case Read(value):
+                return outcome.Value(value)
             case RequestError():
                 return outcome.Error(answer)
             case Fault(words):

@@ -1,6 +1,6 @@
 """Reads requests, in a process that can be ended: what a client or a chat template makes of them may take for ever.
 
-The process is given the model's `Text` and its `Terms`, then bodies, and answers each with a `Reading` or with an error. On
+The process is given the model's `Text` and its `Terms`, then tasks, and answers each with what comes of it or with an error. On
 both pipes go pickles, each after its length. Nothing here imports an engine's libraries.
 """
 
@@ -13,14 +13,15 @@ import signal
 import struct
 import sys
 import traceback
-from array import array
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 
-from api.bounds import Bounds
-from api.request import CompletionRequest
-from runtime.errors import InvalidRequest, ModelNotFound, RequestError, SlabOverflow
+from runtime import script
+from runtime.errors import InvalidRequest, RequestError
+from runtime.items import Item
+from runtime.script import Head, Written
 from runtime.text import Text
 
 LENGTH = struct.Struct("!Q")
@@ -28,8 +29,9 @@ LENGTH = struct.Struct("!Q")
 
 # The most that reading a request may take of memory. It stands for a template that multiplies text, not for long prompts.
 _MOST_MEMORY_BYTES = 2 * 2**30
-# A message that is empty is some tokens long in any template that a model was made with; one may leave a few out.
-_MESSAGES_BESIDE_TOKENS = 1024
+
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +42,72 @@ class Terms:
     most_tokens: int
 
 
+class Task(Protocol[R_co]):
+    """Something to be read. It is a value: it goes to the process in a pickle."""
+
+    def run(self, text: Text, terms: Terms) -> R_co:
+        """What comes of it. Raises RequestError."""
+        ...
+
+
+class Parse(Protocol[R_co]):
+    """A function of a module that makes a question of a body."""
+
+    def __call__(self, body: bytes, text: Text, terms: Terms, /) -> R_co: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBody(Generic[R]):
+    """The body of a request, in the dialect that `parse` reads."""
+
+    parse: Parse[R]
+    body: bytes
+
+    def run(self, text: Text, terms: Terms) -> R:
+        return self.parse(self.body, text, terms)
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Items to be written down for the model, behind those that it has read `before`, or from the beginning."""
+
+    head: Head
+    before: tuple[Item, ...]
+    new: tuple[Item, ...]
+    options: Mapping[str, Any]
+    is_after_eos: bool = False
+    is_open_turn: bool = False
+
+    def run(self, text: Text, terms: Terms) -> Written | None:
+        """None where the template writes anew what was before."""
+        if self.is_open_turn:
+            return script.write_open_turn(text, self.head, self.new, self.options)
+        if not self.before:
+            return script.write(text, self.head, self.new, self.options)
+        return script.write_on(text, self.head, self.before, self.new, self.options, is_after_eos=self.is_after_eos)
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing:
+    """The task for which a process is started before there is one."""
+
+    def run(self, text: Text, terms: Terms) -> None:
+        pass
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One body, and the seconds after which its process is to be gone, whoever has forgotten it."""
+    """A task, and the seconds after which its process is to be gone, whoever has forgotten it."""
 
-    body: bytes
+    task: Task[Any]
     limit_s: int
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What a body comes to. Of `asked` and `bounds`, what the prompt and the grammar were made of is left out."""
+class Read(Generic[R]):
+    """What came of a task."""
 
-    asked: CompletionRequest
-    bounds: Bounds
-    prompt: array[int]
+    value: R
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,31 +115,6 @@ class Fault:
     """A fault of ours: its kind and where it was raised, for the log, and nothing of what was read."""
 
     words: str
-
-
-def read(body: bytes, text: Text, terms: Terms) -> Reading:
-    """Raises InvalidRequest, ModelNotFound or SlabOverflow."""
-    asked = CompletionRequest.parse(body)
-    if asked.model != terms.label:
-        raise ModelNotFound(f"no model {asked.model!r} here: GET /v1/models names the one there is", "model")
-    _check_length(asked, text, terms)
-    bounds = Bounds.of(asked, text)
-    prompt = text.render([message.for_template() for message in asked.messages], bounds.tools)
-    rest = asked.model_copy(update={"messages": [], "tools": None, "response_format": None})
-    return Reading(rest, replace(bounds, tools=()), array("I", prompt))
-
-
-def _check_length(asked: CompletionRequest, text: Text, terms: Terms) -> None:
-    """Refuses what cannot come to few enough tokens, before anything is done with each of its characters."""
-    characters = sum(message.length for message in asked.messages)
-    if characters > terms.most_tokens * text.longest_spelling:
-        raise SlabOverflow(
-            f"the messages have {characters} characters, and the most tokens here are {terms.most_tokens}"
-        )
-    if len(asked.messages) > terms.most_tokens + _MESSAGES_BESIDE_TOKENS:
-        raise SlabOverflow(
-            f"there are {len(asked.messages)} messages, and the most tokens here are {terms.most_tokens}"
-        )
 
 
 def main() -> None:
@@ -110,9 +138,9 @@ def main() -> None:
         _send(answers, answer)
 
 
-def _answer(job: Job, text: Text, terms: Terms) -> Reading | RequestError | Fault:
+def _answer(job: Job, text: Text, terms: Terms) -> Read[Any] | RequestError | Fault:
     try:
-        return read(job.body, text, terms)
+        return Read(job.task.run(text, terms))
     except RequestError as error:
         return error
     except MemoryError:

@@ -11,21 +11,25 @@ class StopStrings:
     def __init__(self, stops: list[str]) -> None:
         self._stops = stops
         self._held = ""
-        self._has_stopped = False
+        self._stopped_by: str | None = None
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that has come, if one has."""
+        return self._stopped_by
 
     @property
     def has_stopped(self) -> bool:
         """Whether a stop string has come; what follows it is not text."""
-        return self._has_stopped
+        return self._stopped_by is not None
 
     def feed(self, text: str) -> str:
         """What may be sent now that `text` has come."""
         self._held += text
         # By end: the one that is complete first stops the text, however the text is cut into pieces.
-        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self._has_stopped = True
-            _, at = min(found)
+            _, at, self._stopped_by = min(found)
             sent, self._held = self._held[:at], ""
             return sent
         keep = max((overlap(self._held, stop) for stop in self._stops), default=0)

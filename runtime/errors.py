@@ -97,6 +97,18 @@ class ModelNotFound(InvalidRequest):
     grpc, http, code = "NOT_FOUND", 404, "model_not_found"
 
 
+class PreviousResponseNotFound(MalformedRequest):
+    """What a request is to follow is not held, or not any more: who has the whole conversation can send it."""
+
+    grpc, code = "NOT_FOUND", "previous_response_not_found"
+
+
+class ResponseNotFound(RequestError):
+    """No response of this id is stored."""
+
+    grpc, http = "NOT_FOUND", 404
+
+
 class HistoryMismatch(RequestError):
     """`expected_history_length` is not the session's; the message says what is."""
 

@@ -55,9 +55,17 @@ def _checked(source: str) -> str:
     return source
 
 
+def check_source(source: str) -> None:
+    """Raises InvalidRequest where a grammar of this text is wrong or not supported."""
+    is_wrong, reasons = LLMatcher.validate_grammar_with_warnings(source, limits=_LIMITS)
+    if is_wrong:
+        raise InvalidRequest(f"this grammar cannot be followed: {_one_line(reasons[0])}")
+
+
 def json_rule(schema: Mapping[str, Any]) -> str:
     """The right side of a rule in llguidance's Lark for JSON of this schema."""
-    return f"%json {json.dumps({**schema, 'x-guidance': _JSON_SPELLING})}"
+    guidance = {**schema.get("x-guidance", {}), **_JSON_SPELLING}
+    return f"%json {json.dumps({**schema, 'x-guidance': guidance})}"
 
 
 class Grammar:
@@ -132,4 +140,8 @@ def _allows(mask: Mask, token_id: int) -> bool:
 
 
 def _line(matcher: LLMatcher) -> str:
-    return " ".join(matcher.get_error().split())[:300]
+    return _one_line(matcher.get_error())
+
+
+def _one_line(words: str) -> str:
+    return " ".join(words.split())[:300]

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,6 +122,19 @@ class SlabSpec:
         needed = min(position + 1, self.slots)
         return min(-(-needed // self.bucket) * self.bucket, self.slots)
 
+    def is_whole(self, written: int, frontier: int) -> bool:
+        """Whether a slab that was written up to `written` still holds all that a token at `frontier` needs."""
+        oldest = max(self.sink, frontier - self.window + 1)
+        if frontier >= written:
+            return True
+        if self.recurrent is None or not frontier:
+            return written - self.ring <= oldest
+        chunk = frontier // CHUNK
+        first = max(0, chunk * CHUNK - self.recurrent.reach)
+        # Before the first chunk there is no state to be kept.
+        has_state = not chunk or written // CHUNK - chunk < self.states
+        return written - self.ring <= oldest and written - self.given <= first and has_state
+
     def visible_slots(self, positions: Tensor, extent: int, window: int | None = None) -> Tensor:
         """Whether the query at each of `positions` [N] attends to each of the first `extent` slots, bool [N, extent].
 
@@ -152,6 +167,7 @@ class Slab(ABC):
         self.spec = spec
         self._layers = spec.layers + (spec.recurrent.layers if spec.recurrent else 0)
         self._frontiers = [0] * self._layers
+        self._written = 0
         self._leases = 0
 
     @property
@@ -162,7 +178,6 @@ class Slab(ABC):
     def change_hands(self) -> None:
         """Is lent, or given back."""
         self._leases += 1
-        self.clear()
 
     @property
     def frontiers(self) -> tuple[int, ...]:
@@ -173,6 +188,15 @@ class Slab(ABC):
     def frontier(self) -> int:
         """One more than the last position that every layer holds."""
         return min(self._frontiers)
+
+    @property
+    def written(self) -> int:
+        """One more than the last position that was ever written since the slab was empty: older ones may be written over."""
+        return self._written
+
+    def is_whole(self, frontier: int) -> bool:
+        """Whether all is held still that a token at `frontier` attends to or goes on from."""
+        return self.spec.is_whole(self._written, frontier)
 
     @property
     def live_length(self) -> int:
@@ -210,11 +234,11 @@ class Slab(ABC):
             self.put(layer, *other.held(layer))
         for mine, theirs in zip(self.kept(), other.kept(), strict=True):
             mine.copy_(theirs)
-        self.advance_all(other.frontier)
+        self.resume(other.frontier, other.written)
 
     def retract(self, frontier: int) -> None:
-        """Forgets what was written from `frontier` on, at most a tile less one of rows: the window is whole still."""
-        assert self.frontier - self.spec.row_tile < frontier
+        """Forgets what was written from `frontier` on. What is left must be whole (`is_whole`)."""
+        assert self.is_whole(frontier)
         self._frontiers = [min(frontier, each) for each in self._frontiers]
 
     def skip(self, frontier: int) -> None:
@@ -227,15 +251,22 @@ class Slab(ABC):
     def clear(self) -> None:
         """Forgets every token. The bytes stay; no later query sees them."""
         self._frontiers = [0] * self._layers
+        self._written = 0
 
     def advance(self, layer: int, end: int) -> None:
         """Says that a layer holds the positions up to `end` (exclusive)."""
         self._frontiers[layer] = max(self._frontiers[layer], end)
+        self._written = max(self._written, end)
 
     def advance_all(self, end: int) -> None:
         """Says that every layer holds the positions up to `end` (exclusive)."""
         for layer in range(self._layers):
             self.advance(layer, end)
+
+    def resume(self, frontier: int, written: int) -> None:
+        """Says that an empty slab was filled with what another holds, which was `written` up to there and went back."""
+        self.advance_all(frontier)
+        self._written = max(frontier, written)
 
     def kept(self) -> tuple[Tensor, ...]:
         """What recurrent layers keep, in one order, to be read or written in place."""
@@ -255,26 +286,54 @@ class Slab(ABC):
 
 
 class SlabPool:
-    """Slabs that are there from the start, lent to one session at a time."""
+    """Slabs that are there from the start, lent to one session at a time. One that is free remembers what it has read."""
 
     def __init__(self, spec: SlabSpec, slabs: Iterable[Slab]) -> None:
         self.spec = spec
-        self._free = [*slabs][::-1]
+        # The one given back last stands last.
+        self._free: dict[Slab, array[int]] = {slab: array("I") for slab in [*slabs][::-1]}
         self.total = len(self._free)
 
     @property
     def in_use(self) -> int:
         return self.total - len(self._free)
 
-    def acquire(self) -> Slab:
-        """An empty slab. Raises CapacityExhausted, and changes nothing, when none is free."""
+    def acquire(self, history: array[int] | None = None) -> Slab:
+        """A slab that has read as much of the beginning of `history` as any that is free; without one an empty slab.
+
+        Raises CapacityExhausted, and changes nothing, when none is free.
+        """
         if not self._free:
             raise CapacityExhausted(f"all {self.total} slabs are in use: close a session or try again later")
-        slab = self._free.pop()
-        slab.change_hands()
-        return slab
+        lengths = {slab: self._useful(slab, read, history) for slab, read in self._free.items() if history and read}
+        best = max(lengths, key=lambda slab: lengths[slab], default=None)
+        if best is None or not lengths[best]:
+            # What was read longest ago is least likely to be asked for again.
+            best = next((slab for slab, read in self._free.items() if not read), next(iter(self._free)))
+        del self._free[best]
+        best.change_hands()
+        if length := lengths.get(best, 0):
+            best.retract(length)
+        else:
+            best.clear()
+        return best
 
-    def release(self, slab: Slab) -> None:
+    def release(self, slab: Slab, read: array[int] | None = None) -> None:
+        """Takes a slab back, which has read these tokens; without them it is emptied."""
         assert slab not in self._free
         slab.change_hands()
-        self._free.append(slab)
+        if not read:
+            slab.clear()
+        self._free[slab] = read or array("I")
+
+    def _useful(self, slab: Slab, read: array[int], history: array[int] | None) -> int:
+        """How much of the history a slab has read and still holds whole."""
+        length = common_length(read, history or array("I"))
+        return length if slab.is_whole(length) else 0
+
+
+def common_length(one: array[int], other: array[int]) -> int:
+    """How many tokens two histories begin with alike."""
+    most = min(len(one), len(other))
+    differ = np.flatnonzero(np.asarray(one[:most]) != np.asarray(other[:most]))
+    return int(differ[0]) if len(differ) else most

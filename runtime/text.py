@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import secrets
+from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
 from llguidance import LLTokenizer
 from tokenizers import Tokenizer
 
@@ -25,6 +28,9 @@ Tools = Sequence[Mapping[str, Any]]
 _MARK = "\u2234"
 # A model may go on with bytes that are no text at all; so many tokens and no whole character are taken for that.
 _MOST_HELD = 64
+# Stands between the letters of a control token that somebody has written. Nobody knows it who writes.
+_MASK = secrets.token_hex(8)
+_MOST_REASON = 300
 
 
 class Text:
@@ -90,19 +96,72 @@ class Text:
         """Whether some of the text's tokens are special ones, which a detokenizer leaves out."""
         return not self._special.isdisjoint(self.encode(text))
 
-    def apply_template(self, messages: Messages, tools: Tools = (), *, is_turn_next: bool = True) -> str:
-        """The text of a conversation, up to the assistant's turn if that `is_turn_next`. Raises MalformedRequest."""
+    def apply_template(
+        self,
+        messages: Messages,
+        tools: Tools = (),
+        *,
+        is_turn_next: bool = True,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """The text of a conversation, up to the assistant's turn if that `is_turn_next`; `options` are for the template.
+
+        Raises MalformedRequest.
+        """
         if not self._tokenizer.chat_template:
             raise MalformedRequest(
                 "the model has no chat template: use the gRPC door, which takes token ids", "messages"
             )
         try:
             text: str = self._tokenizer.apply_chat_template(
-                messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=is_turn_next
+                messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=is_turn_next, **options
             )
-        except TemplateError as error:
-            raise MalformedRequest(f"the chat template refuses these messages: {error}", "messages") from error
+        except MemoryError:
+            raise
+        except Exception as error:
+            # A template is a program of others', and what it cannot do with these messages it may fail of in any way.
+            words = " ".join(f"{error}".split())[:_MOST_REASON] or type(error).__name__
+            raise MalformedRequest(f"the chat template refuses these messages: {words}", "messages") from error
         return text
+
+    @cached_property
+    def chat_template(self) -> str:
+        """The template as it is written; empty where the model has none."""
+        template = self._tokenizer.chat_template
+        return "\n".join(template.values()) if isinstance(template, dict) else template or ""
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the model's answers may begin with reasoning between tags."""
+        return "</think>" in self.chat_template
+
+    def masked(self, value: Any) -> Any:
+        """`value`, in whose strings no control token is spelled for `encode_masked` any more."""
+        if isinstance(value, str):
+            return self._control.sub(lambda found: _MASK.join(found[0]), value) if self._control else value
+        if isinstance(value, Mapping):
+            return {key: self.masked(one) for key, one in value.items()}
+        return [self.masked(one) for one in value] if isinstance(value, list | tuple) else value
+
+    def encode_masked(self, text: str) -> array[int]:
+        """The tokens of a template's text: what was masked in it is plain text, letter by letter."""
+        return array("I", (token_id for part in text.split(_MASK) for token_id in self.encode(part)))
+
+    def from_eos(self, text: str) -> str:
+        """The text from the first end-of-turn token that is spelled in it; empty where there is none."""
+        places = [at for spelled in self._eos_spellings if (at := text.find(spelled)) >= 0]
+        return text[min(places) :] if places else ""
+
+    @cached_property
+    def _eos_spellings(self) -> list[str]:
+        spelled = (self._backend.id_to_token(token_id) for token_id in self.eos_token_ids)
+        return [token for token in spelled if token]
+
+    @cached_property
+    def _control(self) -> re.Pattern[str] | None:
+        """Tokens that the tokenizer finds in a text before it looks at words. Those of one letter cannot be masked."""
+        added = [token.content for token in self._backend.get_added_tokens_decoder().values() if len(token.content) > 1]
+        return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True)))) if added else None
 
     def encode(self, text: str) -> list[int]:
         """The tokens of plain text, special tokens in it included."""
@@ -121,6 +180,11 @@ class Text:
         # What is cached here is made anew where it is needed.
         return Text, (self._tokenizer, self.eos_token_ids)
 
+    def spelled(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        return text
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -128,7 +192,7 @@ class Text:
 
     def render(self, messages: Messages, tools: Tools = ()) -> list[int]:
         """The tokens of a conversation, ready for the assistant's turn. Raises MalformedRequest if the template refuses."""
-        return self.encode(self.apply_template(messages, tools))
+        return self.encode_masked(self.apply_template(self.masked(messages), tools)).tolist()
 
     def render_next_turn(self, content: str, is_after_eos: bool) -> list[int]:
         """The tokens that take a conversation from the end of the assistant's turn to its next, `content` between them.
@@ -136,9 +200,9 @@ class Text:
         `is_after_eos` says whether the history ends with an end-of-turn token. Raises MalformedRequest.
         """
         before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _MARK}]
-        text = self.apply_template([*before, {"role": "user", "content": content}])
+        text = self.apply_template([*before, {"role": "user", "content": self.masked(content)}])
         rest = text[text.index(_MARK) + len(_MARK) :]
-        token_ids = self.encode(rest)
+        token_ids = self.encode_masked(rest).tolist()
         return token_ids[1:] if is_after_eos and token_ids[0] in self.eos_token_ids else token_ids
 
     def detokenizer(self) -> Detokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,20 +11,13 @@ from typing import Any
 
 from runtime.errors import MalformedRequest
 from runtime.grammar import json_rule, lark_source
+from runtime.items import Call
 from runtime.text import Text, overlap
 
 _NAME, _KEY = "perennial_name", "perennial_key"
 _TOOL = {"type": "function", "function": {"name": "other", "description": "-", "parameters": {"type": "object"}}}
 _CALL = {"id": "123456789", "type": "function", "function": {"name": _NAME, "arguments": {_KEY: 1}}}
 _USER = {"role": "user", "content": "-"}
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call; `arguments` is a JSON object as the model spelled it."""
-
-    name: str
-    arguments: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +91,12 @@ class CallForm:
             start = "free* TEXT" if is_parallel else "TEXT | free"
         return lark_source("\n".join([f"start: {start}", *lines]))
 
+    def source_without_calls(self) -> str:
+        """The text of a grammar: any text in which no call is begun."""
+        trigger = re.escape(self.opening.strip() or self.before_name).replace("/", r"\/")
+        return lark_source(rf"""start: TEXT
+TEXT: /(.|\n)*/ & ~/(.|\n)*{trigger}(.|\n)*/""")
+
     def reader(self) -> CallReader:
         return CallReader(self)
 
@@ -108,7 +108,16 @@ class CallReader:
         self._form = form
         self._head = form.opening + form.before_name
         self._held = ""
+        self._object: _Object | None = None
         self._has_called = False
+
+    @property
+    def begun(self) -> Call | None:
+        """The call that has come in part: its name, and its arguments as far as they go."""
+        if self._object is None:
+            return None
+        name, _, rest = self._held[len(self._head) :].partition(self._form.before_arguments)
+        return Call(name, rest[: self._object.end])
 
     def feed(self, text: str) -> Iterator[str | Call]:
         """Text that is no part of a call, and calls that are whole, now that `text` has come."""
@@ -127,9 +136,9 @@ class CallReader:
             yield call
 
     def end(self) -> str:
-        """What was held back: the beginning of a call that did not come to its end."""
+        """What was held back and is no part of a call. Of a call that did not come to its end, `begun` tells."""
         rest, self._held = self._held, ""
-        return rest
+        return "" if rest.startswith(self._head) else rest
 
     def _text(self, text: str) -> Iterator[str]:
         # Between calls templates write whitespace that is not the assistant's.
@@ -139,16 +148,43 @@ class CallReader:
     def _call(self) -> Call | None:
         """The call that the held text begins with, taken from it, if it is whole."""
         name, found, rest = self._held[len(self._head) :].partition(self._form.before_arguments)
-        if not found or self._form.after_arguments not in rest:
+        if not found:
             return None
-        try:
-            length = json.JSONDecoder().raw_decode(rest)[1]
-        except ValueError:
-            return None
-        if not rest.startswith(self._form.after_arguments, length):
+        self._object = self._object or _Object()
+        self._object.read(rest)
+        length = self._object.end
+        if length is None or not rest.startswith(self._form.after_arguments, length):
             return None
         self._held = rest[length + len(self._form.after_arguments) :]
+        self._object = None
         return Call(name, rest[:length])
+
+
+class _Object:
+    """Finds where a JSON object ends that comes in pieces, and looks at each letter once."""
+
+    def __init__(self) -> None:
+        self._at = self._depth = 0
+        self._is_in_string = self._is_escaped = False
+        self.end: int | None = None
+        """How long the object is, once it has come whole."""
+
+    def read(self, text: str) -> None:
+        """Goes on reading where it was; `text` is the object from its beginning."""
+        while self.end is None and self._at < len(text):
+            letter = text[self._at]
+            self._at += 1
+            if self._is_in_string:
+                self._is_in_string = self._is_escaped or letter != '"'
+                self._is_escaped = letter == "\\" and not self._is_escaped
+            elif letter == '"':
+                self._is_in_string = True
+            elif letter in "{[":
+                self._depth += 1
+            elif letter in "}]":
+                self._depth -= 1
+                if not self._depth:
+                    self.end = self._at
 
 
 def _spoken(text: Text, asked: str, count: int) -> str:

@@ -51,6 +51,7 @@ class SlabWriter:
             "id": path.stem,
             "identity": identity.to_json(),
             "frontier": self.frontier,
+            "written": slab.written,
             "history": digest_of(history[: self.frontier]),
         }
         self._seal = b""
@@ -120,13 +121,15 @@ def read_slab(files: Files, path: Path, identity: SlabIdentity, slab: Slab, hist
         header, at, seal = read_header(files, file, MAGIC, _version_of(slab.spec))
         try:
             frontier = int(header["frontier"])
+            # Where a file does not say it, a slab may have gone back by less than a tile.
+            written = int(header.get("written", frontier + slab.spec.row_tile))
             if header["id"] != path.stem or header["history"] != digest_of(history[:frontier]):
                 raise Damaged("it is another history's")
             if header["identity"] != identity.to_json():
                 raise Unknown("it was written by another engine")
         except (KeyError, TypeError, ValueError) as error:
             raise Damaged("its header says too little") from error
-        if not 0 <= frontier <= len(history):
+        if not 0 <= frontier <= min(len(history), written):
             raise Damaged("it is ahead of its history")
         spec = slab.spec
         used = min(frontier, spec.slots)
@@ -150,7 +153,7 @@ def read_slab(files: Files, path: Path, identity: SlabIdentity, slab: Slab, hist
                 whole = []
         for piece in _kept_pieces(slab):
             piece.copy_(read(piece.numel(), piece.dtype))
-        slab.advance_all(frontier)
+        slab.resume(frontier, written)
 
 
 def digest_of(history: array[int]) -> str:

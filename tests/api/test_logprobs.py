@@ -8,8 +8,7 @@ from functools import cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api.logprobs import SentLogprobs
-from api.schemas import ChosenLogprob
+from api.logprobs import ChosenLogprob, SentLogprobs
 from api.stop_strings import StopStrings
 from runtime.events import Logprobs, Token
 from runtime.models import SEEDLING, find_model

@@ -190,6 +190,46 @@ def test_a_recurrent_layer_finds_all_that_a_tile_may_need_whatever_was_taken_bac
         frontier = max(frontier, stop)
 
 
+@settings(max_examples=200, deadline=None)
+@given(SPECS, st.booleans(), st.integers(1, 300), st.integers(0, 300))
+def test_a_slab_that_says_it_is_whole_holds_all_that_the_next_token_needs(
+    spec: SlabSpec, is_recurrent: bool, written: int, frontier: int
+) -> None:
+    if is_recurrent:
+        spec = replace(spec, recurrent=RecurrentSpec(layers=1, columns=1, reach=3, state=(1, 1, 1)))
+    frontier = min(frontier, written)
+    if not spec.is_whole(written, frontier):
+        assert frontier < written - spec.row_tile + 1
+        return
+
+    held = {spec.slot(position): position for position in range(written)}
+    assert all(held[spec.slot(one)] == one for one in positions_seen(frontier, spec.sink, spec.window) - {frontier})
+    if is_recurrent:
+        chunk = frontier // CHUNK
+        given = {position % spec.given: position for position in range(written)}
+        states = {one % spec.states: one for one in range(1, written // CHUNK + 1)}
+        assert all(given[one % spec.given] == one for one in range(max(0, chunk * CHUNK - 3), frontier))
+        assert not chunk or states[chunk % spec.states] == chunk
+
+
+def test_a_slab_that_went_back_knows_what_was_written_over_before() -> None:
+    """Tokens that were taken back lie in the slots of older ones, which a second step back would need."""
+    spec = spec_of(2, 40, 20)
+    pool = torch_pool(spec, 2)
+    slab, fork = pool.acquire(), pool.acquire()
+    slab.advance_all(200)
+    slab.retract(182)
+
+    fork.copy_from(slab)
+
+    assert spec.is_whole(182, 170)
+    assert not slab.is_whole(170)
+    assert not fork.is_whole(170)
+    slab.clear()
+    slab.advance_all(182)
+    assert slab.is_whole(170)
+
+
 def test_a_fork_has_what_recurrent_layers_keep_and_a_skip_forgets_it() -> None:
     slab, fork = recurrent_slab(), recurrent_slab()
     for one in slab.kept():

@@ -64,6 +64,18 @@ def test_what_recurrent_layers_keep_comes_back_whole(tmp_path: Path) -> None:
     assert all(torch.equal(*pair) for pair in zip(read.kept(), slab.kept(), strict=True))
 
 
+def test_a_slab_comes_back_as_one_that_went_back(tmp_path: Path) -> None:
+    slab, history = filled(60)
+    slab.retract(55)
+    path = tmp_path / "session.slab"
+    write_slab(Files(), path, ENGINE, slab, history)
+
+    read = torch_pool(SPEC, 1).acquire()
+    read_slab(Files(), path, ENGINE, read, history)
+
+    assert (read.frontier, read.written) == (55, 60)
+
+
 def test_a_byte_changed_in_what_recurrent_layers_keep_is_damage(tmp_path: Path) -> None:
     slab, history = filled(40, replace(SPEC, recurrent=RECURRENT))
     path = tmp_path / "session.slab"

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    StringConstraints,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
+
+from api import bounds
+from api.dialects.asked import Asked, ToolName
+from runtime.items import Call, Item, Message, Output, Reasoning
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -24,12 +19,6 @@ _NOTHING: tuple[object, ...] = (None, False, 0, "", [], {})
 _NOT_IN_MESSAGES = ("function_call", "audio", "refusal")
 
 
-class Asked(BaseModel):
-    """Strict, and blind to what it does not know, as JSON from OpenAI's clients wants it."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
-
-
 class TextPart(Asked):
     type: Literal["text"]
     text: str
@@ -37,31 +26,17 @@ class TextPart(Asked):
 
 
 class CalledFunction(Asked):
+    """`arguments` are the text of a JSON object; what a model made of them once and no client can mend, is taken too."""
+
     name: str
-    arguments: Annotated[
-        str, Field(json_schema_extra={"contentMediaType": "application/json", "contentSchema": _OBJECT})
-    ]
-
-    def for_template(self) -> dict[str, Any]:
-        """Templates spell the arguments themselves, and so need the object and not its JSON."""
-        return {"name": self.name, "arguments": json.loads(self.arguments or "{}")}
-
-    @model_validator(mode="after")
-    def _is_json(self) -> CalledFunction:
-        try:
-            arguments = json.loads(self.arguments or "{}")
-        except ValueError:
-            arguments = None
-        if not isinstance(arguments, dict):
-            raise ValueError("arguments must be a JSON object")
-        return self
+    arguments: str
 
 
 class MadeCall(Asked):
     """A call of an earlier turn, as the client sends it back."""
 
     id: str
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
     function: CalledFunction
 
 
@@ -69,10 +44,9 @@ def _describe_message(schema: dict[str, Any]) -> None:
     """Adds what `ChatMessage` checks besides types."""
     schema["properties"] |= {name: {"enum": [*_NOTHING]} for name in _NOT_IN_MESSAGES}
     said = {"content": {"type": ["string", "array"]}, "tool_calls": {"maxItems": 0}}
-    called = {"role": {"const": "assistant"}, "tool_calls": {"type": "array", "minItems": 1}}
     schema["anyOf"] = [
         {"required": ["content"], "properties": said},
-        {"required": ["tool_calls"], "properties": called},
+        {"properties": {"role": {"const": "assistant"}}},
     ]
 
 
@@ -83,13 +57,14 @@ class ChatMessage(Asked):
     name: str | None = None
     tool_calls: list[MadeCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
     content: str | list[TextPart] | None = Field(default=None, validate_default=True)
 
     @field_validator("content")
     @classmethod
     def _is_said(cls, content: object, before: ValidationInfo) -> object:
-        if content is None and not before.data.get("tool_calls"):
-            raise ValueError("only a message with tool_calls may be without content")
+        if content is None and before.data.get("role") != "assistant":
+            raise ValueError("only the assistant's messages may be without content")
         return content
 
     @model_validator(mode="after")
@@ -101,31 +76,29 @@ class ChatMessage(Asked):
             raise ValueError("tool_calls belong to the assistant's messages")
         return self
 
-    @property
-    def length(self) -> int:
-        """Characters of what it says."""
+    def items(self) -> Iterator[Item]:
+        """What the message says, in no dialect."""
         content = self.content or ""
-        said = len(content) if isinstance(content, str) else sum(len(part.text) for part in content)
-        return said + sum(len(call.function.arguments) for call in self.tool_calls or ())
-
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates know it: one string, and `system` for the newer name of that role."""
-        content = self.content or ""
-        calls = [{**call.model_dump(), "function": call.function.for_template()} for call in self.tool_calls or ()]
-        return {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": content if isinstance(content, str) else "".join(part.text for part in content),
-            **({"name": self.name} if self.name else {}),
-            **({"tool_calls": calls} if calls else {}),
-            **({"tool_call_id": self.tool_call_id} if self.tool_call_id else {}),
-        }
-
-
-FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+        said = content if isinstance(content, str) else "".join(part.text for part in content)
+        match self.role:
+            case "assistant":
+                if self.reasoning_content:
+                    yield Reasoning(self.reasoning_content)
+                # Beside calls or reasoning an answer without words is none.
+                if said.strip() or not (self.tool_calls or self.reasoning_content):
+                    yield Message("assistant", said)
+                for call in self.tool_calls or ():
+                    yield Call(call.function.name, call.function.arguments, call.id)
+            case "tool":
+                yield Output(said, self.tool_call_id or "")
+            case "user":
+                yield Message("user", said, self.name or "")
+            case "system" | "developer":
+                yield Message("system", said, self.name or "")
 
 
 class Function(Asked):
-    name: FunctionName
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -134,6 +107,11 @@ class Function(Asked):
 class Tool(Asked):
     type: Literal["function"]
     function: Function
+
+    def plain(self) -> bounds.Tool:
+        """The tool in no dialect."""
+        of = self.function
+        return bounds.Tool(of.name, of.description, of.parameters, bool(of.strict))
 
 
 class ChosenFunction(Asked):
@@ -146,7 +124,7 @@ class ChosenTool(Asked):
 
 
 class JsonSchema(Asked):
-    name: FunctionName
+    name: ToolName
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None

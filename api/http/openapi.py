@@ -2,134 +2,57 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestTimeout
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from api.auth import needs_key
+from api.dialects.chat.request import CompletionRequest
+from api.http.routes import DEPRECATION, JSON, Events, Route
 from api.replies import headers_of, type_of
-from api.request import CompletionRequest
-from api.schemas import Chunk, Completion, CountedChunk, ErrorReply, Health, ModelList
-from api.status import RuntimeStatus
-from runtime.errors import (
-    CapacityExhausted,
-    DeadlineExceeded,
-    EngineFailed,
-    ForbiddenHost,
-    ForbiddenOrigin,
-    InvalidRequest,
-    MalformedRequest,
-    ModelNotFound,
-    NotServing,
-    PayloadTooLarge,
-    PerennialError,
-    Saturated,
-    SessionFailed,
-    SlabOverflow,
-    Unauthenticated,
-    UnsupportedMediaType,
-)
+from api.schemas import ErrorReply
+from runtime.errors import ForbiddenHost, ForbiddenOrigin, PerennialError, Unauthenticated, UnsupportedMediaType
 from runtime.settings import Settings
 
-JSON = "application/json"
 _REF = "#/components/schemas/{model}"
 _KEY = "key"
+_IN_PATH = re.compile(r"<(?:\w+:)?(\w+)>")
 
 
-@dataclass(frozen=True)
-class Route:
-    """Where the app has what `OPERATIONS` describes under this name."""
-
-    name: str
-    method: str
-    path: str
-
-
-@dataclass(frozen=True)
-class Events:
-    """Server-sent events, each with the JSON of one of these; the last one of a stream without an error says `[DONE]`."""
-
-    kinds: tuple[type[BaseModel], ...]
-
-
-@dataclass(frozen=True)
-class Operation:
-    """What a route is for, takes and answers, each media type of each status with the type of its body.
-
-    `errors` are its own; those that any route may answer with are added.
-    """
-
-    summary: str
-    answers: Mapping[int, Mapping[str, type | Events]]
-    errors: tuple[type[Exception], ...] = ()
-    takes: type[BaseModel] | None = None
-
-
-OPERATIONS = {
-    "healthz": Operation(
-        "Whether the server takes calls, and the name of its model.",
-        {200: {JSON: Health}, NotServing.http: {JSON: Health}},
-    ),
-    "metrics": Operation("Metrics, as Prometheus reads them.", {200: {"text/plain": str}}),
-    "openapi": Operation("This document.", {200: {JSON: dict}}),
-    "migration_page": Operation("How to leave this door for gRPC.", {200: {"text/markdown": str}}),
-    "page": Operation("A page that shows the runtime at work.", {200: {"text/html": str}}),
-    "runtime": Operation("Sessions, slabs, permits and the last turns.", {200: {JSON: RuntimeStatus}}, (NotServing,)),
-    "models": Operation("The one model that there is.", {200: {JSON: ModelList}}, (NotServing,)),
-    "chat_completions": Operation(
-        "Answers a conversation, as JSON or, with `stream`, as server-sent events. An error that comes when events have "
-        "been sent is the last event.",
-        {200: {JSON: Completion, "text/event-stream": Events((Chunk, CountedChunk, ErrorReply))}},
-        (
-            *(MalformedRequest, SlabOverflow, ModelNotFound, RequestTimeout, PayloadTooLarge, InvalidRequest),
-            *(CapacityExhausted, Saturated, EngineFailed, SessionFailed, NotServing, DeadlineExceeded),
-        ),
-        CompletionRequest,
-    ),
-}
-
-
-def document(
-    routes: Iterable[Route], settings: Settings, label: str, every_response: Mapping[str, str]
-) -> dict[str, Any]:
-    """The OpenAPI document of a server of these settings whose model is called `label`.
-
-    `every_response` are headers that no response is without. A route that `OPERATIONS` lacks is a KeyError.
-    """
-    described = [(route, OPERATIONS[route.name]) for route in routes]
-    schemas = _Schemas(operation for _, operation in described)
+def document(routes: Iterable[Route], settings: Settings, label: str) -> dict[str, Any]:
+    """The OpenAPI document of a server of these settings whose model is called `label`."""
+    routes = [*routes]
+    schemas = _Schemas(routes)
     schemas.narrow(CompletionRequest, "model", const=label)
     schemas.narrow(CompletionRequest, "n", maximum=settings.max_concurrent)
     paths: dict[str, dict[str, Any]] = {}
-    for route, operation in described:
-        paths.setdefault(route.path, {})[route.method.lower()] = _described(
-            route, operation, schemas, is_locked=bool(settings.api_keys), every_response=every_response
-        )
+    for route in routes:
+        path = paths.setdefault(_IN_PATH.sub(r"{\1}", route.path), {})
+        path[route.method.lower()] = _described(route, schemas, is_locked=bool(settings.api_keys))
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "Perennial",
             "version": version("perennial"),
-            "description": "The HTTP door, which is deprecated: every response says where to read on. What is not under "
-            "`paths` is answered with 404, and the error's body is the one that all errors have.",
+            "description": "The HTTP door. Responses of what is deprecated say where to read on. What is not under "
+            "`paths` is answered with 404, and the error's body is the one that chat completions have.",
         },
         "paths": paths,
         "components": {
             "schemas": schemas.components,
-            "headers": {name: _header(value) for name, value in every_response.items()},
+            "headers": {name: _header(value) for name, value in DEPRECATION.items()},
             "securitySchemes": {_KEY: {"type": "http", "scheme": "bearer"}},
         },
     }
 
 
-def _described(
-    route: Route, operation: Operation, schemas: _Schemas, *, is_locked: bool, every_response: Mapping[str, str]
-) -> dict[str, Any]:
+def _described(route: Route, schemas: _Schemas, *, is_locked: bool) -> dict[str, Any]:
+    operation, family = route.operation, route.family
     is_keyed = needs_key(route.path)
     guarded: tuple[type[Exception], ...] = () if is_locked else (ForbiddenHost, ForbiddenOrigin)
     if operation.takes and not is_locked:
@@ -137,15 +60,21 @@ def _described(
     errors = (*operation.errors, MethodNotAllowed, *guarded, *((Unauthenticated,) if is_keyed else ()))
     responses = {status: _answer(status, bodies, schemas) for status, bodies in operation.answers.items()}
     for status in {_status_of(error) for error in errors}:
-        responses[status] = _refusal(status, [error for error in errors if _status_of(error) == status], schemas)
-    for response in responses.values():
-        response["headers"] |= {name: {"$ref": f"#/components/headers/{name}"} for name in every_response}
+        of_status = [error for error in errors if _status_of(error) == status]
+        responses[status] = _refusal(status, of_status, family.error_body, schemas)
+    if family.is_deprecated:
+        for response in responses.values():
+            response["headers"] |= {name: {"$ref": f"#/components/headers/{name}"} for name in DEPRECATION}
     described = {
         "operationId": route.name,
         "summary": operation.summary,
-        "deprecated": True,
+        "deprecated": family.is_deprecated,
         "responses": {str(status): responses[status] for status in sorted(responses)},
     }
+    if names := _IN_PATH.findall(route.path):
+        described["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
     if operation.takes:
         described["requestBody"] = {
             "required": True,
@@ -164,7 +93,9 @@ def _answer(status: int, bodies: Mapping[str, type | Events], schemas: _Schemas)
     }
 
 
-def _refusal(status: int, errors: list[type[Exception]], schemas: _Schemas) -> dict[str, Any]:
+def _refusal(
+    status: int, errors: list[type[Exception]], error_body: type[BaseModel], schemas: _Schemas
+) -> dict[str, Any]:
     codes = {error.code if issubclass(error, PerennialError) else None for error in errors}
     said = {"type": {"const": type_of(status)}, "code": {"enum": sorted(codes, key=str)}}
     headers = {name: _header(value) for name, value in headers_of(status).items()}
@@ -174,7 +105,10 @@ def _refusal(status: int, errors: list[type[Exception]], schemas: _Schemas) -> d
         "description": " ".join(_reason(error) for error in errors),
         "headers": headers,
         "content": {
-            JSON: {"schema": schemas.of(ErrorReply) | {"properties": {"error": {"properties": said}}}},
+            JSON: {
+                "schema": schemas.of(error_body)
+                | ({"properties": {"error": {"properties": said}}} if error_body is ErrorReply else {})
+            },
         },
     }
 
@@ -199,11 +133,11 @@ def _header(value: str) -> dict[str, Any]:
 class _Schemas:
     """The JSON schemas of all bodies, which share their parts."""
 
-    def __init__(self, operations: Iterable[Operation]) -> None:
-        inputs: dict[tuple[type, JsonSchemaMode], TypeAdapter[Any]] = {
-            (ErrorReply, "serialization"): TypeAdapter(ErrorReply)
-        }
-        for operation in operations:
+    def __init__(self, routes: Iterable[Route]) -> None:
+        inputs: dict[tuple[type, JsonSchemaMode], TypeAdapter[Any]] = {}
+        for route in routes:
+            operation = route.operation
+            inputs[route.family.error_body, "serialization"] = TypeAdapter(route.family.error_body)
             if operation.takes:
                 inputs[operation.takes, "validation"] = TypeAdapter(operation.takes)
             for bodies in operation.answers.values():
@@ -222,7 +156,7 @@ class _Schemas:
         return {
             "description": Events.__doc__,
             "type": "object",
-            "properties": {"data": {"type": "string", "anyOf": [{"const": "[DONE]"}, data]}},
+            "properties": {"data": {"type": "string", "anyOf": [*([{"const": body.last}] if body.last else ()), data]}},
             "required": ["data"],
         }
 

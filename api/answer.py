@@ -1,0 +1,233 @@
+"""One answer as it is generated: a session's events folded into words, reasoning and calls."""
+
+from __future__ import annotations
+
+import secrets
+from array import array
+from collections.abc import Generator, Iterator, Set
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
+
+from api.bounds import Bounds
+from api.logprobs import ChosenLogprob, SentLogprobs
+from api.stop_strings import StopStrings
+from runtime.events import Done, Event, HistoryTruncated, StopReason, Token
+from runtime.items import Call, Item, Message, Reasoning
+from runtime.points import Span
+from runtime.reasoning import ReasoningReader
+from runtime.text import Text
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+ItemT = TypeVar("ItemT", Message, Reasoning, Call)
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Words; `logprobs` are those of tokens whose text has now been sent whole."""
+
+    text: str
+    logprobs: tuple[ChosenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """Reasoning."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallBegun:
+    """A call of a tool has begun."""
+
+    call_id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallGrown:
+    """More of the arguments of the call that has begun."""
+
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class ItemDone:
+    """All that was said, thought or called since the item before is this one, and it is whole."""
+
+    item: Item
+
+
+Part = Said | Thought | CallBegun | CallGrown | ItemDone
+
+
+@dataclass(slots=True)
+class _Growing:
+    """An item that has not come to its end; `characters` is how long its text was after each of its tokens."""
+
+    item: Item
+    begin: int
+    characters: array[int] = field(default_factory=lambda: array("I"))
+
+    @property
+    def length(self) -> int:
+        return len(self.item.arguments if isinstance(self.item, Call) else self.item.text)
+
+
+class Answer:
+    """Takes a generation's events, and gives out the parts of the answer. Remembers what it is made of.
+
+    `items` are those that have come to their end, `spans` says where they lie in `tokens`: the cue's, and those that were drawn.
+    """
+
+    def __init__(
+        self,
+        text: Text,
+        bounds: Bounds,
+        eos_token_ids: Set[int],
+        cue: array[int],
+        *,
+        stop: tuple[str, ...] = (),
+        has_logprobs: bool = False,
+        is_in_reasoning: bool = False,
+    ) -> None:
+        """`is_in_reasoning`: the cue has the model begin within its reasoning."""
+        self._stops = StopStrings([*stop])
+        self._logprobs = SentLogprobs(text, eos_token_ids) if has_logprobs else None
+        self._reasoning = ReasoningReader(is_open=is_in_reasoning) if text.thinks else None
+        self._calls = bounds.reader()
+        self._detokenizer = text.detokenizer()
+        self._cue_length = len(cue)
+        self._growing: _Growing | None = None
+        # Blanks that nobody need ever see: a call may follow them.
+        self._blanks = ""
+        self.tokens = array("I", cue)
+        self.reasoning_tokens = 0
+        self.items: list[Item] = []
+        self.spans: list[Span] = []
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the answer, if one has."""
+        return self._stops.stopped_by
+
+    @property
+    def drawn(self) -> int:
+        """Tokens drawn by now."""
+        return len(self.tokens) - self._cue_length
+
+    def take(self, event: Event) -> Iterator[Part]:
+        """The parts that come with an event. After the last one there is a `finish_reason`."""
+        match event:
+            case Token():
+                self.tokens.append(event.token_id)
+                text = self._detokenizer.feed(event.token_id)
+                if self._logprobs:
+                    self._logprobs.feed(event, text)
+                yield from self._split(text)
+                if self._growing is not None:
+                    self._growing.characters.append(self._growing.length)
+                    self.reasoning_tokens += isinstance(self._growing.item, Reasoning)
+                if self._stops.has_stopped:
+                    yield from self._finish("stop")
+            case Done(stop_reason):
+                yield from self._split("", is_last=True)
+                yield from self._finish("stop" if stop_reason is StopReason.EOS else "length")
+            case HistoryTruncated():
+                pass
+
+    def break_off(self) -> None:
+        """Has what was said or thought by now be an item: nothing more comes. A call that was cut is none."""
+        if self._growing is not None and not isinstance(self._growing.item, Call):
+            self._close(len(self.tokens))
+
+    def _split(self, text: str, *, is_last: bool = False) -> Iterator[Part]:
+        if self._reasoning is None:
+            yield from self._read(text, is_last=is_last)
+            return
+        for is_reasoning, part in [*self._reasoning.feed(text), *(self._reasoning.end() if is_last else ())]:
+            if is_reasoning:
+                yield from self._think(part)
+            else:
+                yield from self._read(part)
+        if is_last:
+            yield from self._read("", is_last=True)
+
+    def _think(self, text: str) -> Iterator[Part]:
+        if not isinstance(item := self._growing and self._growing.item, Reasoning):
+            item = yield from self._begin(Reasoning(""))
+        self._grow(replace(item, text=item.text + text))
+        yield Thought(text)
+
+    def _read(self, text: str, *, is_last: bool = False) -> Iterator[Part]:
+        text = self._stops.feed(text) + (self._stops.end() if is_last and not self._stops.has_stopped else "")
+        logprobs = self._logprobs.sent(text, is_last=is_last) if self._logprobs else ()
+        if self._calls is None:
+            yield from self._say(text, logprobs)
+        else:
+            for part in [*self._calls.feed(text), *([self._calls.end()] if is_last else ())]:
+                if isinstance(part, Call):
+                    yield from self._call(part)
+                    yield self._close(len(self.tokens))
+                else:
+                    yield from self._say(part)
+            if (begun := self._calls.begun) is not None:
+                yield from self._call(begun)
+        if is_last and self._blanks and not self.items:
+            yield from self._say("", is_last=True)
+
+    def _say(self, text: str, logprobs: tuple[ChosenLogprob, ...] = (), *, is_last: bool = False) -> Iterator[Part]:
+        if not isinstance(item := self._growing and self._growing.item, Message):
+            text, self._blanks = self._blanks + text, ""
+            if not (text.strip() or logprobs or (text and is_last)):
+                self._blanks = text
+                return
+            item = yield from self._begin(Message("assistant", ""))
+        if text or logprobs:
+            self._grow(replace(item, text=item.text + text))
+            yield Said(text, logprobs)
+
+    def _call(self, call: Call) -> Iterator[Part]:
+        """Goes on with a call, which is whole or has begun."""
+        self._blanks = ""
+        if not isinstance(item := self._growing and self._growing.item, Call):
+            item = yield from self._begin(Call(call.name, "", f"call_{secrets.token_hex(12)}"))
+            yield CallBegun(item.call_id, item.name)
+        if more := call.arguments[len(item.arguments) :]:
+            self._grow(replace(item, arguments=call.arguments))
+            yield CallGrown(more)
+
+    def _begin(self, item: ItemT) -> Generator[Part, None, ItemT]:
+        """Ends the item before, and begins this one with the token that came last."""
+        if self._growing is not None:
+            yield self._close(len(self.tokens) - 1)
+        self._growing = _Growing(item, len(self.tokens) - 1)
+        return item
+
+    def _grow(self, item: Item) -> None:
+        assert self._growing is not None
+        self._growing.item = item
+
+    def _close(self, end: int) -> ItemDone:
+        assert self._growing is not None
+        growing, self._growing = self._growing, None
+        self.items.append(growing.item)
+        self.spans.append(Span(growing.begin, end, growing.characters))
+        return ItemDone(growing.item)
+
+    def _finish(self, reason: FinishReason) -> Iterator[Part]:
+        growing = self._growing
+        if growing is not None and not isinstance(growing.item, Call):
+            # What was drawn of a stop string is no part of the answer.
+            cut = (
+                Span(growing.begin, 0, growing.characters).offset_of(growing.length)
+                if self._stops.has_stopped
+                else None
+            )
+            yield self._close(cut or len(self.tokens))
+        elif growing is None and self.spans:
+            self.spans[-1] = replace(self.spans[-1], end=len(self.tokens))
+        has_called = any(isinstance(item, Call) for item in self.items)
+        self.finish_reason = "tool_calls" if has_called and reason == "stop" else reason

@@ -1,0 +1,71 @@
+"""Answers as server-sent events, with something to read also while there is nothing to say."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable
+from typing import Self
+
+import trio
+from quart.wrappers.response import ResponseBody
+
+# Clients give up on a stream that is silent for minutes. The shortest such time that agents were seen to set is longer.
+KEEPALIVE_S = 10.0
+
+
+class EventStream(ResponseBody, ABC):
+    """The body of a response: events as they come. After one that tells a failure there are none."""
+
+    def __init__(self, events: Iterable[bytes] = ()) -> None:
+        self._ready = deque(events)
+        self._is_closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._ready:
+            if self._is_closed:
+                raise StopAsyncIteration
+            self._ready += await self._next()
+        return self._ready.popleft()
+
+    async def _next(self) -> list[bytes]:
+        try:
+            with trio.move_on_after(KEEPALIVE_S):
+                return await self.next_events()
+        except Exception as error:
+            self.close()
+            return self.failure(error)
+        return self.silence()
+
+    def close(self) -> None:
+        """No event comes after those that are ready."""
+        self._is_closed = True
+
+    @abstractmethod
+    async def next_events(self) -> list[bytes]:
+        """The events that come next."""
+
+    @abstractmethod
+    def silence(self) -> list[bytes]:
+        """What is sent where nothing has come for a while."""
+
+    @abstractmethod
+    def failure(self, error: Exception) -> list[bytes]:
+        """The events that tell what went wrong."""
+
+
+def data_event(data: str) -> bytes:
+    return f"data: {data}\n\n".encode()
+
+
+def named_event(name: str, data: str) -> bytes:
+    return f"event: {name}\ndata: {data}\n\n".encode()

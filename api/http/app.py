@@ -1,0 +1,159 @@
+"""The HTTP door: routes, errors and the headers that say it is deprecated. `app` is for `hypercorn api.http:app`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio import serve as hypercorn_serve
+from hypercorn.typing import HTTPScope, WebsocketScope
+from quart import Response, has_request_context, request, websocket
+from quart_trio import QuartTrio
+from quart_trio.wrappers import TrioRequest
+from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
+
+from actors.nursery import lone_errors, open_nursery
+from api.auth import check_key, needs_key
+from api.bridge import EitherLoop, TrioApplication
+from api.foreign.hypercorn import Patience, patch
+from api.guard import check_caller, cors_headers, preflight_headers
+from api.hosting import HostedApplication
+from api.http.chat import add_chat_routes
+from api.http.connection import MOST_BODY_BYTES, Connection, upload_of
+from api.http.messages import add_message_routes
+from api.http.responses import add_response_routes
+from api.http.routes import DEPRECATION, Door, Route
+from api.http.standard import add_standard_routes, json_response
+from api.server import Server
+from api.uploads import Upload, UploadRoom
+from runtime.errors import InvalidSetting, Saturated
+
+# Of all bodies at once: a client without a key can send some, too.
+MOST_UPLOAD_BYTES = 64 * 2**20
+# Each adds its routes.
+_FAMILIES = (add_standard_routes, add_chat_routes, add_response_routes, add_message_routes)
+
+
+def make_app(server: Server) -> QuartTrio:
+    """The HTTP door of `server` as an ASGI application for trio."""
+    app = QuartTrio("perennial", root_path=str(Path(__file__).parent), static_folder=None)
+    app.config.update(RESPONSE_TIMEOUT=None, MAX_CONTENT_LENGTH=MOST_BODY_BYTES)
+    body_class = partial(Upload, UploadRoom(MOST_UPLOAD_BYTES))
+    app.request_class = cast(type[TrioRequest], type("UploadRequest", (TrioRequest,), {"body_class": body_class}))
+    app.asgi_http_class = cast(type[Connection], partial(Connection, server))
+    # Nothing here has two spellings of its path, and a redirect would go to whatever Host the client has named.
+    app.url_map.merge_slashes = False
+    app.url_map.redirect_defaults = False
+    settings = server.settings
+    door = Door(app, server)
+
+    @app.before_websocket
+    async def guard_handshake() -> None:
+        check_caller(settings, websocket.headers, _address(websocket.scope))
+        if needs_key(websocket.path):
+            check_key(settings, websocket.headers.get("Authorization"))
+
+    @app.before_request
+    async def guard() -> Response | None:
+        check_caller(
+            settings,
+            request.headers,
+            _address(request.scope),
+            # Of a path or a method that there is not, that is what a client is to hear of.
+            has_body=request.method == "POST" and request.routing_exception is None,
+            is_old=request.http_version == "1.0",
+        )
+        if request.method == "OPTIONS" and (told := preflight_headers(request.headers)) is not None:
+            return Response("", 204, told)
+        return None
+
+    @app.before_request
+    async def authenticate() -> None:
+        if needs_key(request.path) and request.method != "OPTIONS":
+            check_key(settings, request.headers.get("Authorization"), request.headers.get("x-api-key"))
+
+    @app.after_request
+    async def deprecate(response: Response) -> Response:
+        if door.family_of(request.path).is_deprecated:
+            response.headers.update(DEPRECATION)
+        return response
+
+    # A handshake for a WebSocket where there is none is refused by a response; there is no response where it is accepted.
+    @app.after_websocket  # type: ignore[type-var] # It comes without a response where it is accepted.
+    async def deprecate_refusal(response: Response | None) -> Response | None:
+        if response is not None and door.family_of(websocket.path).is_deprecated:
+            response.headers.update(DEPRECATION)
+        return response
+
+    @app.after_request
+    async def share(response: Response) -> Response:
+        response.headers.update(cors_headers(settings, request.headers))
+        return response
+
+    @app.after_request
+    async def let_the_body_come(response: Response) -> Response:
+        # Hypercorn has to close a connection on which an answer overtakes its request, and the client would lose the next.
+        upload_of(request).pass_over()
+        try:
+            await request.get_data(cache=False)
+        except (RequestEntityTooLarge, RequestTimeout, Saturated):
+            if request.http_version.startswith("1"):
+                response.headers["Connection"] = "close"
+        return response
+
+    @app.errorhandler(Exception)
+    async def refuse(error: Exception) -> Response:
+        path = request.path if has_request_context() else websocket.path
+        status, body, headers = door.family_of(path).as_error(error)
+        return json_response(body, status, headers)
+
+    for add_routes in _FAMILIES:
+        add_routes(door)
+    app.extensions["door"] = door
+    return app
+
+
+def routes_of(app: QuartTrio) -> list[Route]:
+    """The routes of an application that `make_app` made."""
+    door: Door = app.extensions["door"]
+    return door.routes
+
+
+async def http_door(server: Server, bind: str, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
+    """Serves HTTP on `bind` until cancelled. Started in a nursery, it gives the URL. Raises InvalidSetting."""
+    settings = server.settings
+    # A drain that the server has begun by itself ends in its own time.
+    patch(Patience(settings.reader_timeout_s, on_stop=lambda _: None))
+    config = Config()
+    config.bind = [bind]
+    config.keep_alive_timeout = settings.idle_connection_s
+    config.errorlog = logging.getLogger("perennial.http")
+    async with open_nursery() as nursery:
+        with _listening(bind):
+            urls = await nursery.start(hypercorn_serve, make_app(server), config)
+        task_status.started(urls[0])
+
+
+@contextmanager
+def _listening(bind: str) -> Iterator[None]:
+    try:
+        with lone_errors():
+            yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InvalidSetting(f"bind={bind} cannot be listened on: {reason}; choose another, or port 0") from error
+
+
+def _address(scope: HTTPScope | WebsocketScope | None) -> str | None:
+    """The address of ours that a client has connected to."""
+    server = scope and scope.get("server")
+    return server[0] if server else None
+
+
+app = EitherLoop(HostedApplication(cast(Callable[[Server], TrioApplication], make_app)))

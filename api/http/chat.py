@@ -1,0 +1,69 @@
+"""`POST /v1/chat/completions`: OpenAI's chat completions, each of a session of its own. Deprecated."""
+
+from __future__ import annotations
+
+from quart import Response, request
+from werkzeug.exceptions import RequestTimeout
+
+from api.answering import open_answers
+from api.dialects.chat.answers import CompletionEvents, whole_answer
+from api.dialects.chat.request import CompletionRequest, read
+from api.dialects.chat.schemas import Chunk, Completion, CountedChunk
+from api.http.connection import held_by, request_body
+from api.http.routes import EVENTS, JSON, Door, Events, Operation
+from api.http.standard import json_response
+from api.reading import ReadBody
+from api.schemas import ErrorReply
+from api.traces import describe_request
+from runtime.errors import (
+    CapacityExhausted,
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    MalformedRequest,
+    ModelNotFound,
+    NotServing,
+    PayloadTooLarge,
+    Saturated,
+    SessionFailed,
+    SlabOverflow,
+)
+
+ANSWER_ERRORS: tuple[type[Exception], ...] = (
+    *(MalformedRequest, SlabOverflow, ModelNotFound, RequestTimeout, PayloadTooLarge, InvalidRequest),
+    *(CapacityExhausted, Saturated, EngineFailed, SessionFailed, NotServing, DeadlineExceeded),
+)
+_COMPLETIONS = Operation(
+    "Answers a conversation, as JSON or, with `stream`, as server-sent events. An error that comes when events have "
+    "been sent is the last event.",
+    {
+        200: {
+            JSON: Completion,
+            EVENTS: Events((Chunk, CountedChunk, ErrorReply), "[DONE]"),
+        }
+    },
+    ANSWER_ERRORS,
+    CompletionRequest,
+)
+
+
+def add_chat_routes(door: Door) -> None:
+    server = door.server
+
+    @door.route("POST", "/v1/chat/completions", _COMPLETIONS)
+    async def chat_completions() -> Response:
+        held = held_by(request)
+        runtime = held.enter_context(server.call())
+        describe_request({"gen_ai.request.model": server.label})
+        with server.may_be_ended():
+            async with request_body() as body:
+                asked, question = await server.reader.read(ReadBody(read, body), len(body))
+        answers = await held.enter_async_context(open_answers(server, runtime, question, is_single_shot=True))
+        has_logprobs = bool(asked.logprobs)
+        if not asked.stream:
+            return json_response(await whole_answer(answers, server.label, has_logprobs=has_logprobs))
+        response = Response(content_type=f"{EVENTS}; charset=utf-8", headers={"Cache-Control": "no-cache"})
+        response.response = CompletionEvents(
+            answers, server.label, has_usage=asked.has_usage, has_logprobs=has_logprobs
+        )
+        return response

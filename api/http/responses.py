@@ -1,0 +1,298 @@
+"""`/v1/responses`: OpenAI's Responses over HTTP and over a WebSocket, on conversations that the server holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import trio
+from pydantic import BaseModel
+from quart import Response, request, websocket
+
+from actors import Runtime
+from actors.nursery import open_nursery
+from api.answering import Answers, Ending, open_answers
+from api.dialects.responses.events import Event, ResponseWriter, error_event
+from api.dialects.responses.request import Frame, ResponseRequest, read, read_frame
+from api.event_stream import EventStream, named_event
+from api.http.chat import ANSWER_ERRORS
+from api.http.connection import MOST_BODY_BYTES, held_by, request_body
+from api.http.routes import EVENTS, JSON, Door, Events, Family, Operation
+from api.prompting import Prompt, write_prompt
+from api.question import Question
+from api.reading import ReadBody
+from api.server import Server
+from api.traces import describe_request
+from runtime.errors import NotServing, PayloadTooLarge, PreviousResponseNotFound, RequestError, ResponseNotFound
+from runtime.points import Point
+
+RESPONSES = Family("/v1/responses", is_deprecated=False)
+# Requests of one WebSocket that run or wait; more are not read from it.
+_MOST_REQUESTS = 16
+
+
+class ResponseObject(BaseModel):
+    """OpenAI's response object."""
+
+    id: str
+    object: str
+    status: str
+    output: list[dict[str, Any]]
+
+
+class Deleted(BaseModel):
+    id: str
+    object: str = "response"
+    deleted: bool = True
+
+
+class ResponseEvent(BaseModel):
+    """One of OpenAI's events of a response, told apart by `type`."""
+
+    type: str
+    sequence_number: int
+
+
+_CREATE = Operation(
+    "Answers input, or what follows an earlier response, as JSON or, with `stream`, as server-sent events. The same path "
+    "takes a WebSocket: `response.create` frames in, events out.",
+    {200: {JSON: ResponseObject, EVENTS: Events((ResponseEvent,))}},
+    (*ANSWER_ERRORS, PreviousResponseNotFound),
+    ResponseRequest,
+)
+_FIND = Operation("A stored response.", {200: {JSON: ResponseObject}}, (NotServing, ResponseNotFound))
+_DELETE = Operation("Forgets a stored response.", {200: {JSON: Deleted}}, (NotServing, ResponseNotFound))
+
+
+def add_response_routes(door: Door) -> None:
+    server = door.server
+
+    @door.route("POST", RESPONSES.base, _CREATE, RESPONSES)
+    async def create_response() -> Response:
+        held = held_by(request)
+        runtime = held.enter_context(server.call())
+        describe_request({"gen_ai.request.model": server.label})
+        with server.may_be_ended():
+            async with request_body() as body:
+                asked, question = await server.reader.read(ReadBody(read, body), len(body))
+        turn = await held.enter_async_context(_open_turn(server, runtime, asked, question))
+        if not asked.stream:
+            while not turn.is_over:
+                await turn.next()
+            return Response(json.dumps(turn.response), content_type=JSON)
+        response = Response(content_type=f"{EVENTS}; charset=utf-8", headers={"Cache-Control": "no-cache"})
+        response.response = _TurnEvents(turn, _server_sent)
+        return response
+
+    @door.route("GET", f"{RESPONSES.base}/<response_id>", _FIND, RESPONSES)
+    async def find_response(response_id: str) -> Response:
+        with server.call() as runtime:
+            record = runtime.conversations.points.record(response_id)
+            if not record:
+                raise ResponseNotFound("no response of this id is stored")
+            return Response(record, content_type=JSON)
+
+    @door.route("DELETE", f"{RESPONSES.base}/<response_id>", _DELETE, RESPONSES)
+    async def delete_response(response_id: str) -> Response:
+        with server.call() as runtime:
+            if not runtime.conversations.points.record(response_id):
+                raise ResponseNotFound("no response of this id is stored")
+            runtime.conversations.points.forget(response_id)
+            return Response(Deleted(id=response_id).model_dump_json(), content_type=JSON)
+
+    @door.app.websocket(RESPONSES.base)
+    async def respond_over_websocket() -> None:
+        await websocket.accept()
+        await _Socket(server).serve()
+
+
+class _Turn:
+    """One response: its events in order. It is kept when the last one is made, and not before."""
+
+    def __init__(self, server: Server, runtime: Runtime, asked: ResponseRequest, answers: Answers | Prompt) -> None:
+        self._runtime = runtime
+        self._asked = asked
+        self._answers = answers
+        self._writer = ResponseWriter(asked, server.label)
+        self._is_begun = False
+        self.is_over = False
+
+    @property
+    def response(self) -> dict[str, Any]:
+        """The response as it stands."""
+        return self._writer.response
+
+    async def next(self) -> list[Event]:
+        """The events that come next. Raises what ended the answer."""
+        if not self._is_begun:
+            self._is_begun = True
+            return self._writer.begin()
+        if isinstance(self._answers, Prompt):
+            self._keep(self._answers.point)
+            return self._writer.end_unanswered(len(self._answers.point.history))
+        said = await self._answers.next()
+        assert said is not None
+        _, part = said
+        if not isinstance(part, Ending):
+            return [*self._writer.take(part)]
+        events = self._writer.end(part)
+        self._keep(part.point)
+        return events
+
+    def progress(self) -> Event:
+        return self._writer.progress()
+
+    def fail(self, error: Exception) -> list[Event]:
+        self.is_over = True
+        return self._writer.fail(error)
+
+    def _keep(self, point: Point) -> None:
+        self.is_over = True
+        points, asked = self._runtime.conversations.points, self._asked
+        points.name(self._writer.id, point, json.dumps(self.response).encode() if asked.store is not False else b"")
+        if asked.conversation_id is not None:
+            points.name(_name_of(asked.conversation_id), point)
+
+
+@asynccontextmanager
+async def _open_turn(
+    server: Server, runtime: Runtime, asked: ResponseRequest, question: Question, reading: trio.Nursery | None = None
+) -> AsyncIterator[_Turn]:
+    """The turn of a request. What is only to be read is read in the nursery `reading`, behind the answer.
+
+    Raises PreviousResponseNotFound, and as `open_answers`.
+    """
+    start = _start_of(runtime, asked)
+    if asked.is_prewarm:
+        prompt = await write_prompt(server.reader, runtime, question, start)
+        if reading is not None:
+            reading.start_soon(_read_ahead, runtime, prompt.point)
+        yield _Turn(server, runtime, asked, prompt)
+        return
+    async with open_answers(server, runtime, question, start) as answers:
+        yield _Turn(server, runtime, asked, answers)
+
+
+def _start_of(runtime: Runtime, asked: ResponseRequest) -> Point | None:
+    points = runtime.conversations.points
+    if asked.conversation_id is not None:
+        return points.named(_name_of(asked.conversation_id))
+    if asked.previous_response_id is None:
+        return None
+    start = points.named(asked.previous_response_id)
+    if start is None:
+        raise PreviousResponseNotFound(
+            "no response of this id is held: send the whole conversation", "previous_response_id"
+        )
+    return start
+
+
+def _name_of(conversation_id: str) -> str:
+    return f"conversation {conversation_id}"
+
+
+async def _read_ahead(runtime: Runtime, point: Point) -> None:
+    try:
+        async with runtime.permit():
+            await runtime.conversations.read_ahead(point)
+    except RequestError:
+        pass  # Whoever goes on from there reads it then.
+
+
+class _TurnEvents(EventStream):
+    """The events of a turn, each as `spell` spells it."""
+
+    def __init__(self, turn: _Turn, spell: Callable[[Event], bytes]) -> None:
+        super().__init__()
+        self._turn = turn
+        self._spell = spell
+
+    async def next_events(self) -> list[bytes]:
+        events = [self._spell(event) for event in await self._turn.next()]
+        if self._turn.is_over:
+            self.close()
+        return events
+
+    def silence(self) -> list[bytes]:
+        return [self._spell(self._turn.progress())]
+
+    def failure(self, error: Exception) -> list[bytes]:
+        return [self._spell(event) for event in self._turn.fail(error)]
+
+
+def _server_sent(event: Event) -> bytes:
+    return named_event(event["type"], json.dumps(event))
+
+
+def _as_frame(event: Event) -> bytes:
+    return json.dumps(event).encode()
+
+
+class _Socket:
+    """One WebSocket: a lane for each `stream_id`, on which requests are answered one after the other."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._lanes: dict[str | None, trio.MemorySendChannel[Frame]] = {}
+        self._room = trio.Semaphore(_MOST_REQUESTS, max_value=_MOST_REQUESTS)
+        self._sending = trio.Lock()
+
+    async def serve(self) -> None:
+        """Answers until the client leaves, or has asked nothing for `idle_connection_s`."""
+        async with open_nursery() as nursery:
+            while True:
+                await self._room.acquire()
+                frame = await self._next()
+                if frame is None:
+                    break
+                if frame.stream_id not in self._lanes:
+                    self._lanes[frame.stream_id], waiting = trio.open_memory_channel[Frame](_MOST_REQUESTS)
+                    nursery.start_soon(self._run_lane, waiting, nursery)
+                self._lanes[frame.stream_id].send_nowait(frame)
+            nursery.cancel_scope.cancel()
+        await websocket.close(1000)
+
+    async def _next(self) -> Frame | None:
+        """The next frame as it was read; None where none has come for so long that nobody need wait."""
+        while True:
+            with trio.move_on_after(self._server.settings.idle_connection_s):
+                received = await websocket.receive()
+                body = received if isinstance(received, bytes) else received.encode()
+                return await self._read(body)
+            if self._room.value == _MOST_REQUESTS - 1:
+                return None
+
+    async def _read(self, body: bytes) -> Frame:
+        server = self._server
+        try:
+            if len(body) > MOST_BODY_BYTES:
+                raise PayloadTooLarge(f"the frame is over {MOST_BODY_BYTES} bytes: send less")
+            with server.call(), server.may_be_ended():
+                return await server.reader.read(ReadBody(read_frame, body), len(body))
+        except RequestError as error:
+            return Frame(None, error)
+
+    async def _run_lane(self, waiting: trio.MemoryReceiveChannel[Frame], reading: trio.Nursery) -> None:
+        async for frame in waiting:
+            try:
+                await self._answer(frame, reading)
+            except Exception as error:
+                await self._send(_as_frame(error_event(error, frame.stream_id)))
+            finally:
+                self._room.release()
+
+    async def _answer(self, frame: Frame, reading: trio.Nursery) -> None:
+        if isinstance(frame.read, RequestError):
+            raise frame.read
+        asked, question = frame.read
+        async with AsyncExitStack() as held:
+            runtime = held.enter_context(self._server.call())
+            turn = await held.enter_async_context(_open_turn(self._server, runtime, asked, question, reading))
+            async for event in _TurnEvents(turn, _as_frame):
+                await self._send(event)
+
+    async def _send(self, event: bytes) -> None:
+        async with self._sending:
+            await websocket.send(event.decode())

@@ -1,0 +1,108 @@
+"""How a family of routes is put into the HTTP door: each with what the OpenAPI document says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+from quart import Response
+from quart_trio import QuartTrio
+
+from api.replies import as_http
+from api.schemas import ErrorReply
+from api.server import Server
+
+MIGRATION_PAGE = "0008-session-bound-runtime-and-grpc-protocol.md"
+MIGRATION_PATH = f"/docs/adr/{MIGRATION_PAGE}"
+DEPRECATION = {
+    "Deprecation": "true",
+    "Sunset": "Wed, 31 Dec 2025 00:00:00 GMT",
+    "Link": f'<{MIGRATION_PATH}>; rel="successor-version"; type="text/markdown"',
+}
+
+JSON = "application/json"
+EVENTS = "text/event-stream"
+
+Handler = Callable[..., Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Events:
+    """Server-sent events, each with the JSON of one of these; a stream without an error ends with `last`, if there is one."""
+
+    kinds: tuple[type[BaseModel], ...]
+    last: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """What lies below a path: whether all its answers say that it is deprecated, and the shape of its errors."""
+
+    base: str
+    is_deprecated: bool = True
+    error_body: type[BaseModel] = ErrorReply
+    as_error: Callable[[Exception], tuple[int, BaseModel, dict[str, str]]] = as_http
+
+    def holds(self, path: str) -> bool:
+        return path == self.base or path.startswith(f"{self.base.rstrip('/')}/")
+
+
+# Whatever no other family holds, unknown paths included.
+SHIM = Family("/")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a route is for, takes and answers, each media type of each status with the type of its body.
+
+    `errors` are its own; those that any route may answer with are added.
+    """
+
+    summary: str
+    answers: Mapping[int, Mapping[str, type | Events]]
+    errors: tuple[type[Exception], ...] = ()
+    takes: type[BaseModel] | None = None
+
+
+@dataclass(frozen=True)
+class Route:
+    """A route of the door. In its path, what stands in angle brackets is a name."""
+
+    name: str
+    method: str
+    path: str
+    operation: Operation
+    family: Family
+
+
+class Door:
+    """The application of one server, to which families add their routes."""
+
+    def __init__(self, app: QuartTrio, server: Server) -> None:
+        self.app = app
+        self.server = server
+        self._routes: list[Route] = []
+
+    def route(
+        self, method: str, path: str, operation: Operation, family: Family = SHIM
+    ) -> Callable[[Handler], Handler]:
+        """Has a function answer requests of this method for this path. Its name is that of the route."""
+
+        def add(handler: Handler) -> Handler:
+            name = handler.__name__
+            self._routes.append(Route(name, method, path, operation, family))
+            self.app.add_url_rule(path, name, handler, methods=[method])
+            return handler
+
+        return add
+
+    @property
+    def routes(self) -> list[Route]:
+        """All routes, in the order of their paths."""
+        return sorted(self._routes, key=lambda route: (route.path, route.method))
+
+    def family_of(self, path: str) -> Family:
+        """The family that answers requests for a path."""
+        held = {route.family for route in self._routes if route.family.holds(path)}
+        return max(held, key=lambda family: len(family.base), default=SHIM)

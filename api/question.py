@@ -1,0 +1,80 @@
+"""What a client asks, whatever dialect it speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from api.bounds import Bounds
+from runtime.errors import MalformedRequest, SlabOverflow
+from runtime.items import Item, Message, Output, Reasoning
+from runtime.script import Head
+from runtime.text import Text
+
+# What OpenAI's own service draws with when a request names none.
+DEFAULT_TEMPERATURE = 1.0
+# A message that is empty is some tokens long in any template that a model was made with; one may leave a few out.
+_MESSAGES_BESIDE_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Items to answer, the place of each in the request, and how. `is_open_turn`: the last item is the answer's beginning.
+
+    `forgets`: whether what does not fit is evicted, rather than refused; None as the settings say.
+    """
+
+    items: tuple[Item, ...]
+    places: tuple[str, ...]
+    head: Head
+    options: Mapping[str, Any] = field(default_factory=dict)
+    bounds: Bounds = field(default_factory=Bounds)
+    temperature: float = DEFAULT_TEMPERATURE
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+    count: int = 1
+    ignores_eos: bool = False
+    is_open_turn: bool = False
+    forgets: bool | None = None
+
+
+def check_length(items: tuple[Item, ...], text: Text, most_tokens: int) -> None:
+    """Refuses what cannot come to few enough tokens, before anything is done with each of its characters."""
+    characters = sum(_length(item) for item in items)
+    if characters > most_tokens * text.longest_spelling:
+        raise SlabOverflow(f"the messages have {characters} characters, and the most tokens here are {most_tokens}")
+    if len(items) > most_tokens + _MESSAGES_BESIDE_TOKENS:
+        raise SlabOverflow(f"there are {len(items)} messages, and the most tokens here are {most_tokens}")
+
+
+def thinking_options(text: Text, effort: str | None, given: Mapping[str, Any], param: str) -> dict[str, Any]:
+    """The options of the template by which a model thinks as long as it is to. `given` are the client's own.
+
+    Raises MalformedRequest where the model thinks and its template has no way to tell it not to.
+    """
+    options = dict(given)
+    if effort is None:
+        return options
+    template = text.chat_template
+    if "reasoning_effort" in template:
+        options.setdefault("reasoning_effort", effort)
+    switches = [name for name in ("enable_thinking", "thinking") if name in template]
+    if effort == "none":
+        for name in switches:
+            options.setdefault(name, False)
+        if text.thinks and not switches and "reasoning_effort" not in template:
+            raise MalformedRequest(f"{param}: this model's template cannot have it answer without reasoning", param)
+    return options
+
+
+def _length(item: Item) -> int:
+    match item:
+        case Message(_, said) | Reasoning(said) | Output(said):
+            return len(said)
+        case _:
+            return len(item.arguments)

@@ -1,0 +1,293 @@
+"""A tree of conversations: their items, and the tokens that the model read and drew for them.
+
+A node holds items that came together: those that a client gave, or those of one answer. A *point* is a place in a node's tokens
+from which a conversation can go on; what goes on there is a child of the node. So branches share what they have in common, and
+the tokens of an answer stay those that were drawn.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice, takewhile
+
+from runtime.items import Item, Message, Reasoning, are_same, is_assistants, keys_of
+from runtime.script import Head
+
+# What a node costs beside its tokens and its text.
+_NODE_BYTES = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where an item of an answer begins and ends in the node's tokens, and how its text grew there.
+
+    `characters[n]` is the length of its text after token `begin + n`.
+    """
+
+    begin: int
+    end: int
+    characters: array[int]
+
+    def offset_of(self, length: int) -> int | None:
+        """How many of the node's tokens say the first `length` characters; None where those end within a token."""
+        at = bisect_left(self.characters, length)
+        if at == len(self.characters) or self.characters[at] != length:
+            return None
+        return self.begin + at + 1
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """Items that came together, and their tokens. `spans` are those of an answer; what was given has none.
+
+    A root has no parent, no items and no tokens, and instead the `head` of the prompts of its conversations.
+    """
+
+    parent: Point | None
+    items: tuple[Item, ...] = ()
+    keys: tuple[bytes, ...] = ()
+    tokens: array[int] = field(default_factory=lambda: array("I"))
+    spans: tuple[Span, ...] = ()
+    head: Head | None = None
+    children: list[Node] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    used: int = 0
+
+    @property
+    def is_answer(self) -> bool:
+        return bool(self.spans)
+
+    @property
+    def size_bytes(self) -> int:
+        text = sum(len(getattr(item, "text", "")) + len(getattr(item, "arguments", "")) for item in self.items)
+        return _NODE_BYTES + text + 4 * len(self.tokens) * (2 if self.spans else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A place from which a conversation goes on: after the first `offset` tokens of a node."""
+
+    node: Node
+    offset: int
+
+    @property
+    def length(self) -> int:
+        """Tokens from the conversation's beginning up to here."""
+        return sum(point.offset for point in self.path())
+
+    @property
+    def history(self) -> array[int]:
+        """The tokens from the conversation's beginning up to here."""
+        tokens = array("I")
+        for point in reversed([*self.path()]):
+            tokens += point.node.tokens[: point.offset]
+        return tokens
+
+    @property
+    def items(self) -> list[Item]:
+        """The items from the conversation's beginning up to here; one that is cut off here as far as it goes."""
+        return [item for point in reversed([*self.path()]) for item in point.own_items]
+
+    @property
+    def recent_items(self) -> list[Item]:
+        """Those that came last and the ones before them."""
+        return [item for point in reversed([*islice(self.path(), 2)]) for item in point.own_items]
+
+    @property
+    def own_items(self) -> list[Item]:
+        """The node's items up to here."""
+        node = self.node
+        if not node.is_answer or self.offset >= node.spans[-1].end:
+            return [*node.items]
+        own: list[Item] = []
+        for item, span in zip(node.items, node.spans, strict=True):
+            if span.end <= self.offset:
+                own.append(item)
+            elif span.begin < self.offset and isinstance(item, Message | Reasoning):
+                own.append(replace(item, text=item.text[: span.characters[self.offset - span.begin - 1]]))
+        return own
+
+    @property
+    def head(self) -> Head:
+        """What stands at the beginning of the conversation's prompt."""
+        *_, first = self.path()
+        assert first.node.head is not None
+        return first.node.head
+
+    def path(self) -> Iterator[Point]:
+        """This point and those before it, the last one first."""
+        point: Point | None = self
+        while point is not None:
+            yield point
+            point = point.node.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How far a conversation is held: the point where it goes on, and how many of its items lie before that.
+
+    `broke_at` is the index of the first item that differs from what is held; None where the conversation only goes on.
+    """
+
+    point: Point
+    count: int
+    broke_at: int | None
+
+
+class PointTree:
+    """Conversations by what was said in them and by the names of points. Those used longest ago go where room is short."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._bytes = 0
+        self._roots: dict[bytes, Node] = {}
+        self._named: dict[str, tuple[Point, bytes]] = {}
+        self._uses = 0
+
+    def root(self, head: Head) -> Point:
+        """Where the conversations begin whose prompts begin with `head`."""
+        node = self._roots.setdefault(head.digest, Node(None, head=head))
+        return Point(node, 0)
+
+    def roots(self) -> list[Point]:
+        """Where conversations begin, the one used last first."""
+        return [Point(node, 0) for node in sorted(self._roots.values(), key=lambda node: -node.used)]
+
+    def match(self, start: Point, items: Sequence[Item]) -> Match:
+        """The furthest point from `start` on whose items are the first of these; of several, the one used last."""
+        keys = keys_of(items)
+        best, furthest = (0, 0, start), 0
+        waiting = [(0, start)]
+        while waiting:
+            count, point = waiting.pop()
+            if (count, point.node.used) >= best[:2]:
+                best = (count, point.node.used, point)
+            for child in _branches(point):
+                taken, offset = _agreement(child, items[count:], keys[count:])
+                furthest = max(furthest, count + taken)
+                if offset is not None:
+                    waiting.append((count + taken, Point(child, offset)))
+        count, _, point = best
+        is_broken = count < len(items) and bool(_branches(point))
+        return Match(point, count, furthest if is_broken else None)
+
+    def grow(self, point: Point, items: Sequence[Item], tokens: array[int], spans: Sequence[Span] = ()) -> Point:
+        """The point after these items, which follow `point`. What is there already is not held twice."""
+        keys = keys_of(items)
+        for child in _branches(point):
+            if child.keys == keys and child.tokens == tokens:
+                return self.use(Point(child, len(tokens)))
+        node = Node(point, tuple(items), keys, tokens, tuple(spans))
+        point.node.children.append(node)
+        self._bytes += node.size_bytes
+        grown = self.use(Point(node, len(tokens)))
+        self._make_room(node)
+        return grown
+
+    def use(self, point: Point) -> Point:
+        """Says that a conversation went on from here just now."""
+        self._uses += 1
+        for each in point.path():
+            each.node.used = self._uses
+        return point
+
+    def name(self, name: str, point: Point, record: bytes = b"") -> None:
+        """Has the point be found by this name from now on, and with it a record of whoever named it."""
+        self.forget(name)
+        self._named[name] = (point, record)
+        self._bytes += len(record)
+        point.node.names.append(name)
+
+    def named(self, name: str) -> Point | None:
+        """The point of this name."""
+        found = self._named.get(name)
+        return found and found[0]
+
+    def record(self, name: str) -> bytes:
+        """What was kept with the name; empty where nothing was."""
+        return self._named[name][1] if name in self._named else b""
+
+    def forget(self, name: str) -> None:
+        """Has no point be found by this name any more."""
+        if name in self._named:
+            point, record = self._named.pop(name)
+            self._bytes -= len(record)
+            point.node.names.remove(name)
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node but the roots, parents before their children."""
+        waiting = [*self._roots.values()]
+        while waiting:
+            node = waiting.pop()
+            if node.parent is not None:
+                yield node
+            waiting += node.children
+
+    def _make_room(self, newest: Node) -> None:
+        if self._bytes <= self._most_bytes:
+            return
+        for leaf in sorted((node for node in self.nodes() if not node.children), key=lambda node: node.used):
+            node = leaf
+            while self._bytes > self._most_bytes and node is not newest and node.parent and not node.children:
+                self._drop(node)
+                node = node.parent.node
+
+    def _drop(self, node: Node) -> None:
+        assert node.parent is not None
+        above = node.parent.node
+        above.children.remove(node)
+        self._bytes -= node.size_bytes
+        for name in [*node.names]:
+            self.forget(name)
+        if above.head is not None and not above.children:
+            del self._roots[above.head.digest]
+
+
+def _branches(point: Point) -> list[Node]:
+    """What goes on from a point."""
+    return [child for child in point.node.children if child.parent == point]
+
+
+def _agreement(node: Node, items: Sequence[Item], keys: Sequence[bytes]) -> tuple[int, int | None]:
+    """How many of the items, with their keys, are those of a node, and how many of its tokens say them.
+
+    None for the tokens where a conversation that begins with these items cannot go on within the node.
+    """
+    if node.is_answer:
+        return _answers_agreement(node, items)
+    taken = 0
+    for ours, theirs in zip(node.keys, keys, strict=False):
+        if ours != theirs:
+            break
+        taken += 1
+    return taken, len(node.tokens) if taken == len(node.keys) else None
+
+
+def _answers_agreement(answer: Node, items: Sequence[Item]) -> tuple[int, int | None]:
+    said = [*takewhile(is_assistants, items)]
+    ours = taken = 0
+    offset: int | None = None
+    while taken < len(said) and ours < len(answer.items):
+        mine, theirs = answer.items[ours], said[taken]
+        if are_same(mine, theirs):
+            offset = answer.spans[ours].end
+            ours, taken = ours + 1, taken + 1
+        elif isinstance(mine, Reasoning) and not isinstance(theirs, Reasoning):
+            # Many clients leave it out.
+            ours += 1
+        else:
+            if taken == len(said) - 1 and (cut := _cut(mine, theirs, answer.spans[ours])) is not None:
+                return taken + 1, cut
+            return taken, offset
+    return taken, offset
+
+
+def _cut(ours: Item, theirs: Item, span: Span) -> int | None:
+    """How many of an answer's tokens say as much of an item as a client had of it when it broke off."""
+    match ours, theirs:
+        case (Message("assistant", text), Message("assistant", said)) | (Reasoning(text), Reasoning(said)):
+            return span.offset_of(len(said)) if said and text.startswith(said) else None
+    return None

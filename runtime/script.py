@@ -1,0 +1,266 @@
+"""How a conversation is written down for the model: with its chat template, and only what is new of it.
+
+What a template writes for the items that follow depends on the turn before them and on nothing further back. So they are written
+behind a stand-in for that turn, however long the conversation is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import takewhile
+from typing import Any
+
+from runtime.errors import MalformedRequest
+from runtime.items import Call, Item, Message, Output, Reasoning, is_assistants, parsed_arguments
+from runtime.text import Text
+
+# What stands where the text does not matter, and where it is looked for afterwards: nobody else writes this.
+_DASH, _MARK = "-", f"mark{secrets.token_hex(8)}"
+
+Options = Mapping[str, Any]
+"""What a template is given by name besides messages and tools."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a prompt is made of beside items: tools, options that show before the model's turn begins, and instructions.
+
+    Instructions stand before all items, and are not a part of the conversation.
+    """
+
+    tools: tuple[str, ...] = ()
+    """As JSON, in the shape that chat completions have."""
+    options: tuple[tuple[str, Any], ...] = ()
+    instructions: str = ""
+
+    @cached_property
+    def digest(self) -> bytes:
+        told = json.dumps([self.tools, self.options, self.instructions]).encode()
+        return hashlib.blake2b(told, digest_size=16).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The tokens of items, and of the *cue* behind them by which the model begins its turn."""
+
+    tokens: array[int]
+    cue: array[int]
+
+
+def head_of(text: Text, tools: Sequence[Mapping[str, Any]], options: Options, instructions: str = "") -> Head:
+    """The head of a prompt whose template is given these tools and options."""
+    asked = [{"role": "user", "content": _DASH}]
+    plain = text.apply_template(asked, is_turn_next=False) if options else ""
+    shown = {
+        name: value
+        for name, value in options.items()
+        if text.apply_template(asked, is_turn_next=False, options={name: value}) != plain
+    }
+    spelled = tuple(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    return Head(spelled, tuple(sorted(shown.items())), instructions)
+
+
+def write(text: Text, head: Head, items: Sequence[Item], options: Options) -> Written:
+    """The tokens of a whole conversation. Raises MalformedRequest where the template refuses it."""
+    said, cue = _Sheet(text, head, options).written(items)
+    return Written(text.encode_masked(said), text.encode_masked(cue))
+
+
+def write_open_turn(text: Text, head: Head, items: Sequence[Item], options: Options) -> Written:
+    """The tokens of a whole conversation whose last item the model is to go on with. Raises MalformedRequest."""
+    last = items[-1]
+    if not isinstance(last, Message) or last.role != "assistant":
+        raise MalformedRequest("only a message of the assistant's can be gone on with: end with one", "messages")
+    said, _ = _Sheet(text, head, options).written([*items[:-1], replace(last, text=last.text + _MARK)])
+    return Written(text.encode_masked(said.partition(_MARK)[0]), array("I"))
+
+
+def write_on(
+    text: Text, head: Head, before: Sequence[Item], new: Sequence[Item], options: Options, *, is_after_eos: bool
+) -> Written | None:
+    """The tokens of `new` behind those that the model has of `before`; `is_after_eos` if an end-of-turn token is their last.
+
+    None where the template writes down anew, or elsewhere, what came before. Raises MalformedRequest.
+    """
+    sheet, context = _Sheet(text, head, options), _stand_in(before)
+    whole, cue = sheet.written([*context, *new])
+    _, found, said = whole.partition(_MARK)
+    if not found:
+        return None
+    if not is_assistants(before[-1]):
+        already = sheet.written(context)[0].partition(_MARK)[2]
+        if not said.startswith(already):
+            return None
+        said = said[len(already) :]
+    elif isinstance(before[-1], Call) and (said := text.from_eos(said)) == "":
+        return None
+    tokens = text.encode_masked(said)
+    if is_after_eos and tokens and tokens[0] in text.eos_token_ids:
+        del tokens[0]
+    return Written(tokens, text.encode_masked(cue))
+
+
+class _Sheet:
+    """The template, with what it is given besides messages."""
+
+    def __init__(self, text: Text, head: Head, options: Options) -> None:
+        self._text = text
+        self._tools = text.masked([json.loads(tool) for tool in head.tools])
+        self._instructions = [Message("system", head.instructions)] if head.instructions else []
+        self._options = options
+        self._manner = _Manner.of_template(text)
+
+    def written(self, items: Sequence[Item]) -> tuple[str, str]:
+        """The text of the items, and the cue; that is empty where the template has none, or writes the items otherwise for it."""
+        items = self._manner.adapted([*self._instructions, *items])
+        messages = _messages(items, self._manner.no_content, _spelled_out)
+        try:
+            whole, asked = self._applied(messages)
+        except MalformedRequest:
+            # Some templates join the arguments of calls as text.
+            as_text = _messages(items, self._manner.no_content, lambda arguments: arguments)
+            if as_text == messages:
+                raise
+            whole, asked = self._applied(as_text)
+        return (whole, asked[len(whole) :]) if asked.startswith(whole) else (asked, "")
+
+    def _applied(self, messages: list[dict[str, Any]]) -> tuple[str, str]:
+        masked = self._text.masked(messages)
+        return (
+            self._text.apply_template(masked, self._tools, is_turn_next=False, options=self._options),
+            self._text.apply_template(masked, self._tools, options=self._options),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Manner:
+    """What a chat template takes, found out by asking it. `no_content` is the content of a turn with calls and no words."""
+
+    has_system: bool
+    has_late_system: bool
+    has_runs: bool
+    no_content: str | None
+
+    @classmethod
+    @lru_cache(maxsize=1)  # A server has one model.
+    def of_template(cls, text: Text) -> _Manner:
+        first, late = f"{_MARK}1", f"{_MARK}2"
+        user = {"role": "user", "content": first}
+        late_system = _tried(text, [user, {"role": "system", "content": late}, user]) or ""
+        turn = {"role": "assistant", "tool_calls": [_called(Call("f", "{}", "000000000"), _spelled_out)]}
+        with_none, with_empty = (_tried(text, [user, turn | {"content": none}]) for none in (None, ""))
+        # A template that takes none for a word writes it.
+        is_word = with_none is not None and "None" in with_none
+        return cls(
+            has_system=late in (_tried(text, [{"role": "system", "content": late}, user]) or ""),
+            has_late_system=-1 < late_system.find(first) < late_system.find(late),
+            has_runs=_tried(text, [user, user]) is not None,
+            no_content="" if is_word or (with_none is None and with_empty is not None) else None,
+        )
+
+    def adapted(self, items: Sequence[Item]) -> list[Item]:
+        """The items as the template takes them: a user says what it has no place for."""
+        taken: list[Item] = []
+        for item in items:
+            if isinstance(item, Message) and item.role == "system":
+                is_at_home = self.has_late_system if taken else self.has_system
+                item = item if is_at_home else replace(item, role="user")
+            last = taken[-1] if taken else None
+            match last, item:
+                case Message("user", earlier), Message("user", later) if not self.has_runs:
+                    taken[-1] = Message("user", f"{earlier}\n\n{later}")
+                case _:
+                    taken.append(item)
+        return taken
+
+
+def _stand_in(before: Sequence[Item]) -> list[Item]:
+    """A conversation as short as can be after which a template goes on as after this one. It ends with the mark."""
+    user = Message("user", _DASH)
+    last = before[-1]
+    match last:
+        case Output(_, call_id):
+            return [user, _call_of(before, call_id), Output(_MARK, call_id)]
+        case Message("system") if len(before) == 1:
+            return [Message("system", _MARK)]
+        case Message("user"):
+            return [Message("user", _MARK)]
+        case Call(name, _, call_id):
+            run = [*takewhile(lambda item: isinstance(item, Call), reversed(before))][:0:-1]
+            return [user, *run, Call(name, json.dumps({_MARK: 1}), call_id)]
+        case Message("system"):
+            return [user, Message("system", _MARK)]
+        case _:
+            return [user, Message("assistant", _MARK)]
+
+
+def _call_of(before: Sequence[Item], call_id: str) -> Call:
+    made = (item for item in reversed(before) if isinstance(item, Call) and item.call_id == call_id)
+    return next(made, Call(_DASH, "{}", call_id))
+
+
+def _messages(items: Sequence[Item], no_content: str | None, spelled: Any) -> list[dict[str, Any]]:
+    """The items as chat templates know them: the model's own, up to what it says or calls next, are one message."""
+    messages: list[dict[str, Any]] = []
+    names: dict[str, str] = {}
+    turn: dict[str, Any] | None = None
+
+    def new_turn() -> dict[str, Any]:
+        messages.append({"role": "assistant", "content": no_content})
+        return messages[-1]
+
+    for item in items:
+        if turn is not None and (turn["content"] or "tool_calls" in turn) and not isinstance(item, Call):
+            turn = None
+        match item:
+            case Message("assistant", said):
+                turn = turn or new_turn()
+                turn["content"] = said
+            case Reasoning(""):
+                pass
+            case Reasoning(thought):
+                turn = turn or new_turn()
+                turn["reasoning_content"] = thought
+            case Call(name, _, call_id):
+                turn = turn or new_turn()
+                turn.setdefault("tool_calls", []).append(_called(item, spelled))
+                names[call_id] = name
+            case Message(role, said, name):
+                turn = None
+                messages.append({"role": role, "content": said} | ({"name": name} if name else {}))
+            case Output(said, call_id):
+                turn = None
+                told = {"tool_call_id": call_id} if call_id else {}
+                told |= {"name": names[call_id]} if call_id in names else {}
+                messages.append({"role": "tool", "content": said} | told)
+    for message in messages:
+        if message["role"] == "assistant" and "tool_calls" not in message:
+            message["content"] = message["content"] or ""
+    return messages
+
+
+def _called(call: Call, spelled: Any) -> dict[str, Any]:
+    return {
+        "id": call.call_id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": spelled(call.arguments)},
+    }
+
+
+def _spelled_out(arguments: str) -> Any:
+    """Templates spell the arguments themselves, and so need the object. What is none is passed on as the text that it is."""
+    parsed = parsed_arguments(arguments)
+    return arguments if parsed is None else parsed
+
+
+def _tried(text: Text, messages: list[dict[str, Any]]) -> str | None:
+    try:
+        return text.apply_template(messages, is_turn_next=False)
+    except MalformedRequest:
+        return None
