@@ -14,6 +14,9 @@ from runtime.errors import ModelUnavailable
 # Types whose frequencies do not depend on the length of the input.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
+# Positions [3, batch, rows] of models that have other senses too.
+_DIMENSIONS_WITH_PLACES = 3
+
 
 class ExactRotary(nn.Module):
     """Takes the place of a transformers rotary embedding: the same frequencies, angles in float64.
@@ -46,8 +49,8 @@ class ExactRotary(nn.Module):
 
         Where the layers take one angle for both halves of a head, [..., D / 2].
         """
-        if position_ids.dim() > hidden.dim() - 1:
-            # Those that give a token of text the same place in time, height and width.
+        if position_ids.dim() == _DIMENSIONS_WITH_PLACES:
+            # A token of text has the same place in time, height and width.
             position_ids = position_ids[0]
         cosines, sines = (part[..., : self._columns] * self._scaling for part in self.turn(position_ids))
         return cosines.to(hidden.dtype), sines.to(hidden.dtype)
