@@ -56,6 +56,8 @@ def read_config(directory: Path) -> PreTrainedConfig:
         raise ModelUnavailable(
             f"{directory} is of architecture {config.model_type!r}; this release runs {', '.join(ARCHITECTURES)}"
         )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ModelUnavailable(f"{directory} looks ahead, as models of embeddings do: it cannot generate")
     return config
 
 

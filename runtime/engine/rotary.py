@@ -27,8 +27,9 @@ class ExactRotary(nn.Module):
     frequencies: Tensor
 
     def __init__(self, original: nn.Module, kind: str = "", *, has_half_angles: bool = False) -> None:
-        """The embedding of one `kind` of layer, where the original has several. Raises ModelUnavailable where its frequencies
-        change with the input's length.
+        """The embedding of one `kind` of layer, where the original has several.
+
+        Raises ModelUnavailable where its frequencies change with the input's length.
         """
         super().__init__()
         prefix = f"{kind}_" if kind else ""

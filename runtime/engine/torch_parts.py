@@ -72,7 +72,8 @@ def take_over(model: Any) -> dict[str, ExactRotary]:
     Raises ModelUnavailable where its frequencies change with the input's length.
     """
     decoder, architecture = model.get_decoder(), ARCHITECTURES[model.config.model_type]
-    for parent in list(model.modules()):
+    # Layer by layer, so that memory holds the experts of one twice.
+    for parent in (part for layer in decoder.layers for part in list(layer.modules())):
         for name, child in list(parent.named_children()):
             if name in _ACTIVATIONS:
                 setattr(parent, name, RowByRow(child))
@@ -123,13 +124,13 @@ def _experts(experts: Any) -> RoutedExperts:
 
 def _experts_of_gpt_oss(experts: Any) -> RoutedExperts:
     """Its weights are [inputs, outputs], the gate's columns between those of what goes through it."""
+    slope, limit = float(experts.alpha), float(experts.limit)
 
     def swish(gate: Tensor) -> Tensor:
-        return gate * torch.sigmoid(gate * experts.alpha)
+        return gate * torch.sigmoid(gate * slope)
 
     def gated(gate: Tensor, up: Tensor) -> Tensor:
-        up = up.clamp(-experts.limit, experts.limit)
-        return (up + 1) * row_by_row(swish, gate.clamp(max=experts.limit))
+        return (up.clamp(-limit, limit) + 1) * row_by_row(swish, gate.clamp(max=limit))
 
     def apart(some: Tensor) -> Tensor:
         return torch.cat((some[..., ::2], some[..., 1::2]), dim=-1)

@@ -3,7 +3,9 @@
 Those that every engine runs are tried in test_engine and test_bit_exact.
 """
 
+import gc
 import random
+import weakref
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,13 +15,21 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForMultimodalLM, GptOssConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    Qwen2Config,
+)
 
 from runtime.durable.files import Files
 from runtime.durable.slab_file import read_slab, write_slab
 from runtime.engine import load_engine
 from runtime.engine.architectures import ARCHITECTURES, ENGINES, Part, layer_kinds, missing_parts, recurrent_spec
 from runtime.engine.machine import Level, level
+from runtime.engine.torch_parts import take_over
 from runtime.errors import ModelUnavailable
 from runtime.settings import Settings
 from runtime.slab import Slab
@@ -252,6 +262,25 @@ def test_an_engine_refuses_what_it_has_no_code_for_and_names_the_part(
         load_engine(Settings(backend=backend), small_models[architecture])
 
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
+    config = Gemma3TextConfig(**SMALL, use_bidirectional_attention=True)
+    config.save_pretrained(tmp_path)
+
+    with pytest.raises(ModelUnavailable, match="cannot generate"):
+        load_engine(Settings(), tmp_path)
+
+
+def test_a_model_holds_the_weights_of_its_experts_once(small_models: Mapping[str, Path]) -> None:
+    """What they were cut from is let go."""
+    model = AutoModelForCausalLM.from_pretrained(small_models["gpt_oss"])
+    before = [weakref.ref(layer.mlp.experts.gate_up_proj) for layer in model.model.layers]
+
+    take_over(model)
+    gc.collect()
+
+    assert [one() for one in before] == [None] * len(before)
 
 
 def test_a_layer_has_the_window_and_the_rotation_that_its_configuration_gives_it() -> None:
