@@ -98,20 +98,22 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             has_half_angles=True,
         ),
         Architecture("lfm2", "LFM2", frozenset({Part.HEAD_NORMS, Part.SHORT_CONVOLUTIONS})),
-        Architecture(
-            "qwen3_5_text",
-            "Qwen3.5 (its text)",
-            _OF_QWEN3_5,
-            inside="qwen3_5",
-        ),
-        Architecture(
-            "qwen3_5_moe_text",
-            "Qwen3.5 MoE (its text)",
-            _OF_QWEN3_5 | {Part.EXPERTS},
-            inside="qwen3_5_moe",
-        ),
+        Architecture("qwen3_5_text", "Qwen3.5 (its text)", _OF_QWEN3_5, inside="qwen3_5"),
+        Architecture("qwen3_5_moe_text", "Qwen3.5 MoE (its text)", _OF_QWEN3_5 | {Part.EXPERTS}, inside="qwen3_5_moe"),
     )
 }
+
+
+def fault_of_layers(config: PreTrainedConfig) -> str:
+    """What a configuration says of its layers that no model of its architecture has; empty where all is well."""
+    layers = config.num_hidden_layers
+    for name in ("layer_types", "no_rope_layers"):
+        listed = getattr(config, name, None)
+        if listed and len(listed) != layers:
+            return f"{name} tells of {len(listed)} layers, and there are {layers}"
+    if unknown := {*(getattr(config, "layer_types", None) or ())} - {"full_attention", _SLIDING, *_RECURRENT}:
+        return f"layer_types has {sorted(unknown)[0]!r}, a kind of layer that does not run"
+    return "" if attending_kinds(config) else "no layer attends"
 
 
 def missing_parts(config: PreTrainedConfig, engine: str) -> frozenset[Part]:
@@ -124,20 +126,18 @@ def missing_parts(config: PreTrainedConfig, engine: str) -> frozenset[Part]:
 
 def layer_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
     """The kind of each layer of a model."""
-    layers = range(config.num_hidden_layers)
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) or [_SLIDING if window else "" for _ in layers]
-    is_turned = getattr(config, "no_rope_layers", None) or [True for _ in layers]
+    count, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    names = getattr(config, "layer_types", None) or [_SLIDING if window else "full_attention"] * count
+    is_turned = getattr(config, "no_rope_layers", None) or [True] * count
     is_by_layer = Part.ROPE_BY_LAYER in ARCHITECTURES[config.model_type].parts
-    return tuple(
-        LayerKind(
-            window if types[layer] == _SLIDING else None,
-            (types[layer] if is_by_layer else ONE_ROTARY) if is_turned[layer] else None,
-        )
-        if types[layer] not in _RECURRENT
-        else LayerKind(None, None, is_recurrent=True)
-        for layer in layers
-    )
+
+    def kind(name: str, is_turned: bool) -> LayerKind:
+        if name in _RECURRENT:
+            return LayerKind(None, None, is_recurrent=True)
+        rotary = name if is_by_layer else ONE_ROTARY
+        return LayerKind(window if name == _SLIDING else None, rotary if is_turned else None)
+
+    return tuple(map(kind, names, is_turned))
 
 
 def attending_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:

@@ -11,7 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import CONFIG_ERRORS, one_line
 from runtime.engine import EngineFacts
-from runtime.engine.architectures import ARCHITECTURES, attending_kinds, missing_parts, recurrent_spec
+from runtime.engine.architectures import (
+    ARCHITECTURES,
+    attending_kinds,
+    fault_of_layers,
+    missing_parts,
+    recurrent_spec,
+)
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory, NotExact
 from runtime.settings import Settings
 from runtime.slab import BUCKET_SLOTS, SlabSpec
@@ -51,13 +57,15 @@ def read_config(directory: Path) -> PreTrainedConfig:
         ) from error
     text = config.get_text_config()
     if text.model_type in ARCHITECTURES and ARCHITECTURES[text.model_type].inside == config.model_type:
-        return text
+        config = text
     if config.model_type not in ARCHITECTURES:
         raise ModelUnavailable(
             f"{directory} is of architecture {config.model_type!r}; this release runs {', '.join(ARCHITECTURES)}"
         )
     if getattr(config, "use_bidirectional_attention", False):
         raise ModelUnavailable(f"{directory} looks ahead, as models of embeddings do: it cannot generate")
+    if fault := fault_of_layers(config):
+        raise ModelUnavailable(f"the configuration in {directory} makes no model: {fault}")
     return config
 
 

@@ -4,6 +4,7 @@ Those that every engine runs are tried in test_engine and test_bit_exact.
 """
 
 import gc
+import json
 import random
 import weakref
 from array import array
@@ -270,6 +271,26 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ModelUnavailable, match="cannot generate"):
         load_engine(Settings(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("lfm2", {"layer_types": ["conv"] * 3}),
+        ("smollm3", {"no_rope_layers": [1]}),
+        ("gemma2", {"layer_types": ["chunked_attention", "full_attention"]}),
+    ],
+)
+def test_a_configuration_whose_layers_make_no_model_is_refused_in_one_line(
+    tmp_path: Path, architecture: str, changes: dict[str, object]
+) -> None:
+    config = SMALL_CONFIGS[architecture].to_dict() | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ModelUnavailable) as caught:
+        load_engine(Settings(), tmp_path)
+
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_model_holds_the_weights_of_its_experts_once(small_models: Mapping[str, Path]) -> None:
