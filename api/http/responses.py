@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from hashlib import blake2b
 from typing import Any
 
 import trio
 from pydantic import BaseModel
 from quart import Response, request, websocket
+from werkzeug.datastructures import Headers
 
 from actors import Runtime
 from actors.nursery import open_nursery
 from api.answering import Answers, Ending, open_answers
-from api.dialects.responses.events import Event, ResponseWriter, error_event
+from api.dialects.responses.events import Event, ResponseWriter, as_responses_error, error_event
 from api.dialects.responses.request import Frame, ResponseRequest, read, read_frame
 from api.event_stream import EventStream, named_event
 from api.http.chat import ANSWER_ERRORS
@@ -28,7 +30,7 @@ from api.traces import describe_request
 from runtime.errors import NotServing, PayloadTooLarge, PreviousResponseNotFound, RequestError, ResponseNotFound
 from runtime.points import Point
 
-RESPONSES = Family("/v1/responses", is_deprecated=False)
+RESPONSES = Family("/v1/responses", is_deprecated=False, as_error=as_responses_error)
 # Requests of one WebSocket that run or wait; more are not read from it.
 _MOST_REQUESTS = 16
 
@@ -77,7 +79,7 @@ def add_response_routes(door: Door) -> None:
         with server.may_be_ended():
             async with request_body() as body:
                 asked, question = await server.reader.read(ReadBody(read, body), len(body))
-        turn = await held.enter_async_context(_open_turn(server, runtime, asked, question))
+        turn = await held.enter_async_context(_open_turn(server, runtime, asked, question, _owner(request.headers)))
         if not asked.stream:
             while not turn.is_over:
                 await turn.next()
@@ -111,9 +113,12 @@ def add_response_routes(door: Door) -> None:
 class _Turn:
     """One response: its events in order. It is kept when the last one is made, and not before."""
 
-    def __init__(self, server: Server, runtime: Runtime, asked: ResponseRequest, answers: Answers | Prompt) -> None:
+    def __init__(
+        self, server: Server, runtime: Runtime, asked: ResponseRequest, owner: str, answers: Answers | Prompt
+    ) -> None:
         self._runtime = runtime
         self._asked = asked
+        self._owner = owner
         self._answers = answers
         self._writer = ResponseWriter(asked, server.label)
         self._is_begun = False
@@ -153,32 +158,27 @@ class _Turn:
         points, asked = self._runtime.conversations.points, self._asked
         points.name(self._writer.id, point, json.dumps(self.response).encode() if asked.store is not False else b"")
         if asked.conversation_id is not None:
-            points.name(_name_of(asked.conversation_id), point)
+            points.name(_name_of(asked.conversation_id, self._owner), point)
 
 
 @asynccontextmanager
 async def _open_turn(
-    server: Server, runtime: Runtime, asked: ResponseRequest, question: Question, reading: trio.Nursery | None = None
+    server: Server, runtime: Runtime, asked: ResponseRequest, question: Question, owner: str
 ) -> AsyncIterator[_Turn]:
-    """The turn of a request. What is only to be read is read in the nursery `reading`, behind the answer.
-
-    Raises PreviousResponseNotFound, and as `open_answers`.
-    """
-    start = _start_of(runtime, asked)
+    """The turn of a request of somebody's. Raises PreviousResponseNotFound, and as `open_answers`."""
+    start = _start_of(runtime, asked, owner)
     if asked.is_prewarm:
         prompt = await write_prompt(server.reader, runtime, question, start)
-        if reading is not None:
-            reading.start_soon(_read_ahead, runtime, prompt.point)
-        yield _Turn(server, runtime, asked, prompt)
+        yield _Turn(server, runtime, asked, owner, prompt)
         return
     async with open_answers(server, runtime, question, start) as answers:
-        yield _Turn(server, runtime, asked, answers)
+        yield _Turn(server, runtime, asked, owner, answers)
 
 
-def _start_of(runtime: Runtime, asked: ResponseRequest) -> Point | None:
+def _start_of(runtime: Runtime, asked: ResponseRequest, owner: str) -> Point | None:
     points = runtime.conversations.points
     if asked.conversation_id is not None:
-        return points.named(_name_of(asked.conversation_id))
+        return points.named(_name_of(asked.conversation_id, owner))
     if asked.previous_response_id is None:
         return None
     start = points.named(asked.previous_response_id)
@@ -189,8 +189,15 @@ def _start_of(runtime: Runtime, asked: ResponseRequest) -> Point | None:
     return start
 
 
-def _name_of(conversation_id: str) -> str:
-    return f"conversation {conversation_id}"
+def _name_of(conversation_id: str, owner: str) -> str:
+    """The name of a conversation's last point. Its id is a client's choice, and so may be another's too."""
+    return f"conversation {owner} {conversation_id}"
+
+
+def _owner(headers: Headers) -> str:
+    """Who asks, as far as keys tell."""
+    key = headers.get("Authorization") or headers.get("x-api-key") or ""
+    return blake2b(key.encode(), digest_size=16).hexdigest()
 
 
 async def _read_ahead(runtime: Runtime, point: Point) -> None:
@@ -235,6 +242,7 @@ class _Socket:
 
     def __init__(self, server: Server) -> None:
         self._server = server
+        self._owner = _owner(websocket.headers)
         self._lanes: dict[str | None, trio.MemorySendChannel[Frame]] = {}
         self._room = trio.Semaphore(_MOST_REQUESTS, max_value=_MOST_REQUESTS)
         self._sending = trio.Lock()
@@ -249,7 +257,7 @@ class _Socket:
                     break
                 if frame.stream_id not in self._lanes:
                     self._lanes[frame.stream_id], waiting = trio.open_memory_channel[Frame](_MOST_REQUESTS)
-                    nursery.start_soon(self._run_lane, waiting, nursery)
+                    nursery.start_soon(self._run_lane, waiting)
                 self._lanes[frame.stream_id].send_nowait(frame)
             nursery.cancel_scope.cancel()
         await websocket.close(1000)
@@ -274,24 +282,27 @@ class _Socket:
         except RequestError as error:
             return Frame(None, error)
 
-    async def _run_lane(self, waiting: trio.MemoryReceiveChannel[Frame], reading: trio.Nursery) -> None:
+    async def _run_lane(self, waiting: trio.MemoryReceiveChannel[Frame]) -> None:
         async for frame in waiting:
             try:
-                await self._answer(frame, reading)
+                await self._answer(frame)
             except Exception as error:
                 await self._send(_as_frame(error_event(error, frame.stream_id)))
             finally:
                 self._room.release()
 
-    async def _answer(self, frame: Frame, reading: trio.Nursery) -> None:
+    async def _answer(self, frame: Frame) -> None:
         if isinstance(frame.read, RequestError):
             raise frame.read
         asked, question = frame.read
         async with AsyncExitStack() as held:
             runtime = held.enter_context(self._server.call())
-            turn = await held.enter_async_context(_open_turn(self._server, runtime, asked, question, reading))
+            turn = await held.enter_async_context(_open_turn(self._server, runtime, asked, question, self._owner))
             async for event in _TurnEvents(turn, _as_frame):
                 await self._send(event)
+            if asked.is_prewarm and (point := runtime.conversations.points.named(turn.response["id"])) is not None:
+                with self._server.may_be_ended():
+                    await _read_ahead(runtime, point)
 
     async def _send(self, event: bytes) -> None:
         async with self._sending:

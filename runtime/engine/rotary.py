@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from runtime.checks import is_number
 from runtime.engine.exact import row_by_row
 from runtime.errors import ModelUnavailable
 
@@ -29,7 +31,7 @@ class ExactRotary(nn.Module):
     def __init__(self, original: nn.Module, kind: str = "", *, has_half_angles: bool = False) -> None:
         """The embedding of one `kind` of layer, where the original has several.
 
-        Raises ModelUnavailable where its frequencies change with the input's length.
+        Raises ModelUnavailable where its frequencies change with the input's length, or are no numbers.
         """
         super().__init__()
         prefix = f"{kind}_" if kind else ""
@@ -42,8 +44,13 @@ class ExactRotary(nn.Module):
             )
         frequencies = original.get_buffer(f"{prefix}inv_freq")
         self.register_buffer("frequencies", frequencies.double(), persistent=False)
-        self._scaling = float(getattr(original, f"{prefix}attention_scaling", 1.0))
         self._columns = len(frequencies) * (1 if has_half_angles else 2)
+        self._scaling = getattr(original, f"{prefix}attention_scaling", 1.0)
+        is_scaled = is_number(self._scaling) and math.isfinite(self._scaling)
+        if not is_scaled or not (self.frequencies.isfinite() & (self.frequencies > 0)).all():
+            raise ModelUnavailable(
+                "rotary embedding: the configuration's rope_parameters make angles that are no numbers"
+            )
 
     def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [..., D] of the angles at `position_ids` [...], in the type of `hidden`.
