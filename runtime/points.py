@@ -241,7 +241,7 @@ class PointTree:
                 if offset is not None:
                     waiting.append((count + taken, Point(child, offset)))
         count, _, point = best
-        is_broken = count < len(items) and any(child.parent == point for child in point.node.children)
+        is_broken = count <= furthest < len(items) and any(child.parent == point for child in point.node.children)
         return Match(point, count, furthest if is_broken else None)
 
     def grow(

@@ -146,9 +146,9 @@ def read_slab(files: Files, path: Path, identity: SlabIdentity, slab: Slab, hist
             return _tensor_of(content, dtype)
 
         for layer, side, head, slots in _pieces(spec, used):
-            whole.append(read((slots.stop - slots.start) * spec.head_dim, spec.dtype).view(-1, spec.head_dim))
+            whole.append(read((slots.stop - slots.start) * spec.width, spec.dtype).view(-1, spec.width))
             if (side, head, slots.stop) == (1, spec.kv_heads - 1, used):
-                keys, values = torch.cat(whole).view(2, spec.kv_heads, used, spec.head_dim)
+                keys, values = torch.cat(whole).view(2, spec.kv_heads, used, spec.width)
                 slab.put(layer, keys, values)
                 whole = []
         for piece in _kept_pieces(slab):
@@ -162,7 +162,7 @@ def digest_of(history: array[int]) -> str:
 
 def _pieces(spec: SlabSpec, used: int) -> Iterator[tuple[int, int, int, slice]]:
     """Layer, keys (0) or values (1), kv head, and slots, of each piece in the order in which they lie."""
-    at_once = max(1, MOST_PIECE_BYTES // (spec.head_dim * spec.dtype.itemsize))
+    at_once = max(1, MOST_PIECE_BYTES // (spec.width * spec.dtype.itemsize))
     for layer in range(spec.layers):
         for side in (0, 1):
             for head in range(spec.kv_heads):

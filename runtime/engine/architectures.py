@@ -67,7 +67,7 @@ _RECURRENT = ("conv", "linear_attention")
 
 ENGINES: Mapping[str, frozenset[Part]] = {
     "torch": frozenset(Part),
-    "openvino": frozenset({Part.BIASES, Part.HEAD_NORMS, Part.LAYER_WINDOWS}),
+    "openvino": frozenset({Part.BIASES, Part.HEAD_NORMS}),
     "mlx": frozenset({Part.BIASES, Part.HEAD_NORMS}),
 }
 
