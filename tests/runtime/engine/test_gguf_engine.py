@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from tests.conftest import SMALL, SMALL_CONFIGS, save_random_model
+from tests.conftest import SMALL, save_random_model
 from tests.gguf_files import Kind, every_kind, write_gguf
 from tests.runtime.engine.feeding import Load, feed, random_tokens
+from tests.runtime.engine.test_engine import ON_EVERY_ENGINE
 
 FITS = 150
 WIDE = Qwen3Config(**SMALL | {"hidden_size": 256, "intermediate_size": 512}, head_dim=64, tie_word_embeddings=True)
@@ -35,7 +36,7 @@ def reads_gguf(backend: str) -> None:
         pytest.skip("MLX reads no GGUF files")
 
 
-@pytest.mark.parametrize("architecture", SMALL_CONFIGS)
+@pytest.mark.parametrize("architecture", ON_EVERY_ENGINE)
 def test_logits_are_those_of_transformers_on_the_same_weights(
     small_models: Mapping[str, Path], architecture: str, tmp_path: Path, load: Load
 ) -> None:
