@@ -69,6 +69,11 @@ class Conversations:
         async with self._lent(history) as stand:
             yield stand
 
+    def held(self, history: array[int]) -> int:
+        """How many tokens of the beginning of a history a session has that is not lent."""
+        found = self._best(history)
+        return found[1] if found else 0
+
     async def read_ahead(self, point: Point) -> None:
         """Has a session read a conversation up to a point. Who goes on from there meanwhile waits for it."""
         history, is_read = point.history, trio.Event()

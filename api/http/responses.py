@@ -13,7 +13,8 @@ from quart import Response, request, websocket
 
 from actors import Runtime
 from actors.nursery import open_nursery
-from api.answering import Answers, Ending, open_answers
+from api.answer import Part
+from api.answering import Answers, Ending, Usage, open_answers
 from api.dialects.responses.events import Event, ResponseWriter, error_event
 from api.dialects.responses.request import Frame, ResponseRequest, read, read_frame
 from api.event_stream import EventStream, named_event
@@ -111,7 +112,8 @@ def add_response_routes(door: Door) -> None:
 class _Turn:
     """One response: its events in order. It is kept when the last one is made, and not before."""
 
-    def __init__(self, server: Server, runtime: Runtime, asked: ResponseRequest, answers: Answers | Prompt) -> None:
+    def __init__(self, server: Server, runtime: Runtime, asked: ResponseRequest, answers: Answers | Ending) -> None:
+        """An Ending alone is that of a response which was not asked for an answer."""
         self._runtime = runtime
         self._asked = asked
         self._answers = answers
@@ -129,17 +131,17 @@ class _Turn:
         if not self._is_begun:
             self._is_begun = True
             return self._writer.begin()
-        if isinstance(self._answers, Prompt):
-            self._keep(self._answers.point)
-            return self._writer.end_unanswered(len(self._answers.point.history))
-        said = await self._answers.next()
-        assert said is not None
-        _, part = said
+        part = self._answers if isinstance(self._answers, Ending) else await self._next_part(self._answers)
         if not isinstance(part, Ending):
             return [*self._writer.take(part)]
         events = self._writer.end(part)
         self._keep(part.point)
         return events
+
+    async def _next_part(self, answers: Answers) -> Part | Ending:
+        said = await answers.next()
+        assert said is not None
+        return said[1]
 
     def progress(self) -> Event:
         return self._writer.progress()
@@ -167,9 +169,10 @@ async def _open_turn(
     start = _start_of(runtime, asked)
     if asked.is_prewarm:
         prompt = await write_prompt(server.reader, runtime, question, start)
+        ending = _unanswered(runtime, prompt)
         if reading is not None:
             reading.start_soon(_read_ahead, runtime, prompt.point)
-        yield _Turn(server, runtime, asked, prompt)
+        yield _Turn(server, runtime, asked, ending)
         return
     async with open_answers(server, runtime, question, start) as answers:
         yield _Turn(server, runtime, asked, answers)
@@ -191,6 +194,20 @@ def _start_of(runtime: Runtime, asked: ResponseRequest) -> Point | None:
 
 def _name_of(conversation_id: str) -> str:
     return f"conversation {conversation_id}"
+
+
+def _unanswered(runtime: Runtime, prompt: Prompt) -> Ending:
+    history = prompt.point.history
+    usage = Usage(
+        prompt=len(history),
+        completion=0,
+        reasoning=0,
+        reused=runtime.conversations.held(history),
+        evicted=max(0, len(history) - runtime.facts.slab.visible),
+        broke_at=prompt.broke_at,
+        because=prompt.because,
+    )
+    return Ending("stop", usage, prompt.point)
 
 
 async def _read_ahead(runtime: Runtime, point: Point) -> None:

@@ -1,0 +1,135 @@
+"""Agents from npm and PyPI in a folder of their own, and processes of them: each with an empty home and no other network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import PIPE, STDOUT, CompletedProcess
+
+import pytest
+import trio
+
+NPM = {
+    "@openai/codex": "0.171.0",
+    "@anthropic-ai/claude-code": "2.1.332",
+    "opencode-ai": "1.18.33",
+    "@mariozechner/pi-coding-agent": "0.73.1",
+    "@qwen-code/qwen-code": "0.24.4",
+}
+PYPI = {"openai": "3.57.0", "openai-agents": "0.24.0"}
+_CACHE = Path(os.environ.get("PERENNIAL_AGENTS", Path.home() / ".cache" / "perennial-agents"))
+_LONGEST_S = 120
+_LONGEST_REGISTRY_S = 20
+
+
+def node_program(package: str, name: str) -> Path:
+    """The command `name` of a package from npm, installed if it is not yet. Skips the test where there is no way to."""
+    home = _CACHE / "node"
+    version = home / "node_modules" / package / "package.json"
+    if not version.exists() or f'"version": "{NPM[package]}"' not in version.read_text():
+        npm = shutil.which("npm") or pytest.skip("there is no npm")
+        _need("https://registry.npmjs.org/")
+        home.mkdir(parents=True, exist_ok=True)
+        _run_installer([npm, "install", "--prefix", str(home), "--no-audit", "--no-fund", f"{package}@{NPM[package]}"])
+    return home / "node_modules" / ".bin" / name
+
+
+def python_with(*packages: str) -> Path:
+    """An interpreter that has packages from PyPI, installed if they are not yet. Skips the test where there is no way to."""
+    home = _CACHE / f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    python = home / "bin" / "python"
+    wanted = [f"{package}=={PYPI[package]}" for package in packages]
+    if not all((home / f"{one}.installed").exists() for one in wanted):
+        _need("https://pypi.org/simple/openai/")
+        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        _run_installer([str(python), "-m", "pip", "install", "-q", *wanted])
+        for one in wanted:
+            (home / f"{one}.installed").touch()
+    return python
+
+
+def _need(registry: str) -> None:
+    try:
+        urllib.request.urlopen(registry, timeout=_LONGEST_REGISTRY_S).close()
+    except OSError as error:
+        pytest.skip(f"{registry} cannot be reached: {error}")
+
+
+def _run_installer(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@dataclass
+class Desk:
+    """Where an agent works: an empty home, a folder with a project, and what the agent's environment has besides."""
+
+    place: Path
+    more: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for folder in (self.home, self.project):
+            folder.mkdir(parents=True)
+        subprocess.run(["git", "init", "-q", self.project], check=True, env=self._environment)
+
+    @property
+    def home(self) -> Path:
+        return self.place / "home"
+
+    @property
+    def project(self) -> Path:
+        return self.place / "project"
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        # Whatever else an agent would ask is to find nobody.
+        nobody = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "all")}
+        nobody |= {name.upper(): url for name, url in nobody.items()}
+        local = {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
+        kept = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(self.home), "TERM": "dumb"}
+        return {**kept, **nobody, **local, "DO_NOT_TRACK": "1", **self.more}
+
+    def write(self, path: str, text: str) -> None:
+        """Writes a file of the agent's home."""
+        file = self.home / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    async def run(self, *command: str | Path) -> str:
+        """What an agent says that works to its end. Raises AssertionError where it fails or takes too long."""
+        done = await self._run(command)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    async def interrupt(self, until: Awaitable[None], *command: str | Path) -> None:
+        """Has an agent work until that returns, and then be interrupted as from a terminal."""
+        async with trio.open_nursery() as nursery:
+            process = await nursery.start(
+                lambda task_status: trio.run_process(
+                    [*map(str, command)],
+                    **self._how,
+                    check=False,
+                    start_new_session=True,
+                    task_status=task_status,
+                )
+            )
+            with trio.fail_after(_LONGEST_S):
+                await until
+            os.killpg(process.pid, signal.SIGINT)
+
+    async def _run(self, command: tuple[str | Path, ...]) -> CompletedProcess[str]:
+        with trio.move_on_after(_LONGEST_S) as limit:
+            done = await trio.run_process([*map(str, command)], **self._how, capture_stdout=True, check=False)
+        assert not limit.cancelled_caught, f"{command[0]} takes longer than {_LONGEST_S} s"
+        return CompletedProcess(done.args, done.returncode, done.stdout.decode(errors="replace"), "")
+
+    @property
+    def _how(self) -> dict[str, object]:
+        return {"cwd": self.project, "env": self._environment, "stdin": subprocess.DEVNULL, "stderr": STDOUT}
