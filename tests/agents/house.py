@@ -44,6 +44,12 @@ class Exchange:
         return self.asked.get("generate") is False
 
     @property
+    def said(self) -> list[Json]:
+        """The items or messages that were sent."""
+        said = self.asked.get("input", self.asked.get("messages"))
+        return [{"content": said}] if isinstance(said, str) else list(said or ())
+
+    @property
     def usage(self) -> Json | None:
         """The answer's usage in the dialect's own words; None where the answer broke off or told none."""
         for event in reversed(self.heard):
@@ -184,6 +190,20 @@ class House:
         """The requests whose answers came to their end, in the order in which they were asked."""
         return [one for one in self.recorder.exchanges if one.usage and not one.is_prewarm]
 
+    def report(self) -> str:
+        """What each request cost, a line for each, for whoever runs these tests by hand."""
+        lines = ["", "| way | path | asked | prompt | reused | read | answer | why |", "|" + " --- |" * 8]
+        for one in self.recorder.exchanges:
+            what = "prewarm" if one.is_prewarm else f"{len(one.said)} items"
+            cells = [one.way, one.path, what]
+            if one.usage:
+                read = one.read
+                cells += [read.prompt, read.reused, read.read, read.output, read.broke_at or read.because or ""]
+            else:
+                cells += ["", "", "", "", "broken off"]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        return "\n".join(lines)
+
     async def spoken(self, count: int) -> None:
         """Returns once the answer asked for last has come to so many events and not to its end."""
         await self.recorder.until(lambda all_: bool(all_) and len(all_[-1].heard) > count and not all_[-1].is_over)
@@ -211,8 +231,12 @@ async def open_house(script: Sequence[Line], **settings: Any) -> AsyncIterator[H
     async with trio.open_nursery() as nursery:
         await nursery.start(server.run)
         urls = await nursery.start(serve, recorder, config)
-        yield House(urls[0], server, recorder)
-        nursery.cancel_scope.cancel()
+        house = House(urls[0], server, recorder)
+        try:
+            yield house
+        finally:
+            print(house.report())
+            nursery.cancel_scope.cancel()
 
 
 def check_turns(answers: Sequence[Exchange]) -> None:

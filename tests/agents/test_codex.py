@@ -78,10 +78,11 @@ async def test_it_goes_on_after_an_interrupt(tmp_path: Path, has_sockets: bool) 
 async def test_it_compacts_its_history(tmp_path: Path, has_sockets: bool) -> None:
     codex = node_program("@openai/codex", "codex")
     script = [
+        Line("CONTEXT CHECKPOINT COMPACTION", "Many numbers were read."),
+        # Of what was said before a compaction the user's part stays.
+        Line("say how many", "There were a thousand."),
         looks("seq 1000 1999"),
         Line("1998", "There were many."),
-        Line("CONTEXT CHECKPOINT COMPACTION", "Many numbers were read."),
-        Line("say how many", "There were a thousand."),
     ]
     async with open_house(script) as house:
         desk = new_desk(tmp_path, house, has_sockets, "model_auto_compact_token_limit = 21000")
