@@ -23,7 +23,7 @@ NPM = {
     "@mariozechner/pi-coding-agent": "0.73.1",
     "@qwen-code/qwen-code": "0.24.4",
 }
-PYPI = {"openai": "3.57.0", "openai-agents": "0.24.0"}
+PYPI = ("openai[realtime]==3.57.0", "openai-agents==0.24.0")
 _CACHE = Path(os.environ.get("PERENNIAL_AGENTS", Path.home() / ".cache" / "perennial-agents"))
 _LONGEST_S = 120
 _LONGEST_REGISTRY_S = 20
@@ -41,17 +41,15 @@ def node_program(package: str, name: str) -> Path:
     return home / "node_modules" / ".bin" / name
 
 
-def python_with(*packages: str) -> Path:
-    """An interpreter that has packages from PyPI, installed if they are not yet. Skips the test where there is no way to."""
+def python_program() -> Path:
+    """An interpreter that has what `PYPI` names, installed if it is not yet. Skips the test where there is no way to."""
     home = _CACHE / f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    python = home / "bin" / "python"
-    wanted = [f"{package}=={PYPI[package]}" for package in packages]
-    if not all((home / f"{one}.installed").exists() for one in wanted):
+    python, installed = home / "bin" / "python", home / "installed"
+    if not installed.exists() or installed.read_text() != "\n".join(PYPI):
         _need("https://pypi.org/simple/openai/")
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
-        _run_installer([str(python), "-m", "pip", "install", "-q", *wanted])
-        for one in wanted:
-            (home / f"{one}.installed").touch()
+        _run_installer([str(python), "-m", "pip", "install", "-q", *PYPI])
+        installed.write_text("\n".join(PYPI))
     return python
 
 

@@ -218,7 +218,9 @@ async def open_house(script: Sequence[Line], **settings: Any) -> AsyncIterator[H
     @asynccontextmanager
     async def opening(_: Settings, metrics: Metrics) -> AsyncIterator[Runtime]:
         with ThreadPoolExecutor(max_workers=1) as pool:
-            async with open_sessions(chosen, ScriptedEngine(script, text), EngineThread(pool), text, metrics) as runtime:
+            async with open_sessions(
+                chosen, ScriptedEngine(script, text), EngineThread(pool), text, metrics
+            ) as runtime:
                 yield runtime
 
     server = Server(chosen, opening)
