@@ -200,7 +200,7 @@ class House:
                 read = one.read
                 cells += [read.prompt, read.reused, read.read, read.output, read.broke_at or read.because or ""]
             else:
-                cells += ["", "", "", "", "broken off"]
+                cells += ["", "", "", "", "" if one.is_over else "broken off"]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         return "\n".join(lines)
 

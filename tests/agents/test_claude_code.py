@@ -54,3 +54,35 @@ async def test_it_goes_on_after_an_interrupt(tmp_path: Path) -> None:
         check_turns(finished)
         # What it had asked before the interrupt is not read again either.
         assert resumed.read.reused > finished[-1].read.total
+
+
+async def test_it_compacts_its_history(tmp_path: Path) -> None:
+    claude = node_program("@anthropic-ai/claude-code", "claude")
+    script = [
+        Line("detailed summary of the conversation", "<summary>A word was fetched.</summary>"),
+        Line("say it again", "It still is per42ennial."),
+        LOOKS,
+        Line("per42ennial", "The word is per42ennial."),
+    ]
+    async with open_house(script) as house:
+        desk = new_desk(tmp_path, house)
+        await desk.run(claude, "-p", "fetch the word", "--allowedTools", "Bash")
+        await desk.run(claude, "-c", "-p", "/compact")
+        assert "It still is per42ennial." in await desk.run(claude, "-c", "-p", "say it again")
+        first, second, compaction, after = house.answers()
+        check_turns([first, second])
+        # It asks for a summary in place of the last answer, and keeps tools and system.
+        assert compaction.read.reused > second.read.prompt - 10
+        assert after.read.reused > 0.75 * first.read.prompt
+        check_rows(house)
+
+
+async def test_it_has_its_context_counted(tmp_path: Path) -> None:
+    claude = node_program("@anthropic-ai/claude-code", "claude")
+    async with open_house([]) as house:
+        said = await new_desk(tmp_path, house).run(claude, "-p", "/context")
+        assert "System tools" in said
+        counted = [one for one in house.recorder.exchanges if one.path.endswith("/count_tokens")]
+        assert counted
+        assert all(one.heard[-1]["input_tokens"] > 0 for one in counted)
+        assert house.rows == 0
