@@ -46,3 +46,7 @@ picture:
 # Minutes of load: kills, chaos, 200 streams.
 soak:
     pytest -q -s -m soak tests/soak tests/api
+
+# Agents from npm and PyPI against a model with a script, and what each turn cost them; skipped where no registry is reached.
+agents:
+    pytest -q -s -m agents tests/agents

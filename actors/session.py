@@ -25,6 +25,7 @@ from actors.messages import (
     Generate,
     Info,
     Rewind,
+    Rewound,
     Save,
     Saved,
     SessionInfo,
@@ -32,13 +33,14 @@ from actors.messages import (
 )
 from actors.nursery import open_nursery
 from actors.proposing import Proposals
+from runtime.checks import check_whole
 from runtime.durable import Durable, Terms
 from runtime.errors import HistoryMismatch, InvalidRequest, NotDurable, SlabOverflow, StorageFailed
 from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
 from runtime.grammar import Constraint, Mask
 from runtime.metrics import Metrics, Turn
 from runtime.sampling import Draw
-from runtime.slab import Slab
+from runtime.slab import Slab, common_length
 
 MAX_APPEND_TOKENS = 2**18
 
@@ -190,8 +192,8 @@ class Session:
                     raise NotDurable("this session is not kept on disk: start the server with state_dir")
                 saved = await trio.to_thread.run_sync(self._durable.save, self._slab, self._history)
                 await reply(Saved(saved.snapshot_id, saved.size_bytes, saved.history_length))
-            case Rewind(length):
-                await reply(self._rewind(length))
+            case Rewind(history):
+                await reply(self._rewind(common_length(self._history, history)))
             case Close():
                 self._ending = Ending.CLOSED
                 await reply(len(self._history))
@@ -215,9 +217,9 @@ class Session:
             self._mark_used()
         return Appended(len(self._history), self.evicted_token_count, self._digest.digest())
 
-    def _rewind(self, length: int) -> int:
-        if not 0 <= length <= len(self._history):
-            raise InvalidRequest(f"history_length is {len(self._history)}: go back to that or less", "length")
+    def _rewind(self, length: int) -> Rewound:
+        if length == len(self._history):
+            return Rewound(length, self._feed.length)
         if self._durable is not None:
             self._durable.take_back(length)
             if self._durable.slab_length > length:
@@ -228,7 +230,7 @@ class Session:
         if self._proposals:
             self._proposals.rewind(length)
         self._mark_used()
-        return self._feed.length
+        return Rewound(length, self._feed.length)
 
     def _check_append(self, request: Append) -> None:
         token_ids, expected = request.token_ids, request.expected_history_length
@@ -246,8 +248,8 @@ class Session:
             )
 
     async def _generate(self, request: Generate, reply: Reply[Event]) -> None:
-        if request.max_tokens < 1:
-            raise InvalidRequest("max_tokens must be at least 1", "max_tokens")
+        if request.top_logprobs is not None:
+            check_whole("top_logprobs", request.top_logprobs, 0, self._vocabulary)
         if not self._history:
             raise InvalidRequest("the session has no history: append tokens first")
         constraint = request.grammar.follow() if request.grammar else None
@@ -270,7 +272,6 @@ class Session:
                     tokens, checked = await self._draw(request, constraint, request.max_tokens - count - 1)
                     drawn += tokens
                     proposed += checked
-                    accepted += len(tokens) - 1
                 token = drawn.popleft()
                 now = trio.current_time()
                 if first is None:
@@ -284,6 +285,8 @@ class Session:
                 await self._hand_over(token, reply)
                 self._metrics.generated_tokens_total.inc()
                 count += 1
+                # Of what one forward draws, all but the last token had been proposed.
+                accepted += bool(drawn)
                 if constraint:
                     constraint.accept(token.token_id)
                 if token.token_id in self._terms.eos_token_ids or (constraint and constraint.is_complete):

@@ -13,6 +13,7 @@ import outcome
 import trio
 
 from actors import Events, Runtime, SessionHandle
+from actors.conversations import TurnTold
 from actors.handles import Completion
 from actors.nursery import open_nursery
 from api.answer import Answer, FinishReason, Part
@@ -41,6 +42,10 @@ class Usage:
     @property
     def read(self) -> int:
         return self.prompt - self.reused
+
+    def told(self) -> TurnTold:
+        """What of it is kept for an operator."""
+        return TurnTold(self.reused, self.read, self.evicted, self.broke_at, self.because)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +111,7 @@ class _Standing:
         self._held = held
 
     async def read(self, prompt: Prompt) -> tuple[list[SessionHandle], int]:
-        self._stand = await self._held.enter_async_context(self._runtime.conversations.stand(prompt.tokens))
+        self._stand = await self._held.enter_async_context(self._runtime.conversations.stand(prompt.point, prompt.cue))
         # What is read by then stays read, also where the client leaves meanwhile.
         self._stand.point = prompt.point
         await self._stand.session.append(prompt.tokens[self._stand.length :])
@@ -139,7 +144,9 @@ class AnswerStream:
         while not self._waiting:
             if (reason := self.answer.finish_reason) is not None:
                 self._asked.runtime.metrics.completions_total.labels(reason).inc()
-                return Ending(reason, self._usage(), self._point(), self.answer.stop_string)
+                ending = Ending(reason, self._usage(), self._point(), self.answer.stop_string)
+                self._asked.runtime.conversations.tell(ending.point, ending.usage.told())
+                return ending
             with self._asked.limit.holds():
                 event = await anext(self._events)
             self._waiting += self.answer.take(event)

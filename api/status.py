@@ -50,8 +50,31 @@ class TurnStatus(_Shown):
     time_to_first_token_s: float
 
 
+class PointTurn(_Shown):
+    """What the turn that led to a point was told: tokens of its prompt that were reused, read, and out of sight at the end."""
+
+    reused: int
+    read: int
+    evicted: int
+    broke_at: str | None
+    because: str | None
+
+
+class PointStatus(_Shown):
+    """A place in a conversation: the items and tokens that came last, and how many sessions stand there."""
+
+    id: int
+    parent_id: int | None
+    is_answer: bool
+    items: int
+    tokens: int
+    history_length: int
+    sessions: int
+    turn: PointTurn | None
+
+
 class RuntimeStatus(_Shown):
-    """`turns` are the last ones of sessions and of completions, the oldest first."""
+    """`turns` are the last ones of sessions and of completions, the oldest first; `points` those of conversations, as a tree."""
 
     object: Literal["runtime"] = "runtime"
     model: str
@@ -61,6 +84,7 @@ class RuntimeStatus(_Shown):
     admission: AdmissionStatus
     generated_tokens_total: int
     turns: list[TurnStatus]
+    points: list[PointStatus]
 
 
 def status_of(runtime: Runtime, model: str, uptime_s: float) -> RuntimeStatus:
@@ -102,4 +126,5 @@ def status_of(runtime: Runtime, model: str, uptime_s: float) -> RuntimeStatus:
         ),
         generated_tokens_total=metrics.generated_token_count,
         turns=[TurnStatus.model_validate(turn) for turn in metrics.turns],
+        points=[PointStatus.model_validate(point) for point in runtime.conversations.summaries()],
     )

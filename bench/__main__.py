@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import trio
 
-from bench import door, flatness, loop, marathon, mlx, proposing, report, results, scheduling, speed
+from bench import agents, door, flatness, loop, marathon, mlx, proposing, report, results, scheduling, speed
 from bench.machine import describe_machine, our_versions
 from bench.models import MODELS, QWEN3_06B, SMALL, bench_model
 from bench.results import Record
@@ -32,6 +32,7 @@ SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
     "loop": loop.run,
     "proposing": proposing.run,
     "marathon": marathon.run,
+    "agents": agents.run,
     "mlx": mlx.run,
     "marathon-mlx": marathon.run_on_mlx,
 }
@@ -41,6 +42,7 @@ ALL = (
     ("proposing", QWEN3_06B),
     ("loop", QWEN3_06B),
     ("door", QWEN3_06B),
+    ("agents", QWEN3_06B),
     ("marathon", SMALL),
     ("scheduling", SMALL),
     ("marathon", SEEDLING),

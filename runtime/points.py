@@ -11,7 +11,10 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, takewhile
+from functools import cached_property
+from itertools import chain, islice, takewhile
+from math import inf
+from typing import Protocol
 
 from runtime.items import Item, Message, Reasoning, are_same, is_assistants, keys_of
 from runtime.script import Head
@@ -39,13 +42,14 @@ class Span:
         return self.begin + at + 1
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class Node:
     """Items that came together, and their tokens. `spans` are those of an answer; what was given has none.
 
     A root has no parent, no items and no tokens, and instead the `head` of the prompts of its conversations.
     """
 
+    id: int
     parent: Point | None
     items: tuple[Item, ...] = ()
     keys: tuple[bytes, ...] = ()
@@ -55,6 +59,16 @@ class Node:
     children: list[Node] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     used: int = 0
+
+    @cached_property
+    def before(self) -> int:
+        """Tokens of the conversation that stand before the node's own."""
+        return self.parent.length if self.parent else 0
+
+    @cached_property
+    def first(self) -> Node:
+        """The node that the conversation begins with."""
+        return self.parent.node.first if self.parent and self.parent.node.parent else self
 
     @property
     def is_answer(self) -> bool:
@@ -76,7 +90,7 @@ class Point:
     @property
     def length(self) -> int:
         """Tokens from the conversation's beginning up to here."""
-        return sum(point.offset for point in self.path())
+        return self.node.before + self.offset
 
     @property
     def history(self) -> array[int]:
@@ -117,12 +131,36 @@ class Point:
         assert first.node.head is not None
         return first.node.head
 
+    def since(self, length: int) -> array[int]:
+        """The history's tokens from `length` on."""
+        parts = []
+        for point in self.path():
+            if point.length <= length:
+                break
+            parts.append(point.node.tokens[max(0, length - point.node.before) : point.offset])
+        return array("I", chain.from_iterable(reversed(parts)))
+
     def path(self) -> Iterator[Point]:
         """This point and those before it, the last one first."""
         point: Point | None = self
         while point is not None:
             yield point
             point = point.node.parent
+
+
+def common_history(one: Point, other: Point, more: array[int]) -> int:
+    """How many tokens the history of a point has in common with that of another and `more` behind it."""
+    offsets = {point.node: point.offset for point in other.path()}
+    begin = 0
+    for point in one.path():
+        if point.node in offsets:
+            begin = point.node.before + min(point.offset, offsets[point.node])
+            break
+    else:
+        length = _common(one.node.first.tokens, other.node.first.tokens)
+        if length < min(len(one.node.first.tokens), len(other.node.first.tokens)):
+            return length
+    return begin + _common(one.since(begin), other.since(begin) + more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,19 +175,40 @@ class Match:
     broke_at: int | None
 
 
+class Log(Protocol):
+    """Who is told of every change of a tree, before it is made. Raises StorageFailed where it may not be made."""
+
+    def rooted(self, node: Node) -> None: ...
+
+    def grew(self, node: Node) -> None: ...
+
+    def dropped(self, node: Node) -> None: ...
+
+    def named(self, name: str, point: Point, record: bytes) -> None: ...
+
+    def forgot(self, name: str) -> None: ...
+
+
 class PointTree:
     """Conversations by what was said in them and by the names of points. Those used longest ago go where room is short."""
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, most_bytes: float = inf) -> None:
         self._most_bytes = most_bytes
+        self._log: Log | None = None
+        self._next_id = 0
         self._bytes = 0
         self._roots: dict[bytes, Node] = {}
         self._named: dict[str, tuple[Point, bytes]] = {}
         self._uses = 0
 
-    def root(self, head: Head) -> Point:
+    def root(self, head: Head, as_id: int | None = None) -> Point:
         """Where the conversations begin whose prompts begin with `head`."""
-        node = self._roots.setdefault(head.digest, Node(None, head=head))
+        node = self._roots.get(head.digest)
+        if node is None:
+            node = Node(self._new_id(as_id), None, head=head)
+            if self._log:
+                self._log.rooted(node)
+            self._roots[head.digest] = node
         return Point(node, 0)
 
     def roots(self) -> list[Point]:
@@ -174,13 +233,22 @@ class PointTree:
         is_broken = count < len(items) and bool(_branches(point))
         return Match(point, count, furthest if is_broken else None)
 
-    def grow(self, point: Point, items: Sequence[Item], tokens: array[int], spans: Sequence[Span] = ()) -> Point:
+    def grow(
+        self,
+        point: Point,
+        items: Sequence[Item],
+        tokens: array[int],
+        spans: Sequence[Span] = (),
+        as_id: int | None = None,
+    ) -> Point:
         """The point after these items, which follow `point`. What is there already is not held twice."""
         keys = keys_of(items)
         for child in _branches(point):
             if child.keys == keys and child.tokens == tokens:
                 return self.use(Point(child, len(tokens)))
-        node = Node(point, tuple(items), keys, tokens, tuple(spans))
+        node = Node(self._new_id(as_id), point, tuple(items), keys, tokens, tuple(spans))
+        if self._log:
+            self._log.grew(node)
         point.node.children.append(node)
         self._bytes += node.size_bytes
         grown = self.use(Point(node, len(tokens)))
@@ -196,7 +264,9 @@ class PointTree:
 
     def name(self, name: str, point: Point, record: bytes = b"") -> None:
         """Has the point be found by this name from now on, and with it a record of whoever named it."""
-        self.forget(name)
+        if self._log:
+            self._log.named(name, point, record)
+        self._forget(name)
         self._named[name] = (point, record)
         self._bytes += len(record)
         point.node.names.append(name)
@@ -212,10 +282,43 @@ class PointTree:
 
     def forget(self, name: str) -> None:
         """Has no point be found by this name any more."""
+        if self._log and name in self._named:
+            self._log.forgot(name)
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
         if name in self._named:
             point, record = self._named.pop(name)
             self._bytes -= len(record)
             point.node.names.remove(name)
+
+    def names(self) -> list[str]:
+        """Every name of a point."""
+        return [*self._named]
+
+    @property
+    def size_bytes(self) -> int:
+        """About how much memory it takes."""
+        return self._bytes
+
+    def bound(self, most_bytes: float) -> None:
+        """Holds no more than this from now on."""
+        self._most_bytes = most_bytes
+        self._make_room(None)
+
+    def write_to(self, log: Log) -> None:
+        """Tells `log` of all that there is, and of every change from now on."""
+        for root in self._roots.values():
+            log.rooted(root)
+        for node in self.nodes():
+            log.grew(node)
+        for name, (point, record) in self._named.items():
+            log.named(name, point, record)
+        self._log = log
+
+    def go_on_in(self, log: Log) -> None:
+        """Tells `log`, which knows of all that there is, of every change from now on."""
+        self._log = log
 
     def nodes(self) -> Iterator[Node]:
         """Every node but the roots, parents before their children."""
@@ -226,24 +329,40 @@ class PointTree:
                 yield node
             waiting += node.children
 
-    def _make_room(self, newest: Node) -> None:
+    def _new_id(self, as_id: int | None) -> int:
+        """The next id; where one is given, that one, and none that is lower afterwards."""
+        found = self._next_id if as_id is None else as_id
+        self._next_id = max(self._next_id, found + 1)
+        return found
+
+    def _make_room(self, newest: Node | None) -> None:
         if self._bytes <= self._most_bytes:
             return
         for leaf in sorted((node for node in self.nodes() if not node.children), key=lambda node: node.used):
             node = leaf
             while self._bytes > self._most_bytes and node is not newest and node.parent and not node.children:
-                self._drop(node)
+                if self._log:
+                    self._log.dropped(node)
+                self.drop(node)
                 node = node.parent.node
 
-    def _drop(self, node: Node) -> None:
+    def drop(self, node: Node) -> None:
+        """Forgets a node that has no children, and its names."""
         assert node.parent is not None
+        assert not node.children
         above = node.parent.node
         above.children.remove(node)
         self._bytes -= node.size_bytes
         for name in [*node.names]:
-            self.forget(name)
+            self._forget(name)
         if above.head is not None and not above.children:
             del self._roots[above.head.digest]
+
+
+def _common(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many of their first elements are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (ours, theirs) in pairs if ours != theirs), min(len(one), len(other)))
 
 
 def _branches(point: Point) -> list[Node]:
@@ -258,11 +377,7 @@ def _agreement(node: Node, items: Sequence[Item], keys: Sequence[bytes]) -> tupl
     """
     if node.is_answer:
         return _answers_agreement(node, items)
-    taken = 0
-    for ours, theirs in zip(node.keys, keys, strict=False):
-        if ours != theirs:
-            break
-        taken += 1
+    taken = _common(node.keys, keys)
     return taken, len(node.tokens) if taken == len(node.keys) else None
 
 

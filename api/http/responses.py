@@ -15,7 +15,7 @@ from actors import Runtime
 from actors.nursery import open_nursery
 from api.answer import Part
 from api.answering import Answers, Ending, Usage, open_answers
-from api.dialects.responses.events import Event, ResponseWriter, error_event
+from api.dialects.responses.events import Event, ResponseWriter, as_responses_error, error_event
 from api.dialects.responses.request import Frame, ResponseRequest, read, read_frame
 from api.event_stream import EventStream, named_event
 from api.http.chat import ANSWER_ERRORS
@@ -29,7 +29,7 @@ from api.traces import describe_request
 from runtime.errors import NotServing, PayloadTooLarge, PreviousResponseNotFound, RequestError, ResponseNotFound
 from runtime.points import Point
 
-RESPONSES = Family("/v1/responses", is_deprecated=False)
+RESPONSES = Family("/v1/responses", is_deprecated=False, as_error=as_responses_error)
 # Requests of one WebSocket that run or wait; more are not read from it.
 _MOST_REQUESTS = 16
 
@@ -160,19 +160,13 @@ class _Turn:
 
 @asynccontextmanager
 async def _open_turn(
-    server: Server, runtime: Runtime, asked: ResponseRequest, question: Question, reading: trio.Nursery | None = None
+    server: Server, runtime: Runtime, asked: ResponseRequest, question: Question
 ) -> AsyncIterator[_Turn]:
-    """The turn of a request. What is only to be read is read in the nursery `reading`, behind the answer.
-
-    Raises PreviousResponseNotFound, and as `open_answers`.
-    """
+    """The turn of a request. Raises PreviousResponseNotFound, and as `open_answers`."""
     start = _start_of(runtime, asked)
     if asked.is_prewarm:
         prompt = await write_prompt(server.reader, runtime, question, start)
-        ending = _unanswered(runtime, prompt)
-        if reading is not None:
-            reading.start_soon(_read_ahead, runtime, prompt.point)
-        yield _Turn(server, runtime, asked, ending)
+        yield _Turn(server, runtime, asked, _unanswered(runtime, prompt))
         return
     async with open_answers(server, runtime, question, start) as answers:
         yield _Turn(server, runtime, asked, answers)
@@ -197,13 +191,13 @@ def _name_of(conversation_id: str) -> str:
 
 
 def _unanswered(runtime: Runtime, prompt: Prompt) -> Ending:
-    history = prompt.point.history
+    length = prompt.point.length
     usage = Usage(
-        prompt=len(history),
+        prompt=length,
         completion=0,
         reasoning=0,
-        reused=runtime.conversations.held(history),
-        evicted=max(0, len(history) - runtime.facts.slab.visible),
+        reused=runtime.conversations.held(prompt.point),
+        evicted=max(0, length - runtime.facts.slab.visible),
         broke_at=prompt.broke_at,
         because=prompt.because,
     )
@@ -266,7 +260,7 @@ class _Socket:
                     break
                 if frame.stream_id not in self._lanes:
                     self._lanes[frame.stream_id], waiting = trio.open_memory_channel[Frame](_MOST_REQUESTS)
-                    nursery.start_soon(self._run_lane, waiting, nursery)
+                    nursery.start_soon(self._run_lane, waiting)
                 self._lanes[frame.stream_id].send_nowait(frame)
             nursery.cancel_scope.cancel()
         await websocket.close(1000)
@@ -291,24 +285,27 @@ class _Socket:
         except RequestError as error:
             return Frame(None, error)
 
-    async def _run_lane(self, waiting: trio.MemoryReceiveChannel[Frame], reading: trio.Nursery) -> None:
+    async def _run_lane(self, waiting: trio.MemoryReceiveChannel[Frame]) -> None:
         async for frame in waiting:
             try:
-                await self._answer(frame, reading)
+                await self._answer(frame)
             except Exception as error:
                 await self._send(_as_frame(error_event(error, frame.stream_id)))
             finally:
                 self._room.release()
 
-    async def _answer(self, frame: Frame, reading: trio.Nursery) -> None:
+    async def _answer(self, frame: Frame) -> None:
         if isinstance(frame.read, RequestError):
             raise frame.read
         asked, question = frame.read
         async with AsyncExitStack() as held:
             runtime = held.enter_context(self._server.call())
-            turn = await held.enter_async_context(_open_turn(self._server, runtime, asked, question, reading))
+            turn = await held.enter_async_context(_open_turn(self._server, runtime, asked, question))
             async for event in _TurnEvents(turn, _as_frame):
                 await self._send(event)
+            if asked.is_prewarm and (point := runtime.conversations.points.named(turn.response["id"])) is not None:
+                with self._server.may_be_ended():
+                    await _read_ahead(runtime, point)
 
     async def _send(self, event: bytes) -> None:
         async with self._sending:

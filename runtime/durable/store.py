@@ -22,6 +22,7 @@ from runtime.durable.files import Files, storage_errors
 from runtime.durable.framing import Damaged, Unknown
 from runtime.durable.identity import HistoryIdentity, SlabIdentity, Terms
 from runtime.durable.journal import Journal
+from runtime.durable.points_log import PointLog, open_points
 from runtime.durable.slab_file import PARTIAL, SlabWriter, read_slab, write_slab
 from runtime.errors import (
     InvalidSetting,
@@ -31,6 +32,7 @@ from runtime.errors import (
     SnapshotUnreadable,
     StorageFull,
 )
+from runtime.points import PointTree
 from runtime.slab import Slab
 
 HISTORY, SLAB = ".history", ".slab"
@@ -93,6 +95,7 @@ class SessionStore:
         self._records: dict[str, Record] = {}
         self._saved: dict[str, Record] = {}
         self._left: dict[str, str] = {}
+        self._points: PointLog | None = None
         self._uses = 0
 
     @classmethod
@@ -131,8 +134,24 @@ class SessionStore:
                 raise InvalidSetting(f"state_dir={directory} cannot be read: {error.strerror}") from error
             yield store
         finally:
+            if store._points is not None:
+                store._points.close()
             with suppress(OSError):
                 store._files.close(lock)
+
+    # Conversations
+
+    def open_points(self, most_bytes: int) -> PointTree:
+        """The tree of conversations in the directory, which from now on is written down there. Raises InvalidSetting."""
+        path = self._directory / "conversations.tree"
+        most_bytes = min(most_bytes, self._most_bytes // 4) if self._most_bytes else most_bytes
+        try:
+            tree, self._points = open_points(
+                self._files, path, self._aside, self._history_identity, most_bytes, self._is_token
+            )
+        except OSError as error:
+            raise InvalidSetting(f"state_dir={self._directory} cannot be written: {error.strerror}") from error
+        return tree
 
     # Sessions
 
@@ -262,7 +281,8 @@ class SessionStore:
     def size(self) -> int:
         """Bytes of all records."""
         with self._lock:
-            return sum(record.size for record in (*self._records.values(), *self._saved.values()))
+            of_points = self._points.size if self._points else 0
+            return of_points + sum(record.size for record in (*self._records.values(), *self._saved.values()))
 
     # What an open session asks for
 
@@ -332,6 +352,8 @@ class SessionStore:
         return None
 
     def _found(self, snapshot_id: str) -> Record:
+        if not isinstance(snapshot_id, str):
+            raise SnapshotNotFound("no snapshot has this id")
         record = self._saved.get(snapshot_id)
         if record is None and snapshot_id in self._left:
             raise SnapshotMismatch(f"the snapshot cannot go on here: {self._left[snapshot_id]}")

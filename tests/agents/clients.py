@@ -10,8 +10,9 @@ import sys
 import urllib.request
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from subprocess import PIPE, STDOUT, CompletedProcess
+from subprocess import STDOUT, CompletedProcess
 
 import pytest
 import trio
@@ -108,18 +109,13 @@ class Desk:
 
     async def interrupt(self, until: Awaitable[None], *command: str | Path) -> None:
         """Has an agent work until that returns, and then be interrupted as from a terminal."""
+        line = [*map(str, command)]
+        agent = partial(trio.run_process, line, **self._how, capture_stdout=True, check=False, start_new_session=True)
         async with trio.open_nursery() as nursery:
-            process = await nursery.start(
-                lambda task_status: trio.run_process(
-                    [*map(str, command)],
-                    **self._how,
-                    check=False,
-                    start_new_session=True,
-                    task_status=task_status,
-                )
-            )
+            process = await nursery.start(agent)
             with trio.fail_after(_LONGEST_S):
                 await until
+            # All of it: some agents are a wrapper that starts the agent.
             os.killpg(process.pid, signal.SIGINT)
 
     async def _run(self, command: tuple[str | Path, ...]) -> CompletedProcess[str]:

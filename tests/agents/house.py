@@ -245,7 +245,7 @@ def check_turns(answers: Sequence[Exchange]) -> None:
     """Each turn of a conversation cost the tokens that are new in it, and the last of the turn before, which had not run."""
     for before, after in pairwise(answers):
         new = after.read.prompt - before.read.total
-        assert 0 < new, "the conversation has become shorter"
+        assert new > 0, "the conversation has become shorter"
         assert after.read.read <= new + 1, f"{after.read} goes on from {before.read}"
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import trio
 
 from tests.agents.clients import Desk, node_program
 from tests.agents.house import MODEL, House, check_rows, check_turns, open_house

@@ -1,4 +1,4 @@
-"""A program with openai's client: a tool's turn over a WebSocket, then the next turn over another. `BASE_URL MODEL` in, text out."""
+"""A program with openai's client: a tool's turn over a WebSocket, the next over another. `BASE_URL MODEL` in, text out."""
 
 import subprocess
 import sys
@@ -23,6 +23,7 @@ def answered(connection: Any, **asked: Any) -> Any:
         if event.type == "response.completed":
             return event.response
         assert event.type not in ("error", "response.failed"), event
+    raise AssertionError("the server has closed the socket")
 
 
 with client.responses.connect() as connection:

@@ -13,6 +13,7 @@ from api.dialects.responses.request import ResponseRequest
 from api.dialects.sealed import seal
 from api.replies import as_http
 from api.reuse import reuse_of
+from api.schemas import ErrorReply
 from runtime.items import Call, Message, Reasoning
 
 Event = dict[str, Any]
@@ -137,9 +138,15 @@ def usage_of(usage: Usage) -> dict[str, Any]:
     }
 
 
+def as_responses_error(error: Exception) -> tuple[int, ErrorReply, dict[str, str]]:
+    """Status, body and headers that a client of Responses is told. What is wrong with a request is always 400 there."""
+    status, body, headers = as_http(error)
+    return (400 if status == 422 else status), body, headers
+
+
 def error_event(error: Exception, stream_id: str | None) -> Event:
     """What a WebSocket's client is told where there is no response to fail."""
-    status, body, headers = as_http(error)
+    status, body, headers = as_responses_error(error)
     code = "server_is_overloaded" if status == 503 else body.error.code
     told = {"type": "error", "status": status, "error": body.error.model_dump() | {"code": code}}
     told |= {"headers": {name.lower(): value for name, value in headers.items()}} if headers else {}

@@ -1,0 +1,182 @@
+"""Conversations: the session that has read most goes on, and what it draws is what a new one would."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from actors import Runtime
+from runtime.errors import CapacityExhausted
+from runtime.items import Message
+from runtime.points import Point
+from runtime.script import Head
+from tests.actors.engines import LedgerEngine, generated, open_lab, sample
+
+CUE = array("I", [88])
+LONG = [*range(10, 60)]
+
+
+@pytest.fixture
+def engine() -> LedgerEngine:
+    return LedgerEngine(window=2000)
+
+
+def point_after(runtime: Runtime, *parts: Sequence[int]) -> Point:
+    """The point of a conversation of which each part has these tokens."""
+    points = runtime.conversations.points
+    point = points.root(Head())
+    for part in parts:
+        point = points.grow(point, [Message("user", str(part))], array("I", part))
+    return point
+
+
+async def turn(runtime: Runtime, point: Point, count: int = 3) -> tuple[list[int], int]:
+    """What is drawn after a point, and how much of the prompt needed no reading. The session stands at the point then."""
+    async with runtime.conversations.stand(point, CUE) as stand:
+        stand.point = point
+        await stand.session.append((point.history + CUE)[stand.length :])
+        return await generated(stand.session, count), stand.reused
+
+
+async def checked_turn(runtime: Runtime, engine: LedgerEngine, point: Point) -> int:
+    """How much of a prompt needed no reading, in a turn whose tokens are those of a new session."""
+    drawn, reused = await turn(runtime, point)
+    assert drawn == engine.continued([*point.history, *CUE], 3)
+    return reused
+
+
+async def test_a_conversation_goes_on_where_a_session_stands(engine: LedgerEngine) -> None:
+    async with open_lab(engine) as runtime:
+        assert await checked_turn(runtime, engine, point_after(runtime, LONG)) == 0
+        assert await checked_turn(runtime, engine, point_after(runtime, LONG, [1, 2])) == len(LONG)
+        assert await checked_turn(runtime, engine, point_after(runtime, LONG, [1, 2], [3])) == len(LONG) + 2
+        assert sample(runtime.metrics, "session_active") == 1
+
+
+async def test_who_goes_back_a_little_gives_up_what_came_after(engine: LedgerEngine) -> None:
+    async with open_lab(engine) as runtime:
+        await turn(runtime, point_after(runtime, LONG, [1, 2, 3]))
+
+        assert await checked_turn(runtime, engine, point_after(runtime, LONG, [1, 9])) == len(LONG) + 1
+        assert sample(runtime.metrics, "session_active") == 1
+
+
+async def test_a_long_branch_keeps_its_slab_and_its_sibling_begins_on_a_copy(engine: LedgerEngine) -> None:
+    async with open_lab(engine) as runtime:
+        branch = point_after(runtime, LONG, [5] * 400)
+        await turn(runtime, branch)
+
+        assert await checked_turn(runtime, engine, point_after(runtime, LONG, [6])) == len(LONG)
+        assert sample(runtime.metrics, "session_active") == 2
+        assert await checked_turn(runtime, engine, branch) == len(branch.history)
+
+
+async def test_where_no_slab_is_left_a_long_branch_is_given_up(engine: LedgerEngine) -> None:
+    async with open_lab(engine, capacity=1) as runtime:
+        await turn(runtime, point_after(runtime, LONG, [5] * 400))
+
+        assert await checked_turn(runtime, engine, point_after(runtime, LONG, [6])) == len(LONG)
+        assert sample(runtime.metrics, "session_active") == 1
+
+
+async def test_what_the_window_has_left_behind_is_read_again() -> None:
+    engine = LedgerEngine(window=14)
+    async with open_lab(engine, capacity=1) as runtime:
+        await turn(runtime, point_after(runtime, LONG, [*range(1, 80)] * 4))
+
+        assert await checked_turn(runtime, engine, point_after(runtime, LONG, [7])) == 0
+
+
+async def test_another_conversation_gets_a_session_of_its_own(engine: LedgerEngine) -> None:
+    async with open_lab(engine) as runtime:
+        await turn(runtime, point_after(runtime, LONG))
+
+        assert await checked_turn(runtime, engine, point_after(runtime, [70, *LONG])) == 0
+        assert sample(runtime.metrics, "session_active") == 2
+        assert await checked_turn(runtime, engine, point_after(runtime, LONG)) == len(LONG)
+
+
+async def test_two_turns_at_one_point_at_once_are_two_sessions(engine: LedgerEngine) -> None:
+    async with open_lab(engine) as runtime:
+        point = point_after(runtime, LONG)
+        await turn(runtime, point)
+        async with runtime.conversations.stand(point, CUE) as one, runtime.conversations.stand(point, CUE) as other:
+            assert one.session.id != other.session.id
+            assert (one.reused, other.reused) == (len(LONG), 0)
+
+
+async def test_a_turn_that_is_broken_off_leaves_its_session_where_it_says(
+    engine: LedgerEngine, nursery: trio.Nursery
+) -> None:
+    leaving = trio.CancelScope()
+
+    async def leave(runtime: Runtime, point: Point) -> None:
+        with leaving:
+            await turn(runtime, point, 1000)
+
+    async with open_lab(engine) as runtime:
+        point = point_after(runtime, LONG)
+        engine.hold()
+        nursery.start_soon(leave, runtime, point)
+        await engine.begun()
+        leaving.cancel()
+        engine.open()
+        await wait_all_tasks_blocked()
+
+        drawn, reused = await turn(runtime, point)
+
+        assert drawn == engine.continued([*point.history, *CUE], 3)
+        assert reused > 0
+        assert sample(runtime.metrics, "session_active") == 1
+
+
+async def test_a_turn_that_does_not_say_where_it_stands_leaves_no_session(engine: LedgerEngine) -> None:
+    async with open_lab(engine) as runtime:
+        async with runtime.conversations.stand(point_after(runtime, LONG), CUE):
+            pass
+        assert sample(runtime.metrics, "session_active") == 0
+
+
+async def test_who_goes_on_from_what_is_being_read_waits_for_it(engine: LedgerEngine, nursery: trio.Nursery) -> None:
+    reused: list[int] = []
+
+    async def go_on(runtime: Runtime, point: Point) -> None:
+        reused.append(await checked_turn(runtime, engine, point))
+
+    async with open_lab(engine) as runtime:
+        head = point_after(runtime, LONG)
+        engine.hold()
+        nursery.start_soon(runtime.conversations.read_ahead, head)
+        await engine.begun()
+        nursery.start_soon(go_on, runtime, point_after(runtime, LONG, [1, 2]))
+        await wait_all_tasks_blocked()
+        assert not reused
+
+        engine.open()
+        await wait_all_tasks_blocked()
+        while not reused:
+            await trio.lowlevel.checkpoint()
+        assert reused == [len(LONG)]
+
+
+async def test_a_session_that_was_evicted_is_missed_by_nobody(engine: LedgerEngine) -> None:
+    async with open_lab(engine, capacity=1) as runtime:
+        point = point_after(runtime, LONG)
+        await turn(runtime, point)
+        await runtime.create_session()
+
+        assert await checked_turn(runtime, engine, point) == 0
+
+
+async def test_where_every_slab_is_at_work_there_is_none_for_a_conversation(engine: LedgerEngine) -> None:
+    async with open_lab(engine, capacity=1) as runtime:
+        session = await runtime.create_session()
+        await session.append([1])
+        async with session.generate(1000) as events:
+            await anext(events)
+            with pytest.raises(CapacityExhausted):
+                await turn(runtime, point_after(runtime, LONG))

@@ -1,0 +1,195 @@
+"""The tree of conversations on disk: what was told is there again, and what was damaged is not believed."""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.durable import HistoryIdentity
+from runtime.durable.files import Files
+from runtime.durable.points_log import PointLog, open_points
+from runtime.errors import StorageFailed
+from runtime.items import Call, Item, Message, Output, Reasoning
+from runtime.points import Point, PointTree, Span
+from runtime.script import Head
+
+IDENTITY = HistoryIdentity("a model", 1000)
+MOST_BYTES = 2**20
+TEXT = st.text(max_size=8)
+ITEMS = st.one_of(
+    st.builds(Message, st.sampled_from(["system", "user", "assistant"]), TEXT),
+    st.builds(Reasoning, TEXT),
+    st.builds(Call, TEXT, TEXT, TEXT),
+    st.builds(Output, TEXT, TEXT),
+)
+TOKENS = st.lists(st.integers(0, 999), max_size=6).map(lambda tokens: array("I", tokens))
+
+
+class FullDisk(Files):
+    """A disk on which there is no room for more, once `is_full`."""
+
+    is_full = False
+
+    def write(self, file: int, offset: int, content: bytes | memoryview) -> None:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().write(file, offset, content)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "damaged").mkdir()
+    return tmp_path / "conversations.tree"
+
+
+def opened(path: Path, files: Files | None = None, most_bytes: int = MOST_BYTES) -> tuple[PointTree, PointLog]:
+    def is_token(tokens: array[int]) -> bool:
+        return not tokens or max(tokens) < IDENTITY.vocabulary
+
+    return open_points(files or Files(), path, path.parent / "damaged", IDENTITY, most_bytes, is_token)
+
+
+def told(tree: PointTree) -> list[Any]:
+    """All that a tree holds, in an order of its own."""
+    nodes = [
+        (point.history.tolist(), point.items, [(s.begin, s.end, s.characters) for s in node.spans], point.head)
+        for node in tree.nodes()
+        for point in [Point(node, len(node.tokens))]
+    ]
+    names = [(name, point.history.tolist(), tree.record(name)) for name in tree.names() if (point := tree.named(name))]
+    return [sorted(nodes, key=repr), sorted(names)]
+
+
+def grown(tree: PointTree, point: Point, item: Item, tokens: array[int]) -> Point:
+    text = getattr(item, "text", "")
+    spans = [Span(0, len(tokens), array("I", [len(text)] * len(tokens)))] if isinstance(item, Reasoning) else []
+    return tree.grow(point, [item], tokens, spans)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_what_was_told_is_there_again_after_any_number_of_starts(tmp_path_factory: Any, data: st.DataObject) -> None:
+    path: Path = tmp_path_factory.mktemp("state") / "conversations.tree"
+    (path.parent / "damaged").mkdir()
+    tree, log = opened(path)
+    for _ in range(data.draw(st.integers(1, 4))):
+        for _ in range(data.draw(st.integers(0, 5))):
+            points = [
+                tree.root(Head(instructions=data.draw(st.sampled_from("ab")))),
+                *(Point(node, data.draw(st.integers(0, len(node.tokens)))) for node in tree.nodes()),
+            ]
+            point = data.draw(st.sampled_from(points))
+            action = data.draw(st.sampled_from(["grow", "name", "forget"]))
+            if action == "grow":
+                grown(tree, point, data.draw(ITEMS), data.draw(TOKENS))
+            elif action == "name" and point.node.parent:
+                tree.name(data.draw(st.sampled_from("xyz")), point, data.draw(st.binary(max_size=4)))
+            else:
+                tree.forget(data.draw(st.sampled_from("xyz")))
+        before = told(tree)
+        log.close()
+        tree, log = opened(path)
+        assert told(tree) == before
+    log.close()
+
+
+def test_a_start_after_much_was_forgotten_makes_the_file_short(path: Path) -> None:
+    tree, log = opened(path)
+    root = tree.root(Head())
+    for number in range(40):
+        tree.name("last", tree.grow(root, [Message("user", str(number))], array("I", [7]) * 20_000), b"x" * 30_000)
+    size, before = path.stat().st_size, told(tree)
+    log.close()
+
+    tree, log = opened(path)
+    log.close()
+
+    assert told(tree) == before
+    assert path.stat().st_size < size
+    assert told(opened(path)[0]) == before
+
+
+def test_conversations_used_longest_ago_go_where_room_is_short(path: Path) -> None:
+    tree, log = opened(path, most_bytes=20_000)
+    root = tree.root(Head())
+    points = [tree.grow(root, [Message("user", str(n))], array("I", [n]) * 1000) for n in range(8)]
+    tree.use(points[0])
+    for n in range(8, 11):
+        tree.grow(root, [Message("user", str(n))], array("I", [n]) * 1000)
+
+    held = {node.items[0] for node in tree.nodes()}
+    assert Message("user", "10") in held
+    assert tree.size_bytes <= 20_000
+    log.close()
+    assert told(opened(path, most_bytes=20_000)[0]) == told(tree)
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
+def test_of_a_damaged_file_what_stands_before_the_damage_is_kept_and_the_file_is_set_aside(
+    path: Path, place: float
+) -> None:
+    tree, log = opened(path)
+    point = tree.root(Head())
+    for number in range(20):
+        point = tree.grow(point, [Message("user", str(number))], array("I", [number]))
+    whole = [node.items for node in tree.nodes()]
+    log.close()
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    path.write_bytes(content)
+
+    tree, log = opened(path)
+
+    kept = [node.items for node in tree.nodes()]
+    assert kept == whole[: len(kept)]
+    assert len(kept) < len(whole)
+    assert (path.parent / "damaged" / path.name).read_bytes() == content
+    log.close()
+    assert [node.items for node in opened(path)[0].nodes()] == kept
+
+
+def test_another_models_conversations_are_not_gone_on_with(path: Path) -> None:
+    tree, log = opened(path)
+    tree.grow(tree.root(Head()), [Message("user", "hello")], array("I", [1]))
+    log.close()
+
+    other = HistoryIdentity("another model", 1000)
+    tree, _ = open_points(Files(), path, path.parent / "damaged", other, MOST_BYTES, lambda _: True)
+
+    assert not [*tree.nodes()]
+
+
+def test_tokens_that_the_model_does_not_have_are_not_believed(path: Path) -> None:
+    tree, log = opened(path)
+    tree.grow(tree.root(Head()), [Message("user", "hello")], array("I", [IDENTITY.vocabulary]))
+    log.close()
+
+    assert not [*opened(path)[0].nodes()]
+
+
+def test_what_cannot_be_written_does_not_happen(path: Path) -> None:
+    disk = FullDisk()
+    tree, log = opened(path, disk)
+    point = tree.grow(tree.root(Head()), [Message("user", "hello")], array("I", [1]))
+    before = told(tree)
+
+    disk.is_full = True
+    for change in (
+        lambda: tree.grow(point, [Message("user", "more")], array("I", [2])),
+        lambda: tree.name("a name", point),
+        lambda: tree.root(Head(instructions="Be brief.")),
+    ):
+        with pytest.raises(StorageFailed):
+            change()
+    assert told(tree) == before
+
+    disk.is_full = False
+    tree.name("a name", point)
+    log.close()
+    assert told(opened(path)[0]) == told(tree)
