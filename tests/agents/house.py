@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -21,6 +22,8 @@ from api.foreign.hypercorn import Patience, patch
 from api.http import make_app
 from api.server import Server
 from runtime import Settings
+from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity
+from runtime.engine import EngineFacts
 from runtime.metrics import Metrics
 from tests.actors.engines import sample
 from tests.agents.scripted import Line, ScriptedEngine, scripted_text
@@ -182,6 +185,10 @@ class House:
     recorder: Recorder
 
     @property
+    def address(self) -> str:
+        return self.url.removeprefix("http://")
+
+    @property
     def rows(self) -> int:
         """Rows that the model has run, as the server's metrics count them."""
         return int(sample(self.server.metrics, "forward_rows_sum"))
@@ -210,24 +217,26 @@ class House:
 
 
 @asynccontextmanager
-async def open_house(script: Sequence[Line], **settings: Any) -> AsyncIterator[House]:
-    """A server with its HTTP door open on 127.0.0.1, and a model that says what the script tells it."""
+async def open_house(
+    script: Sequence[Line], state: Path | None = None, bind: str = "127.0.0.1:0", **settings: Any
+) -> AsyncIterator[House]:
+    """A server with its HTTP door open, and a model that says what the script tells it. It keeps conversations in `state`."""
     text = scripted_text()
+    engine = ScriptedEngine(script, text)
     chosen = Settings(model_label=MODEL, grpc_bind="127.0.0.1:0", **settings)
 
     @asynccontextmanager
     async def opening(_: Settings, metrics: Metrics) -> AsyncIterator[Runtime]:
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            async with open_sessions(
-                chosen, ScriptedEngine(script, text), EngineThread(pool), text, metrics
-            ) as runtime:
+        with ThreadPoolExecutor(max_workers=1) as pool, ExitStack() as held:
+            store = held.enter_context(_open_store(state, engine.facts)) if state else None
+            async with open_sessions(chosen, engine, EngineThread(pool), text, metrics, store=store) as runtime:
                 yield runtime
 
     server = Server(chosen, opening)
     recorder = Recorder(make_app(server))
     patch(Patience(chosen.reader_timeout_s, on_stop=lambda _: None))
     config = Config()
-    config.bind = ["127.0.0.1:0"]
+    config.bind = [bind]
     config.keep_alive_timeout = chosen.idle_connection_s
     serve: Callable[..., Awaitable[Any]] = hypercorn_serve
     async with trio.open_nursery() as nursery:
@@ -239,6 +248,12 @@ async def open_house(script: Sequence[Line], **settings: Any) -> AsyncIterator[H
         finally:
             print(house.report())
             nursery.cancel_scope.cancel()
+
+
+def _open_store(state: Path, facts: EngineFacts) -> AbstractContextManager[SessionStore]:
+    slab, name = facts.slab, facts.backend
+    of_slab = SlabIdentity(name, name, name, facts.weights, facts.dtype, slab.sink, slab.window, slab.slots)
+    return SessionStore.open(str(state), HistoryIdentity(name, facts.vocabulary), of_slab)
 
 
 def check_turns(answers: Sequence[Exchange]) -> None:

@@ -54,6 +54,24 @@ async def test_it_calls_a_tool_answers_and_goes_on_in_another_process(tmp_path: 
 
 
 @is_either_way
+async def test_it_goes_on_with_a_server_that_was_started_anew(tmp_path: Path, has_sockets: bool) -> None:
+    codex = node_program("@openai/codex", "codex")
+    script = [
+        looks("echo per$((40 + 2))ennial"),
+        Line("per42ennial", "The word is per42ennial."),
+        Line("say it again", "It still is per42ennial."),
+    ]
+    async with open_house(script, tmp_path / "state") as house:
+        desk = new_desk(tmp_path, house, has_sockets)
+        await desk.run(codex, "exec", FREE, "fetch the word")
+        before = house.answers()
+    async with open_house(script, tmp_path / "state", house.address) as house:
+        assert "It still is per42ennial." in await desk.run(codex, "exec", "resume", "--last", FREE, "say it again")
+        check_turns([*before, *house.answers()])
+        check_rows(house)
+
+
+@is_either_way
 async def test_it_goes_on_after_an_interrupt(tmp_path: Path, has_sockets: bool) -> None:
     codex = node_program("@openai/codex", "codex")
     script = [
