@@ -43,7 +43,7 @@ class Agent:
 
 def opencode(library: str) -> Agent:
     def configure(desk: Desk, url: str) -> None:
-        model = {"name": MODEL, "limit": {"context": 200_000, "output": 32_000}, "reasoning": True, "tool_call": True}
+        model = {"name": MODEL, "limit": {"context": 65_536, "output": 8_192}, "reasoning": True, "tool_call": True}
         provider = {
             "npm": library,
             "name": "Perennial",
@@ -64,7 +64,7 @@ def opencode(library: str) -> Agent:
 
 def pi(api: str, path: str = "/v1") -> Agent:
     def configure(desk: Desk, url: str) -> None:
-        model = {"id": MODEL, "reasoning": True, "contextWindow": 200_000, "maxTokens": 32_000}
+        model = {"id": MODEL, "reasoning": True, "contextWindow": 65_536, "maxTokens": 8_192}
         provider = {"baseUrl": f"{url}{path}", "api": api, "apiKey": "any", "models": [model]}
         desk.write(".pi/agent/models.json", json.dumps({"providers": {"perennial": provider}}))
 
@@ -78,6 +78,7 @@ def qwen_code() -> Agent:
         settings = {
             "security": {"auth": {"selectedType": "openai", "apiKey": "any", "baseUrl": f"{url}/v1"}},
             "model": {"name": MODEL},
+            "memory": {"enableManagedAutoMemory": False},
             "privacy": {"usageStatisticsEnabled": False},
             "general": {"disableAutoUpdate": True},
         }
