@@ -1,4 +1,4 @@
-"""What a peer is asked for speed, and how it answers: one line of JSON, the figures by what is done."""
+"""What a peer is asked, and how it answers: one line of JSON, the figures by what is done."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from bench.figures import Figure, figure, repeats
 
 BUDGET_S = 8
 PREFILL = "prefill"
+PERPLEXITY = "perplexity"
 PREFILL_TOKENS = 512
 PROMPT_TOKENS, GENERATED_TOKENS = 8, 8
 

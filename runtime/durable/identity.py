@@ -36,10 +36,11 @@ class SlabIdentity:
     kernels: str
     weights: str
     dtype: str
+    kv_dtype: str
     sink: int
     window: int
     slots: int
-    version: int = field(default=1)
+    version: int = field(default=2)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)

@@ -88,8 +88,17 @@ def slab_spec(
     *,
     row_tile: int = ROW_TILE,
     bucket: int = BUCKET_SLOTS,
+    others: Sequence[str] = (),
 ) -> SlabSpec:
-    """The shape of slabs. The window is cut down to what the model can see. Raises InvalidSetting."""
+    """The shape of slabs of an engine that computes in `dtype`, and whose attention reads slabs of `others` too.
+
+    The window is cut down to what the model can see. Raises InvalidSetting.
+    """
+    own = str(dtype).removeprefix("torch.")
+    if settings.kv_dtype not in ("auto", own, *others):
+        raise InvalidSetting(
+            f"kv_dtype={settings.kv_dtype} cannot be had beside dtype={own} here: set kv_dtype to auto, or backend to openvino"
+        )
     longest = config.max_position_embeddings
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         longest = min(longest, config.sliding_window)
@@ -103,14 +112,14 @@ def slab_spec(
         sink=settings.sink,
         window=min(settings.window, longest - settings.sink),
         row_tile=row_tile,
-        dtype=dtype,
+        dtype=dtype if settings.kv_dtype == "auto" else named_dtype(settings.kv_dtype),
         device=device,
         bucket=bucket,
     )
 
 
 def named_dtype(name: str) -> torch.dtype:
-    """The type that the setting `dtype` names, unless it says auto."""
+    """The type that the setting `dtype` or `kv_dtype` names, unless it says auto."""
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype

@@ -9,7 +9,8 @@ sums whole numbers inside a group, and adds the groups in order, which is what Q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 from runtime.engine.configuration import attention_shape
 from runtime.engine.openvino_fit import GROUP
 from runtime.foreign.openvino import ops, ov
+from runtime.foreign.pages import page_out
 
 _FLOAT = ov.Type.f32
-_ROWS_AT_ONCE = 4096
+# So many weights and what is made of them stay in a core's cache.
+_ROUNDED_AT_ONCE = 2**18
 _TURN = ("cosines", "sines")
 _OV_TYPES = {torch.bfloat16: ov.Type.bf16, torch.float16: ov.Type.f16, torch.float32: ov.Type.f32}
 
@@ -82,6 +85,19 @@ class Graphs:
     weights_bytes: int
 
 
+@contextmanager
+def _on_one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# In parts that stay in its cache one core rounds weights as fast as memory gives them; several would wait for each other after
+# each of a dozen small steps.
+@_on_one_thread()
 def build(model: Any, compiling: Compiling) -> Graphs:
     """The graphs of a model of transformers, whose layers are taken from it one by one, so that memory holds one twice."""
     decoder, config = model.get_decoder(), model.config
@@ -92,8 +108,10 @@ def build(model: Any, compiling: Compiling) -> Graphs:
     between = []
     for number in range(1, len(layers)):
         between.append(builder.between(layers[number - 1], layers[number]))
+        page_out(layers[number - 1].parameters())
         layers[number - 1] = None
     last = builder.last(layers[-1], decoder.norm)
+    page_out(layers[-1].parameters())
     head = builder.head(model.get_output_embeddings())
     return Graphs(first, tuple(between), last, head, builder.weights_bytes)
 
@@ -196,16 +214,24 @@ class _Builder:
         """A constant [outputs, inputs], as the graph reads it."""
         if weights == "none":
             self.weights_bytes += weight.numel() * weight.itemsize
-            held = _owned(weight.view(torch.uint8), weight.shape, _OV_TYPES[weight.dtype])
-            return _out(ops.convert(held, _FLOAT))
-        # A head in float32 would take several times what it takes in the end.
-        parts = [quantised(part, weights) for part in weight.split(_ROWS_AT_ONCE)]
-        steps, scales = (torch.cat(each) for each in zip(*parts, strict=True))
-        outputs, groups, _ = steps.shape
-        whole = _constant(steps.numpy()) if weights == "int8" else _four_bits(steps)
-        self.weights_bytes += steps.numel() // (1 if weights == "int8" else 2) + scales.numel() * scales.itemsize
-        scaled = ops.multiply(ops.convert(whole, ov.Type.f16), _constant(scales.numpy()))
-        flat = ops.reshape(scaled, _constant(np.array([outputs, groups * GROUP])), False)
+            held = ov.Tensor(_OV_TYPES[weight.dtype], ov.Shape(weight.shape))
+            _bytes_of(held, len(weight))[:] = weight.contiguous().view(torch.uint8).numpy()
+            return _out(ops.convert(_shared(held), _FLOAT))
+        outputs, inputs = weight.shape
+        groups = inputs // GROUP
+        whole = ov.Tensor(ov.Type.i8 if weights == "int8" else ov.Type.i4, ov.Shape([outputs, groups, GROUP]))
+        scales = ov.Tensor(ov.Type.f16, ov.Shape([outputs, groups, 1]))
+        at = 0
+        # A head as a whole would take several times, in float32 and beside what is made of it, what it takes in the end.
+        for part in weight.split(max(1, _ROUNDED_AT_ONCE // inputs)):
+            steps, kept = quantised(part, weights)
+            rows = slice(at, at + len(part))
+            _bytes_of(whole, outputs)[rows] = _packed(steps, weights)
+            scales.data[rows] = kept.numpy()
+            at += len(part)
+        self.weights_bytes += whole.byte_size + scales.byte_size
+        scaled = ops.multiply(ops.convert(_shared(whole), ov.Type.f16), _shared(scales))
+        flat = ops.reshape(scaled, _constant(np.array([outputs, inputs])), False)
         return _out(ops.convert(flat, _FLOAT))
 
 
@@ -227,15 +253,21 @@ def quantised(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
     return steps.round().clamp(lowest, highest).to(torch.int8), kept
 
 
-def _four_bits(steps: Tensor) -> Any:
-    pairs = steps.flatten().view(torch.uint8).bitwise_and(0xF).view(-1, 2)
-    return _owned(pairs[:, 0] | (pairs[:, 1] << 4), steps.shape, ov.Type.i4)
+def _packed(steps: Tensor, weights: str) -> Any:
+    """Whole numbers as a graph holds them, bytes [outputs, any]: as they are, or two of 4 bits in each."""
+    whole = steps.flatten(1).view(torch.uint8)
+    if weights == "int8":
+        return whole.numpy()
+    pairs = whole.bitwise_and(0xF).unflatten(1, (-1, 2))
+    return (pairs[..., 0] | (pairs[..., 1] << 4)).numpy()
 
 
-def _owned(content: Tensor, shape: Sequence[int], kind: ov.Type) -> Any:
-    """A constant of a type that numpy lacks, with these bytes, in memory of its own."""
-    tensor = ov.Tensor(kind, ov.Shape(shape))
-    tensor.data.view(np.uint8).reshape(-1)[:] = content.flatten().numpy()
+def _bytes_of(tensor: ov.Tensor, rows: int) -> Any:
+    """The memory of a tensor, whatever its type, as bytes [rows, any]."""
+    return tensor.data.reshape(-1).view(np.uint8).reshape(rows, -1)
+
+
+def _shared(tensor: ov.Tensor) -> Any:
     return ops.constant(tensor, shared_memory=True)
 
 

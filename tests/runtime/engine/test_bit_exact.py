@@ -92,8 +92,10 @@ class Case:
 KINDS = (("float32", "none"), ("bfloat16", "none"), ("float32", "int8"), ("float32", "int4"))
 # Where bfloat16 is emulated the second model's would take minutes, and seedling's are of the same kernels.
 IS_BFLOAT16_NATIVE = level() >= Level.AVX512_BF16
+# Slabs of another type than what is computed in.
+KV_KINDS = (("float32", "none", "bfloat16"), ("float32", "int8", "float16"), ("float32", "int4", "int8"))
 # MLX's products take a hundred times as long on a CPU, so that most of its cases are of a small model.
-CASES = (
+_CASES = (
     *(("torch", "seedling", *kind) for kind in KINDS),
     *(
         ("torch", model, *kind)
@@ -110,15 +112,19 @@ CASES = (
     *(("mlx", "small", *kind) for kind in KINDS),
     ("mlx", "seedling", "float32", "none"),
 )
+CASES = (
+    *((*case, "auto") for case in _CASES),
+    *(("openvino", "widths of SmolLM2", *kind) for kind in KV_KINDS if level() >= Level.AVX512),
+)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=" ".join)
 def case(request: pytest.FixtureRequest, directories: dict[str, Path]) -> Case:
     """A history three times as long as the window, and its logits when it is fed in one append."""
-    backend, model, dtype, weights = request.param
+    backend, model, dtype, weights, kv_dtype = request.param
     if backend == "mlx":
         pytest.importorskip("mlx_lm")
-    engine = load(directories[model], dtype, window=64, weights=weights, backend=backend)
+    engine = load(directories[model], dtype, window=64, weights=weights, backend=backend, kv_dtype=kv_dtype)
     tokens = random_tokens(3 * engine.facts.slab.window, engine.facts.vocabulary)
     torch.set_num_threads(THREADS)
     return Case(engine, tokens, feed(engine, engine.new_pool(1).acquire(), tokens))
@@ -224,13 +230,14 @@ def test_verifying_a_proposal_gives_the_same_bits_as_decoding(case: Case) -> Non
     assert torch.equal(torch.cat(logits), case.whole)
 
 
-@pytest.mark.parametrize(("backend", "model", "dtype", "weights"), CASES)
+@pytest.mark.parametrize(("backend", "model", "dtype", "weights", "kv_dtype"), CASES)
 def test_logits_are_the_same_bits_across_a_buckets_edge(
-    directories: dict[str, Path], backend: str, model: str, dtype: str, weights: str
+    directories: dict[str, Path], backend: str, model: str, dtype: str, weights: str, kv_dtype: str
 ) -> None:
     if backend == "mlx":
         pytest.importorskip("mlx_lm")
-    engine = load(directories[model], dtype, window=BUCKET_SLOTS + 6, weights=weights, backend=backend)
+    window = BUCKET_SLOTS + 6
+    engine = load(directories[model], dtype, window=window, weights=weights, backend=backend, kv_dtype=kv_dtype)
     first, start, end = BUCKET_SLOTS - 36, BUCKET_SLOTS - 12, BUCKET_SLOTS + 24
     tokens = random_tokens(end - first, engine.facts.vocabulary)
     pool = engine.new_pool(4)
