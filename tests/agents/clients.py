@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from subprocess import STDOUT, CompletedProcess
 
 import pytest
 import trio
@@ -27,18 +26,18 @@ NPM = {
 PYPI = ("openai[realtime]==3.57.0", "openai-agents==0.24.0")
 _CACHE = Path(os.environ.get("PERENNIAL_AGENTS", Path.home() / ".cache" / "perennial-agents"))
 _LONGEST_S = 120
-_LONGEST_REGISTRY_S = 20
+_LONGEST_REGISTRY_S = 60
 
 
 def node_program(package: str, name: str) -> Path:
     """The command `name` of a package from npm, installed if it is not yet. Skips the test where there is no way to."""
-    home = _CACHE / "node"
-    version = home / "node_modules" / package / "package.json"
-    if not version.exists() or f'"version": "{NPM[package]}"' not in version.read_text():
+    home, wanted = _CACHE / "node", f"{package}@{NPM[package]}"
+    installed = home / "node_modules" / package / "package.json"
+    if not installed.exists() or json.loads(installed.read_text())["version"] != NPM[package]:
         npm = shutil.which("npm") or pytest.skip("there is no npm")
-        _need("https://registry.npmjs.org/")
         home.mkdir(parents=True, exist_ok=True)
-        _run_installer([npm, "install", "--prefix", str(home), "--no-audit", "--no-fund", f"{package}@{NPM[package]}"])
+        _ask_registry([npm, "view", wanted, "version"])
+        _install([npm, "install", "--prefix", str(home), "--no-audit", "--no-fund", wanted])
     return home / "node_modules" / ".bin" / name
 
 
@@ -47,21 +46,23 @@ def python_program() -> Path:
     home = _CACHE / f"python{sys.version_info[0]}.{sys.version_info[1]}"
     python, installed = home / "bin" / "python", home / "installed"
     if not installed.exists() or installed.read_text() != "\n".join(PYPI):
-        _need("https://pypi.org/simple/openai/")
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
-        _run_installer([str(python), "-m", "pip", "install", "-q", *PYPI])
+        _ask_registry([str(python), "-m", "pip", "index", "versions", "openai"])
+        _install([str(python), "-m", "pip", "install", "-q", *PYPI])
         installed.write_text("\n".join(PYPI))
     return python
 
 
-def _need(registry: str) -> None:
+def _ask_registry(command: list[str]) -> None:
     try:
-        urllib.request.urlopen(registry, timeout=_LONGEST_REGISTRY_S).close()
-    except OSError as error:
-        pytest.skip(f"{registry} cannot be reached: {error}")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_REGISTRY_S, check=False)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"no registry answers {command}")
+    if done.returncode != 0:
+        pytest.skip(f"no registry answers {command}: {done.stderr}")
 
 
-def _run_installer(command: list[str]) -> None:
+def _install(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -102,28 +103,23 @@ class Desk:
         file.write_text(text)
 
     async def run(self, *command: str | Path) -> str:
-        """What an agent says that works to its end. Raises AssertionError where it fails or takes too long."""
-        done = await self._run(command)
-        assert done.returncode == 0, done.stdout
-        return done.stdout
+        """What an agent says that works to its end. Raises TooSlowError, and AssertionError where it fails."""
+        with trio.fail_after(_LONGEST_S):
+            done = await trio.run_process([*map(str, command)], **self._how, check=False)
+        said = done.stdout.decode(errors="replace")
+        assert done.returncode == 0, said
+        return said
 
     async def interrupt(self, until: Awaitable[None], *command: str | Path) -> None:
-        """Has an agent work until that returns, and then be interrupted as from a terminal."""
-        line = [*map(str, command)]
-        agent = partial(trio.run_process, line, **self._how, capture_stdout=True, check=False, start_new_session=True)
-        async with trio.open_nursery() as nursery:
-            process = await nursery.start(agent)
-            with trio.fail_after(_LONGEST_S):
+        """Has an agent work until that returns, and then be interrupted as from a terminal. Raises TooSlowError."""
+        agent = partial(trio.run_process, [*map(str, command)], **self._how, check=False, start_new_session=True)
+        with trio.fail_after(_LONGEST_S):
+            async with trio.open_nursery() as nursery:
+                process = await nursery.start(agent)
                 await until
-            # All of it: some agents are a wrapper that starts the agent.
-            os.killpg(process.pid, signal.SIGINT)
-
-    async def _run(self, command: tuple[str | Path, ...]) -> CompletedProcess[str]:
-        with trio.move_on_after(_LONGEST_S) as limit:
-            done = await trio.run_process([*map(str, command)], **self._how, capture_stdout=True, check=False)
-        assert not limit.cancelled_caught, f"{command[0]} takes longer than {_LONGEST_S} s"
-        return CompletedProcess(done.args, done.returncode, done.stdout.decode(errors="replace"), "")
+                # All of it: some agents are a wrapper that starts the agent.
+                os.killpg(process.pid, signal.SIGINT)
 
     @property
     def _how(self) -> dict[str, object]:
-        return {"cwd": self.project, "env": self._environment, "stdin": subprocess.DEVNULL, "stderr": STDOUT}
+        return {"cwd": self.project, "env": self._environment, "capture_stdout": True, "stderr": subprocess.STDOUT}

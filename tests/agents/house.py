@@ -252,7 +252,7 @@ async def open_house(
 
 def _open_store(state: Path, facts: EngineFacts) -> AbstractContextManager[SessionStore]:
     slab, name = facts.slab, facts.backend
-    of_slab = SlabIdentity(name, name, name, facts.weights, facts.dtype, slab.sink, slab.window, slab.slots)
+    of_slab = SlabIdentity(name, name, name, "none", "float64", "float64", slab.sink, slab.window, slab.slots)
     return SessionStore.open(str(state), HistoryIdentity(name, facts.vocabulary), of_slab)
 
 

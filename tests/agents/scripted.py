@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from runtime import Sampling, Token
+from runtime import Token
 from runtime.engine import EngineFacts
 from runtime.engine.torch_slab import as_torch
 from runtime.models import SEEDLING, find_model
@@ -97,9 +97,7 @@ class ScriptedEngine(LedgerEngine):
     def forward(self, batch: RowBatch) -> tuple[Token, ...]:
         for _, rows in groupby(batch.rows, key=lambda row: id(row.slab)):
             self._write_all([*rows])
-        return tuple(
-            Token(self._drawn(row.slab, row.position, row.draw.sampling)) for row in batch.rows if row.draw is not None
-        )
+        return tuple(Token(self._drawn(row.slab, row.position)) for row in batch.rows if row.draw is not None)
 
     def _write_all(self, rows: Sequence[Row]) -> None:
         slots = torch.tensor([self.spec.slot(row.position) for row in rows])
@@ -107,7 +105,7 @@ class ScriptedEngine(LedgerEngine):
         values = torch.tensor([[[float(row.position)] for row in rows]], dtype=self.spec.dtype)
         as_torch(rows[0].slab).write(0, slots, rows[-1].position + 1, keys, values)
 
-    def _drawn(self, slab: Slab, position: int, _: Sampling) -> int:
+    def _drawn(self, slab: Slab, position: int) -> int:
         held = as_torch(slab)
         length = position + 1
         assert length <= self.spec.visible, "the conversation is longer than the slab of this test"
