@@ -111,6 +111,12 @@ class ResponseNotFound(RequestError):
     grpc, http = "NOT_FOUND", 404
 
 
+class UpgradeRequired(RequestError):
+    """What is here speaks over a WebSocket: ask for an upgrade, or send a POST."""
+
+    grpc, http = "UNIMPLEMENTED", 426
+
+
 class HistoryMismatch(RequestError):
     """`expected_history_length` is not the session's; the message says what is."""
 
