@@ -286,3 +286,5 @@ def _log_start(settings: Settings, facts: EngineFacts) -> None:
         ),
         *(facts.slab.sink, facts.slab.window, facts.slab.ceiling_bytes, slabs, slabs * facts.slab.ceiling_bytes),
     )
+    if facts.tensors:
+        _log.info("tensors of the file: %s", "; ".join(facts.tensors))

@@ -56,6 +56,7 @@ def _report(runtime: Runtime) -> list[tuple[str, str]]:
         ("backend", f"{facts.backend} on {facts.device}"),
         ("dtype", f"{facts.dtype}, keys and values in {slab.holds}"),
         ("weights", f"{facts.weights}, {_size(facts.weights_bytes)}{chosen}"),
+        *(("", line) for line in facts.tensors),
         ("sink, window", f"{slab.sink}, {slab.window} tokens"),
         ("slabs", f"{slabs} of at most {_size(slab.ceiling_bytes)}, all at most {_size(slabs * slab.ceiling_bytes)}"),
         ("row tile", f"at most {facts.row_tile} rows of any sessions a forward"),

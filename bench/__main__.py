@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import trio
 
-from bench import agents, loop, marathon, quality, report, results, scheduling, speed
+from bench import agents, gguf, loop, marathon, quality, recall, report, results, scheduling, speed
 from bench.machine import describe_machine, our_versions
 from bench.models import MODELS, QWEN3_06B, SMALL, SMOLLM2, bench_model
 from bench.results import Record
@@ -23,9 +23,12 @@ from bench.scenario import Result, Setup
 from runtime.engine.machine import level
 from runtime.models import SEEDLING
 from runtime.settings import Settings
+from runtime.smollm2 import SMOLLM2 as SMOLLM2_FILE
 
 SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
     "speed": speed.run,
+    "gguf": gguf.run,
+    "recall": recall.run,
     "quality": quality.run,
     "scheduling": scheduling.run,
     "loop": loop.run,
@@ -34,6 +37,10 @@ SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
 }
 ALL = (
     ("speed", QWEN3_06B),
+    ("gguf", QWEN3_06B),
+    ("gguf", SMOLLM2_FILE),
+    ("recall", SMOLLM2_FILE),
+    ("recall", SEEDLING),
     ("quality", SMOLLM2),
     ("scheduling", QWEN3_06B),
     ("loop", QWEN3_06B),

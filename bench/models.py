@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from runtime.errors import ModelUnavailable
 from runtime.models import SEEDLING, find_model
+from runtime.smollm2 import SMOLLM2 as SMOLLM2_FILE
+from runtime.smollm2 import find_smollm2
 
 QWEN3_06B = "qwen3-0.6b-random"
 SMALL = "small-random"
@@ -57,16 +59,18 @@ _SHAPES: Mapping[str, tuple[PreTrainedConfig, torch.dtype]] = {
         torch.float32,
     ),
 }
-MODELS = (SEEDLING, SMALL, QWEN3_06B, SMOLLM2)
+MODELS = (SEEDLING, SMALL, QWEN3_06B, SMOLLM2, SMOLLM2_FILE)
 
 
 def bench_model(name: str) -> str:
-    """What `Settings.model` takes for a model of this name: the bundled one's, or a directory that is made once.
+    """What `Settings.model` takes for a model of this name: the bundled one's, a file, or a directory that is made once.
 
     Raises ModelUnavailable.
     """
     if name == SEEDLING:
         return SEEDLING
+    if name == SMOLLM2_FILE:
+        return str(find_smollm2())
     make = _unpacked if name == SMOLLM2 else _random
     return str(make(name, _cache() / name))
 

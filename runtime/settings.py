@@ -97,7 +97,7 @@ def _setting(default: Any, words: str, accepts: Accepts) -> Any:
 class Settings:
     """A checked, frozen set of settings. Raises InvalidSetting on the first value that makes no sense."""
 
-    model: str = _setting("seedling", "bundled model, a local directory, or a Hugging Face id", NOT_EMPTY)
+    model: str = _setting("seedling", "seedling, smollm2, a directory, a GGUF file, or a Hugging Face id", NOT_EMPTY)
     backend: str = _setting("auto", "engine that runs the model", one_of("auto", "torch", "mlx", "openvino"))
     device: str = _setting("auto", "torch device", one_of("auto", "cpu", "cuda", "mps"))
     dtype: str = _setting("auto", "type of weights", one_of("auto", "bfloat16", "float16", "float32"))

@@ -50,8 +50,12 @@ class Text:
 
     @classmethod
     def load(cls, directory: Path) -> Text:
-        """Raises ModelUnavailable where the directory has no fast tokenizer."""
-        # It brings torch along, which a process that is given a tokenizer has no use for.
+        """Of a directory or a GGUF file. Raises ModelUnavailable where it has no fast tokenizer."""
+        # They bring torch along, which a process that is given a tokenizer has no use for.
+        if directory.is_file():
+            from runtime.gguf_file import read_tokenizer
+
+            return cls(*read_tokenizer(directory))
         from transformers import AutoTokenizer
 
         named = _named_eos(directory)

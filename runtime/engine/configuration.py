@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from runtime.checkpoints import AS_DATA, FILE_ERRORS
 from runtime.engine import EngineFacts
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory, NotExact
+from runtime.gguf_model import gguf_config
 from runtime.model_files import one_line, quiet_transformers, read_checked_config
 from runtime.proposers.ngram import NgramProposer
 from runtime.settings import Settings
@@ -19,6 +20,8 @@ from runtime.slab import BUCKET_SLOTS, SlabSpec
 
 # Those whose logits the test suite compares with transformers' own.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+# How weights are held that stay as a GGUF file has them.
+KEPT = "kept"
 # The more rows in a forward, the faster a prompt is read.
 ROW_TILE = 256
 # Handing so little out to more threads costs more than it saves, several times more where other programs run.
@@ -44,10 +47,12 @@ class Form:
 
 def read_config(directory: Path) -> PreTrainedConfig:
     """The configuration of a model that this release runs. Raises ModelUnavailable."""
-    read_checked_config(directory)
+    is_file = directory.is_file()
+    if not is_file:
+        read_checked_config(directory)
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(directory, **AS_DATA)
+            config = gguf_config(directory) if is_file else AutoConfig.from_pretrained(directory, **AS_DATA)
     except FILE_ERRORS as error:
         raise ModelUnavailable(
             f"{directory} has no configuration that transformers can read: {one_line(error)}"

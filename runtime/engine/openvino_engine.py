@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from runtime.checkpoints import load_weights
 from runtime.engine import EngineFacts
 from runtime.engine.configuration import (
+    KEPT,
     Form,
     check_memory,
     count_weights,
@@ -37,6 +39,8 @@ from runtime.engine.rotary import ExactRotary
 from runtime.engine.row_attention import CLAIM, RowAttention, row_attention_is_exact
 from runtime.engine.torch_slab import torch_pool
 from runtime.errors import InvalidSetting, ModelUnavailable
+from runtime.gguf_file import StoredRows
+from runtime.gguf_model import StoredEmbedding, stored_model
 from runtime.rows import RowBatch
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
@@ -80,7 +84,7 @@ class OpenVinoEngine(DrawingEngine):
                 f"backend=openvino cannot run the model in {directory}, whose layers have other parts, sizes that are no "
                 "multiples of 32 or heads of no multiple of 16: set backend to torch"
             )
-        forms = _forms(settings)
+        forms = _forms(settings, is_file=directory.is_file())
         count = count_weights(config, directory)
 
         def spec_of(form: Form) -> SlabSpec:
@@ -122,6 +126,7 @@ class OpenVinoEngine(DrawingEngine):
             cpu_features=features(),
             kernel_class=f"{kernel_class()}, openvino {version('openvino')}",
             slab=self._spec,
+            tensors=self._model.tensors,
         )
 
     def _claims(self) -> tuple[str, ...]:
@@ -153,28 +158,24 @@ class _Model:
 
     def __init__(self, config: PreTrainedConfig, directory: Path, form: Form, spec: SlabSpec) -> None:
         """Raises ModelUnavailable."""
-        # What is rounded to fewer bits is rounded from the checkpoint's own.
-        held: torch.dtype | Literal["auto"] = form.dtype if form.weights == "none" else "auto"
-        refusal = f"the weights in {directory} cannot be loaded"
-        model = load_weights(AutoModelForCausalLM, directory, held, refusal)
+        model = stored_model(directory) if directory.is_file() else _loaded(directory, form)
         self.config = config
         self._form, self._spec = form, spec
         decoder = model.get_decoder()
         self._rotary = ExactRotary(decoder.rotary_emb)
         self._attend = RowAttention(spec, config.num_attention_heads, self._rotary)
-        # A copy, so that the file it was mapped from is let go.
-        self._embedding: Tensor = decoder.embed_tokens.weight.detach().clone()
+        self._embedding = _embedding_of(decoder)
         self._graphs = build(model, Compiling(form.dtype, form.weights, torch.get_num_threads()))
-        self.weights_bytes = self._graphs.weights_bytes + self._embedding.numel() * self._embedding.itemsize
+        self.tensors = self._graphs.tensors
+        self.weights_bytes = self._graphs.weights_bytes + self._embedding.nbytes
         self._no_logits = torch.empty(0, config.vocab_size)
 
     def is_exact(self) -> bool:
         """Whether each kind of graph, attention, and a layer as a whole, give rows the same bits in every batch here."""
-        described = f"openvino {version('openvino')} {self.config} {self._form}"
+        described = f"openvino {version('openvino')} {self.config} {self._form} {' '.join(self.tensors)}".strip()
         graphs = self._graphs
         kinds = {"first": graphs.first, "last": graphs.last, "head": graphs.head}
-        if graphs.between:
-            kinds["between"] = graphs.between[0]
+        kinds |= {f"between {' '.join(graph.forms)}".strip(): graph for graph in graphs.between}
         for kind, graph in kinds.items():
             most = _HEAD_MOST_ROWS if graph is graphs.head else self._spec.row_tile
             probe = partial(is_exact_function, graph.of_rows, sum(graph.widths), torch.float32, most)
@@ -189,7 +190,7 @@ class _Model:
     def hidden(self, batch: RowBatch, layers: int) -> Tensor:
         """What the head is given, of the rows with `draw`, after so many of the first layers and the last one's MLP."""
         rows = batch.rows
-        hidden = self._embedding[[row.token_id for row in rows]].float()
+        hidden = self._embedding.rows([row.token_id for row in rows])
         turn = self._rotary(hidden, torch.tensor([row.position for row in rows]))
         plan = self._attend.plan(batch)
         graphs = self._graphs
@@ -207,6 +208,29 @@ class _Model:
         """Of the rows with `draw`, [rows, vocabulary] float32."""
         parts = self.hidden(batch, self._spec.layers).split(_HEAD_MOST_ROWS)
         return torch.cat([self._graphs.head(part)[0].clone() for part in parts if len(part)] or [self._no_logits])
+
+
+class _DenseRows:
+    """Rows of an embedding, in a copy, so that the file it was mapped from is let go."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.detach().clone()
+        self.nbytes = self._weight.nbytes
+
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """[indices, hidden] float32."""
+        return self._weight[indices].float()
+
+
+def _embedding_of(decoder: Any) -> _DenseRows | StoredRows:
+    embedding = decoder.embed_tokens
+    return StoredRows(embedding.stored) if isinstance(embedding, StoredEmbedding) else _DenseRows(embedding.weight)
+
+
+def _loaded(directory: Path, form: Form) -> Any:
+    # What is rounded to fewer bits is rounded from the checkpoint's own.
+    dtype: torch.dtype | Literal["auto"] = form.dtype if form.weights == "none" else "auto"
+    return load_weights(AutoModelForCausalLM, directory, dtype, f"the weights in {directory} cannot be loaded")
 
 
 class _FirstLayer:
@@ -229,8 +253,11 @@ def _held_types() -> tuple[str, ...]:
     return (*_HELD, "float16") if reads_halves else _HELD
 
 
-def _forms(settings: Settings) -> list[Form]:
-    """The forms that the settings leave, the one to be tried first before the others. Raises InvalidSetting."""
+def _forms(settings: Settings, *, is_file: bool) -> list[Form]:
+    """The forms that the settings leave, the one to be tried first before the others. Raises InvalidSetting.
+
+    Those of a GGUF file are rounded once more by an explicit setting alone.
+    """
     multiplies_halves = level() >= Level.AVX512_BF16
     if settings.dtype != "auto":
         dtype = named_dtype(settings.dtype)
@@ -240,6 +267,8 @@ def _forms(settings: Settings) -> list[Form]:
         dtype = torch.float32 if is_emulated else torch.bfloat16
     if settings.weights != "auto":
         return [Form(dtype, settings.weights)]
+    if is_file:
+        return [Form(dtype, KEPT, "as the file has them")]
     whole = Form(dtype, "int8", "" if multiplies_halves else "this CPU multiplies no numbers of 16 bits")
     if multiplies_halves and dtype == torch.bfloat16:
         return [Form(dtype, "none", "this CPU reads 16 bits a weight at its memory's speed"), whole]

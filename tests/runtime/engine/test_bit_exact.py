@@ -17,6 +17,7 @@ from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
 from runtime.slab import BUCKET_SLOTS
 from tests.conftest import save_random_model
+from tests.gguf_files import every_kind, write_gguf
 from tests.runtime.engine.feeding import (
     GREEDY,
     BusyNeighbours,
@@ -70,10 +71,14 @@ WIDTHS_OF_SMOLLM2 = LlamaConfig(
 def directories(
     seedling: Path, small_models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
+    heads_of_06b = save_random_model(HEADS_OF_06B, tmp_path_factory.mktemp("heads_of_06b"))
+    # seedling's tokenizer has more tokens than this model.
+    write_gguf(heads_of_06b, heads_of_06b / "every kind.gguf", every_kind, tokenizer__ggml__tokens=None)
     return {
         "seedling": seedling,
         "small": small_models["qwen3"],
-        "heads of 0.6B": save_random_model(HEADS_OF_06B, tmp_path_factory.mktemp("heads_of_06b")),
+        "heads of 0.6B": heads_of_06b,
+        GGUF: heads_of_06b / "every kind.gguf",
         "widths of SmolLM2": save_random_model(WIDTHS_OF_SMOLLM2, tmp_path_factory.mktemp("widths_of_smollm2")),
     }
 
@@ -89,6 +94,7 @@ class Case:
         return feed(self.engine, self.engine.new_pool(1).acquire(), self.tokens, cuts, neighbours=neighbours)
 
 
+GGUF = "a GGUF file of every kind"
 KINDS = (("float32", "none"), ("bfloat16", "none"), ("float32", "int8"), ("float32", "int4"))
 # Where bfloat16 is emulated the second model's would take minutes, and seedling's are of the same kernels.
 IS_BFLOAT16_NATIVE = level() >= Level.AVX512_BF16
@@ -111,6 +117,7 @@ _CASES = (
     ),
     *(("mlx", "small", *kind) for kind in KINDS),
     ("mlx", "seedling", "float32", "none"),
+    *(("openvino", GGUF, dtype, "auto") for dtype in ("float32", "bfloat16") if level() >= Level.AVX512),
 )
 CASES = (
     *((*case, "auto") for case in _CASES),
