@@ -11,7 +11,7 @@ lint:
 
 # What a change should pass before each commit.
 check: lint
-    pytest -q -m "not door and not soak"
+    pytest -q -m "not door and not soak and not agents"
 
 # Every test; the same as the README's command.
 test:
@@ -55,6 +55,10 @@ picture:
 soak:
     pytest -q -s -m soak tests/soak tests/api
 
+# Agents from npm and PyPI against a model with a script, and what each turn cost them; skipped where no registry is reached.
+agents:
+    pytest -q -s -m agents tests/agents
+
 # The fast tests on each Python, and on 3.11 with the oldest versions that pyproject.toml allows; wants the extra `habits`.
 matrix *pythons="3.11 3.12 3.13 3.14":
     for python in {{pythons}}; do just _on $python highest; done; just _on 3.11 lowest-direct
@@ -62,11 +66,11 @@ matrix *pythons="3.11 3.12 3.13 3.14":
 _on python resolution:
     uv venv -q --clear --python {{python}} build/matrix/{{python}}-{{resolution}}
     uv pip install -q --python build/matrix/{{python}}-{{resolution}} --resolution {{resolution}} -e ".[dev]"
-    build/matrix/{{python}}-{{resolution}}/bin/python -m pytest -q -m "not door and not soak"
+    build/matrix/{{python}}-{{resolution}}/bin/python -m pytest -q -m "not door and not soak and not agents"
 
 # Which lines no fast test runs; wants the extra `habits`.
 coverage:
-    coverage run -m pytest -q -m "not door and not soak"
+    coverage run -m pytest -q -m "not door and not soak and not agents"
     coverage combine -q && coverage report
 
 # Moves the fragments of changelog.d to CHANGELOG.md; wants the extra `habits`.

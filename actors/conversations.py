@@ -111,6 +111,11 @@ class Conversations:
         async with self._lent(point, cue) as stand:
             yield stand
 
+    def held(self, point: Point) -> int:
+        """How many tokens of the beginning of a conversation a session has that is not lent."""
+        found = self._best(point, array("I"))
+        return found[1] if found else 0
+
     async def read_ahead(self, point: Point) -> None:
         """Has a session read a conversation up to a point. Who goes on from there meanwhile waits for it."""
         is_read = trio.Event()

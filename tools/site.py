@@ -23,6 +23,7 @@ BUILD = ROOT / "build"
 PAGES = {
     "README.md": "Perennial",
     "docs/guide.md": "Using it",
+    "docs/agents.md": "With agents",
     "docs/structure.md": "How it is built",
     "docs/deprecation.md": "What is public",
     "docs/mlx.md": "On Apple silicon",

@@ -15,7 +15,8 @@ from werkzeug.datastructures import Headers
 
 from actors import Runtime
 from actors.nursery import open_nursery
-from api.answering import Answers, Ending, open_answers
+from api.answer import Part
+from api.answering import Answers, Ending, Usage, open_answers
 from api.dialects.responses.events import Event, ResponseWriter, as_responses_error, error_event
 from api.dialects.responses.request import Frame, ResponseRequest, read, read_frame
 from api.event_stream import EventStream, named_event
@@ -126,8 +127,9 @@ class _Turn:
     """One response: its events in order. It is kept when the last one is made, and not before."""
 
     def __init__(
-        self, server: Server, runtime: Runtime, asked: ResponseRequest, owner: str, answers: Answers | Prompt
+        self, server: Server, runtime: Runtime, asked: ResponseRequest, owner: str, answers: Answers | Ending
     ) -> None:
+        """An Ending alone is that of a response which was not asked for an answer."""
         self._runtime = runtime
         self._asked = asked
         self._owner = owner
@@ -146,17 +148,17 @@ class _Turn:
         if not self._is_begun:
             self._is_begun = True
             return self._writer.begin()
-        if isinstance(self._answers, Prompt):
-            self._keep(self._answers.point)
-            return self._writer.end_unanswered(len(self._answers.point.history))
-        said = await self._answers.next()
-        assert said is not None
-        _, part = said
+        part = self._answers if isinstance(self._answers, Ending) else await self._next_part(self._answers)
         if not isinstance(part, Ending):
             return [*self._writer.take(part)]
         events = self._writer.end(part)
         self._keep(part.point)
         return events
+
+    async def _next_part(self, answers: Answers) -> Part | Ending:
+        said = await answers.next()
+        assert said is not None
+        return said[1]
 
     def progress(self) -> Event:
         return self._writer.progress()
@@ -181,7 +183,7 @@ async def _open_turn(
     start = _start_of(runtime, asked, owner)
     if asked.is_prewarm:
         prompt = await write_prompt(server.reader, runtime, question, start)
-        yield _Turn(server, runtime, asked, owner, prompt)
+        yield _Turn(server, runtime, asked, owner, _unanswered(runtime, prompt))
         return
     async with open_answers(server, runtime, question, start) as answers:
         yield _Turn(server, runtime, asked, owner, answers)
@@ -210,6 +212,20 @@ def _owner(headers: Headers) -> str:
     """Who asks, as far as keys tell."""
     key = headers.get("Authorization") or headers.get("x-api-key") or ""
     return blake2b(key.encode(), digest_size=16).hexdigest()
+
+
+def _unanswered(runtime: Runtime, prompt: Prompt) -> Ending:
+    length = prompt.point.length
+    usage = Usage(
+        prompt=length,
+        completion=0,
+        reasoning=0,
+        reused=runtime.conversations.held(prompt.point),
+        evicted=max(0, length - runtime.facts.slab.visible),
+        broke_at=prompt.broke_at,
+        because=prompt.because,
+    )
+    return Ending("stop", usage, prompt.point)
 
 
 async def _read_ahead(runtime: Runtime, point: Point) -> None:

@@ -83,12 +83,6 @@ class ResponseWriter:
         }
         return [self._event(f"response.{self.response['status']}", response=self.response)]
 
-    def end_unanswered(self, prompt_tokens: int) -> list[Event]:
-        """The last event of a response that was not asked for an answer."""
-        usage = Usage(prompt_tokens, 0, 0, 0, 0)
-        self.response |= {"status": "completed", "usage": usage_of(usage), "completed_at": int(time.time())}
-        return [self._event("response.completed", response=self.response)]
-
     def fail(self, error: Exception) -> list[Event]:
         """The last event of a response that could not be finished."""
         status, body, _ = as_http(error)
