@@ -230,7 +230,8 @@ class PointTree:
                 if offset is not None:
                     waiting.append((count + taken, Point(child, offset)))
         count, _, point = best
-        is_broken = count < len(items) and bool(_branches(point))
+        # Who goes on from within an answer has had it cut off; who lets it go on otherwise tells something else.
+        is_broken = count < len(items) and (bool(_branches(point)) or (count > 0 and is_assistants(items[count])))
         return Match(point, count, furthest if is_broken else None)
 
     def grow(

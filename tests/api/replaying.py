@@ -22,19 +22,15 @@ from runtime.items import Call, Item, Message, Reasoning, is_assistants
 from runtime.script import Head, write
 from runtime.slab import common_length
 from runtime.text import Text
-from tests.api.agents import Lane, listening, open_lane
-from tests.api.doors import House
-from tests.api.recordings import Heard, Sent
-from tests.api.scripted import ScriptedEngine, spelled
+from tests.api.agents import Lane, listening, open_client, open_lane
+from tests.api.doors import House, open_house
+from tests.api.recordings import Heard, Sent, recordings
+from tests.api.scripted import ScriptedEngine, spelled, text_with
 
 _READ = {"/v1/responses": responses.read, "/v1/messages": messages.read, "/v1/chat/completions": chat.read}
-# Who asks an answer of a session that has less than this of its beginning in common with it gets an empty slab.
-_WORTH_A_COPY = 32
-
-
 @dataclass(frozen=True)
 class Turn:
-    """What one request cost. `known` is how many tokens of the prompt had been read before, in whatever conversation."""
+    """What one request cost. `known` tokens of the prompt had been read before, in whatever conversation."""
 
     prompt: int
     known: int
@@ -46,14 +42,38 @@ class Turn:
 
     @property
     def read(self) -> int:
-        """Rows of the prompt that ran. The last one runs once more for its logits, the last token drawn does not."""
+        """Rows of the prompt that ran. The last one runs once more for its logits; the last token drawn runs with the next turn."""
         return self.rows - self.drawn
 
     @property
-    def reuse(self) -> dict[str, Any]:
-        """What the answer says of it, in our own words; the dialect's stand beside it."""
+    def reuse(self) -> dict[str, Any] | None:
+        """What the answer says of it, if it came to its end. Before a prewarm is read, nothing is known of it."""
         usage = self.usage or {}
-        return usage.get("input_tokens_details") or usage.get("prompt_tokens_details") or usage
+        details = usage.get("input_tokens_details") or usage.get("prompt_tokens_details") or usage
+        return details if details and self.drawn else None
+
+    @property
+    def broke(self) -> str | None:
+        """What the answer says of why more was to be read than what was new."""
+        return self.reuse and (self.reuse["reread_because"] or self.reuse["broke_at"])
+
+
+async def replayed(agent: str, template: str) -> dict[tuple[str, int], Turn]:
+    """Every request of an agent's recordings, by the recording's name and its number there."""
+    text = text_with(template)
+    engine = ScriptedEngine(text)
+    ran: list[array[int]] = []
+    turns: dict[tuple[str, int], Turn] = {}
+    async with (
+        open_house(engine, text, model_label="local-model", sink=4, window=65_532) as house,
+        open_client(house.http) as client,
+    ):
+        for name, requests in recordings().items():
+            if name.startswith(f"{agent}/"):
+                replay = Replay(name, house, engine, client, ran)
+                await replay.run(requests)
+                turns |= {(name, number): turn for number, turn in replay.turns.items()}
+    return turns
 
 
 class Replay:
@@ -67,7 +87,7 @@ class Replay:
         self._offered: dict[str, dict[str, Any]] = {}
         self._lanes: dict[int, Lane] = {}
         self._ours: dict[str, str] = {}
-        self._arguments: dict[str, str] = {}
+        self._arguments: dict[str, tuple[str, str]] = {}
         self._ran = ran
         self._told = Told(engine.text)
         self.turns: dict[int, Turn] = {}
@@ -91,20 +111,18 @@ class Replay:
         rows, drawn = engine.rows - rows, engine.drawn - drawn
         assert answer.error is None, answer.error
         self._learn(sent.answer, answer)
+        told = self._told.prompt(sent.path or "/v1/responses", body)
+        self._told.add(answer, told)
         history = array("I", engine.history) if rows else array("I")
         prompt = history[: len(history) - max(0, drawn - 1)]
+        if rows:
+            # The model's own tokens stay as they were drawn, where a template trims what they say.
+            one, other = engine.text.spelled(prompt).split(), told.written(is_prewarm=not drawn).split()
+            at = next((n for n, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), min(len(one), len(other)))
+            assert one == other, (self._name, number, " ".join(one[at-15:])[:700], " ".join(other[at-15:])[:700])
         known = max((common_length(ran, prompt) for ran in self._ran), default=0)
         self._ran.append(history)
-        told = self._told.prompt(sent.path or "/v1/responses", body)
-        if rows:
-            one, other = engine.text.spelled(prompt).split(), told.written(is_prewarm=not drawn).split()
-            if one != other:
-                at=next((n for n,(a,b) in enumerate(zip(one,other)) if a!=b), min(len(one),len(other)))
-                print("!!!!", " ".join(one[at-20:])[:600], "\n----", " ".join(other[at-20:])[:600])
-        self._told.add(answer, told)
-        turn = Turn(len(prompt), known, rows, drawn, told.added, answer.usage)
-        self.turns[number] = turn
-        print(self._name, number, 'CUT' if is_cut else 'ERR' if sent.has_failed else 'OK', 'P', turn.prompt, 'known', known, 'read', turn.read, 'added', turn.added, 'drawn', drawn, {k:v for k,v in turn.reuse.items() if k in ('reused','broke_at','reread_because')}, "" if turn.read==turn.prompt-known and turn.prompt-turn.read==turn.reuse.get('reused') else "XXXX", "" if turn.read==turn.added+1 else "++++")
+        self.turns[number] = Turn(len(prompt), known, rows, drawn, told.added, answer.usage)
 
     async def _heard(self, sent: Sent, body: dict[str, Any], until: Heard | None, stack: AsyncExitStack) -> Heard:
         """The answer, up to its end or to where the recorded client left."""
@@ -140,8 +158,8 @@ class Replay:
             self._ours[recorded.response_id] = answer.response_id
         for theirs, ours in zip(recorded.parts, answer.parts, strict=False):
             self._ours |= {theirs.marks[name]: ours.marks[name] for name in theirs.marks if name in ours.marks}
-            if theirs.kind == "call" and theirs.text and ours.text and _told(theirs.text) != _told(ours.text):
-                self._arguments[_told(theirs.text)] = ours.text
+            if theirs.kind == "call" and theirs.text and ours.text:
+                self._arguments[_told(theirs.text)] = (theirs.text, ours.text)
 
     def _body(self, sent: Sent, wanted: Heard) -> dict[str, Any]:
         text = json.dumps(sent.body)
@@ -158,23 +176,31 @@ class Replay:
 
 
     def _with_ours(self, told: Any) -> Any:
-        """The same with arguments that our model has called with, where a grammar kept it from the recorded ones."""
+        """The same with the arguments that our model has called with: a grammar orders them, and leaves some out."""
         if isinstance(told, list):
             return [self._with_ours(one) for one in told]
         if not isinstance(told, dict):
             return told
         told = {key: self._with_ours(one) for key, one in told.items()}
-        if isinstance(arguments := told.get("arguments"), str) and (ours := self._arguments.get(_told(arguments))):
-            return told | {"arguments": json.dumps(json.loads(ours), separators=(",", ":"))}
-        if told.get("type") == "tool_use" and (ours := self._arguments.get(_told(told["input"]))):
-            return told | {"input": json.loads(ours)}
+        arguments = told.get("arguments", told.get("input") if told.get("type") == "tool_use" else None)
+        if isinstance(arguments, str | dict) and (known := self._arguments.get(_told(arguments))):
+            theirs, ours = known
+            if isinstance(arguments, dict):
+                return told | {"input": _as_in_javascript(json.loads(ours))}
+            compact = json.dumps(_as_in_javascript(json.loads(ours)), separators=(",", ":"), ensure_ascii=False)
+            return told | {"arguments": ours if arguments == theirs else compact}
         return told
 
 
 def _told(arguments: str | dict[str, Any]) -> str:
     """The same for all spellings of the same arguments."""
     value = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
-    return json.dumps(value, sort_keys=True, default=float).replace(".0", "")
+    return json.dumps(_as_in_javascript(value), sort_keys=True)
+
+
+def _as_in_javascript(given: dict[str, Any]) -> dict[str, Any]:
+    whole = {name: int(value) for name, value in given.items() if isinstance(value, float) and value.is_integer()}
+    return given | whole
 
 
 @dataclass(frozen=True)
@@ -209,19 +235,20 @@ class Told:
         self._text = text
         self._answers: list[list[Item]] = []
         self._named: dict[str, list[Item]] = {}
-        self._heads: list[Head] = []
+        self._heads: list[tuple[Head, Item]] = []
 
     def prompt(self, path: str, body: dict[str, Any]) -> Prompt:
         _, question = _READ[path](json.dumps(body).encode(), self._text, Terms("local-model", 2**16))
         conversation = body.get("conversation")
         base = self._named.get(body.get("previous_response_id") or conversation or "", [])
         head = question.head
-        if not head.tools:
-            # Who names no tools any more has them forbidden; they stay in the prompt.
-            same = [held for held in self._heads if replace(head, tools=held.tools) == held]
-            head = next(iter(same), head) if any(is_assistants(item) for item in (*base, *question.items)) else head
-        self._heads.append(head)
-        return Prompt(self._text, head, [*base, *self._kept(question.items)], question.options, len(base), conversation)
+        items = [*base, *self._kept(question.items)]
+        if not head.tools and any(map(is_assistants, items)):
+            # Who names no tools any more in a conversation has them forbidden; they stay in the prompt.
+            known = (held for held, first in self._heads if first == items[0] and replace(held, tools=()) == head)
+            head = next(known, head)
+        self._heads.append((head, items[0]))
+        return Prompt(self._text, head, items, question.options, len(base), conversation)
 
     def add(self, answer: Heard, prompt: Prompt) -> None:
         self._answers.append(answer.items)
@@ -262,8 +289,8 @@ def _is_same(ours: Item, theirs: Item) -> bool:
             return other.strip() in ("", one.strip())
         case Message("assistant", one), Message("assistant", other):
             return one.strip() == other.strip()
-        case Call(name, one, call_id), Call(other_name, other, other_id):
-            return (name, json.loads(one or "{}")) == (other_name, json.loads(other or "{}"))
+        case Call(call_id=one), Call(call_id=other):
+            return one == other
     return False
 
 
@@ -277,6 +304,9 @@ def _has_heard(answer: Heard, wanted: Heard) -> bool:
 
 def _script(items: Sequence[Item], body: dict[str, Any], *, is_cut: bool) -> str:
     """What the model says; where that `is_cut` the last item has no end."""
+    if body.get("tool_choice") == "required":
+        # The model then calls at once.
+        items = [item for item in items if isinstance(item, Call)]
     said = spelled(items, dict(_schemas(body))) or "Well."
     if is_cut:
         for end in ("\n</think>\n\n", "{}}\n</tool_call>"):
@@ -286,8 +316,8 @@ def _script(items: Sequence[Item], body: dict[str, Any], *, is_cut: bool) -> str
 
 def _called(body: dict[str, Any]) -> Iterator[str]:
     for message in body.get("messages", ()):
-        for block in message["content"] if isinstance(message["content"], list) else ():
-            if block["type"] == "tool_use":
+        for block in message.get("content") or ():
+            if isinstance(block, dict) and block["type"] == "tool_use":
                 yield block["name"]
 
 
