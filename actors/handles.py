@@ -6,6 +6,7 @@ import secrets
 from array import array
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from itertools import islice
 from typing import TypeVar
 
 import trio
@@ -26,11 +27,13 @@ from actors.messages import (
     SessionInfo,
 )
 from actors.registry import NO_SESSION, SessionRegistry
+from actors.session import MAX_APPEND_TOKENS
 from runtime.durable import Terms
 from runtime.errors import InvalidRequest, SessionFailed, SessionNotFound
 from runtime.events import Done, Event, Sampling
 from runtime.grammar import Grammar
 from runtime.slab import Slab
+from runtime.text import Text
 
 # Scheduler passes in which a session whose token was taken has its next forward begun. Whatever is done with the token, such
 # as writing it to a socket, is then done while the engine works and not before.
@@ -71,9 +74,10 @@ class SessionHandle:
     evicted, CapacityExhausted where it sleeps and no slab is to be had, and StorageFailed where it cannot be woken.
     """
 
-    def __init__(self, session_id: str, registry: SessionRegistry) -> None:
+    def __init__(self, session_id: str, registry: SessionRegistry, text: Text) -> None:
         self.id = session_id
         self._registry = registry
+        self._text = text
 
     async def append(self, token_ids: Iterable[int], expected_history_length: int | None = None) -> Appended:
         """Adds to the history, and returns once the model has read it.
@@ -81,12 +85,9 @@ class SessionHandle:
         Raises InvalidRequest for an id outside the vocabulary, HistoryMismatch where the history is not of
         `expected_history_length`, SlabOverflow where the session refuses to forget; then nothing was appended.
         """
-        try:
-            tokens = tuple(array("I", token_ids))
-        except (TypeError, OverflowError) as error:
-            raise InvalidRequest(f"token ids must be whole numbers of 32 bits: {error}", "token_ids") from None
+        append = Append(_tokens(token_ids), expected_history_length)
         with as_session_errors():
-            return await self._ask(Append(tokens, expected_history_length))
+            return await self._ask(append)
 
     @asynccontextmanager
     async def generate(
@@ -103,10 +104,14 @@ class SessionHandle:
         """The events of a generation of at most `max_tokens`; leaving the block cancels the work.
 
         Greedy unless `temperature` > 0; without a seed one is drawn. With `top_logprobs` tokens come with their
-        logprobs; under a `grammar` the text is one of it unless `max_tokens` cut it. Raises InvalidRequest.
+        logprobs; under a `grammar`, one of `Runtime.text`, the text is one of it unless `max_tokens` cut it. Raises
+        InvalidRequest.
         """
         sampling = Sampling(temperature, top_p, top_k, secrets.randbits(64) if seed is None else seed)
         generate = Generate(max_tokens, sampling, top_logprobs, grammar)
+        # Its masks number the tokens of its own tokenizer: under another they would let through what it never said.
+        if grammar is not None and grammar.tokenizer_digest != await trio.to_thread.run_sync(digest_of, self._text):
+            raise InvalidRequest("the grammar is of another tokenizer: make it with Runtime.text", "grammar")
         async with AsyncExitStack() as stack:
             with as_session_errors():
                 replies = await stack.enter_async_context(self._stream(generate))
@@ -161,6 +166,19 @@ class SessionHandle:
             yield replies
 
 
+def digest_of(text: Text) -> bytes:
+    """Whose first use takes long for a large vocabulary: it belongs into a thread."""
+    return text.digest
+
+
+def _tokens(token_ids: Iterable[int]) -> tuple[int, ...]:
+    """No more of them than show that they are too many. Raises InvalidRequest."""
+    try:
+        return tuple(array("I", islice(iter(token_ids), MAX_APPEND_TOKENS + 1)))
+    except (TypeError, OverflowError) as error:
+        raise InvalidRequest(f"token ids must be whole numbers of 32 bits: {error}", "token_ids") from None
+
+
 @contextmanager
 def as_session_errors() -> Iterator[None]:
     try:
@@ -174,9 +192,10 @@ def as_session_errors() -> Iterator[None]:
 class Completion:
     """One prompt and its answers: a session reads the prompt and is forked into those that answer besides it."""
 
-    def __init__(self, registry: SessionRegistry, terms: Terms, count: int, held: AsyncExitStack) -> None:
+    def __init__(self, registry: SessionRegistry, text: Text, terms: Terms, count: int, held: AsyncExitStack) -> None:
         """Its `count` sessions, at most so many slabs as there are permits for, are closed with `held`."""
         self._registry = registry
+        self._text = text
         self._terms = terms
         self._count = count
         self._held = held
@@ -198,7 +217,7 @@ class Completion:
 
     def _open(self, slab: Slab, terms: Terms, history: array[int] | None = None) -> SessionHandle:
         session_id = self._registry.open_completion(slab, terms, history)
-        session = SessionHandle(session_id, self._registry)
+        session = SessionHandle(session_id, self._registry, self._text)
         self._held.push_async_callback(_end, session)
         return session
 

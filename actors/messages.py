@@ -6,7 +6,9 @@ from array import array
 from dataclasses import dataclass
 
 from actors.mailbox import Message
+from runtime.checks import check_whole, shown
 from runtime.durable import Terms
+from runtime.errors import InvalidRequest
 from runtime.events import Event, Sampling, Token
 from runtime.grammar import Grammar
 from runtime.rows import Row
@@ -46,6 +48,16 @@ class SessionSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What is to be known to make tokens for a model. `tokenizer_digest` is that of `runtime.text.Text`."""
+
+    model: str
+    vocabulary: int
+    tokenizer_digest: bytes
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """What is taken of slabs and of permits for completions, and how many completions wait for permits."""
 
@@ -74,16 +86,31 @@ class Ran:
 
 @dataclass(frozen=True, slots=True)
 class Append(Message[Appended]):
+    """Raises InvalidRequest for a length that is none."""
+
     token_ids: tuple[int, ...]
     expected_history_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.expected_history_length is not None:
+            check_whole("expected_history_length", self.expected_history_length, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Generate(Message[Event]):
+    """Raises InvalidRequest for a count that is out of range whatever the model, and for a grammar that is none."""
+
     max_tokens: int
     sampling: Sampling
     top_logprobs: int | None = None
     grammar: Grammar | None = None
+
+    def __post_init__(self) -> None:
+        check_whole("max_tokens", self.max_tokens, 1)
+        if self.top_logprobs is not None:
+            check_whole("top_logprobs", self.top_logprobs, 0)
+        if not (self.grammar is None or isinstance(self.grammar, Grammar)):
+            raise InvalidRequest(f"grammar must be one that Runtime.text made, got {shown(self.grammar)}", "grammar")
 
 
 @dataclass(frozen=True, slots=True)

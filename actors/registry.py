@@ -130,6 +130,8 @@ class SessionRegistry:
 
     def check(self, session_id: str) -> None:
         """Raises SessionNotFound where no session of this id lives or sleeps."""
+        if not isinstance(session_id, str):
+            raise SessionNotFound(NO_SESSION)
         is_asleep = self._store is not None and self._store.sleeps(session_id)
         if not is_asleep and session_id not in self._entries and session_id not in self._passing:
             raise SessionNotFound(NO_SESSION)

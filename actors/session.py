@@ -33,6 +33,7 @@ from actors.messages import (
 )
 from actors.nursery import open_nursery
 from actors.proposing import Proposals
+from runtime.checks import check_whole
 from runtime.durable import Durable, Terms
 from runtime.errors import HistoryMismatch, InvalidRequest, NotDurable, SlabOverflow, StorageFailed
 from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
@@ -247,8 +248,8 @@ class Session:
             )
 
     async def _generate(self, request: Generate, reply: Reply[Event]) -> None:
-        if request.max_tokens < 1:
-            raise InvalidRequest("max_tokens must be at least 1", "max_tokens")
+        if request.top_logprobs is not None:
+            check_whole("top_logprobs", request.top_logprobs, 0, self._vocabulary)
         if not self._history:
             raise InvalidRequest("the session has no history: append tokens first")
         constraint = request.grammar.follow() if request.grammar else None
@@ -271,7 +272,6 @@ class Session:
                     tokens, checked = await self._draw(request, constraint, request.max_tokens - count - 1)
                     drawn += tokens
                     proposed += checked
-                    accepted += len(tokens) - 1
                 token = drawn.popleft()
                 now = trio.current_time()
                 if first is None:
@@ -285,6 +285,8 @@ class Session:
                 await self._hand_over(token, reply)
                 self._metrics.generated_tokens_total.inc()
                 count += 1
+                # Of what one forward draws, all but the last token had been proposed.
+                accepted += bool(drawn)
                 if constraint:
                     constraint.accept(token.token_id)
                 if token.token_id in self._terms.eos_token_ids or (constraint and constraint.is_complete):

@@ -13,12 +13,13 @@ import trio
 from actors.admission import Admission
 from actors.conversations import LABEL, MOST_BYTES, Conversations
 from actors.executor import EngineThread, ModelExecutor
-from actors.handles import Completion, SessionHandle
+from actors.handles import Completion, SessionHandle, digest_of
 from actors.mailbox import open_mailbox
-from actors.messages import Load, Saved, SessionSummary
+from actors.messages import Load, ModelInfo, Saved, SessionSummary
 from actors.nursery import open_nursery
 from actors.proposing import NewProposals, open_proposing
 from actors.registry import SessionRegistry
+from runtime.checks import check_whole, shown
 from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity, Snapshot, Terms, fingerprint
 from runtime.engine import Engine, EngineFacts, load_engine
 from runtime.errors import InvalidRequest, NotDurable
@@ -65,9 +66,9 @@ class Runtime:
         """A new long-lived session.
 
         Raises CapacityExhausted when every slab is held by a session at work, StorageFailed where it cannot be recorded, and
-        InvalidRequest for more than 64 different eos ids, or a label of more than 256 bytes.
+        InvalidRequest for more than 64 different eos ids, a label of more than 256 bytes, or what is none of these.
         """
-        terms = Terms(_few(eos_token_ids), overflow, _short(label))
+        terms = _terms(eos_token_ids, overflow, label)
         async with self._registry.free_slab() as slab:
             return self._opened(slab, terms)
 
@@ -105,6 +106,12 @@ class Runtime:
         """Deletes a snapshot; returns the bytes that it took. Raises NotDurable, SnapshotNotFound, StorageFailed."""
         return await trio.to_thread.run_sync(self._durable().delete_snapshot, snapshot_id)
 
+    async def model_info(self) -> ModelInfo:
+        """What is to be known to make tokens for the model that runs."""
+        digest = await trio.to_thread.run_sync(digest_of, self.text)
+        name = self.settings.model_label or self.settings.model
+        return ModelInfo(name, self.facts.vocabulary, digest, self.text.eos_token_ids)
+
     def list_sessions(self) -> list[SessionSummary]:
         """What an operator may know of the long-lived sessions."""
         return self._registry.summaries()
@@ -125,7 +132,7 @@ class Runtime:
     def find_session(self, session_id: str) -> SessionHandle:
         """The session with this id. Raises SessionNotFound."""
         self._registry.check(session_id)
-        return SessionHandle(session_id, self._registry)
+        return SessionHandle(session_id, self._registry, self.text)
 
     @asynccontextmanager
     async def permit(self) -> AsyncIterator[None]:
@@ -141,21 +148,42 @@ class Runtime:
 
         Raises Saturated, and InvalidRequest where there will never be so many permits.
         """
+        check_whole("n", count, 1)
+        terms = _terms(eos_token_ids, overflow, "http")
         async with self._admission.permits(count), AsyncExitStack() as held:
-            yield Completion(self._registry, Terms(frozenset(eos_token_ids), overflow, "http"), count, held)
+            yield Completion(self._registry, self.text, terms, count, held)
+
+
+def _terms(eos_token_ids: Iterable[int], overflow: Overflow, label: str) -> Terms:
+    """Terms that may stay for as long as a session lives. Raises InvalidRequest."""
+    if not isinstance(overflow, Overflow):
+        raise InvalidRequest(f"overflow must be an Overflow, got {shown(overflow)}", "overflow")
+    return Terms(_few(eos_token_ids), overflow, _short(label))
 
 
 def _few(eos_token_ids: Iterable[int]) -> frozenset[int]:
     few: set[int] = set()
-    for token_id in eos_token_ids:
-        few.add(token_id)
-        if len(few) > _MOST_EOS_IDS:
-            raise InvalidRequest(f"a session has {_MOST_EOS_IDS} eos ids at most", "eos_token_ids")
+    try:
+        for token_id in eos_token_ids:
+            # A message may repeat one id a million times.
+            if token_id not in few:
+                check_whole("eos_token_ids", token_id, 0, 2**32 - 1)
+                few.add(int(token_id))
+            if len(few) > _MOST_EOS_IDS:
+                raise InvalidRequest(f"a session has {_MOST_EOS_IDS} eos ids at most", "eos_token_ids")
+    except TypeError as error:
+        raise InvalidRequest(f"eos_token_ids must be whole numbers: {error}", "eos_token_ids") from None
     return frozenset(few)
 
 
 def _short(label: str) -> str:
-    if len(label) > _MOST_LABEL_BYTES or len(label.encode(errors="replace")) > _MOST_LABEL_BYTES:
+    if not isinstance(label, str):
+        raise InvalidRequest(f"a label is text, got {shown(label)}", "client_label")
+    try:
+        is_short = len(label) <= _MOST_LABEL_BYTES and len(label.encode()) <= _MOST_LABEL_BYTES
+    except UnicodeEncodeError:
+        is_short = False
+    if not is_short:
         raise InvalidRequest(f"a label is {_MOST_LABEL_BYTES} bytes of UTF-8 at most", "client_label")
     return label
 

@@ -12,9 +12,9 @@ import trio
 from tqdm import tqdm
 
 from actors.nursery import open_nursery
-from api.client import ClientSession, connect
+from api.client import Client, ClientSession, connect
 from api.doors import serve
-from runtime.errors import RequestError
+from runtime.errors import ModelUnavailable, NotSupported, RequestError
 from runtime.events import Done, HistoryTruncated, StopReason, Token
 from runtime.models import find_model
 from runtime.settings import Settings
@@ -26,19 +26,55 @@ async def chat(settings: Settings, connect_to: str | None, max_tokens: int, temp
 
     Without `connect_to` it starts a server of its own, on a free port of this machine.
     """
-    text = Text.load(find_model(settings.model))
-    async with (
-        _server(settings, connect_to) as (address, key),
-        connect(address, key=key) as client,
-        client.session(text.eos_token_ids, label="perennial chat") as session,
-    ):
+    async with _server(settings, connect_to) as (address, key), connect(address, key=key) as client:
+        if connect_to:
+            name, text = await _model_of(client, settings)
+        else:
+            name, (text, _) = settings.model, await trio.to_thread.run_sync(_tokenizer, settings.model)
+        await _talk(client, address, name, text, max_tokens, temperature)
+    return 0
+
+
+async def _model_of(client: Client, settings: Settings) -> tuple[str, Text]:
+    """The name and the tokenizer of the server's model, which lies where `model` or that name says.
+
+    Raises ModelUnavailable where it cannot be had here.
+    """
+    try:
+        served = await client.model_info()
+    except NotSupported:
+        print(f"the server does not say which model it runs: that of {settings.model} is taken", file=sys.stderr)
+        text, _ = await trio.to_thread.run_sync(_tokenizer, settings.model)
+        return settings.model, text
+    places = [settings.model] if settings.model != Settings().model else [settings.model, served.model]
+    reason = ""
+    for place in dict.fromkeys(places):
+        try:
+            text, digest = await trio.to_thread.run_sync(_tokenizer, place)
+        except ModelUnavailable as error:
+            reason = str(error)
+        else:
+            if digest == served.tokenizer_digest:
+                return served.model, text
+            reason = f"{place!r} has another tokenizer"
+    raise ModelUnavailable(
+        f"{reason}: set model to a directory, or an id, with the tokenizer of {served.model!r}, which the server runs"
+    )
+
+
+def _tokenizer(name: str) -> tuple[Text, bytes]:
+    text = Text.load(find_model(name, with_weights=False))
+    return text, text.digest
+
+
+async def _talk(client: Client, address: str, name: str, text: Text, max_tokens: int, temperature: float) -> None:
+    async with client.session(text.eos_token_ids, label="perennial chat") as session:
         info = await session.info()
         print(
-            f"{settings.model} on {address} remembers the first {info.sink} and the last {info.window} tokens. "
+            f"{name} on {address} remembers the first {info.sink} and the last {info.window} tokens. "
             "An empty line or Ctrl-D ends the chat."
         )
         await _converse(session, text, max_tokens, temperature)
-    return 0
 
 
 @asynccontextmanager

@@ -23,10 +23,10 @@ from grpclib import GRPCError, Status
 from grpclib.client import Channel, UnaryStreamMethod, UnaryUnaryMethod
 from grpclib.exceptions import StreamTerminatedError
 
-from actors.messages import Appended, Saved, SessionInfo, SessionSummary
+from actors.messages import Appended, ModelInfo, Saved, SessionInfo, SessionSummary
 from api.bridge import FromAsyncio, asyncio_loop
 from api.foreign.grpclib import ForgetfulChannel
-from api.wire import SERVICE, appended_of, event_of, info_of, snapshot_of, summary_of
+from api.wire import SERVICE, appended_of, event_of, info_of, model_of, snapshot_of, summary_of
 from proto.kakeya.v1 import (
     AppendTokensRequest,
     AppendTokensResponse,
@@ -40,6 +40,8 @@ from proto.kakeya.v1 import (
     ForkSessionResponse,
     GenerateRequest,
     GenerateResponse,
+    GetModelInfoRequest,
+    GetModelInfoResponse,
     GetSessionInfoRequest,
     GetSessionInfoResponse,
     ListSessionsRequest,
@@ -60,6 +62,7 @@ from runtime.errors import (
     HistoryMismatch,
     InvalidRequest,
     NotServing,
+    NotSupported,
     PerennialError,
     SessionFailed,
     SessionNotFound,
@@ -82,6 +85,7 @@ _ERRORS: dict[Status, type[PerennialError]] = {
     Status.DEADLINE_EXCEEDED: DeadlineExceeded,
     Status.UNAUTHENTICATED: Unauthenticated,
     Status.UNAVAILABLE: NotServing,
+    Status.UNIMPLEMENTED: NotSupported,
 }
 
 
@@ -138,6 +142,10 @@ class Client:
         """What the server says of all its sessions."""
         reply = await self.call("ListSessions", ListSessionsRequest(), ListSessionsResponse)
         return [summary_of(one) for one in reply.sessions]
+
+    async def model_info(self) -> ModelInfo:
+        """What is to be known to make tokens for the server's model. Raises NotSupported where the server does not say."""
+        return model_of(await self.call("GetModelInfo", GetModelInfoRequest(), GetModelInfoResponse))
 
     def find_session(self, session_id: str) -> ClientSession:
         """The session with this id, which the first call looks for."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from actors.messages import Appended, Saved, SessionInfo, SessionSummary
+from actors.messages import Appended, ModelInfo, Saved, SessionInfo, SessionSummary
 from api.client import Client, ClientEvents, ClientSession, connect
 from runtime.durable import Snapshot
 from runtime.events import Event
@@ -55,6 +55,9 @@ class SyncClient:
 
     def find_session(self, session_id: str) -> SyncSession:
         return self._wrapped(self._client.find_session(session_id))
+
+    def model_info(self) -> ModelInfo:
+        return self._portal.call(self._client.model_info)
 
     def list_sessions(self) -> list[SessionSummary]:
         return self._portal.call(self._client.list_sessions)

@@ -34,6 +34,7 @@ from api.wire import (
     appended_on_wire,
     frame_of,
     info_on_wire,
+    model_on_wire,
     snapshot_on_wire,
     summary_on_wire,
 )
@@ -50,6 +51,8 @@ from proto.kakeya.v1 import (
     ForkSessionResponse,
     GenerateRequest,
     GenerateResponse,
+    GetModelInfoRequest,
+    GetModelInfoResponse,
     GetSessionInfoRequest,
     GetSessionInfoResponse,
     ListSessionsRequest,
@@ -150,6 +153,10 @@ async def list_sessions(runtime: Runtime, _: ListSessionsRequest, send: Send[Lis
     await send(ListSessionsResponse(sessions=[summary_on_wire(one) for one in runtime.list_sessions()]))
 
 
+async def get_model_info(runtime: Runtime, _: GetModelInfoRequest, send: Send[GetModelInfoResponse]) -> None:
+    await send(model_on_wire(await runtime.model_info()))
+
+
 class RuntimeService:
     """What grpclib calls: finds the method, checks the key, counts the call and turns errors into statuses."""
 
@@ -171,6 +178,7 @@ class RuntimeService:
                 self._method("RestoreSession", unary, restore_session, RestoreSessionRequest, RestoreSessionResponse),
                 self._method("ListSnapshots", unary, list_snapshots, ListSnapshotsRequest, ListSnapshotsResponse),
                 self._method("DeleteSnapshot", unary, delete_snapshot, DeleteSnapshotRequest, DeleteSnapshotResponse),
+                self._method("GetModelInfo", unary, get_model_info, GetModelInfoRequest, GetModelInfoResponse),
                 self._method("ListSessions", unary, list_sessions, ListSessionsRequest, ListSessionsResponse),
             )
         )
@@ -186,7 +194,7 @@ class RuntimeService:
         async def answer(stream: Stream[bytes, A]) -> None:
             authorization = stream.metadata.get("authorization") if stream.metadata else None
             check_key(self._server.settings, str(authorization) if authorization else None)
-            with self._server.call() as runtime:
+            with self._server.call() as runtime, self._server.may_be_ended(by_host=False):
                 message = await self._from_asyncio(stream.recv_message)()
                 assert message is not None, "a unary call without a message was refused"
                 parse = partial(_parsed, asked, message)

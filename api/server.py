@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from enum import Enum
 
 import trio
@@ -54,8 +54,7 @@ class Server:
         self._reader: Reader | None = None
         self._calls = 0
         self._drain_waiters = trio.lowlevel.ParkingLot()
-        self._endable: set[trio.CancelScope] = set()
-        self._are_calls_ended = False
+        self._of_host, self._others = _Endable(), _Endable()
         self._patience = trio.CancelScope()
 
     @property
@@ -122,30 +121,26 @@ class Server:
             if not self._calls:
                 self._drain_waiters.unpark_all()
 
-    @contextmanager
-    def may_be_ended(self) -> Iterator[None]:
-        """A part of a call that ends with the server. Raises NotServing where it was ended."""
-        with trio.CancelScope() as scope:
-            self._endable.add(scope)
-            try:
-                if self._are_calls_ended:
-                    scope.cancel()
-                yield
-            finally:
-                self._endable.discard(scope)
-        if scope.cancelled_caught:
-            raise NotServing("the server is stopping: try again in a moment")
+    def may_be_ended(self, *, by_host: bool = True) -> AbstractContextManager[None]:
+        """A part of a call that ends with the server, or where it may be `by_host`, already when a host closes connections.
+
+        Raises NotServing where it was ended.
+        """
+        return (self._of_host if by_host else self._others).part()
 
     def begin_drain(self) -> None:
         """Refuses new calls."""
         if self._phase is Phase.SERVING:
             self._enter(Phase.DRAINING)
 
+    def end_calls_of_host(self) -> None:
+        """Ends what may be ended, of the calls that run, by a host that closes its connections."""
+        self._of_host.end()
+
     def end_calls(self) -> None:
-        """Ends what may be ended of the calls that run."""
-        self._are_calls_ended = True
-        for scope in self._endable:
-            scope.cancel()
+        """Ends what may be ended of all calls that run."""
+        self._of_host.end()
+        self._others.end()
 
     async def drain(self) -> None:
         """Refuses new calls and returns when those that run have ended, of themselves or after `DRAIN_S`."""
@@ -169,6 +164,33 @@ class Server:
     def _enter(self, phase: Phase) -> None:
         self._phase = phase
         self._phase_waiters.unpark_all()
+
+
+class _Endable:
+    """Parts of calls that are ended together."""
+
+    def __init__(self) -> None:
+        self._scopes: set[trio.CancelScope] = set()
+        self._is_ended = False
+
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """Raises NotServing where it was ended."""
+        with trio.CancelScope() as scope:
+            self._scopes.add(scope)
+            try:
+                if self._is_ended:
+                    scope.cancel()
+                yield
+            finally:
+                self._scopes.discard(scope)
+        if scope.cancelled_caught:
+            raise NotServing("the server is stopping: try again in a moment")
+
+    def end(self) -> None:
+        self._is_ended = True
+        for scope in self._scopes:
+            scope.cancel()
 
 
 @contextmanager

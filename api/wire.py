@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from actors.messages import Appended, SessionInfo, SessionSummary
+from actors.messages import Appended, ModelInfo, SessionInfo, SessionSummary
 from proto.kakeya.v1 import (
     AppendTokensResponse,
     GenerateDone,
     GenerateDoneStopReason,
     GenerateResponse,
+    GetModelInfoResponse,
     GetSessionInfoResponse,
     HistoryTruncated,
     ListSessionsResponseSession,
@@ -101,6 +102,19 @@ def info_on_wire(info: SessionInfo) -> GetSessionInfoResponse:
 
 def info_of(reply: GetSessionInfoResponse) -> SessionInfo:
     return SessionInfo(**{name: getattr(reply, name) for name in _INFO_FIELDS})
+
+
+def model_on_wire(info: ModelInfo) -> GetModelInfoResponse:
+    return GetModelInfoResponse(
+        model=info.model,
+        vocabulary=info.vocabulary,
+        tokenizer_digest=info.tokenizer_digest,
+        eos_token_ids=sorted(info.eos_token_ids),
+    )
+
+
+def model_of(reply: GetModelInfoResponse) -> ModelInfo:
+    return ModelInfo(reply.model, reply.vocabulary, reply.tokenizer_digest, frozenset(reply.eos_token_ids))
 
 
 def summary_on_wire(summary: SessionSummary) -> ListSessionsResponseSession:

@@ -30,7 +30,7 @@ from runtime.models import find_model
 from runtime.settings import Settings
 from runtime.text import Text
 
-WINDOW = 16_380
+WINDOW = 20_476
 TURNS, GENERATED = 40, 8
 HEAD_TOKENS = 8_000
 # What tools gave back in turn, about.

@@ -2,40 +2,68 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from runtime.errors import ModelUnavailable
+from runtime.model_files import check_weights, one_line, quiet_transformers, read_checked_config
 
-# What transformers raises over a config.json whose values make no sense, and over all other files of a model.
-CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, StrictDataclassError, TypeError, ValueError)
-FILE_ERRORS = (*CONFIG_ERRORS, RuntimeError, SafetensorError)
+# Over files that are damaged transformers and tokenizers raise errors of every kind; some are of class Exception itself.
+FILE_ERRORS = (Exception,)
+# What it reads is data: it runs no code that comes with a model, and does not ask whether to.
+AS_DATA = {"trust_remote_code": False}
+_LAYER = re.compile(r"\blayers?\.\d+\.")
+# Of no use to the model: some checkpoints hold what is computed from the configuration.
+_COMPUTED = ("inv_freq", "masked_bias", ".bias_mask")
 
 
 def load_weights(kind: Any, directory: Path, dtype: torch.dtype | Literal["auto"], refusal: str, **options: Any) -> Any:
     """The model in `directory` by one of transformers' auto classes, in this type or, under auto, in the checkpoint's own.
 
-    Raises ModelUnavailable, in the words of `refusal`.
+    Raises ModelUnavailable, in the words of `refusal`; also for weights that are not of this configuration, or no numbers.
     """
+    check_weights(directory, read_checked_config(directory))
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     try:
-        model, report = kind.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
+        with quiet_transformers():
+            model, report = kind.from_pretrained(
+                directory,
+                dtype=dtype,
+                output_loading_info=True,
+                use_safetensors=True,
+                # It is told of below, by the tensor's name.
+                ignore_mismatched_sizes=True,
+                **AS_DATA,
+                **options,
+            )
     except FILE_ERRORS as error:
         raise ModelUnavailable(f"{refusal}: {one_line(error)}") from error
     if report["missing_keys"]:
         raise ModelUnavailable(f"the weights in {directory} lack {sorted(report['missing_keys'])[0]} and maybe more")
+    for name, held, wanted in sorted(report["mismatched_keys"]):
+        raise ModelUnavailable(
+            f"the weights in {directory} are not of its config.json: {name} is {list(held)}, and should be {list(wanted)}"
+        )
+    more = [name for name in report["unexpected_keys"] if _LAYER.search(name) and not name.endswith(_COMPUTED)]
+    if more:
+        raise ModelUnavailable(
+            f"the weights in {directory} hold {sorted(more)[0]}, for which its config.json has no place: "
+            "the two are not of one model"
+        )
+    _check_numbers(model, directory)
     return model
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    words = next(iter(str(error).strip().splitlines()), "")
-    # Some errors say no more than a key.
-    return f"{type(error).__name__}: {words}" if isinstance(error, LookupError) else words or type(error).__name__
+@torch.inference_mode()
+def _check_numbers(model: Any, directory: Path) -> None:
+    for name, weight in chain(model.named_parameters(), model.named_buffers()):
+        if weight.is_floating_point() and weight.numel() and not all(map(torch.isfinite, weight.aminmax())):
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise ModelUnavailable(f"the weights in {directory} are damaged: {name} holds what is no number in {dtype}")

@@ -175,6 +175,12 @@ class Saturated(CapacityExhausted):
     code = "rate_limit_exceeded"
 
 
+class NotSupported(RequestError):
+    """The server does not know this call."""
+
+    grpc, http = "UNIMPLEMENTED", 501
+
+
 class DeadlineExceeded(RequestError):
     """The completion took longer than `request_timeout_s`."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import Enum
 
+from runtime.checks import check_whole, is_number, shown
 from runtime.errors import InvalidRequest
 
 
@@ -22,14 +22,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):
-            raise InvalidRequest(f"temperature must be from 0 to 100, got {self.temperature}", "temperature")
-        if not 0.0 < self.top_p <= 1.0:
-            raise InvalidRequest(f"top_p must be over 0 and at most 1, got {self.top_p}", "top_p")
-        if self.top_k < 0:
-            raise InvalidRequest(f"top_k must be at least 0, got {self.top_k}", "top_k")
-        if not 0 <= self.seed < 2**64:
-            raise InvalidRequest(f"seed must be from 0 to 2**64 - 1, got {self.seed}", "seed")
+        if not (is_number(self.temperature) and 0.0 <= self.temperature <= 100.0):
+            raise InvalidRequest(f"temperature must be from 0 to 100, got {shown(self.temperature)}", "temperature")
+        if not (is_number(self.top_p) and 0.0 < self.top_p <= 1.0):
+            raise InvalidRequest(f"top_p must be over 0 and at most 1, got {shown(self.top_p)}", "top_p")
+        check_whole("top_k", self.top_k, 0)
+        check_whole("seed", self.seed, 0, 2**64 - 1)
 
 
 class StopReason(Enum):

@@ -7,12 +7,13 @@ into a thread. llguidance ends both by budgets of its own, which it counts in st
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from runtime.errors import InvalidRequest
 
@@ -32,6 +33,8 @@ _LIMITS = LLParserLimits(
     # What it says besides shows what was generated so far.
     verbose_errors=False,
 )
+# Its text is that of no tokenizer's own.
+_NO_END = "<|end of a grammar, for a model without an end|>"
 MOST_SOURCE_CHARACTERS = 2**20
 """In the text of one grammar, schemas included."""
 
@@ -68,19 +71,35 @@ def json_rule(schema: Mapping[str, Any]) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': guidance})}"
 
 
+def guiding(tokenizer: Tokenizer, eos_token_ids: Iterable[int]) -> LLTokenizer:
+    """The tokenizer as grammars know it; takes a second for a large vocabulary. Raises ValueError where they cannot."""
+    source = tokenizer.to_str()
+    ends = sorted(token_id for token_id in eos_token_ids if tokenizer.id_to_token(token_id) is not None)
+    if not ends:
+        # llguidance takes a word for the end where none is named: one that is never drawn is added.
+        more = Tokenizer.from_str(source)
+        more.add_special_tokens([_NO_END])
+        end = more.token_to_id(_NO_END)
+        assert end is not None
+        source, ends = more.to_str(), [end]
+    return LLTokenizer(source, eos_token=ends)
+
+
 class Grammar:
     """A compiled grammar; each generation follows it from the start."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, tokenizer_digest: bytes) -> None:
+        """Its masks are for the tokenizer of this digest."""
         self._matcher = matcher
+        self.tokenizer_digest = tokenizer_digest
 
     @classmethod
-    def compile(cls, source: str, tokens: LLTokenizer) -> Grammar:
+    def compile(cls, source: str, tokens: LLTokenizer, tokenizer_digest: bytes) -> Grammar:
         """The grammar of this text. Raises InvalidRequest where it is wrong, not supported or over the budget."""
         matcher = LLMatcher(tokens, source, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise InvalidRequest(f"this grammar cannot be followed: {_line(matcher)}")
-        grammar = cls(matcher)
+        grammar = cls(matcher, tokenizer_digest)
         # What cannot even be begun is better refused than broken off.
         grammar.follow().allowed()
         return grammar

@@ -7,24 +7,26 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from runtime.checks import shown
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.settings import Settings
 
 SEEDLING = "seedling"
-_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+_WORDS = ("*.json", "*.jinja", "*.model", "*.txt")
+_FILES = (*_WORDS, "*.safetensors")
 
 
-def find_model(name: str) -> Path:
+def find_model(name: str, *, with_weights: bool = True) -> Path:
     """The directory of a bundled model, a local path or a Hugging Face id, downloaded where it is not yet.
 
-    Raises ModelUnavailable.
+    Where nobody asks for weights, none are downloaded. Raises ModelUnavailable.
     """
     if name == SEEDLING:
         return Path(__file__).parent / SEEDLING
-    if Path(name).is_dir():
+    if _is_directory(name):
         directory = Path(name)
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        directory = _download(name)
+        directory = _download(name, _FILES if with_weights else _WORDS)
     else:
         raise ModelUnavailable(
             f"no model at {name!r}: give {SEEDLING!r}, a directory, or a Hugging Face id like org/name"
@@ -32,6 +34,13 @@ def find_model(name: str) -> Path:
     if not (directory / "config.json").is_file():
         raise ModelUnavailable(f"{name!r} holds no config.json: it is not a model's directory")
     return directory
+
+
+def _is_directory(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError as error:
+        raise ModelUnavailable(f"the directory {shown(name)} cannot be looked at: {error.strerror}") from error
 
 
 def find_proposer_model(settings: Settings) -> Path:
@@ -46,9 +55,9 @@ def find_proposer_model(settings: Settings) -> Path:
     return find_model(SEEDLING) / settings.proposer
 
 
-def _download(name: str) -> Path:
+def _download(name: str, patterns: tuple[str, ...]) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except HFValidationError as error:
         raise ModelUnavailable(f"{name!r} is neither a directory nor a Hugging Face id") from error
     except RuntimeError as error:

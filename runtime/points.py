@@ -56,7 +56,9 @@ class Node:
     tokens: array[int] = field(default_factory=lambda: array("I"))
     spans: tuple[Span, ...] = ()
     head: Head | None = None
-    children: list[Node] = field(default_factory=list)
+    given: dict[bytes, list[Node]] = field(default_factory=dict)
+    """What a client goes on with from here, by the key of its first item."""
+    answers: list[Node] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     used: int = 0
 
@@ -69,6 +71,15 @@ class Node:
     def first(self) -> Node:
         """The node that the conversation begins with."""
         return self.parent.node.first if self.parent and self.parent.node.parent else self
+
+    @property
+    def children(self) -> list[Node]:
+        """All that goes on from here."""
+        return [*chain.from_iterable(self.given.values()), *self.answers]
+
+    @property
+    def has_children(self) -> bool:
+        return bool(self.given or self.answers)
 
     @property
     def is_answer(self) -> bool:
@@ -224,14 +235,15 @@ class PointTree:
             count, point = waiting.pop()
             if (count, point.node.used) >= best[:2]:
                 best = (count, point.node.used, point)
-            for child in _branches(point):
+            for child in _branches(point, keys[count:]):
                 taken, offset = _agreement(child, items[count:], keys[count:])
                 furthest = max(furthest, count + taken)
                 if offset is not None:
                     waiting.append((count + taken, Point(child, offset)))
         count, _, point = best
-        # Who goes on from within an answer has had it cut off; who lets it go on otherwise tells something else.
-        is_broken = count < len(items) and (bool(_branches(point)) or (count > 0 and is_assistants(items[count])))
+        # Who goes on from within an answer has had it cut off; who tells the rest of it otherwise has not.
+        has_branches = any(child.parent == point for child in point.node.children)
+        is_broken = count < len(items) and (has_branches or (count > 0 and is_assistants(items[count])))
         return Match(point, count, furthest if is_broken else None)
 
     def grow(
@@ -244,13 +256,14 @@ class PointTree:
     ) -> Point:
         """The point after these items, which follow `point`. What is there already is not held twice."""
         keys = keys_of(items)
-        for child in _branches(point):
+        for child in _branches(point, keys):
             if child.keys == keys and child.tokens == tokens:
                 return self.use(Point(child, len(tokens)))
         node = Node(self._new_id(as_id), point, tuple(items), keys, tokens, tuple(spans))
         if self._log:
             self._log.grew(node)
-        point.node.children.append(node)
+        siblings = point.node.answers if node.is_answer else point.node.given.setdefault(_first(keys), [])
+        siblings.append(node)
         self._bytes += node.size_bytes
         grown = self.use(Point(node, len(tokens)))
         self._make_room(node)
@@ -339,9 +352,9 @@ class PointTree:
     def _make_room(self, newest: Node | None) -> None:
         if self._bytes <= self._most_bytes:
             return
-        for leaf in sorted((node for node in self.nodes() if not node.children), key=lambda node: node.used):
+        for leaf in sorted((node for node in self.nodes() if not node.has_children), key=lambda node: node.used):
             node = leaf
-            while self._bytes > self._most_bytes and node is not newest and node.parent and not node.children:
+            while self._bytes > self._most_bytes and node is not newest and node.parent and not node.has_children:
                 if self._log:
                     self._log.dropped(node)
                 self.drop(node)
@@ -350,13 +363,18 @@ class PointTree:
     def drop(self, node: Node) -> None:
         """Forgets a node that has no children, and its names."""
         assert node.parent is not None
-        assert not node.children
-        above = node.parent.node
-        above.children.remove(node)
+        assert not node.has_children
+        above, key = node.parent.node, _first(node.keys)
+        if node.is_answer:
+            above.answers.remove(node)
+        else:
+            above.given[key].remove(node)
+            if not above.given[key]:
+                del above.given[key]
         self._bytes -= node.size_bytes
         for name in [*node.names]:
             self._forget(name)
-        if above.head is not None and not above.children:
+        if above.head is not None and not above.has_children:
             del self._roots[above.head.digest]
 
 
@@ -366,9 +384,14 @@ def _common(one: Sequence[object], other: Sequence[object]) -> int:
     return next((at for at, (ours, theirs) in pairs if ours != theirs), min(len(one), len(other)))
 
 
-def _branches(point: Point) -> list[Node]:
-    """What goes on from a point."""
-    return [child for child in point.node.children if child.parent == point]
+def _branches(point: Point, keys: Sequence[bytes]) -> list[Node]:
+    """What goes on from a point and may begin with items of these keys."""
+    node = point.node
+    return [child for child in (*node.given.get(_first(keys), ()), *node.answers) if child.parent == point]
+
+
+def _first(keys: Sequence[bytes]) -> bytes:
+    return keys[0] if keys else b""
 
 
 def _agreement(node: Node, items: Sequence[Item], keys: Sequence[bytes]) -> tuple[int, int | None]:

@@ -23,6 +23,8 @@ from runtime.text import Text
 # What stands where the text does not matter, and where it is looked for afterwards: nobody else writes this.
 _DASH, _MARK = "-", f"mark{secrets.token_hex(8)}"
 
+_TOOL = {"type": "function", "function": {"name": _DASH, "description": _DASH, "parameters": {"type": "object"}}}
+
 Options = Mapping[str, Any]
 """What a template is given by name besides messages and tools."""
 
@@ -91,7 +93,7 @@ def write_on(
     sheet, context = _Sheet(text, head, options), _stand_in(before)
     whole, cue = sheet.written([*context, *new])
     _, found, said = whole.partition(_MARK)
-    if not found:
+    if not found or sheet.rewrites(new):
         return None
     if not is_assistants(before[-1]):
         already = sheet.written(context)[0].partition(_MARK)[2]
@@ -130,6 +132,11 @@ class _Sheet:
             whole, asked = self._applied(as_text)
         return (whole, asked[len(whole) :]) if asked.startswith(whole) else (asked, "")
 
+    def rewrites(self, new: Sequence[Item]) -> bool:
+        """Whether tools stand elsewhere once these items have come."""
+        asks = any(isinstance(item, Message) and item.role == "user" for item in new)
+        return asks and bool(self._tools) and self._manner.moves_tools
+
     def _applied(self, messages: list[dict[str, Any]]) -> tuple[str, str]:
         masked = self._text.masked(messages)
         return (
@@ -146,6 +153,8 @@ class _Manner:
     has_late_system: bool
     has_runs: bool
     no_content: str | None
+    moves_tools: bool
+    """Whether tools stand before the last thing that the user has said, and so move along with it."""
 
     @classmethod
     @lru_cache(maxsize=1)  # A server has one model.
@@ -162,6 +171,7 @@ class _Manner:
             has_late_system=-1 < late_system.find(first) < late_system.find(late),
             has_runs=_tried(text, [user, user]) is not None,
             no_content="" if is_word or (with_none is None and with_empty is not None) else None,
+            moves_tools=_rest(text, [_TOOL]) != _rest(text, []),
         )
 
     def adapted(self, items: Sequence[Item]) -> list[Item]:
@@ -259,8 +269,15 @@ def _spelled_out(arguments: str) -> Any:
     return arguments if parsed is None else parsed
 
 
-def _tried(text: Text, messages: list[dict[str, Any]]) -> str | None:
+def _rest(text: Text, tools: list[dict[str, Any]]) -> str | None:
+    """What a template writes behind the first answer of two questions."""
+    turns = [("user", _DASH), ("assistant", _MARK), ("user", _DASH)]
+    whole = _tried(text, [{"role": role, "content": said} for role, said in turns], tools)
+    return whole and whole.partition(_MARK)[2]
+
+
+def _tried(text: Text, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str | None:
     try:
-        return text.apply_template(messages, is_turn_next=False)
+        return text.apply_template(messages, tools or (), is_turn_next=False)
     except MalformedRequest:
         return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
+import struct
 from array import array
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,8 @@ from llguidance import LLTokenizer
 from tokenizers import Tokenizer
 
 from runtime.errors import InvalidRequest, MalformedRequest, ModelUnavailable
-from runtime.grammar import Grammar, json_source, lark_source
+from runtime.grammar import Grammar, guiding, json_source, lark_source
+from runtime.model_files import CONFIG, one_line, quiet_transformers, read_checked_config, read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,26 +54,33 @@ class Text:
         # It brings torch along, which a process that is given a tokenizer has no use for.
         from transformers import AutoTokenizer
 
+        named = _named_eos(directory)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(directory)
-        except (OSError, ValueError, KeyError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ModelUnavailable(f"{directory} has no tokenizer that can be loaded: {reason}") from error
-        if not tokenizer.is_fast:
+            with quiet_transformers():
+                tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            is_fast = tokenizer.is_fast
+            # For some architectures transformers makes up a tokenizer without words where the directory has none.
+            has_words = bool(tokenizer.encode("a", add_special_tokens=False))
+        # It raises errors of every kind over files that are damaged; those of tokenizers are of this class itself.
+        except Exception as error:
+            raise ModelUnavailable(f"{directory} has no tokenizer that can be loaded: {one_line(error)}") from error
+        if not is_fast:
             raise ModelUnavailable(f"the tokenizer in {directory} has no tokenizer.json: convert it to a fast one")
-        # For some architectures transformers makes up a tokenizer without words where the directory has none.
-        if not tokenizer.encode("a", add_special_tokens=False):
+        if not has_words:
             raise ModelUnavailable(f"{directory} has no tokenizer: add the model's tokenizer.json")
-        return cls(tokenizer, _eos_token_ids(directory, tokenizer))
+        if not isinstance(tokenizer.chat_template, str | dict | None):
+            raise ModelUnavailable(f"the chat_template in {directory} is no text: take it out of tokenizer_config.json")
+        return cls(tokenizer, _eos_token_ids([*named, tokenizer.eos_token_id]))
 
     def warm(self) -> None:
         """Makes now what the first grammar would wait for, and all else with it."""
-        with suppress(InvalidRequest):
-            self._guided  # noqa: B018 # It is cached.
+        self._guided, self.digest  # noqa: B018 # They are cached.
 
     def grammar(self, source: str) -> Grammar:
         """Answers of the grammar with this text. Raises InvalidRequest where it is wrong, not supported or too complex."""
-        return Grammar.compile(source, self._guided)
+        if isinstance(self._guided, ValueError):
+            raise InvalidRequest(f"the model's tokenizer is of a kind that grammars cannot follow: {self._guided}")
+        return Grammar.compile(source, self._guided, self.digest)
 
     def json_grammar(self, schema: Mapping[str, Any]) -> Grammar:
         """Answers that are JSON of this schema. Raises InvalidRequest where it is wrong, not supported or too complex."""
@@ -81,16 +91,32 @@ class Text:
         return self.grammar(lark_source(lark))
 
     @cached_property
-    def _guided(self) -> LLTokenizer:
-        """The tokenizer as grammars know it; the first use takes a second for a large vocabulary. Raises InvalidRequest."""
+    def digest(self) -> bytes:
+        """Tells tokenizers apart that number their tokens in other ways; the first use takes long for a large vocabulary.
+
+        BLAKE2b over each token in the order of ids: id and length as little-endian uint32, and its text in UTF-8.
+        """
+        digest = hashlib.blake2b()
+        for token, token_id in sorted(self._backend.get_vocab().items(), key=itemgetter(1)):
+            spelt = token.encode()
+            digest.update(struct.pack("<II", token_id, len(spelt)) + spelt)
+        return digest.digest()
+
+    @cached_property
+    def _guided(self) -> LLTokenizer | ValueError:
+        """The tokenizer as grammars know it, or why they do not."""
         try:
-            return LLTokenizer(self._backend.to_str(), eos_token=sorted(self.eos_token_ids))
+            return guiding(self._backend, self.eos_token_ids)
         except ValueError as error:
-            raise InvalidRequest(f"the model's tokenizer is of a kind that grammars cannot follow: {error}") from error
+            return error
 
     def spelling(self, token_id: int) -> bytes:
         """The bytes of one token, which may be a part of a character. Empty for one that the tokenizer lacks."""
-        return bytes(self._guided.decode_bytes([token_id])) if token_id < self._guided.vocab_size else b""
+        if self._backend.id_to_token(token_id) is None:
+            return b""
+        if isinstance(self._guided, ValueError):
+            return self._backend.decode([token_id], skip_special_tokens=False).encode()
+        return bytes(self._guided.decode_bytes([token_id]))
 
     def has_special_tokens(self, text: str) -> bool:
         """Whether some of the text's tokens are special ones, which a detokenizer leaves out."""
@@ -241,12 +267,17 @@ def overlap(text: str, word: str) -> int:
     return next((length for length in lengths if text.endswith(word[:length])), 0)
 
 
-def _eos_token_ids(directory: Path, tokenizer: Any) -> frozenset[int]:
-    from transformers import GenerationConfig
+def _named_eos(directory: Path) -> list[object]:
+    """What the files that hold no words say ends a turn. Raises ModelUnavailable."""
+    file = directory / "generation_config.json"
+    config = read_checked_config(directory) if (directory / CONFIG).exists() else {}
+    named: list[object] = []
+    for source in (config, read_json_object(file) if file.exists() else {}):
+        eos = source.get("eos_token_id")
+        named += eos if isinstance(eos, list) else [eos]
+    return named
 
-    try:
-        eos = GenerationConfig.from_pretrained(directory).eos_token_id
-    except OSError:
-        eos = None
-    ids = eos if isinstance(eos, list) else [eos]
-    return frozenset(token_id for token_id in (*ids, tokenizer.eos_token_id) if token_id is not None)
+
+def _eos_token_ids(named: list[object]) -> frozenset[int]:
+    # Some files say -1, or null, for none.
+    return frozenset(token_id for token_id in named if type(token_id) is int and 0 <= token_id < 2**32)

@@ -13,6 +13,7 @@
   stream that was reset is kept, until the connection fails; a connection whose last stream was reset never counts as idle; data
   for a stream that was answered already, a path that is not ASCII and a PRIORITY frame can end the connection; and what a client
   can make h2 hold has no bound (`api.foreign.h2`).
+- `BoundedDeflate`. A compressed frame of a WebSocket is inflated whatever it comes to (`api.foreign.wsproto`).
 - Both connections count themselves in a `Crowd`, which Hypercorn does not bound. Without descriptors, asyncio and trio wait for
   somebody else to free one and log an error each time that they have waited; `_OutOfRoom` frees one, and says so once.
 """
@@ -34,6 +35,7 @@ import h2.events
 import hypercorn.asyncio.run
 import hypercorn.protocol
 import hypercorn.protocol.h2
+import hypercorn.protocol.ws_stream
 import hypercorn.trio.run
 import trio
 from h2.errors import ErrorCodes
@@ -52,6 +54,7 @@ from priority.priority import MissingStreamError
 from api.accepting import OUT_OF_ROOM, Notice, most_connections
 from api.foreign import require
 from api.foreign.h2 import MOST_HEADER_BYTES, BoundedConnection, require_tested_h2
+from api.foreign.wsproto import BoundedDeflate, require_tested_wsproto
 
 READ_AHEAD = 16
 """Parts of at most 64 KiB that a connection holds of what its client sends while something else is handled."""
@@ -145,11 +148,13 @@ def patch(patience: Patience) -> None:
     """Makes servers that start from now on serve by the classes of this module. Raises UntestedLibrary."""
     require("hypercorn", "0.18", "0.19")
     require_tested_h2()
+    require_tested_wsproto()
     # There is no other place to name one's own.
     hypercorn.trio.run.TCPServer = partial(TrioConnection, patience)  # type: ignore[attr-defined, assignment]
     hypercorn.asyncio.run.TCPServer = partial(AsyncioConnection, patience)  # type: ignore[attr-defined, assignment]
     hypercorn.protocol.H2Protocol = partial(PatientH2, patience)  # type: ignore[attr-defined, assignment]
     hypercorn.protocol.h2.StreamBuffer = partial(PatientBuffer, patience)  # type: ignore[misc, assignment]
+    hypercorn.protocol.ws_stream.PerMessageDeflate = BoundedDeflate  # type: ignore[attr-defined]
     for name in _ACCEPTING:
         logger = logging.getLogger(name)
         logger.filters[:] = [

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from hashlib import blake2b
 from typing import Any
 
 import trio
 from pydantic import BaseModel
 from quart import Response, request, websocket
+from werkzeug.datastructures import Headers
 
 from actors import Runtime
 from actors.nursery import open_nursery
@@ -77,7 +79,7 @@ def add_response_routes(door: Door) -> None:
         with server.may_be_ended():
             async with request_body() as body:
                 asked, question = await server.reader.read(ReadBody(read, body), len(body))
-        turn = await held.enter_async_context(_open_turn(server, runtime, asked, question))
+        turn = await held.enter_async_context(_open_turn(server, runtime, asked, question, _owner(request.headers)))
         if not asked.stream:
             while not turn.is_over:
                 await turn.next()
@@ -111,9 +113,12 @@ def add_response_routes(door: Door) -> None:
 class _Turn:
     """One response: its events in order. It is kept when the last one is made, and not before."""
 
-    def __init__(self, server: Server, runtime: Runtime, asked: ResponseRequest, answers: Answers | Prompt) -> None:
+    def __init__(
+        self, server: Server, runtime: Runtime, asked: ResponseRequest, owner: str, answers: Answers | Prompt
+    ) -> None:
         self._runtime = runtime
         self._asked = asked
+        self._owner = owner
         self._answers = answers
         self._writer = ResponseWriter(asked, server.label)
         self._is_begun = False
@@ -153,27 +158,27 @@ class _Turn:
         points, asked = self._runtime.conversations.points, self._asked
         points.name(self._writer.id, point, json.dumps(self.response).encode() if asked.store is not False else b"")
         if asked.conversation_id is not None:
-            points.name(_name_of(asked.conversation_id), point)
+            points.name(_name_of(asked.conversation_id, self._owner), point)
 
 
 @asynccontextmanager
 async def _open_turn(
-    server: Server, runtime: Runtime, asked: ResponseRequest, question: Question
+    server: Server, runtime: Runtime, asked: ResponseRequest, question: Question, owner: str
 ) -> AsyncIterator[_Turn]:
-    """The turn of a request. Raises PreviousResponseNotFound, and as `open_answers`."""
-    start = _start_of(runtime, asked)
+    """The turn of a request of somebody's. Raises PreviousResponseNotFound, and as `open_answers`."""
+    start = _start_of(runtime, asked, owner)
     if asked.is_prewarm:
         prompt = await write_prompt(server.reader, runtime, question, start)
-        yield _Turn(server, runtime, asked, prompt)
+        yield _Turn(server, runtime, asked, owner, prompt)
         return
     async with open_answers(server, runtime, question, start) as answers:
-        yield _Turn(server, runtime, asked, answers)
+        yield _Turn(server, runtime, asked, owner, answers)
 
 
-def _start_of(runtime: Runtime, asked: ResponseRequest) -> Point | None:
+def _start_of(runtime: Runtime, asked: ResponseRequest, owner: str) -> Point | None:
     points = runtime.conversations.points
     if asked.conversation_id is not None:
-        return points.named(_name_of(asked.conversation_id))
+        return points.named(_name_of(asked.conversation_id, owner))
     if asked.previous_response_id is None:
         return None
     start = points.named(asked.previous_response_id)
@@ -184,8 +189,15 @@ def _start_of(runtime: Runtime, asked: ResponseRequest) -> Point | None:
     return start
 
 
-def _name_of(conversation_id: str) -> str:
-    return f"conversation {conversation_id}"
+def _name_of(conversation_id: str, owner: str) -> str:
+    """The name of a conversation's last point. Its id is a client's choice, and so may be another's too."""
+    return f"conversation {owner} {conversation_id}"
+
+
+def _owner(headers: Headers) -> str:
+    """Who asks, as far as keys tell."""
+    key = headers.get("Authorization") or headers.get("x-api-key") or ""
+    return blake2b(key.encode(), digest_size=16).hexdigest()
 
 
 async def _read_ahead(runtime: Runtime, point: Point) -> None:
@@ -230,6 +242,7 @@ class _Socket:
 
     def __init__(self, server: Server) -> None:
         self._server = server
+        self._owner = _owner(websocket.headers)
         self._lanes: dict[str | None, trio.MemorySendChannel[Frame]] = {}
         self._room = trio.Semaphore(_MOST_REQUESTS, max_value=_MOST_REQUESTS)
         self._sending = trio.Lock()
@@ -284,7 +297,7 @@ class _Socket:
         asked, question = frame.read
         async with AsyncExitStack() as held:
             runtime = held.enter_context(self._server.call())
-            turn = await held.enter_async_context(_open_turn(self._server, runtime, asked, question))
+            turn = await held.enter_async_context(_open_turn(self._server, runtime, asked, question, self._owner))
             async for event in _TurnEvents(turn, _as_frame):
                 await self._send(event)
             if asked.is_prewarm and (point := runtime.conversations.points.named(turn.response["id"])) is not None:

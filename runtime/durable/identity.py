@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
+from runtime.errors import ModelUnavailable
 from runtime.events import Overflow
 
 # Of longer files only the ends and some places between are read for a fingerprint: two models differ everywhere.
@@ -63,16 +64,23 @@ class Terms:
 
 
 def fingerprint(directory: Path) -> str:
-    """A digest of a model's configuration and weights."""
+    """A digest of a model's configuration and weights. Raises ModelUnavailable."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}:".encode())
-        with path.open("rb") as file:
-            if size <= _WHOLE_BYTES:
-                digest.update(file.read())
-                continue
-            for index in range(_SAMPLES + 1):
-                file.seek((size - _SAMPLE_BYTES) * index // _SAMPLES)
-                digest.update(file.read(_SAMPLE_BYTES))
+        try:
+            _take(path, digest)
+        except OSError as error:
+            raise ModelUnavailable(f"{path} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
+
+
+def _take(path: Path, digest: hashlib.blake2b) -> None:
+    size = path.stat().st_size
+    digest.update(f"{path.name}:{size}:".encode())
+    with path.open("rb") as file:
+        if size <= _WHOLE_BYTES:
+            digest.update(file.read())
+            return
+        for index in range(_SAMPLES + 1):
+            file.seek((size - _SAMPLE_BYTES) * index // _SAMPLES)
+            digest.update(file.read(_SAMPLE_BYTES))

@@ -352,6 +352,8 @@ class SessionStore:
         return None
 
     def _found(self, snapshot_id: str) -> Record:
+        if not isinstance(snapshot_id, str):
+            raise SnapshotNotFound("no snapshot has this id")
         record = self._saved.get(snapshot_id)
         if record is None and snapshot_id in self._left:
             raise SnapshotMismatch(f"the snapshot cannot go on here: {self._left[snapshot_id]}")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from runtime.errors import InvalidSetting, NotExact
-from runtime.events import Token
-from runtime.rows import RowBatch
+from runtime.engine.probe import NO_NUMBERS
+from runtime.errors import InvalidSetting, ModelUnavailable, NotExact
+from runtime.events import Sampling, Token
+from runtime.model_files import one_line
+from runtime.rows import Row, RowBatch
+from runtime.sampling import Draw
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
 
@@ -67,6 +71,23 @@ def load_engine(settings: Settings, directory: Path, beside: EngineFacts | None 
 
     Raises InvalidSetting, ModelUnavailable or NotEnoughMemory, each with one line that says what to do.
     """
+    engine = _chosen_engine(settings, directory, beside)
+    _check_forward(engine, directory)
+    return engine
+
+
+def _check_forward(engine: Engine, directory: Path) -> None:
+    """Raises ModelUnavailable where a forward fails, or comes to no numbers, in which a server would answer nothing for ever."""
+    row = Row(engine.new_pool(1).acquire(), 0, 0, Draw(Sampling(), top_logprobs=1))
+    try:
+        (token,) = engine.forward(RowBatch((row,)))
+    except Exception as error:
+        raise ModelUnavailable(f"the model in {directory} cannot be run: {one_line(error)}") from error
+    if token.logprobs is None or not math.isfinite(token.logprobs.chosen):
+        raise ModelUnavailable(NO_NUMBERS)
+
+
+def _chosen_engine(settings: Settings, directory: Path, beside: EngineFacts | None) -> Engine:
     if settings.backend == "mlx" or (settings.backend == "auto" and _is_apple_silicon() and find_spec("mlx_lm")):
         try:
             from runtime.engine.mlx_engine import MlxEngine

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from runtime.checkpoints import CONFIG_ERRORS, one_line
+from runtime.checkpoints import AS_DATA, FILE_ERRORS
 from runtime.engine import EngineFacts
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory, NotExact
+from runtime.model_files import one_line, quiet_transformers, read_checked_config
+from runtime.proposers.ngram import NgramProposer
 from runtime.settings import Settings
 from runtime.slab import BUCKET_SLOTS, SlabSpec
 
@@ -42,9 +44,11 @@ class Form:
 
 def read_config(directory: Path) -> PreTrainedConfig:
     """The configuration of a model that this release runs. Raises ModelUnavailable."""
+    read_checked_config(directory)
     try:
-        config = AutoConfig.from_pretrained(directory)
-    except CONFIG_ERRORS as error:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(directory, **AS_DATA)
+    except FILE_ERRORS as error:
         raise ModelUnavailable(
             f"{directory} has no configuration that transformers can read: {one_line(error)}"
         ) from error
@@ -58,9 +62,9 @@ def read_config(directory: Path) -> PreTrainedConfig:
 def count_weights(config: PreTrainedConfig, directory: Path) -> int:
     """How many weights the model in `directory` has. Raises ModelUnavailable."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), quiet_transformers():
             return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
-    except CONFIG_ERRORS as error:
+    except FILE_ERRORS as error:
         raise ModelUnavailable(f"the configuration in {directory} makes no model: {one_line(error)}") from error
 
 
@@ -117,6 +121,8 @@ def check_memory(weights: int, free: int, settings: Settings, spec: SlabSpec, be
     slabs = settings.capacity + settings.max_concurrent
     # Slabs take their memory as they fill.
     others = slabs * beside.slab.ceiling_bytes if beside else 0
+    if settings.proposer == "ngram":
+        others += slabs * NgramProposer.ceiling_bytes()
     needed = weights + slabs * spec.ceiling_bytes + others
     if needed > free:
         raise NotEnoughMemory(

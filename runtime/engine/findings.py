@@ -45,7 +45,7 @@ def _file() -> Path | None:
 def _read() -> dict[str, object]:
     file = _file()
     # Whatever is wrong with it, the probe can tell anew.
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         content = json.loads(file.read_text()) if file else {}
         if isinstance(content, dict):
             return content

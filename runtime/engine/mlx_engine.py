@@ -18,7 +18,7 @@ from mlx_lm.utils import load_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from runtime.checkpoints import FILE_ERRORS, one_line
+from runtime.checkpoints import FILE_ERRORS
 from runtime.engine import EngineFacts
 from runtime.engine.configuration import ROW_TILE, Form, check_memory, named_dtype, read_config, refuse, slab_spec
 from runtime.engine.drawing import DrawingEngine
@@ -30,6 +30,7 @@ from runtime.engine.mlx_slab import as_mlx, mlx_pool, to_torch
 from runtime.engine.probe import is_bit_exact
 from runtime.engine.rotary import ExactRotary
 from runtime.errors import InvalidSetting, ModelUnavailable
+from runtime.model_files import one_line
 from runtime.rows import RowBatch
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
@@ -82,6 +83,7 @@ class MlxEngine(DrawingEngine):
             mx.eval(model.parameters())
         except RuntimeError as error:
             raise ModelUnavailable(f"the weights in {directory} cannot be read: {one_line(error)}") from error
+        _check_numbers(model, directory)
         plugged = _plug_in(model, config)
         if not is_strict:
             return cls(plugged, spec, form, None)
@@ -213,6 +215,13 @@ def _plug_in(model: Any, config: PreTrainedConfig) -> Plugged:
     with torch.device("meta"):
         rotary: Any = type(AutoModelForCausalLM.from_config(config).get_decoder().rotary_emb)
     return Plugged(model, config, ExactRotary(rotary(config)))
+
+
+def _check_numbers(model: Any, directory: Path) -> None:
+    weights: Any = tree_flatten(model.parameters())
+    for name, array in weights:
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
+            raise ModelUnavailable(f"the weights in {directory} are damaged: {name} holds what is no number")
 
 
 def _weights_bytes(model: Any) -> int:

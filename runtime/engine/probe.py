@@ -13,10 +13,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from runtime.errors import ModelUnavailable
 from runtime.events import Sampling
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
 from runtime.slab import BUCKET_SLOTS, Slab, SlabPool, SlabSpec
+
+NO_NUMBERS = "the model computes no numbers: its weights or its config.json are damaged"
 
 PROBED_ROWS = 4096
 # Each count of rows is tried on so many rows at least, at several places: one count alone may err, in few values.
@@ -106,7 +109,8 @@ def is_exact_at_every_count(engine: LogitsEngine, spec: SlabSpec, vocabulary: in
 def is_bit_exact(engine: LogitsEngine, spec: SlabSpec, vocabulary: int) -> bool:
     """Whether a tile of rows gets `torch.equal` logits however it is cut and whatever rows of a neighbour run beside it.
 
-    Tried at the head of a history, across a bucket's edge, and past the window, over slabs of random content.
+    Tried at the head of a history, across a bucket's edge, and past the window, over slabs of random content. Raises
+    ModelUnavailable where it comes to no numbers.
     """
     pool = engine.new_pool(2)
     slab, neighbour = pool.acquire(), pool.acquire()
@@ -117,6 +121,9 @@ def is_bit_exact(engine: LogitsEngine, spec: SlabSpec, vocabulary: int) -> bool:
         rows = _random_rows(slab, start, vocabulary, choice)
         beside = _random_rows(neighbour, start // 2, vocabulary, choice)
         whole = engine.logits(RowBatch(rows))
+        if whole.isnan().any():
+            # Found of the weights and not of the machine: another model of the same shape must not be taken for inexact.
+            raise ModelUnavailable(NO_NUMBERS)
         for cuts, neighbours in _cuts(spec.row_tile, beside):
             at = 0
             for batch in _cut(rows, cuts, neighbours, choice):

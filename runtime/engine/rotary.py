@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from runtime.checks import is_number
 from runtime.engine.exact import row_by_row
 from runtime.errors import ModelUnavailable
 
@@ -21,7 +24,7 @@ class ExactRotary(nn.Module):
     frequencies: Tensor
 
     def __init__(self, original: nn.Module) -> None:
-        """Raises ModelUnavailable where the frequencies change with the input's length."""
+        """Raises ModelUnavailable where the frequencies change with the input's length, or are no numbers."""
         super().__init__()
         rope_type = getattr(original, "rope_type", None)
         if rope_type not in STATIC_ROPE_TYPES:
@@ -30,7 +33,12 @@ class ExactRotary(nn.Module):
             )
         frequencies = original.get_buffer("inv_freq")
         self.register_buffer("frequencies", frequencies.double(), persistent=False)
-        self._scaling = float(getattr(original, "attention_scaling", 1.0))
+        self._scaling = getattr(original, "attention_scaling", 1.0)
+        is_scaled = is_number(self._scaling) and math.isfinite(self._scaling)
+        if not is_scaled or not (self.frequencies.isfinite() & (self.frequencies > 0)).all():
+            raise ModelUnavailable(
+                "rotary embedding: the configuration's rope_parameters make angles that are no numbers"
+            )
 
     def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [..., D] of the angles at `position_ids` [...], in the type of `hidden`."""

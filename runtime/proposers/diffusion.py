@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
-from runtime.checkpoints import FILE_ERRORS, load_weights, one_line
+from runtime.checkpoints import AS_DATA, FILE_ERRORS, load_weights
 from runtime.errors import ModelUnavailable
+from runtime.model_files import one_line, quiet_transformers, read_checked_config
 
 # What a fill looks at of the history: its first tokens and its last.
 SINK, WINDOW = 4, 124
@@ -58,9 +59,11 @@ class MaskedModel:
         """
         refusal = f"{directory} holds no masked language model"
         try:
-            config = AutoConfig.from_pretrained(directory)
+            read_checked_config(directory)
+            with quiet_transformers():
+                config = AutoConfig.from_pretrained(directory, **AS_DATA)
+                mask_id = _mask_id(directory, config)
             has = config.vocab_size
-            mask_id = _mask_id(directory, config)
         except FILE_ERRORS as error:
             raise ModelUnavailable(f"{refusal}: {one_line(error)}") from error
         if has < vocabulary:
@@ -171,5 +174,5 @@ def _longest_input(model: Any) -> int:
 def _mask_id(directory: Path, config: Any) -> int | None:
     found: int | None = None
     if any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
-        found = AutoTokenizer.from_pretrained(directory).mask_token_id
+        found = AutoTokenizer.from_pretrained(directory, **AS_DATA).mask_token_id
     return getattr(config, "mask_token_id", None) if found is None else found

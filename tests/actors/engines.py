@@ -186,12 +186,17 @@ def _drawn(seen: list[tuple[float, float]], sampling: Sampling) -> int:
 
 @cache
 def tiny_text() -> Text:
+    return Text(tiny_tokenizer(), frozenset({2}))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Of as many words as the engine has tokens."""
     words = {"hello": 0, "[UNK]": 1} | {f"word{token_id}": token_id for token_id in range(2, VOCABULARY)}
     backend = Tokenizer(WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
-    return Text(tokenizer, frozenset({2}))
+    return tokenizer
 
 
 @asynccontextmanager

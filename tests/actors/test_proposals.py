@@ -9,8 +9,9 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors import SessionHandle
 from actors.proposing import Proposals
-from runtime import Done, Sampling, Token
+from runtime import Done, Overflow, Sampling, Token
 from runtime.metrics import Metrics
 from tests.actors.engines import VOCABULARY, LedgerEngine, generated, open_lab, sample
 from tests.actors.proposers import PROMPT, SAMPLINGS, Scripted, asked, converse_as_without, eager, erring
@@ -95,6 +96,58 @@ async def test_an_end_of_turn_inside_a_proposal_ends_the_generation_there(engine
         assert (await session.info()).history_length == 3 + len(cut)
         again = await generated(session, 1)
         assert again == engine.continued([1, 2, 3, *cut], 1)
+
+
+async def last_word(session: SessionHandle, max_tokens: int, taken: int | None = None) -> Done | None:
+    """The last word of a generation, of which no more than `taken` tokens are taken."""
+    got = 0
+    async with session.generate(max_tokens) as events:
+        async for event in events:
+            if isinstance(event, Done):
+                return event
+            got += 1
+            if got == taken:
+                break
+    return None
+
+
+@pytest.mark.parametrize("place", range(8))
+async def test_what_was_proposed_past_the_end_of_a_turn_was_not_accepted(engine: LedgerEngine, place: int) -> None:
+    expected = engine.continued([1, 2, 3], 20)
+    metrics = Metrics()
+    async with open_lab(engine, metrics, new_proposals=lambda: eager(oracle(engine, Sampling()), 7, VOCABULARY)) as lab:
+        session = await lab.create_session([expected[place]])
+        await session.append([1, 2, 3])
+        done = await last_word(session, 20)
+
+    assert done is not None
+    count = expected.index(expected[place]) + 1
+    assert done.generated_token_count == count
+    # Of the 8 tokens of a forward, all but the last were proposed.
+    assert done.accepted_token_count == count - count // 8
+    assert sample(metrics, "accepted_tokens_total") == done.accepted_token_count <= done.proposed_token_count
+
+
+async def test_what_was_proposed_past_the_room_of_a_slab_was_not_accepted(engine: LedgerEngine) -> None:
+    async with open_lab(engine, new_proposals=lambda: eager(oracle(engine, Sampling()), 7, VOCABULARY)) as runtime:
+        session = await runtime.create_session(overflow=Overflow.ERROR)
+        await session.append([1] * (engine.spec.visible - 3))
+        done = await last_word(session, 20)
+
+    assert done is not None
+    assert done.generated_token_count == 3
+    assert done.accepted_token_count <= 3
+
+
+async def test_what_was_proposed_and_not_taken_was_not_accepted(engine: LedgerEngine) -> None:
+    metrics = Metrics()
+    async with open_lab(engine, metrics, new_proposals=lambda: eager(oracle(engine, Sampling()), 7, VOCABULARY)) as lab:
+        session = await lab.create_session()
+        await session.append([1, 2, 3])
+        await last_word(session, 20, taken=3)
+        await session.info()
+
+    assert sample(metrics, "accepted_tokens_total") <= sample(metrics, "generated_tokens_total")
 
 
 @pytest.mark.parametrize("taken", range(1, 12))

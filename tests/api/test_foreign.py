@@ -13,12 +13,18 @@ from h2.connection import H2Connection
 from h2.events import UnknownFrameReceived
 from h2.exceptions import FrameTooLargeError, ProtocolError
 from h2.utilities import SizeLimitDict
+from hypercorn.protocol.ws_stream import server_extensions_handshake
 from hyperframe.frame import ExtensionFrame
+from wsproto import Connection as WebSocket
+from wsproto import ConnectionType
+from wsproto.events import BytesMessage, CloseConnection
+from wsproto.extensions import PerMessageDeflate
 
 from api.foreign import require
 from api.foreign.grpclib.connection import GuardedProcessor
 from api.foreign.grpclib.stream import ReceiveBuffer
 from api.foreign.h2 import BoundedConnection, ForgetfulConnection
+from api.foreign.wsproto import MOST_INFLATED_BYTES, BoundedDeflate
 from runtime.errors import UntestedLibrary
 from tests.api.hostile import CONTINUATION, HEADERS, PREFACE, SETTINGS, frame, setting
 
@@ -136,3 +142,21 @@ async def cancelled_after_its_end() -> None:
 def test_upstream_fails_at_a_reset_of_a_call_that_has_ended() -> None:
     with pytest.raises(KeyError):
         asyncio.run(cancelled_after_its_end())
+
+
+@pytest.mark.parametrize(("kind", "is_refused"), [(PerMessageDeflate, False), (BoundedDeflate, True)])
+def test_a_compressed_message_that_comes_to_far_more_is_refused(
+    kind: type[PerMessageDeflate], is_refused: bool
+) -> None:
+    offered = kind()
+    sent = PerMessageDeflate()
+    sent.finalize("permessage-deflate")
+    client = WebSocket(ConnectionType.CLIENT, [sent])
+    accepted = server_extensions_handshake(["permessage-deflate"], [offered])
+    assert accepted
+    server = WebSocket(ConnectionType.SERVER, [offered])
+
+    server.receive_data(client.send(BytesMessage(bytes(MOST_INFLATED_BYTES + 2**16))))
+    events = [*server.events()]
+
+    assert isinstance(events[0], CloseConnection) is is_refused

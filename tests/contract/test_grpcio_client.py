@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
+from tokenizers import Tokenizer
 
+from runtime.models import SEEDLING, find_model
 from tests.contract.servers import ServerProcess, started
 from tests.contract.stubs import ENDLESS, PROMPT, Stock, Stubs, digest_of, kinds_of, refused, stock, tokens_of
 
@@ -529,6 +532,18 @@ def test_a_list_tells_of_sessions_and_not_their_ids(small: Stock) -> None:
     assert session_id.encode() not in told.SerializeToString()
     small.close(session_id)
     assert "listed" not in [one.client_label for one in small.call("ListSessions").sessions]
+
+
+def test_the_model_is_told_to_who_makes_tokens_for_it(client: Stock) -> None:
+    told = client.call("GetModelInfo")
+
+    tokenizer = Tokenizer.from_file(str(find_model(SEEDLING) / "tokenizer.json"))
+    digest = hashlib.blake2b()
+    for token_id in range(tokenizer.get_vocab_size()):
+        spelt = (tokenizer.id_to_token(token_id) or "").encode()
+        digest.update(token_id.to_bytes(4, "little") + len(spelt).to_bytes(4, "little") + spelt)
+    assert (told.model, told.vocabulary, list(told.eos_token_ids)) == (SEEDLING, 2048, [2])
+    assert told.tokenizer_digest == digest.digest()
 
 
 # Keys, and calls that no client of ours would make.

@@ -33,6 +33,7 @@ from runtime.errors import (
     Unauthenticated,
 )
 from runtime.events import Overflow, StopReason
+from runtime.models import SEEDLING
 from runtime.settings import split_address
 from tests.contract.servers import ServerProcess, free_port, started
 from tests.contract.stubs import ENDLESS, PROMPT, digest_of
@@ -221,6 +222,7 @@ def test_the_client_without_a_loop_makes_the_same_calls(plain: ServerProcess) ->
             assert [type(event) for event in told] == [Token] * 5 + [Done]
             assert fork.info().history_digest == session.info().history_digest == digest_of(PROMPT + tokens)
             assert "sync" in [one.label for one in client.list_sessions()]
+            assert client.model_info().model == SEEDLING
             assert fork.close() == len(PROMPT) + 5
         with pytest.raises(SessionNotFound):
             client.find_session(session.id).info()

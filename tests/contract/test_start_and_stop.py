@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import socket
 import threading
 import urllib.request
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
 import pytest
+from safetensors.torch import load_file, save_file
 
-from runtime.models import SEEDLING
+from runtime.models import SEEDLING, find_model
 from tests.contract.servers import (
     JSON,
     KINDS,
@@ -50,6 +53,35 @@ def test_hypercorn_says_in_one_line_that_the_grpc_port_is_in_use(kind: str) -> N
 
     assert len(complaints(failed.stderr)) == 1, failed.stderr
     assert complaints(failed.stderr)[0].startswith(f"perennial: grpc_bind={address} cannot be listened on")
+
+
+def _with_a_list_for_a_configuration(model: Path) -> None:
+    (model / "config.json").write_text("[]")
+
+
+def _with_a_weight_that_is_no_number(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("perennial", _with_a_list_for_a_configuration),
+        ("perennial", _with_a_weight_that_is_no_number),
+        ("hypercorn-trio", _with_a_weight_that_is_no_number),
+    ],
+)
+def test_a_damaged_model_is_told_of_in_one_line(kind: str, change: Callable[[Path], None], tmp_path: Path) -> None:
+    model = shutil.copytree(find_model(SEEDLING), tmp_path / "model")
+    change(model)
+    # With a worker process Hypercorn's own status is 0 even where the worker's was not.
+    failed = fails_to_start(kind, *(["--workers", "0"] if kind != "perennial" else []), model=model)
+
+    assert failed.returncode == 1
+    assert len(complaints(failed.stderr)) == 1, failed.stderr
+    assert complaints(failed.stderr)[0].startswith("perennial: ")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,15 +4,18 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from runtime.errors import MalformedRequest, ModelUnavailable
+from runtime.errors import InvalidRequest, MalformedRequest, ModelUnavailable
 from runtime.text import Text
+from tests.actors.engines import tiny_text
 
 HALF = "\ufffd"
 FAMILY = "👩\u200d👩\u200d👧\u200d👦"
@@ -211,14 +214,73 @@ def test_a_model_without_a_chat_template_takes_no_messages(texts: Mapping[str, T
         texts["byte fallback"].render(TALK)
 
 
-def test_the_tokens_that_end_a_turn_come_from_generation_config_and_tokenizer(seedling: Path, tmp_path: Path) -> None:
-    def with_more_ends(directory: Path) -> None:
-        file = directory / "generation_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [0, 5]}))
+ENDING: dict[str, tuple[dict[str, Any], dict[str, Any], str | None, set[int]]] = {
+    # What config.json, generation_config.json and tokenizer_config.json name, and what ends a turn.
+    "config, one": ({"eos_token_id": 5}, {}, None, {5}),
+    "config, several": ({"eos_token_id": [5, 6]}, {}, None, {5, 6}),
+    "generation config, one": ({}, {"eos_token_id": 5}, None, {5}),
+    "generation config, several": ({}, {"eos_token_id": [5, 6]}, None, {5, 6}),
+    "tokenizer": ({}, {}, "<|im_end|>", {2}),
+    "all": ({"eos_token_id": [5, 7]}, {"eos_token_id": [7, 8]}, "<|im_end|>", {2, 5, 7, 8}),
+    "nowhere": ({}, {}, None, set()),
+    "null": ({"eos_token_id": None}, {"eos_token_id": None}, None, set()),
+    "empty lists": ({"eos_token_id": []}, {"eos_token_id": []}, None, set()),
+    "none by another name": ({"eos_token_id": -1}, {"eos_token_id": [-1, None]}, None, set()),
+    "what no wire has": ({"eos_token_id": 2**32}, {"eos_token_id": [True, 2.0, "2", [2]]}, None, set()),
+}
 
-    text = Text.load(copied(seedling, tmp_path / "model", with_more_ends))
 
-    assert text.eos_token_ids == {0, 2, 5}
+def ending(directory: Path, config: dict[str, Any], generation: dict[str, Any], word: str | None) -> None:
+    """Has the files of a model name these ends of a turn, and no others."""
+    kept = json.loads((directory / "config.json").read_text())
+    kept.pop("eos_token_id")
+    (directory / "config.json").write_text(json.dumps(kept | config))
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": word}))
+
+
+@pytest.mark.parametrize(("config", "generation", "word", "expected"), ENDING.values(), ids=ENDING)
+def test_the_tokens_that_end_a_turn_come_from_every_file_that_names_some(
+    seedling: Path,
+    tmp_path: Path,
+    config: dict[str, Any],
+    generation: dict[str, Any],
+    word: str | None,
+    expected: set[int],
+) -> None:
+    text = Text.load(copied(seedling, tmp_path / "model", lambda model: ending(model, config, generation, word)))
+
+    assert text.eos_token_ids == expected
+
+
+@pytest.mark.parametrize("named", [[], [5000], [5000, 2]], ids=["nowhere", "an unknown one", "an unknown one too"])
+def test_without_an_end_that_the_tokenizer_knows_grammars_are_followed_and_tokens_spelt(
+    texts: Mapping[str, Text], seedling: Path, tmp_path: Path, named: list[int]
+) -> None:
+    text = Text.load(
+        copied(seedling, tmp_path / "model", lambda model: ending(model, {"eos_token_id": named}, {}, None))
+    )
+    way = text.json_grammar({"const": [1]}).follow()
+    said = []
+    while not way.is_complete:
+        allowed = np.flatnonzero(np.unpackbits(way.allowed().view(np.uint8), bitorder="little"))
+        said.append(int(allowed[0]))
+        way.accept(said[-1])
+        assert len(said) < 10
+
+    assert text.decode(said) == "[1]"
+    assert [text.spelling(token) for token in range(2048)] == [
+        texts["byte level"].spelling(token) for token in range(2048)
+    ]
+
+
+def test_tokens_of_a_kind_that_grammars_cannot_follow_are_spelt_all_the_same() -> None:
+    text = tiny_text()
+
+    with pytest.raises(InvalidRequest, match="cannot follow"):
+        text.json_grammar({})
+    assert [text.spelling(token) for token in (0, 5, 99, 100, 10**6)] == [b"hello", b"word5", b"word99", b"", b""]
 
 
 def without(*names: str) -> Callable[[Path], None]:

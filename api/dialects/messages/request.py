@@ -102,7 +102,7 @@ class MessageRequest(AskedBody):
 
     messages: Annotated[list[MessageIn], Field(min_length=1)]
     system: str | list[Block] | None = None
-    max_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS), AS_WHOLE] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), AS_WHOLE] | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
@@ -172,7 +172,7 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[MessageRequest, Questio
         top_p=asked.top_p or 1.0,
         top_k=asked.top_k or 0,
         seed=asked.seed,
-        max_tokens=asked.max_tokens or None,
+        max_tokens=asked.max_tokens,
         stop=tuple(asked.stop_sequences or ()),
     )
     return asked.model_copy(update={"messages": [], "system": None, "tools": None}), question

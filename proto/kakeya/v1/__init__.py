@@ -18,6 +18,8 @@ __all__ = (
     "GenerateDoneStopReason",
     "GenerateRequest",
     "GenerateResponse",
+    "GetModelInfoRequest",
+    "GetModelInfoResponse",
     "GetSessionInfoRequest",
     "GetSessionInfoResponse",
     "HistoryTruncated",
@@ -279,6 +281,40 @@ class GenerateResponse(betterproto2.Message):
 
 
 default_message_pool.register_message("kakeya.v1", "GenerateResponse", GenerateResponse)
+
+
+@dataclass(eq=False, repr=False)
+class GetModelInfoRequest(betterproto2.Message):
+    pass
+
+
+default_message_pool.register_message("kakeya.v1", "GetModelInfoRequest", GetModelInfoRequest)
+
+
+@dataclass(eq=False, repr=False)
+class GetModelInfoResponse(betterproto2.Message):
+    model: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    The name by which the HTTP door reports it.
+    """
+
+    vocabulary: "int" = betterproto2.field(2, betterproto2.TYPE_UINT32)
+    """
+    Token ids are below it.
+    """
+
+    tokenizer_digest: "bytes" = betterproto2.field(3, betterproto2.TYPE_BYTES)
+    """
+    BLAKE2b over each token in the order of ids: its id and the length of its text as little-endian uint32, its text in UTF-8.
+    """
+
+    eos_token_ids: "list[int]" = betterproto2.field(4, betterproto2.TYPE_UINT32, repeated=True)
+    """
+    Tokens that end a turn.
+    """
+
+
+default_message_pool.register_message("kakeya.v1", "GetModelInfoResponse", GetModelInfoResponse)
 
 
 @dataclass(eq=False, repr=False)
@@ -670,6 +706,30 @@ class RuntimeServiceStub(betterproto2_grpclib.ServiceStub):
             metadata=metadata,
         )
 
+    async def get_model_info(
+        self,
+        message: "GetModelInfoRequest | None" = None,
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "GetModelInfoResponse":
+        """
+        What a client has to know to make tokens for the server's model, and to read them.
+        """
+
+        if message is None:
+            message = GetModelInfoRequest()
+
+        return await self._unary_unary(
+            "/kakeya.v1.RuntimeService/GetModelInfo",
+            message,
+            GetModelInfoResponse,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
 
 class RuntimeServiceBase(betterproto2_grpclib.ServiceBase):
     """
@@ -745,6 +805,13 @@ class RuntimeServiceBase(betterproto2_grpclib.ServiceBase):
     async def list_sessions(self, message: "ListSessionsRequest") -> "ListSessionsResponse":
         """
         What an operator may know of every session: not its id, which is for those who made it.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def get_model_info(self, message: "GetModelInfoRequest") -> "GetModelInfoResponse":
+        """
+        What a client has to know to make tokens for the server's model, and to read them.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -838,6 +905,14 @@ class RuntimeServiceBase(betterproto2_grpclib.ServiceBase):
         response = await self.list_sessions(request)
         await stream.send_message(response)
 
+    async def __rpc_get_model_info(
+        self, stream: "grpclib.server.Stream[GetModelInfoRequest, GetModelInfoResponse]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.get_model_info(request)
+        await stream.send_message(response)
+
     def __mapping__(self) -> "dict[str, grpclib.const.Handler]":
         return {
             "/kakeya.v1.RuntimeService/CreateSession": grpclib.const.Handler(
@@ -905,5 +980,11 @@ class RuntimeServiceBase(betterproto2_grpclib.ServiceBase):
                 grpclib.const.Cardinality.UNARY_UNARY,
                 ListSessionsRequest,
                 ListSessionsResponse,
+            ),
+            "/kakeya.v1.RuntimeService/GetModelInfo": grpclib.const.Handler(
+                self.__rpc_get_model_info,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                GetModelInfoRequest,
+                GetModelInfoResponse,
             ),
         }

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import random
+import tracemalloc
+from array import array
+
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.session import MAX_APPEND_TOKENS
+from runtime.engine.configuration import check_memory
+from runtime.errors import NotEnoughMemory
 from runtime.proposers.ngram import NgramProposer
+from runtime.settings import Settings
+from runtime.slab import SlabSpec
 
 FEW_TOKENS = st.lists(st.integers(0, 3), max_size=60)
 
@@ -49,7 +61,35 @@ def test_its_size_is_bounded_however_long_the_history() -> None:
     for number in range(5000):
         proposer.extend([number % 97, number * number % 89])
 
-    assert proposer.size <= 100 + 3 * 100
+        assert proposer.size_bytes <= NgramProposer.ceiling_bytes(100)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 2**12])
+def test_the_longest_append_takes_no_more_memory_than_is_told(parts: int) -> None:
+    chance = random.Random(5)
+    appended = array("I", (chance.randrange(150_000) for _ in range(MAX_APPEND_TOKENS)))
+    gc.collect()
+    tracemalloc.start()
+    proposer = NgramProposer()
+    before, _ = tracemalloc.get_traced_memory()
+    for part in range(parts):
+        proposer.extend(appended[part * len(appended) // parts : (part + 1) * len(appended) // parts])
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert after - before <= NgramProposer.ceiling_bytes()
+    assert list(proposer.propose(3)) == []
+
+
+@pytest.mark.parametrize("proposer", ["none", "ngram"])
+def test_what_proposers_hold_counts_when_the_memory_is_checked(proposer: str) -> None:
+    chosen = Settings(proposer=proposer, capacity=3, max_concurrent=2)
+    spec = SlabSpec(2, 2, 32, 4, 60, 8, torch.float32, torch.device("cpu"))
+    enough = 1000 + 5 * (spec.ceiling_bytes + (NgramProposer.ceiling_bytes() if proposer == "ngram" else 0))
+
+    check_memory(1000, enough, chosen, spec, None)
+    with pytest.raises(NotEnoughMemory):
+        check_memory(1000, enough - 1, chosen, spec, None)
 
 
 def test_proposes_nothing_for_what_never_came() -> None:

@@ -1,0 +1,38 @@
+"""Checks of what callers pass: an embedding program may pass anything, and none of it may reach an actor or the engine."""
+
+from __future__ import annotations
+
+import operator
+import reprlib
+from typing import Any
+
+from runtime.errors import InvalidRequest
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+
+
+def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raises InvalidRequest, naming the field, unless `value` is a whole number from `low` to `high`."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise InvalidRequest(f"{name} must be a whole number, got {shown(value)}", name)
+    if number < low or (high is not None and number > high):
+        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise InvalidRequest(f"{name} must be {bounds}, got {shown(value)}", name)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def shown(value: object) -> str:
+    """A value as an error tells of it: short, and on one line."""
+    try:
+        return " ".join(_SHORT.repr(value).split())
+    except ValueError:
+        # Python refuses to write out integers of more than some thousand digits.
+        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
