@@ -43,6 +43,10 @@ golden:
 picture:
     python -m tests.contract.screenshot docs/page.png
 
+# What recorded agents cost, as a page.
+agents:
+    python -m tests.api.agents_page
+
 # Minutes of load: kills, chaos, 200 streams.
 soak:
     pytest -q -s -m soak tests/soak tests/api

@@ -87,7 +87,9 @@ _QWEN_TURNS = """
 
 
 def _qwen(head: str, kept: str = "true", says_system: str = "false", tools_here: str = "false") -> str:
-    turns = _QWEN_TURNS.replace("%KEPT%", kept).replace("%SAYS_SYSTEM%", says_system).replace("%TOOLS_HERE%", tools_here)
+    turns = (
+        _QWEN_TURNS.replace("%KEPT%", kept).replace("%SAYS_SYSTEM%", says_system).replace("%TOOLS_HERE%", tools_here)
+    )
     return _QWEN_TOOLS + head + turns
 
 

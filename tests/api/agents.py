@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import httpx
+import h11
 import trio
 from websockets.client import ClientProtocol
 from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
@@ -77,39 +77,74 @@ async def open_lane(address: tuple[str, int]) -> AsyncIterator[Lane]:
         yield lane
 
 
-@asynccontextmanager
-async def open_client(address: tuple[str, int]) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=f"http://{address[0]}:{address[1]}", timeout=60) as client:
-        yield client
+class Call:
+    """A POST whose answer is read event by event; an answer in one piece is one event."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self._http = h11.Connection(h11.CLIENT)
+        self._is_stream = False
+        self._text = b""
+
+    async def send(self, host: str, path: str, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        headers = {"Host": host, "Content-Type": "application/json", "Content-Length": str(len(data))}
+        for event in (
+            h11.Request(method="POST", target=path, headers=[*headers.items()]),
+            h11.Data(data),
+            h11.EndOfMessage(),
+        ):
+            await self._stream.send_all(self._http.send(event) or b"")
+
+    async def receive(self) -> dict[str, Any] | None:
+        """The next event; None after the last."""
+        while self._http.their_state is not h11.DONE or self._text:
+            line, end, rest = self._text.partition(b"\n")
+            if self._is_stream and end:
+                self._text = rest
+                if line.startswith(b"data: {"):
+                    return _parsed(line.removeprefix(b"data: "))
+                continue
+            match self._http.next_event():
+                case h11.NEED_DATA:
+                    self._http.receive_data(await self._stream.receive_some())
+                case h11.Response() as response:
+                    self._is_stream = b"text/event-stream" in dict(response.headers)[b"content-type"]
+                case h11.Data() as data:
+                    self._text += data.data
+                case h11.EndOfMessage() if not self._is_stream:
+                    text, self._text = self._text, b""
+                    return _parsed(text)
+                case _:
+                    return None
+        return None
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    event: dict[str, Any] = json.loads(text)
+    return event
 
 
 @asynccontextmanager
-async def listening(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> AsyncIterator[AsyncIterator[Any]]:
-    """The events of an answer, or the one body that it is; leaving the block early is the client's disconnect."""
-    async with client.stream("POST", path, json=body) as response:
-        yield _events(response)
+async def calling(address: tuple[str, int], path: str, body: dict[str, Any]) -> AsyncIterator[Call]:
+    """The answer to a request, as it comes; leaving the block is the client's disconnect."""
+    async with await trio.open_tcp_stream(*address) as stream:
+        call = Call(stream)
+        await call.send(address[0], path, body)
+        yield call
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[Any]:
-    if not response.headers["Content-Type"].startswith("text/event-stream"):
-        yield json.loads(await response.aread())
-        return
-    async for line in response.aiter_lines():
-        if line.startswith("data: ") and line != "data: [DONE]":
-            yield json.loads(line.removeprefix("data: "))
-
-
-async def heard(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Heard:
+async def heard(address: tuple[str, int], path: str, body: dict[str, Any]) -> Heard:
     """The whole answer."""
     answer = Heard()
-    async with listening(client, path, body) as events:
-        async for event in events:
+    async with calling(address, path, body) as call:
+        while (event := await call.receive()) is not None:
             answer.hear(event)
     return answer
 
 
 async def heard_on(lane: Lane, frame: dict[str, Any]) -> Heard:
-    """The whole answer to a frame."""
+    """The whole answer to a frame, where nothing else is asked on the socket."""
     answer = Heard()
     await lane.send(frame)
     while not answer.is_over:

@@ -13,6 +13,10 @@ from typing import Any
 from runtime.items import Call, Item, Message, Reasoning
 
 _ARCHIVE = Path(__file__).parents[1] / "recordings.tar.xz"
+AGENTS = (
+    *("claude-code", "codex", "mini-swe-agent", "openai-agents", "openai-python", "opencode", "pi", "qwen-code"),
+    "smolagents",
+)
 _KINDS = {"reasoning": "reasoning", "thinking": "reasoning", "message": "message", "text": "message"}
 # What a client sends back so that the server knows an item again.
 _MARKS = ("id", "call_id", "encrypted_content", "signature")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-import httpx
 import trio
 from trio.testing import wait_all_tasks_blocked
 
@@ -22,15 +21,19 @@ from runtime.items import Call, Item, Message, Reasoning, is_assistants
 from runtime.script import Head, write
 from runtime.slab import common_length
 from runtime.text import Text
-from tests.api.agents import Lane, listening, open_client, open_lane
+from tests.api.agents import Lane, calling, open_lane
 from tests.api.doors import House, open_house
 from tests.api.recordings import Heard, Sent, recordings
 from tests.api.scripted import ScriptedEngine, spelled, text_with
 
 _READ = {"/v1/responses": responses.read, "/v1/messages": messages.read, "/v1/chat/completions": chat.read}
+# No recording takes this long; without it a test that fails might never end.
+_LONGEST_S = 60
+
+
 @dataclass(frozen=True)
 class Turn:
-    """What one request cost. `known` tokens of the prompt had been read before, in whatever conversation."""
+    """What one request cost. The first `known` tokens of its prompt had been read before, in whatever conversation."""
 
     prompt: int
     known: int
@@ -42,7 +45,7 @@ class Turn:
 
     @property
     def read(self) -> int:
-        """Rows of the prompt that ran. The last one runs once more for its logits; the last token drawn runs with the next turn."""
+        """Rows of the prompt that ran. The last runs once more for its logits; the last token drawn runs with the next turn."""
         return self.rows - self.drawn
 
     @property
@@ -53,25 +56,34 @@ class Turn:
         return details if details and self.drawn else None
 
     @property
+    def cached(self) -> int | None:
+        """The same as the dialect has it."""
+        reuse = self.reuse or {}
+        return reuse.get("cached_tokens", reuse.get("cache_read_input_tokens"))
+
+    @property
     def broke(self) -> str | None:
         """What the answer says of why more was to be read than what was new."""
         return self.reuse and (self.reuse["reread_because"] or self.reuse["broke_at"])
 
 
-async def replayed(agent: str, template: str) -> dict[tuple[str, int], Turn]:
-    """Every request of an agent's recordings, by the recording's name and its number there."""
+async def replayed(
+    agent: str, template: str, names: Collection[str] = (), kept_by: str | None = None
+) -> dict[tuple[str, int], Turn]:
+    """Every request of an agent's recordings, or of those with these names: by the recording's name and its number there.
+
+    `kept_by` writes a conversation as it is kept, where the template that the server has would write it otherwise.
+    """
     text = text_with(template)
     engine = ScriptedEngine(text)
     ran: list[array[int]] = []
     turns: dict[tuple[str, int], Turn] = {}
-    async with (
-        open_house(engine, text, model_label="local-model", sink=4, window=65_532) as house,
-        open_client(house.http) as client,
-    ):
+    async with open_house(engine, text, model_label="local-model", sink=4, window=65_532) as house:
         for name, requests in recordings().items():
-            if name.startswith(f"{agent}/"):
-                replay = Replay(name, house, engine, client, ran)
-                await replay.run(requests)
+            if name.startswith(f"{agent}/") and (not names or name in names):
+                replay = Replay(name, house, engine, ran, text_with(kept_by or template))
+                with trio.fail_after(_LONGEST_S):
+                    await replay.run(requests)
                 turns |= {(name, number): turn for number, turn in replay.turns.items()}
     return turns
 
@@ -79,20 +91,20 @@ async def replayed(agent: str, template: str) -> dict[tuple[str, int], Turn]:
 class Replay:
     """One recording on its way; `turns` are its requests that were answered, each with its number."""
 
-    def __init__(self, name: str, house: House, engine: ScriptedEngine, client: httpx.AsyncClient, ran: list[array[int]]) -> None:
+    def __init__(self, name: str, house: House, engine: ScriptedEngine, ran: list[array[int]], kept_by: Text) -> None:
         self._name = name
         self._house = house
         self._engine = engine
-        self._client = client
         self._offered: dict[str, dict[str, Any]] = {}
         self._lanes: dict[int, Lane] = {}
         self._ours: dict[str, str] = {}
         self._arguments: dict[str, tuple[str, str]] = {}
         self._ran = ran
-        self._told = Told(engine.text)
+        self._told = Told(kept_by)
         self.turns: dict[int, Turn] = {}
 
-    async def run(self, requests: list[Sent]) -> None:
+    async def run(self, requests: Sequence[Sent]) -> None:
+        """Sends them all."""
         async with AsyncExitStack() as stack:
             for number, (sent, following) in enumerate(zip(requests, [*requests[1:], None], strict=True)):
                 await self._send(number, sent, following, stack)
@@ -117,9 +129,7 @@ class Replay:
         prompt = history[: len(history) - max(0, drawn - 1)]
         if rows:
             # The model's own tokens stay as they were drawn, where a template trims what they say.
-            one, other = engine.text.spelled(prompt).split(), told.written(is_prewarm=not drawn).split()
-            at = next((n for n, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), min(len(one), len(other)))
-            assert one == other, (self._name, number, " ".join(one[at-15:])[:700], " ".join(other[at-15:])[:700])
+            assert engine.text.spelled(prompt).split() == told.written(is_prewarm=not drawn).split()
         known = max((common_length(ran, prompt) for ran in self._ran), default=0)
         self._ran.append(history)
         self.turns[number] = Turn(len(prompt), known, rows, drawn, told.added, answer.usage)
@@ -128,8 +138,8 @@ class Replay:
         """The answer, up to its end or to where the recorded client left."""
         answer = Heard()
         if sent.conn is None:
-            async with listening(self._client, sent.path, body) as events:
-                async for event in events:
+            async with calling(self._house.http, sent.path, body) as call:
+                while (event := await call.receive()) is not None:
                     answer.hear(event)
                     if until is not None and _has_heard(answer, until):
                         break
@@ -173,7 +183,6 @@ class Replay:
         if "messages" in body and "system" in body and missing:
             body["tools"] = body.get("tools", []) + [self._offered[name] for name in sorted(missing)]
         return body
-
 
     def _with_ours(self, told: Any) -> Any:
         """The same with the arguments that our model has called with: a grammar orders them, and leaves some out."""
@@ -225,7 +234,9 @@ class Prompt:
         answered = [number for number, item in enumerate(self.items, 1) if is_assistants(item)]
         before = self.items[: max([self.held, *answered])]
         whole = write(self.text, self.head, self.items, self.options)
-        return len(whole.tokens + whole.cue) - (len(write(self.text, self.head, before, self.options).tokens) if before else 0)
+        return len(whole.tokens + whole.cue) - (
+            len(write(self.text, self.head, before, self.options).tokens) if before else 0
+        )
 
 
 class Told:

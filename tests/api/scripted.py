@@ -141,7 +141,6 @@ class ScriptedEngine(LedgerEngine):
         return token
 
 
-
 def _pieces(batch: RowBatch) -> Iterator[list[Row]]:
     piece: list[Row] = []
     for row in batch.rows:
