@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from runtime import Sampling
 from tests import templates
+from tests.actors.engines import LedgerEngine
 from tests.api.agents import heard, heard_on, open_lane
 from tests.api.doors import House, open_house
 from tests.api.recordings import Heard
@@ -25,7 +27,9 @@ ASKED: dict[str, Any] = {
     "max_tokens": 200,
     "system": "Be brief.",
     "tools": [TOOL],
-    "messages": [{"role": "user", "content": [{"type": "text", "text": "Say hi.", "cache_control": {"type": "ephemeral"}}]}],
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Say hi.", "cache_control": {"type": "ephemeral"}}]}
+    ],
 }
 
 
@@ -50,7 +54,12 @@ def going_on(answer: Heard, result: str) -> dict[str, Any]:
             "content": [
                 {"type": "thinking", "thinking": "Hm.", "signature": "another"},
                 {"type": "text", "text": "Well."},
-                {"type": "tool_use", "id": "toolu_anew", "name": "shell", "input": {"limit": 5000, "command": "caf\u00e9"}},
+                {
+                    "type": "tool_use",
+                    "id": "toolu_anew",
+                    "name": "shell",
+                    "input": {"limit": 5000, "command": "caf\u00e9"},
+                },
             ],
         },
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_anew", "content": result}]},
@@ -118,3 +127,21 @@ async def test_who_names_a_response_that_nobody_holds_is_told_so_and_the_socket_
 
         assert lost.error is not None
         assert (lost.error["code"], [part.text for part in whole.parts]) == ("previous_response_not_found", ["Hi."])
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=7)])
+async def test_answers_after_reuse_and_forks_are_those_of_a_fresh_session(sampling: Sampling) -> None:
+    engine = LedgerEngine(window=512)
+    asked = {"model": "seedling", "max_output_tokens": 8, "temperature": sampling.temperature, "seed": sampling.seed}
+    async with open_house(engine, sink=2, window=512) as house:
+        ids: list[str | None] = [None]
+        for before, said in [(0, "hello word7"), (1, "word8"), (1, "word9 word9"), (2, "word8"), (0, "hello word7")]:
+            name = {"previous_response_id": ids[before]} if ids[before] else {}
+            answer = await heard(house.http, "/v1/responses", asked | name | {"input": said})
+            ids.append(answer.response_id)
+            point = house.runtime.conversations.points.named(answer.response_id or "")
+            assert point is not None and answer.usage is not None
+            prompt, drawn = point.history[: answer.usage["input_tokens"]], point.history[answer.usage["input_tokens"] :]
+
+            assert len(drawn) == answer.usage["output_tokens"]
+            assert [*drawn] == engine.continued(prompt, len(drawn), sampling)
