@@ -23,9 +23,17 @@ mlx:
     pytest -q -n 2 --dist loadfile tests/runtime/engine -k mlx
     PERENNIAL_BACKEND=mlx PERENNIAL_DEVICE=auto pytest -q -n 2 --dist loadfile tests/contract
 
+# The OpenVINO engine on this machine: what it finds, its suite, and both doors' contract tests on it.
+openvino:
+    PERENNIAL_BACKEND=openvino perennial doctor
+    pytest -q -n 2 --dist loadfile tests/runtime/engine -k openvino
+    PERENNIAL_BACKEND=openvino pytest -q -n 2 --dist loadfile tests/contract
+
 # Regenerates proto/ from runtime.proto.
 proto:
     python -m grpc_tools.protoc -Iproto --python_betterproto2_out=proto --python_betterproto2_opt=client_generation=async,server_generation=async --descriptor_set_out=proto/kakeya/v1/runtime.binpb kakeya/v1/runtime.proto
+    # `proto` is the package of another distribution too, so ours is a part of it and not all.
+    rm proto/__init__.py && mv proto/py.typed proto/kakeya/
 
 # Trains seedling and its siblings anew, then measures them and writes their card.
 seedling:
@@ -33,7 +41,7 @@ seedling:
 
 # Every benchmark, and bench/RESULTS.md; `--peers PYTHON` names the interpreter that has the peers. Nothing else should run.
 bench *peers:
-    perennial bench all {{peers}}
+    python -m bench all {{peers}}
 
 # Adds this machine's digests of logits and tokens to those that machines of its class are held to.
 golden:
@@ -50,3 +58,25 @@ agents:
 # Minutes of load: kills, chaos, 200 streams.
 soak:
     pytest -q -s -m soak tests/soak tests/api
+
+# The fast tests on each Python, and on 3.11 with the oldest versions that pyproject.toml allows; wants the extra `habits`.
+matrix *pythons="3.11 3.12 3.13 3.14":
+    for python in {{pythons}}; do just _on $python highest; done; just _on 3.11 lowest-direct
+
+_on python resolution:
+    uv venv -q --clear --python {{python}} build/matrix/{{python}}-{{resolution}}
+    uv pip install -q --python build/matrix/{{python}}-{{resolution}} --resolution {{resolution}} -e ".[dev]"
+    build/matrix/{{python}}-{{resolution}}/bin/python -m pytest -q -m "not door and not soak"
+
+# Which lines no fast test runs; wants the extra `habits`.
+coverage:
+    coverage run -m pytest -q -m "not door and not soak"
+    coverage combine -q && coverage report
+
+# Moves the fragments of changelog.d to CHANGELOG.md; wants the extra `habits`.
+changelog version:
+    towncrier build --yes --version {{version}}
+
+# The documentation as a site in build/site, with a reference made from the code; wants the extra `site`.
+site:
+    python -m tools.site

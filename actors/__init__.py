@@ -5,10 +5,18 @@
 | Session | history, slab contents, terms, durable record, last-used time | its SessionMessages | executor | this session |
 | ModelExecutor | engine, its thread, rows that wait, pace of forwards | Forward | nobody | all: the tree ends |
 | SessionRegistry | ids to sessions, sessions on the way to or from sleep, slab pools | (methods) | nobody | all: the tree ends |
+| Conversations | the tree of points, which sessions stand where, reads ahead, turns told | (methods) | sessions | that turn |
 | Admission | permits, FIFO of waiters | (a context manager) | nobody | cannot fail |
 
-Asks go from a door to a session and from a session to the executor, never back, so nothing waits in a circle.
+Asks go from a door, or from conversations for it, to a session and from a session to the executor, never back, so nothing
+waits in a circle.
 """
+
+import os
+
+# Threads of OpenMP that spin while they wait take the cores of whatever else runs here, our own event loop among it, and a
+# forward beside another busy program takes many times as long. It has to be said before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from actors.handles import Events, SessionHandle
 from actors.tree import Runtime, open_runtime

@@ -68,7 +68,7 @@ class PointSummary:
 class Stand:
     """A session lent to one turn: its history is the first `length` tokens of the turn's, `reused` of which need no reading.
 
-    Whoever has it sets `point` to where in the conversation it stands in the end; without one the session is closed.
+    Whoever has it says by `leave` where in the conversation it stands in the end; without a word the session is closed.
     """
 
     session: SessionHandle
@@ -76,18 +76,22 @@ class Stand:
     reused: int
     point: Point | None = None
 
+    def leave(self, point: Point) -> None:
+        """Says that the session stands at this point once it is given back."""
+        self.point = point
+
 
 class Conversations:
     """The tree of conversations, and the sessions that stand at its points. A session is lent to one turn at a time."""
 
     def __init__(
-        self, sessions: Sessions, spec: SlabSpec, eos_token_ids: Iterable[int], points: PointTree | None = None
+        self, sessions: Sessions, spec: SlabSpec, eos_token_ids: frozenset[int], points: PointTree | None = None
     ) -> None:
         """`points` are those of an earlier server, whose sessions stand where it left them."""
         self.points = points or PointTree(MOST_BYTES)
         self._sessions = sessions
         self._spec = spec
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self._eos_token_ids = eos_token_ids
         # The one that was used last stands last.
         self._standing = {
             name.removeprefix(_SESSION): point
@@ -113,7 +117,7 @@ class Conversations:
         self._reading[is_read] = point
         try:
             async with self._lent(point, array("I")) as stand:
-                stand.point = point
+                stand.leave(point)
                 await stand.session.append(point.since(stand.length))
         finally:
             del self._reading[is_read]

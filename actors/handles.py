@@ -12,26 +12,14 @@ from typing import TypeVar
 import trio
 
 from actors.mailbox import ActorFailed, ActorStopped, Message, Replies
-from actors.messages import (
-    Append,
-    Appended,
-    Branch,
-    Close,
-    Fork,
-    Generate,
-    Info,
-    Rewind,
-    Rewound,
-    Save,
-    Saved,
-    SessionInfo,
-)
+from actors.messages import Append, Branch, Close, Fork, Generate, Info, Rewind, Rewound, Save
 from actors.registry import NO_SESSION, SessionRegistry
 from actors.session import MAX_APPEND_TOKENS
 from runtime.durable import Terms
 from runtime.errors import InvalidRequest, SessionFailed, SessionNotFound
 from runtime.events import Done, Event, Sampling
 from runtime.grammar import Grammar
+from runtime.sessions import Appended, Saved, SessionInfo
 from runtime.slab import Slab
 from runtime.text import Text
 

@@ -12,49 +12,8 @@ from runtime.errors import InvalidRequest
 from runtime.events import Event, Sampling, Token
 from runtime.grammar import Grammar
 from runtime.rows import Row
+from runtime.sessions import Appended, Saved, SessionInfo
 from runtime.slab import Slab
-
-
-@dataclass(frozen=True, slots=True)
-class Appended:
-    history_length: int
-    evicted_token_count: int
-    history_digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class SessionInfo:
-    """What a session says of itself. `history_digest` is BLAKE2b over the history as little-endian uint32."""
-
-    history_length: int
-    kv_live_bytes: int
-    kv_ceiling_bytes: int
-    evicted_token_count: int
-    sink: int
-    window: int
-    idle_seconds: float
-    history_digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class SessionSummary:
-    """What an operator sees of a session."""
-
-    label: str
-    history_length: int
-    evicted_token_count: int
-    kv_live_bytes: int
-    idle_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What is to be known to make tokens for a model. `tokenizer_digest` is that of `runtime.text.Text`."""
-
-    model: str
-    vocabulary: int
-    tokenizer_digest: bytes
-    eos_token_ids: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +24,6 @@ class Load:
     slab_in_use: int
     completions_running: int
     completions_waiting: int
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A snapshot that was written."""
-
-    snapshot_id: str
-    size_bytes: int
-    history_length: int
 
 
 @dataclass(frozen=True, slots=True)

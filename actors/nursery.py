@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import trio
 
+from runtime.errors import lone_errors
 
-@contextmanager
-def lone_errors() -> Iterator[None]:
-    """Raises an error that exception groups hold alone as it is: that there are nurseries is no caller's concern."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            if len(error.exceptions) > 1:
-                raise
-            error = error.exceptions[0]
-        context = error.__context__
-        try:
-            raise error
-        finally:
-            # The group holds the error, and is not what it came of.
-            error.__context__ = context
+__all__ = ["lone_errors", "open_nursery"]
 
 
 @asynccontextmanager

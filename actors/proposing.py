@@ -211,7 +211,7 @@ async def _open_drafting(
 ) -> AsyncIterator[Callable[[], Drafter]]:
     directory = await trio.to_thread.run_sync(find_proposer_model, settings)
     # What it draws is checked: its kernels may be the fastest.
-    of_draft = replace(settings, determinism="fast", weights="none", proposer="none")
+    of_draft = replace(settings, determinism="fast", weights="none", kv_dtype="auto", proposer="none")
     engine = await thread.run(load_engine, of_draft, directory, facts)
     if engine.facts.vocabulary < facts.vocabulary:
         raise ModelUnavailable(

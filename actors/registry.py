@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import trio
 
 from actors.mailbox import Mailbox, open_mailbox
-from actors.messages import Evict, SessionSummary
+from actors.messages import Evict
 from actors.proposing import NewProposals, Proposals
 from actors.session import Ending, Session
 from runtime.durable import Durable, SessionStore, Terms
 from runtime.errors import CapacityExhausted, EngineFailed, InvariantViolation, SessionNotFound
 from runtime.metrics import Metrics
+from runtime.sessions import SessionSummary
 from runtime.slab import Slab, SlabPool
 
 # Scheduler passes in which a session that was made or answered just now comes to its inbox, where it can be evicted.

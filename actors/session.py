@@ -17,7 +17,6 @@ from actors.feed import Feed
 from actors.mailbox import Envelope, Inbox, Mailbox, Message, Reply
 from actors.messages import (
     Append,
-    Appended,
     Branch,
     Close,
     Evict,
@@ -27,8 +26,6 @@ from actors.messages import (
     Rewind,
     Rewound,
     Save,
-    Saved,
-    SessionInfo,
     SessionMessage,
 )
 from actors.nursery import open_nursery
@@ -40,6 +37,7 @@ from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, 
 from runtime.grammar import Constraint, Mask
 from runtime.metrics import Metrics, Turn
 from runtime.sampling import Draw
+from runtime.sessions import Appended, Saved, SessionInfo
 from runtime.slab import Slab, common_length
 
 MAX_APPEND_TOKENS = 2**18

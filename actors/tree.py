@@ -15,17 +15,18 @@ from actors.conversations import LABEL, MOST_BYTES, Conversations
 from actors.executor import EngineThread, ModelExecutor
 from actors.handles import Completion, SessionHandle, digest_of
 from actors.mailbox import open_mailbox
-from actors.messages import Load, ModelInfo, Saved, SessionSummary
+from actors.messages import Load
 from actors.nursery import open_nursery
 from actors.proposing import NewProposals, open_proposing
 from actors.registry import SessionRegistry
 from runtime.checks import check_whole, shown
-from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity, Snapshot, Terms, fingerprint
+from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity, Terms, fingerprint
 from runtime.engine import Engine, EngineFacts, load_engine
 from runtime.errors import InvalidRequest, NotDurable
 from runtime.events import Overflow
 from runtime.metrics import Metrics
 from runtime.models import find_model
+from runtime.sessions import ModelInfo, Saved, SessionSummary, Snapshot
 from runtime.settings import Settings
 from runtime.slab import Slab
 from runtime.text import Text
@@ -263,7 +264,7 @@ def _identities(facts: EngineFacts, model: str) -> tuple[HistoryIdentity, SlabId
     slab = facts.slab
     kernels = f"{facts.kernel_class}, {'strict' if facts.is_bit_exact else 'fast'}"
     of_slab = SlabIdentity(
-        model, facts.backend, kernels, facts.weights, facts.dtype, slab.sink, slab.window, slab.slots
+        model, facts.backend, kernels, facts.weights, facts.dtype, slab.holds, slab.sink, slab.window, slab.slots
     )
     return HistoryIdentity(model, facts.vocabulary), of_slab
 
@@ -271,16 +272,19 @@ def _identities(facts: EngineFacts, model: str) -> tuple[HistoryIdentity, SlabId
 def _log_start(settings: Settings, facts: EngineFacts) -> None:
     slabs = settings.capacity + settings.max_concurrent
     _log.info(
-        "model loaded model=%s architecture=%s device=%s dtype=%s weights=%s form=%r row_tile=%d sink=%d window=%d "
+        "model loaded model=%s architecture=%s device=%s dtype=%s kv_dtype=%s weights=%s form=%r row_tile=%d sink=%d window=%d "
         "session_ceiling_bytes=%d slabs=%d all_slabs_ceiling_bytes=%d",
         *(
             settings.model,
             facts.architecture,
             facts.device,
             facts.dtype,
+            facts.slab.holds,
             facts.weights,
             facts.form_reason,
             facts.row_tile,
         ),
         *(facts.slab.sink, facts.slab.window, facts.slab.ceiling_bytes, slabs, slabs * facts.slab.ceiling_bytes),
     )
+    if facts.tensors:
+        _log.info("tensors of the file: %s", "; ".join(facts.tensors))

@@ -113,12 +113,12 @@ class _Standing:
     async def read(self, prompt: Prompt) -> tuple[list[SessionHandle], int]:
         self._stand = await self._held.enter_async_context(self._runtime.conversations.stand(prompt.point, prompt.cue))
         # What is read by then stays read, also where the client leaves meanwhile.
-        self._stand.point = prompt.point
+        self._stand.leave(prompt.point)
         await self._stand.session.append(prompt.tokens[self._stand.length :])
         return [self._stand.session], self._stand.reused
 
     def leave(self, point: Point) -> None:
-        self._stand.point = point
+        self._stand.leave(point)
 
 
 class AnswerStream:

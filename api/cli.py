@@ -6,31 +6,29 @@ import argparse
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import trio
 
-from actors.nursery import lone_errors
-from api.chat import chat
 from api.doctor import doctor
-from api.doors import DEFAULT_HTTP_BIND, serve
 from api.leaving import leave_at_once
 from api.logs import configure_logging
-from api.traces import configure_tracing
-from runtime.errors import PerennialError
-from runtime.settings import ENVIRONMENT_PREFIX, Accepts, Settings
+from runtime.errors import PerennialError, lone_errors
+from runtime.settings import DEFAULT_HTTP_BIND, ENVIRONMENT_PREFIX, Accepts, Settings
+
+# Beside our packages in a clone of the repository; benchmarks are not installed.
+_BENCH = Path(__file__).parents[1] / "bench" / "__main__.py"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status. An error of ours is one line on stderr and status 1."""
     asked, rest = _parser().parse_known_args(arguments)
     if asked.command == "bench":
-        from bench.__main__ import main as bench
-
-        bench(rest)
-        return 0
+        return _bench(rest)
     if rest:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -39,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_quiet = asked.command == "chat" and settings.log_level == Settings().log_level
         configure_logging("warning" if is_quiet else settings.log_level)
         with lone_errors():
-            status = trio.run(partial(_COMMANDS[asked.command], settings, asked))
+            status = _COMMANDS[asked.command](settings, asked)
         if arguments is None and status == 0:
             leave_at_once()
         return status
@@ -50,23 +48,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-async def _serve(settings: Settings, asked: argparse.Namespace) -> int:
+def _bench(arguments: Sequence[str]) -> int:
+    if not _BENCH.is_file():
+        print(
+            "perennial: the benchmarks are part of the repository, not of an installation: clone it, run "
+            "`pip install -c constraints.txt -e '.[bench]'` there, and then `perennial bench -h`",
+            file=sys.stderr,
+        )
+        return 1
+    path = os.pathsep.join(filter(None, (str(_BENCH.parents[1]), os.environ.get("PYTHONPATH"))))
+    return subprocess.run([sys.executable, "-m", "bench", *arguments], env=os.environ | {"PYTHONPATH": path}).returncode
+
+
+# Each loads what it needs when it runs: `doctor` has to be able to say what stands in the place of ours, which the others
+# would fail to load.
+def _serve(settings: Settings, asked: argparse.Namespace) -> int:
+    from api.doors import serve
+    from api.traces import configure_tracing
+
+    async def serve_until_signalled() -> None:
+        for number in _STOPS:
+            # What the receiver leaves behind: a signal that comes after the drain must not change the exit status.
+            signal.signal(number, signal.SIG_IGN)
+        with trio.open_signal_receiver(*_STOPS) as signals:
+            next_signal = partial(anext, signals)
+            await serve(settings, http_bind=asked.bind or None, shutdown_trigger=next_signal, hurry_trigger=next_signal)
+
     configure_tracing()
-    for number in _STOPS:
-        # What the receiver leaves behind: a signal that comes after the drain must not change the exit status.
-        signal.signal(number, signal.SIG_IGN)
-    with trio.open_signal_receiver(*_STOPS) as signals:
-        next_signal = partial(anext, signals)
-        await serve(settings, http_bind=asked.bind or None, shutdown_trigger=next_signal, hurry_trigger=next_signal)
+    trio.run(serve_until_signalled)
     return 0
 
 
-async def _chat(settings: Settings, asked: argparse.Namespace) -> int:
-    return await chat(settings, connect_to=asked.connect, max_tokens=asked.max_tokens, temperature=asked.temperature)
+def _chat(settings: Settings, asked: argparse.Namespace) -> int:
+    from api.chat import chat
+
+    return trio.run(chat, settings, asked.connect, asked.max_tokens, asked.temperature)
 
 
-async def _doctor(settings: Settings, asked: argparse.Namespace) -> int:
-    return await doctor(settings)
+def _doctor(settings: Settings, asked: argparse.Namespace) -> int:
+    return doctor(settings)
 
 
 # The second of these cuts the drain short.
@@ -93,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bind",
         default=DEFAULT_HTTP_BIND,
         metavar="HOST:PORT",
-        help="HTTP address; empty = no HTTP (default: %(default)s)",
+        help="HTTP address, or unix:PATH for a socket in the file system; empty = no HTTP (default: %(default)s)",
     )
     chatting = commands.add_parser(
         "chat", parents=[settings], help="talk to a model over a session that lives in a server"
@@ -107,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", parents=[settings], help="say what this machine gives for a model, and prove bit-exactness"
     )
     # What follows is the bench's own: it has the scenarios.
-    commands.add_parser("bench", help="measure this machine: `perennial bench -h`", add_help=False)
+    commands.add_parser("bench", help="measure this machine, in a clone: `perennial bench -h`", add_help=False)
     return parser
 
 

@@ -15,16 +15,15 @@ from __future__ import annotations
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import anyio
+import sniffio
 from betterproto2 import Message
 from grpclib import GRPCError, Status
 from grpclib.client import Channel, UnaryStreamMethod, UnaryUnaryMethod
 from grpclib.exceptions import StreamTerminatedError
 
-from actors.messages import Appended, ModelInfo, Saved, SessionInfo, SessionSummary
-from api.bridge import FromAsyncio, asyncio_loop
 from api.foreign.grpclib import ForgetfulChannel
 from api.wire import SERVICE, appended_of, event_of, info_of, model_of, snapshot_of, summary_of
 from proto.kakeya.v1 import (
@@ -55,7 +54,6 @@ from proto.kakeya.v1 import (
 )
 from proto.kakeya.v1 import Overflow as WireOverflow
 from runtime import events
-from runtime.durable import Snapshot
 from runtime.errors import (
     CapacityExhausted,
     DeadlineExceeded,
@@ -70,8 +68,14 @@ from runtime.errors import (
     SnapshotMismatch,
     Unauthenticated,
 )
+from runtime.sessions import Appended, ModelInfo, Saved, SessionInfo, SessionSummary, Snapshot
 from runtime.settings import split_address
 
+if TYPE_CHECKING:
+    from api.bridge import FromAsyncio
+
+P = ParamSpec("P")
+T = TypeVar("T")
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
 
@@ -93,7 +97,7 @@ _ERRORS: dict[Status, type[PerennialError]] = {
 async def connect(address: str, *, key: str = "", tls: ssl.SSLContext | None = None) -> AsyncIterator[Client]:
     """A client of the server at `HOST:PORT`; its first call connects."""
     host, port = split_address(address)
-    async with asyncio_loop() as from_asyncio:
+    async with _asyncio_loop() as from_asyncio:
         channel = ForgetfulChannel(host, port, ssl=tls)
         try:
             yield Client(channel, key, from_asyncio)
@@ -270,6 +274,23 @@ class ClientEvents:
         if frame is None:
             raise StopAsyncIteration
         return event_of(frame)
+
+
+@asynccontextmanager
+async def _asyncio_loop() -> AsyncIterator[FromAsyncio]:
+    """The way to call grpclib, which runs on asyncio: on the caller's own loop, or on a guest in the caller's trio."""
+    if sniffio.current_async_library() == "trio":
+        # This loads trio-asyncio, which replaces functions of asyncio for the whole process.
+        from api.bridge import asyncio_loop
+
+        async with asyncio_loop() as from_asyncio:
+            yield from_asyncio
+    else:
+        yield _unchanged
+
+
+def _unchanged(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+    return function
 
 
 @contextmanager

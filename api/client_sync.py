@@ -1,6 +1,6 @@
 """The client for programs without an event loop: the same calls, each of which waits for its answer.
 
-The calls run in a trio loop in a thread of their own; one client may be used from several threads.
+The calls run in an event loop in a thread of their own; one client may be used from several threads.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from typing import Any
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from actors.messages import Appended, ModelInfo, Saved, SessionInfo, SessionSummary
 from api.client import Client, ClientEvents, ClientSession, connect
-from runtime.durable import Snapshot
 from runtime.events import Event
+from runtime.sessions import Appended, ModelInfo, Saved, SessionInfo, SessionSummary, Snapshot
 
 
 @contextmanager
 def connect_sync(address: str, *, key: str = "", tls: ssl.SSLContext | None = None) -> Iterator[SyncClient]:
     """As `api.client.connect`."""
     with (
-        start_blocking_portal("trio", name="perennial client") as portal,
+        start_blocking_portal(name="perennial client") as portal,
         portal.wrap_async_context_manager(connect(address, key=key, tls=tls)) as client,
     ):
         yield SyncClient(portal, client)

@@ -1,28 +1,44 @@
-"""What this machine gives for a model, and why its forwards are bit-exact."""
+"""What is installed, what this machine gives for a model, and why its forwards are bit-exact."""
 
 from __future__ import annotations
 
 import platform
-from importlib.util import find_spec
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
+import trio
 
-from actors import Runtime, open_runtime
+from api import installation
 from runtime.settings import Settings
 
-_ROOT = Path(__file__).parents[1]
+if TYPE_CHECKING:
+    from actors import Runtime
 
 
-async def doctor(settings: Settings) -> int:
-    """Loads the model, prints what there is, and returns the exit status: 0 when all is well."""
-    strangers = [f"{name} comes from {origin}" for name, origin in _foreign_packages()]
-    async with open_runtime(settings) as runtime:
-        for name, value in _report(runtime):
-            print(f"{name:<14}{value}")
-    for stranger in strangers:
-        print(f"{'warning':<14}{stranger}, not from {_ROOT}: another distribution shadows ours")
-    return 1 if strangers else 0
+def doctor(settings: Settings) -> int:
+    """Prints what is installed, loads the model, prints what there is, and returns the exit status: 0 when all is well."""
+    _print("installed", installation.described())
+    for rival in installation.rivals():
+        _print("note", rival)
+    intruders = installation.intruders()
+    for intruder in intruders:
+        _print("warning", intruder)
+    if intruders:
+        return 1
+    # Not at the top of this file: with another package in the place of one of ours this fails.
+    from actors import open_runtime
+
+    async def report() -> None:
+        async with open_runtime(settings) as runtime:
+            for name, value in _report(runtime):
+                _print(name, value)
+
+    trio.run(report)
+    return 0
+
+
+def _print(name: str, value: str) -> None:
+    print(f"{name:<14}{value}")
 
 
 def _report(runtime: Runtime) -> list[tuple[str, str]]:
@@ -38,8 +54,9 @@ def _report(runtime: Runtime) -> list[tuple[str, str]]:
         ("memory", f"{_size(memory.available)} available of {_size(memory.total)}"),
         ("model", f"{settings.model} ({facts.architecture}, vocabulary {facts.vocabulary})"),
         ("backend", f"{facts.backend} on {facts.device}"),
-        ("dtype", facts.dtype),
+        ("dtype", f"{facts.dtype}, keys and values in {slab.holds}"),
         ("weights", f"{facts.weights}, {_size(facts.weights_bytes)}{chosen}"),
+        *(("", line) for line in facts.tensors),
         ("sink, window", f"{slab.sink}, {slab.window} tokens"),
         ("slabs", f"{slabs} of at most {_size(slab.ceiling_bytes)}, all at most {_size(slabs * slab.ceiling_bytes)}"),
         ("row tile", f"at most {facts.row_tile} rows of any sessions a forward"),
@@ -56,17 +73,6 @@ def _exactness(runtime: Runtime) -> list[tuple[str, str]]:
         *(("", claim) for claim in facts.claims),
         ("tried here", facts.tried),
     ]
-
-
-def _foreign_packages() -> list[tuple[str, str]]:
-    """Our top-level packages that were not loaded from beside this one: their names are common words."""
-    found = []
-    for name in ("runtime", "actors", "proto"):
-        spec = find_spec(name)
-        origin = spec.origin if spec else None
-        if origin is None or Path(origin).parents[1] != _ROOT:
-            found.append((name, str(origin)))
-    return found
 
 
 def _size(count: float) -> str:

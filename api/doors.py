@@ -12,9 +12,7 @@ from actors.nursery import open_nursery
 from api.grpc import grpc_door
 from api.http import http_door
 from api.server import Server
-from runtime.settings import Settings
-
-DEFAULT_HTTP_BIND = "127.0.0.1:8000"
+from runtime.settings import DEFAULT_HTTP_BIND, Settings
 
 _log = logging.getLogger("perennial.server")
 

@@ -40,7 +40,7 @@ def with_standard_services(service: IServable, health: HealthOf) -> list[IServab
 def descriptors() -> DescriptorPool:
     """Of our service and of health."""
     pool = DescriptorPool()
-    ours = FileDescriptorSet.FromString(files("proto").joinpath("kakeya/v1/runtime.binpb").read_bytes())
+    ours = FileDescriptorSet.FromString(files("proto.kakeya.v1").joinpath("runtime.binpb").read_bytes())
     for file in ours.file:
         pool.AddSerializedFile(file.SerializeToString())
     pool.AddSerializedFile(health_pb2.DESCRIPTOR.serialized_pb)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +64,7 @@ def thinking_options(text: Text, effort: str | None, given: Mapping[str, Any], p
     template = text.chat_template
     if "reasoning_effort" in template:
         options.setdefault("reasoning_effort", effort)
-    switches = [name for name in ("enable_thinking", "thinking") if name in template]
+    switches = [name for name in ("enable_thinking", "thinking") if re.search(rf"\b{name}\b", template)]
     if effort == "none":
         for name in switches:
             options.setdefault(name, False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from actors.messages import Appended, ModelInfo, SessionInfo, SessionSummary
 from proto.kakeya.v1 import (
     AppendTokensResponse,
     GenerateDone,
@@ -16,8 +15,8 @@ from proto.kakeya.v1 import (
 )
 from proto.kakeya.v1 import Overflow as WireOverflow
 from runtime import events
-from runtime.durable import Snapshot
 from runtime.errors import SessionFailed
+from runtime.sessions import Appended, ModelInfo, SessionInfo, SessionSummary, Snapshot
 
 PACKAGE = "kakeya.v1"
 SERVICE = f"{PACKAGE}.RuntimeService"

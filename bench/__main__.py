@@ -15,44 +15,40 @@ from importlib.util import find_spec
 
 import trio
 
-from bench import agents, door, flatness, loop, marathon, mlx, proposing, report, results, scheduling, speed
+from bench import agents, gguf, loop, marathon, quality, recall, report, results, scheduling, speed
 from bench.machine import describe_machine, our_versions
-from bench.models import MODELS, QWEN3_06B, SMALL, bench_model
+from bench.models import MODELS, QWEN3_06B, SMALL, SMOLLM2, bench_model
 from bench.results import Record
 from bench.scenario import Result, Setup
 from runtime.engine.machine import level
 from runtime.models import SEEDLING
 from runtime.settings import Settings
+from runtime.smollm2 import SMOLLM2 as SMOLLM2_FILE
 
 SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
-    "flatness": flatness.run,
-    "door": door.run,
     "speed": speed.run,
+    "gguf": gguf.run,
+    "recall": recall.run,
+    "quality": quality.run,
     "scheduling": scheduling.run,
     "loop": loop.run,
-    "proposing": proposing.run,
     "marathon": marathon.run,
     "agents": agents.run,
-    "mlx": mlx.run,
-    "marathon-mlx": marathon.run_on_mlx,
 }
 ALL = (
     ("speed", QWEN3_06B),
+    ("gguf", QWEN3_06B),
+    ("gguf", SMOLLM2_FILE),
+    ("recall", SMOLLM2_FILE),
+    ("recall", SEEDLING),
+    ("quality", SMOLLM2),
     ("scheduling", QWEN3_06B),
-    ("proposing", QWEN3_06B),
     ("loop", QWEN3_06B),
-    ("door", QWEN3_06B),
     ("agents", QWEN3_06B),
     ("marathon", SMALL),
     ("scheduling", SMALL),
     ("marathon", SEEDLING),
-    ("proposing", SEEDLING),
     ("loop", SEEDLING),
-    ("door", SEEDLING),
-    ("flatness", SEEDLING),
-    ("mlx", QWEN3_06B),
-    ("mlx", SEEDLING),
-    ("marathon-mlx", SEEDLING),
 )
 
 

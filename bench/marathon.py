@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from itertools import accumulate
 
 import psutil
@@ -19,7 +18,6 @@ import trio
 
 from api.client import ClientSession, connect
 from bench.figures import Figure, figure
-from bench.flatness import turn
 from bench.models import SMALL
 from bench.peers.processes import PeerFailed, installed
 from bench.peers.servers import SERVERS, ServerKind, peer_server
@@ -87,7 +85,12 @@ class Conversation:
     async def go_on(self, turns: int) -> None:
         for _ in range(turns):
             tokens = self._script.tokens(len(self.run.seconds))
-            self.run.seconds.append((await turn(self._session, tokens, self._length.generated)).total_s)
+            began = trio.current_time()
+            await self._session.append(tokens)
+            async with self._session.generate(self._length.generated) as events:
+                async for _ in events:
+                    pass
+            self.run.seconds.append(trio.current_time() - began)
             info = await self._session.info()
             self.run.resident.append(self._process.memory_info().rss)
             self.run.history.append(info.history_length)
@@ -133,14 +136,6 @@ async def peer_run(kind: ServerKind, setup: Setup, script: Script, length: Lengt
             return run, f"{seconds:.0f} s were over"
     except PeerFailed as error:
         return run, str(error)
-
-
-async def run_on_mlx(setup: Setup) -> Result:
-    """Ours alone, on the MLX engine."""
-    if find_spec("mlx_lm") is None:
-        return Result(WINDOW, remarks=["mlx-lm is not installed here"])
-    result, _ = await _ours(replace(setup, settings=replace(setup.settings, backend="mlx")))
-    return result
 
 
 async def run(setup: Setup) -> Result:

@@ -18,7 +18,7 @@ _HEAD = """\
 Made by `perennial bench report` of `results/*.json`, which `perennial bench all` measures. Not written by hand.
 Every ratio is of figures of one run on one machine. Medians of repeated measurements, with the least and the most; for turns,
 of the turns. Everybody has as many threads as there are physical cores, which wait without spinning (`OMP_WAIT_POLICY`). Models
-have random weights, but for seedling.
+have random weights, but for seedling and SmolLM2.
 """
 Targets = Mapping[tuple[str, str], Mapping[str, Target]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from bench.figures import Figure
 from bench.scenario import Result
 
+_INNERMOST = re.compile(r"[\[{][^\[\]{}]*[\]}]")
 DIRECTORY = Path(__file__).parent / "results"
 
 
@@ -32,8 +34,14 @@ class Record:
 
 
 def write(record: Record, directory: Path = DIRECTORY) -> None:
+    """Lists and figures take a line each; of a series four digits are kept, for a plot shows no more."""
     directory.mkdir(exist_ok=True)
-    (directory / f"{record.name}.json").write_text(json.dumps(dataclasses.asdict(record), indent=1) + "\n")
+    said = dataclasses.asdict(record)
+    for lines in said["result"]["series"].values():
+        for label, values in lines.items():
+            lines[label] = [float(f"{value:.4g}") for value in values]
+    text = _INNERMOST.sub(lambda found: " ".join(found[0].split()), json.dumps(said, indent=1))
+    (directory / f"{record.name}.json").write_text(f"{text}\n")
 
 
 def read_all(directory: Path = DIRECTORY) -> list[Record]:

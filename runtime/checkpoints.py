@@ -1,4 +1,4 @@
-"""Weights in a directory, loaded by transformers; what goes wrong is said in one line."""
+"""Weights in a directory or a GGUF file, in a model of transformers; what goes wrong is said in one line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from runtime.errors import ModelUnavailable
+from runtime.gguf_model import dense_model
 from runtime.model_files import check_weights, one_line, quiet_transformers, read_checked_config
 
 # Over files that are damaged transformers and tokenizers raise errors of every kind; some are of class Exception itself.
@@ -26,8 +27,13 @@ _COMPUTED = ("inv_freq", "masked_bias", ".bias_mask")
 def load_weights(kind: Any, directory: Path, dtype: torch.dtype | Literal["auto"], refusal: str, **options: Any) -> Any:
     """The model in `directory` by one of transformers' auto classes, in this type or, under auto, in the checkpoint's own.
 
+    Of a GGUF file it is the causal language model, in this type.
+
     Raises ModelUnavailable, in the words of `refusal`; also for weights that are not of this configuration, or no numbers.
     """
+    if directory.is_file():
+        assert isinstance(dtype, torch.dtype)
+        return dense_model(directory, dtype, **options)
     check_weights(directory, read_checked_config(directory))
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

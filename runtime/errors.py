@@ -6,6 +6,8 @@ Every other `PerennialError` ends something: one session, or the engine and all 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -107,6 +109,12 @@ class ResponseNotFound(RequestError):
     """No response of this id is stored."""
 
     grpc, http = "NOT_FOUND", 404
+
+
+class UpgradeRequired(RequestError):
+    """What is here speaks over a WebSocket: ask for an upgrade, or send a POST."""
+
+    grpc, http = "UNIMPLEMENTED", 426
 
 
 class HistoryMismatch(RequestError):
@@ -211,3 +219,22 @@ class EngineFailed(PerennialError):
     """The engine stopped; the server is going down."""
 
     grpc = "UNAVAILABLE"
+
+
+@contextmanager
+def lone_errors() -> Iterator[None]:
+    """Raises an error that exception groups hold alone as it is: that there are nurseries is no caller's concern."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            if len(error.exceptions) > 1:
+                raise
+            error = error.exceptions[0]
+        context = error.__context__
+        try:
+            raise error
+        finally:
+            # The group holds the error, and is not what it came of.
+            error.__context__ = context

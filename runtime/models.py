@@ -1,38 +1,56 @@
-"""From the name of a model to a directory that holds it."""
+"""From the name of a model to the directory or GGUF file that holds it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from runtime.checks import shown
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.settings import Settings
+from runtime.smollm2 import SMOLLM2, find_smollm2
 
 SEEDLING = "seedling"
 _WORDS = ("*.json", "*.jinja", "*.model", "*.txt")
 _FILES = (*_WORDS, "*.safetensors")
+_GGUF = ".gguf"
+# What llama.cpp keeps beside a model that sees, for its eyes.
+_EYES = "mmproj"
 
 
 def find_model(name: str, *, with_weights: bool = True) -> Path:
-    """The directory of a bundled model, a local path or a Hugging Face id, downloaded where it is not yet.
+    """The directory or GGUF file of a bundled model, a local path or a Hugging Face id, downloaded where it is not yet.
 
-    Where nobody asks for weights, none are downloaded. Raises ModelUnavailable.
+    A GGUF file on the hub is named `org/name:FILE.gguf`. Where nobody asks for weights, none are downloaded but those that
+    are in one file with the rest. Raises ModelUnavailable.
     """
     if name == SEEDLING:
         return Path(__file__).parent / SEEDLING
+    if name == SMOLLM2:
+        return find_smollm2()
     if _is_directory(name):
-        directory = Path(name)
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        directory = _download(name, _FILES if with_weights else _WORDS)
-    else:
+        return _inside(Path(name), name)
+    if name.endswith(_GGUF) and Path(name).is_file():
+        return Path(name)
+    repository, colon, file = name.partition(":")
+    if repository.count("/") != 1 or repository.startswith((".", "/", "~")) or (colon and not file.endswith(_GGUF)):
         raise ModelUnavailable(
-            f"no model at {name!r}: give {SEEDLING!r}, a directory, or a Hugging Face id like org/name"
+            f"no model at {name!r}: give {SEEDLING!r}, a directory, or a Hugging Face id like org/name; or a GGUF file, "
+            f"here or there as org/name:FILE{_GGUF}"
         )
+    with _downloading(name):
+        if file:
+            return Path(hf_hub_download(repository, file))
+        patterns = _FILES if with_weights else _WORDS
+        directory = Path(snapshot_download(repository, allow_patterns=list(patterns)))
     if not (directory / "config.json").is_file():
-        raise ModelUnavailable(f"{name!r} holds no config.json: it is not a model's directory")
+        raise ModelUnavailable(
+            f"{name!r} holds no config.json: name a model, or of a repository of GGUF files one as {name}:FILE{_GGUF}"
+        )
     return directory
 
 
@@ -55,9 +73,22 @@ def find_proposer_model(settings: Settings) -> Path:
     return find_model(SEEDLING) / settings.proposer
 
 
-def _download(name: str, patterns: tuple[str, ...]) -> Path:
+def _inside(directory: Path, name: str) -> Path:
+    """The directory, or the one GGUF file in it where it has no other weights."""
+    files = [file for file in sorted(directory.glob(f"*{_GGUF}")) if file.is_file() and not file.name.startswith(_EYES)]
+    if files and not any(directory.glob("*.safetensors")):
+        if len(files) > 1:
+            raise ModelUnavailable(f"{name!r} holds {len(files)} GGUF files: name the one to run, such as {files[0]}")
+        return files[0]
+    if not (directory / "config.json").is_file():
+        raise ModelUnavailable(f"{name!r} holds no config.json: it is not a model's directory")
+    return directory
+
+
+@contextmanager
+def _downloading(name: str) -> Iterator[None]:
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        yield
     except HFValidationError as error:
         raise ModelUnavailable(f"{name!r} is neither a directory nor a Hugging Face id") from error
     except RuntimeError as error:

@@ -243,7 +243,7 @@ class PointTree:
         count, _, point = best
         # Who goes on from within an answer has had it cut off; who tells the rest of it otherwise has not.
         has_branches = any(child.parent == point for child in point.node.children)
-        is_broken = count < len(items) and (has_branches or (count > 0 and is_assistants(items[count])))
+        is_broken = count <= furthest < len(items) and (has_branches or (count > 0 and is_assistants(items[count])))
         # A conversation that only begins has nothing that could be broken.
         is_broken = is_broken and (count > 0 or any(map(is_assistants, items)))
         return Match(point, count, furthest if is_broken else None)

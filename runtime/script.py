@@ -23,8 +23,6 @@ from runtime.text import Text
 # What stands where the text does not matter, and where it is looked for afterwards: nobody else writes this.
 _DASH, _MARK = "-", f"mark{secrets.token_hex(8)}"
 
-_TOOL = {"type": "function", "function": {"name": _DASH, "description": _DASH, "parameters": {"type": "object"}}}
-
 Options = Mapping[str, Any]
 """What a template is given by name besides messages and tools."""
 
@@ -88,15 +86,20 @@ def write_on(
 ) -> Written | None:
     """The tokens of `new` behind those that the model has of `before`; `is_after_eos` if an end-of-turn token is their last.
 
-    None where the template writes down anew, or elsewhere, what came before. Raises MalformedRequest.
+    None where the template writes down anew, or elsewhere, what came before, or does not go on from there.
     """
     sheet, context = _Sheet(text, head, options), _stand_in(before)
-    whole, cue = sheet.written([*context, *new])
+    if sheet.moves_on([*before, *new]):
+        return None
+    try:
+        whole, cue = sheet.written([*context, *new])
+        already = "" if is_assistants(before[-1]) else sheet.written(context)[0].partition(_MARK)[2]
+    except MalformedRequest:
+        return None
     _, found, said = whole.partition(_MARK)
-    if not found or sheet.rewrites(new):
+    if not found:
         return None
     if not is_assistants(before[-1]):
-        already = sheet.written(context)[0].partition(_MARK)[2]
         if not said.startswith(already):
             return None
         said = said[len(already) :]
@@ -115,8 +118,13 @@ class _Sheet:
         self._text = text
         self._tools = text.masked([json.loads(tool) for tool in head.tools])
         self._instructions = [Message("system", head.instructions)] if head.instructions else []
-        self._options = options
+        self._options = text.masked(options)
         self._manner = _Manner.of_template(text)
+
+    def moves_on(self, items: Sequence[Item]) -> bool:
+        """Whether what stands at the beginning of these items would stand elsewhere once more have come."""
+        has_system = self._instructions or any(isinstance(item, Message) and item.role == "system" for item in items)
+        return bool((has_system and self._manner.moves_system) or (self._tools and self._manner.moves_tools))
 
     def written(self, items: Sequence[Item]) -> tuple[str, str]:
         """The text of the items, and the cue; that is empty where the template has none, or writes the items otherwise for it."""
@@ -126,16 +134,11 @@ class _Sheet:
             whole, asked = self._applied(messages)
         except MalformedRequest:
             # Some templates join the arguments of calls as text.
-            as_text = _messages(items, self._manner.no_content, lambda arguments: arguments)
+            as_text = _messages(items, self._manner.no_content, _as_text)
             if as_text == messages:
                 raise
             whole, asked = self._applied(as_text)
         return (whole, asked[len(whole) :]) if asked.startswith(whole) else (asked, "")
-
-    def rewrites(self, new: Sequence[Item]) -> bool:
-        """Whether tools stand elsewhere once these items have come."""
-        asks = any(isinstance(item, Message) and item.role == "user" for item in new)
-        return asks and bool(self._tools) and self._manner.moves_tools
 
     def _applied(self, messages: list[dict[str, Any]]) -> tuple[str, str]:
         masked = self._text.masked(messages)
@@ -152,26 +155,27 @@ class _Manner:
     has_system: bool
     has_late_system: bool
     has_runs: bool
-    no_content: str | None
+    moves_system: bool
     moves_tools: bool
-    """Whether tools stand before the last thing that the user has said, and so move along with it."""
+    no_content: str | None
 
     @classmethod
     @lru_cache(maxsize=1)  # A server has one model.
     def of_template(cls, text: Text) -> _Manner:
         first, late = f"{_MARK}1", f"{_MARK}2"
         user = {"role": "user", "content": first}
-        late_system = _tried(text, [user, {"role": "system", "content": late}, user]) or ""
-        turn = {"role": "assistant", "tool_calls": [_called(Call("f", "{}", "000000000"), _spelled_out)]}
-        with_none, with_empty = (_tried(text, [user, turn | {"content": none}]) for none in (None, ""))
-        # A template that takes none for a word writes it.
-        is_word = with_none is not None and "None" in with_none
+        system = {"role": "system", "content": late}
+        late_system = _tried(text, [user, system, user]) or ""
+        turns = [user, {"role": "assistant", "content": _DASH}, {"role": "user", "content": _DASH}]
+        tool = {"type": "function", "function": {"name": late, "description": _DASH, "parameters": {"type": "object"}}}
+        with_system, with_tool = _tried(text, [system, *turns]) or "", _tried(text, turns, [tool]) or ""
         return cls(
-            has_system=late in (_tried(text, [{"role": "system", "content": late}, user]) or ""),
+            has_system=late in (_tried(text, [system, user]) or ""),
             has_late_system=-1 < late_system.find(first) < late_system.find(late),
             has_runs=_tried(text, [user, user]) is not None,
-            no_content="" if is_word or (with_none is None and with_empty is not None) else None,
-            moves_tools=_rest(text, [_TOOL]) != _rest(text, []),
+            moves_system=-1 < with_system.find(first) < with_system.find(late),
+            moves_tools=-1 < with_tool.find(first) < with_tool.find(late),
+            no_content="" if _shows_calls(text, "") and not _shows_calls(text, None) else None,
         )
 
     def adapted(self, items: Sequence[Item]) -> list[Item]:
@@ -269,15 +273,27 @@ def _spelled_out(arguments: str) -> Any:
     return arguments if parsed is None else parsed
 
 
-def _rest(text: Text, tools: list[dict[str, Any]]) -> str | None:
-    """What a template writes behind the first answer of two questions."""
-    turns = [("user", _DASH), ("assistant", _MARK), ("user", _DASH)]
-    whole = _tried(text, [{"role": role, "content": said} for role, said in turns], tools)
-    return whole and whole.partition(_MARK)[2]
+def _shows_calls(text: Text, content: str | None) -> bool:
+    """Whether a template writes the calls of a turn with this content, and nothing for what it does not say."""
+    for spelled in (_spelled_out, _as_text):
+        turn = {
+            "role": "assistant",
+            "content": content,
+            "tool_calls": [_called(Call(_MARK, "{}", "000000000"), spelled)],
+        }
+        said = _tried(text, [{"role": "user", "content": _DASH}, turn]) or ""
+        # A template that takes none for a word writes it.
+        if _MARK in said and "None" not in said:
+            return True
+    return False
 
 
-def _tried(text: Text, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str | None:
+def _as_text(arguments: str) -> str:
+    return arguments
+
+
+def _tried(text: Text, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str | None:
     try:
-        return text.apply_template(messages, tools or (), is_turn_next=False)
+        return text.apply_template(messages, tools, is_turn_next=False)
     except MalformedRequest:
         return None

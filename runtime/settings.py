@@ -11,6 +11,8 @@ from typing import Any, get_origin, get_type_hints
 from runtime.errors import InvalidSetting
 
 ENVIRONMENT_PREFIX = "PERENNIAL_"
+DEFAULT_HTTP_BIND = "127.0.0.1:8000"
+"""No setting: with `hypercorn api.http:app` the address is Hypercorn's."""
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -33,6 +35,10 @@ def at_least(minimum: float) -> Accepts:
 
 def between(low: int, high: int) -> Accepts:
     return Accepts(f"{low} to {high}", lambda value: low <= value <= high)
+
+
+UNIX = "unix:"
+"""What stands before the path of a socket in the file system, in place of a host and a port."""
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -91,10 +97,15 @@ def _setting(default: Any, words: str, accepts: Accepts) -> Any:
 class Settings:
     """A checked, frozen set of settings. Raises InvalidSetting on the first value that makes no sense."""
 
-    model: str = _setting("seedling", "bundled model, a local directory, or a Hugging Face id", NOT_EMPTY)
+    model: str = _setting("seedling", "seedling, smollm2, a directory, a GGUF file, or a Hugging Face id", NOT_EMPTY)
     backend: str = _setting("auto", "engine that runs the model", one_of("auto", "torch", "mlx", "openvino"))
     device: str = _setting("auto", "torch device", one_of("auto", "cpu", "cuda", "mps"))
-    dtype: str = _setting("auto", "type of weights and KV", one_of("auto", "bfloat16", "float16", "float32"))
+    dtype: str = _setting("auto", "type of weights", one_of("auto", "bfloat16", "float16", "float32"))
+    kv_dtype: str = _setting(
+        "auto",
+        "type of keys and values in slabs; auto: the engine's own, others on openvino alone",
+        one_of("auto", "float32", "bfloat16", "float16", "int8"),
+    )
     weights: str = _setting(
         "auto",
         "bits a weight; auto: on a CPU the most that are exact and read at the memory's speed",
@@ -157,7 +168,12 @@ class Settings:
             self.check_exposure(self.grpc_bind, "grpc_bind")
 
     def check_exposure(self, address: str, name: str) -> None:
-        """Raises InvalidSetting where `address` is reachable by others and no key protects it."""
+        """Raises InvalidSetting where `address` is reachable by others and no key protects it.
+
+        Who may open a socket in the file system is told by the rights of its file.
+        """
+        if address.removeprefix(UNIX) != address != UNIX:
+            return
         try:
             host, _ = split_address(address)
         except ValueError as error:

@@ -1,7 +1,7 @@
 """The slab: one session's keys and values, of fixed size, written in place.
 
 Letters for shapes, here and in the engines: L layers, B slabs, G kv heads, Q query heads a kv head, S slots, D head
-dimension, N rows.
+dimension, W what a slot holds of a head, N rows. W is D; where slabs are int8 it is D whole numbers and their scale's bytes.
 
 The first `sink` slots hold the first tokens for ever; the others are a ring, so that a position's slot is a function of
 the position alone. What lies in a slot, seen from a query at position q, follows from q too, and the mask needs no
@@ -25,6 +25,9 @@ from runtime.errors import CapacityExhausted
 BUCKET_SLOTS = 256
 # So many slots are whole lines of 64 bytes, whatever the head dimension.
 _LINE_SLOTS = 32
+# Behind the whole numbers of an int8 row comes what they count, in float32.
+_SCALE_BYTES = torch.float32.itemsize
+_LARGEST_INT8 = 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +61,19 @@ class SlabSpec:
         return self.sink + self.window
 
     @property
+    def holds(self) -> str:
+        """The name of the type that slots hold."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def width(self) -> int:
+        """Values that a slot holds of a head's keys."""
+        return self.head_dim + (_SCALE_BYTES if self.dtype == torch.int8 else 0)
+
+    @property
     def token_bytes(self) -> int:
         """Bytes that one token holds: keys and values of all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.layers * self.kv_heads * self.width * self.dtype.itemsize
 
     @property
     def ceiling_bytes(self) -> int:
@@ -90,6 +103,16 @@ class SlabSpec:
         held = query - age
         in_window = (age < self.window) & (held >= self.sink)
         return torch.where(is_sink, age >= 0, in_window)
+
+
+def as_held(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows [..., D] as slabs of this type hold them, [..., W]; int8 rounds them to 127ths of their largest value."""
+    if dtype != torch.int8:
+        return rows.to(dtype)
+    rows = rows.float()
+    largest = rows.abs().amax(dim=-1, keepdim=True)
+    shrunk = torch.where(largest > 0, _LARGEST_INT8 / largest, 0)
+    return torch.cat(((rows * shrunk).round().to(dtype), (largest / _LARGEST_INT8).view(dtype)), dim=-1)
 
 
 class Slab(ABC):
@@ -137,13 +160,13 @@ class Slab(ABC):
         return min(self.frontier, self.spec.slots)
 
     def fill(self, keys: Tensor, values: Tensor, frontier: int) -> None:
-        """Holds `keys` and `values` [L, G, slots, D], the first slots of a slab whose next position is `frontier`.
+        """Holds `keys` and `values` [L, G, slots, W], the first slots of a slab whose next position is `frontier`.
 
         Raises ValueError, and is empty then, where they are of another shape or type than this slab.
         """
         self.clear()
         spec = self.spec
-        shape = (spec.layers, spec.kv_heads, min(frontier, spec.slots), spec.head_dim)
+        shape = (spec.layers, spec.kv_heads, min(frontier, spec.slots), spec.width)
         for given in (keys, values):
             if given.shape != shape or given.dtype != spec.dtype:
                 raise ValueError(f"keys and values are {given.dtype} {tuple(given.shape)}, not {spec.dtype} {shape}")
@@ -179,11 +202,11 @@ class Slab(ABC):
 
     @abstractmethod
     def held(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [G, used, D] of a layer's slots that are used."""
+        """Keys and values [G, used, W] of a layer's slots that are used."""
 
     @abstractmethod
     def put(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Writes keys and values [G, slots, D] into a layer's first slots."""
+        """Writes keys and values [G, slots, W] into a layer's first slots."""
 
     @abstractmethod
     def blank(self) -> None:

@@ -50,8 +50,12 @@ class Text:
 
     @classmethod
     def load(cls, directory: Path) -> Text:
-        """Raises ModelUnavailable where the directory has no fast tokenizer."""
-        # It brings torch along, which a process that is given a tokenizer has no use for.
+        """Of a directory or a GGUF file. Raises ModelUnavailable where it has no fast tokenizer."""
+        # They bring torch along, which a process that is given a tokenizer has no use for.
+        if directory.is_file():
+            from runtime.gguf_file import read_tokenizer
+
+            return cls(*read_tokenizer(directory))
         from transformers import AutoTokenizer
 
         named = _named_eos(directory)
@@ -138,9 +142,16 @@ class Text:
             raise MalformedRequest(
                 "the model has no chat template: use the gRPC door, which takes token ids", "messages"
             )
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=is_turn_next, **options
+            # Not by the tokenizer's own method, which leaves out what is none, and some templates ask for that.
+            (text,), _ = render_jinja_template(
+                [list(messages)],
+                list(tools) or None,
+                chat_template=self._tokenizer.get_chat_template(tools=list(tools) or None),
+                add_generation_prompt=is_turn_next,
+                **self._tokenizer.special_tokens_map | options,
             )
         except MemoryError:
             raise
@@ -148,7 +159,7 @@ class Text:
             # A template is a program of others', and what it cannot do with these messages it may fail of in any way.
             words = " ".join(f"{error}".split())[:_MOST_REASON] or type(error).__name__
             raise MalformedRequest(f"the chat template refuses these messages: {words}", "messages") from error
-        return text
+        return str(text)
 
     @cached_property
     def chat_template(self) -> str:
@@ -166,7 +177,7 @@ class Text:
         if isinstance(value, str):
             return self._control.sub(lambda found: _MASK.join(found[0]), value) if self._control else value
         if isinstance(value, Mapping):
-            return {key: self.masked(one) for key, one in value.items()}
+            return {self.masked(key): self.masked(one) for key, one in value.items()}
         return [self.masked(one) for one in value] if isinstance(value, list | tuple) else value
 
     def encode_masked(self, text: str) -> array[int]:

@@ -66,15 +66,19 @@ class CallForm:
             raise _unknown()
         return cls(opening, before_name, after_name[:at], after_name[length:] + rest, between)
 
+    @property
+    def trigger(self) -> str:
+        """The text after which a call must follow."""
+        return self.opening.strip() or self.before_name
+
     def source(self, tools: Sequence[Mapping[str, Any]], *, is_required: bool, is_parallel: bool) -> str:
         """The text of a grammar: calls of `tools` (name and schema of the arguments in each), after free text unless
         `is_required`. Raises InvalidRequest where the schemas are too long.
         """
-        trigger = self.opening.strip() or self.before_name
-        rest = (self.opening + self.before_name).partition(trigger)[2]
+        rest = (self.opening + self.before_name).partition(self.trigger)[2]
         lines = [
             r"TEXT: /(.|\n)*/",
-            f"head[lazy]: TEXT {json.dumps(trigger)}",
+            f"head[lazy]: TEXT {json.dumps(self.trigger)}",
             f"free: head {_literal(rest)} body",
             f"call: {_literal(self.opening + self.before_name)} body",
             "body: " + " | ".join(f"tool_{index}" for index in range(len(tools))),
@@ -93,7 +97,7 @@ class CallForm:
 
     def source_without_calls(self) -> str:
         """The text of a grammar: any text in which no call is begun."""
-        trigger = re.escape(self.opening.strip() or self.before_name).replace("/", r"\/")
+        trigger = re.escape(self.trigger).replace("/", r"\/")
         return lark_source(rf"""start: TEXT
 TEXT: /(.|\n)*/ & ~/(.|\n)*{trigger}(.|\n)*/""")
 
@@ -142,7 +146,7 @@ class CallReader:
     def end(self) -> str:
         """What was held back and is no part of a call. Of a call that did not come to its end, `begun` tells."""
         rest, self._held = self._held, ""
-        return "" if rest.startswith(self._head) else rest
+        return "" if rest.startswith(self._form.trigger) else rest
 
     def _text(self, text: str) -> Iterator[str]:
         # Between calls templates write whitespace that is not the assistant's.

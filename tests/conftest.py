@@ -20,7 +20,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from runtime.errors import ModelUnavailable
 from runtime.models import SEEDLING, find_model
+from runtime.smollm2 import SMOLLM2
 
 pytest_plugins = ["tests.soak.ledger"]
 
@@ -65,6 +67,15 @@ def save_random_model(config: PreTrainedConfig, directory: Path) -> Path:
 def seedling() -> Path:
     """The directory of the bundled model."""
     return find_model(SEEDLING)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The file of SmolLM2, fetched into this user's cache where it is not there yet."""
+    try:
+        return find_model(SMOLLM2)
+    except ModelUnavailable as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

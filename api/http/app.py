@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -33,6 +33,7 @@ from api.http.standard import add_standard_routes, json_response
 from api.server import Server
 from api.uploads import Upload, UploadRoom
 from runtime.errors import InvalidSetting, Saturated
+from runtime.settings import UNIX
 
 # Of all bodies at once: a client without a key can send some, too.
 MOST_UPLOAD_BYTES = 64 * 2**20
@@ -126,7 +127,10 @@ def routes_of(app: QuartTrio) -> list[Route]:
 
 
 async def http_door(server: Server, bind: str, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
-    """Serves HTTP on `bind` until cancelled. Started in a nursery, it gives the URL. Raises InvalidSetting."""
+    """Serves HTTP on `bind`, HOST:PORT or unix:PATH, until cancelled. Started in a nursery, it gives the URL.
+
+    Raises InvalidSetting.
+    """
     settings = server.settings
     # A drain that the server has begun by itself ends in its own time.
     patch(Patience(settings.reader_timeout_s, on_stop=lambda _: None))
@@ -134,10 +138,33 @@ async def http_door(server: Server, bind: str, *, task_status: trio.TaskStatus[s
     config.bind = [bind]
     config.keep_alive_timeout = settings.idle_connection_s
     config.errorlog = logging.getLogger("perennial.http")
-    async with open_nursery() as nursery:
+    if not (settings.api_keys or settings.allow_unauthenticated):
+        # Of a socket in the file system: nobody else may open it.
+        config.umask = 0o077
+    async with _own_socket(bind), open_nursery() as nursery:
         with _listening(bind):
             urls = await nursery.start(hypercorn_serve, make_app(server), config)
         task_status.started(urls[0])
+
+
+@asynccontextmanager
+async def _own_socket(bind: str) -> AsyncIterator[None]:
+    """Sees to it that a path to be listened on is no other server's, and is gone when the block ends."""
+    path = trio.Path(bind.removeprefix(UNIX))
+    if not bind.startswith(UNIX):
+        yield
+        return
+    # Hypercorn puts a new socket where there is one that nobody listens on any more.
+    with suppress(OSError):
+        async with await trio.open_unix_socket(path):
+            raise InvalidSetting(f"bind={bind} is listened on already: stop that server, or choose another path")
+    if await path.exists() and not await path.is_socket():
+        raise InvalidSetting(f"bind={bind} is a file that is no socket: choose another path")
+    try:
+        yield
+    finally:
+        with trio.CancelScope(shield=True), suppress(OSError):
+            await path.unlink()
 
 
 @contextmanager

@@ -28,7 +28,9 @@ def document(routes: Iterable[Route], settings: Settings, label: str) -> dict[st
     """The OpenAPI document of a server of these settings whose model is called `label`."""
     routes = [*routes]
     schemas = _Schemas(routes)
-    schemas.narrow(CompletionRequest, "model", const=label)
+    for route in routes:
+        if route.operation.takes:
+            schemas.narrow(route.operation.takes, "model", const=label)
     schemas.narrow(CompletionRequest, "n", maximum=settings.max_concurrent)
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:

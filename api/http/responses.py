@@ -27,7 +27,14 @@ from api.question import Question
 from api.reading import ReadBody
 from api.server import Server
 from api.traces import describe_request
-from runtime.errors import NotServing, PayloadTooLarge, PreviousResponseNotFound, RequestError, ResponseNotFound
+from runtime.errors import (
+    NotServing,
+    PayloadTooLarge,
+    PreviousResponseNotFound,
+    RequestError,
+    ResponseNotFound,
+    UpgradeRequired,
+)
 from runtime.points import Point
 
 RESPONSES = Family("/v1/responses", is_deprecated=False, as_error=as_responses_error)
@@ -64,6 +71,7 @@ _CREATE = Operation(
     (*ANSWER_ERRORS, PreviousResponseNotFound),
     ResponseRequest,
 )
+_UPGRADE = Operation("Takes WebSockets, and refuses whoever does not ask for one.", {}, (UpgradeRequired,))
 _FIND = Operation("A stored response.", {200: {JSON: ResponseObject}}, (NotServing, ResponseNotFound))
 _DELETE = Operation("Forgets a stored response.", {200: {JSON: Deleted}}, (NotServing, ResponseNotFound))
 
@@ -87,6 +95,10 @@ def add_response_routes(door: Door) -> None:
         response = Response(content_type=f"{EVENTS}; charset=utf-8", headers={"Cache-Control": "no-cache"})
         response.response = _TurnEvents(turn, _server_sent)
         return response
+
+    @door.route("GET", RESPONSES.base, _UPGRADE, RESPONSES)
+    async def upgrade() -> Response:
+        raise UpgradeRequired("responses come by POST, or over a WebSocket: ask for an upgrade to one")
 
     @door.route("GET", f"{RESPONSES.base}/<response_id>", _FIND, RESPONSES)
     async def find_response(response_id: str) -> Response:

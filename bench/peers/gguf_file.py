@@ -1,6 +1,7 @@
-"""GGUF files of a Qwen3 model in a directory, beside its weights: `python -m bench.peers.gguf_file DIRECTORY WEIGHTS`.
+"""GGUF files of a model in a directory, beside its weights: `python -m bench.peers.gguf_file DIRECTORY WEIGHTS`.
 
-Float32 is written here, with the tensor names and keys of the `gguf` package; llama.cpp itself makes the other kinds of it.
+Of a Qwen3 model float32 is written here, with the tensor names and keys of the `gguf` package; where the model was read from
+a GGUF file, that lies there as `ORIGINAL`. llama.cpp itself makes the other kinds of it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+ORIGINAL = "original.gguf"
 # By the names that llama.cpp's users know them by.
 WEIGHTS = {
     "F32": llama_cpp.LLAMA_FTYPE_ALL_F32,
     "BF16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,
     "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+    "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
     "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
 }
 
@@ -34,7 +37,9 @@ def gguf_file(directory: Path, weights: str) -> Path:
         if weights == "F32":
             _write(directory, fresh)
         else:
-            _quantise(gguf_file(directory, "F32"), fresh, WEIGHTS[weights])
+            original = directory / ORIGINAL
+            source = original if original.exists() else gguf_file(directory, "F32")
+            _quantise(source, fresh, WEIGHTS[weights])
         fresh.rename(path)
     return path
 
@@ -42,6 +47,7 @@ def gguf_file(directory: Path, weights: str) -> Path:
 def _quantise(source: Path, target: Path, kind: int) -> None:
     terms = llama_cpp.llama_model_quantize_default_params()
     terms.ftype = kind
+    terms.allow_requantize = True
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), terms):
         raise RuntimeError(f"llama.cpp could not quantise {source}")
 

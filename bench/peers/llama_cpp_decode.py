@@ -1,4 +1,7 @@
-"""llama.cpp through `llama-cpp-python`, greedy: `python -m bench.peers.llama_cpp_decode DIRECTORY THREADS WEIGHTS`."""
+"""llama.cpp through `llama-cpp-python`, greedy: `python -m bench.peers.llama_cpp_decode DIRECTORY THREADS WEIGHTS`.
+
+In the place of a directory, for which a file of these weights is made, it may be given a GGUF file and no weights.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,19 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
+from bench.figures import figure
 from bench.peers.gguf_file import gguf_file
-from bench.peers.speeds import GENERATED_TOKENS, PREFILL_TOKENS, PROMPT_TOKENS, answer, measure, prompt
+from bench.peers.speeds import (
+    GENERATED_TOKENS,
+    LOAD,
+    MEMORY,
+    PREFILL_TOKENS,
+    PROMPT_TOKENS,
+    answer,
+    measure,
+    prompt,
+    resident_mib,
+)
 
 MOST_STREAMS = 8
 
@@ -57,8 +71,13 @@ class Context:
         return int(np.ctypeslib.as_array(logits, shape=(self._vocabulary,)).argmax())
 
 
-def main(directory: Path, threads: int, weights: str) -> None:
-    context = Context(gguf_file(directory, weights), threads)
+def main(path: Path, threads: int) -> None:
+    before = resident_mib()
+    began = time.perf_counter()
+    context = Context(path, threads)
+    load = time.perf_counter() - began
+    context.draw(0, {0: prompt(0)})
+    memory = resident_mib() - before
 
     def prefill() -> float:
         context.clear()
@@ -74,8 +93,10 @@ def main(directory: Path, threads: int, weights: str) -> None:
             drawn = context.draw(position, drawn)
         return streams * GENERATED_TOKENS / (time.perf_counter() - began)
 
-    answer(measure(prefill, decode, (1, 4, MOST_STREAMS)))
+    speeds = measure(prefill, decode, (1, 4, MOST_STREAMS))
+    answer(speeds | {LOAD: figure("s", [load]), MEMORY: figure("MiB", [memory])})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    given, threads, *weights = sys.argv[1:]
+    main(gguf_file(Path(given), *weights) if weights else Path(given), int(threads))

@@ -34,7 +34,7 @@ class PeerFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class Peer:
     """One peer with one kind of weights, as `module` measures it with `arguments`."""
 
     label: str
@@ -43,16 +43,24 @@ class Speed:
     arguments: tuple[str, ...]
 
 
-def speeds(directory: str, threads: int, dtype: str) -> list[Speed]:
+def speeds(directory: str, threads: int, dtype: str) -> list[Peer]:
     """Every peer that is measured for speed; `dtype` is what an engine in torch computes in here."""
-    by_torch = Speed(f"transformers {dtype}", "transformers", "transformers_generate", (directory, str(threads), dtype))
+    by_torch = Peer(f"transformers {dtype}", "transformers", "transformers_generate", (directory, str(threads), dtype))
     # Where torch computes in float32, so should somebody else.
     kinds = (*(["F32"] if dtype == "float32" else []), "BF16", "Q8_0", "Q4_K_M")
     by_llama = [
-        Speed(f"llama.cpp {kind}", "llama-cpp-python", "llama_cpp_decode", (directory, str(threads), kind))
+        Peer(f"llama.cpp {kind}", "llama-cpp-python", "llama_cpp_decode", (directory, str(threads), kind))
         for kind in kinds
     ]
-    return [by_torch, *by_llama, Speed("mlx-lm bfloat16", "mlx-lm", "mlx_generate", (directory,))]
+    return [by_torch, *by_llama, Peer("mlx-lm bfloat16", "mlx-lm", "mlx_generate", (directory,))]
+
+
+def qualities(directory: str, threads: int, tokens: str) -> list[Peer]:
+    """Every peer that is asked for the perplexity of the tokens in that file."""
+    return [
+        Peer(f"llama.cpp {kind}", "llama-cpp-python", "llama_cpp_quality", (directory, str(threads), kind, tokens))
+        for kind in ("BF16", "Q8_0", "Q4_0")
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -66,10 +74,10 @@ async def installed(interpreter: str) -> dict[str, str]:
     return found
 
 
-async def measured(interpreter: str, speed: Speed) -> dict[str, Figure]:
-    """Tokens a second by what is done. Raises PeerFailed."""
+async def measured(interpreter: str, peer: Peer) -> dict[str, Figure]:
+    """Figures by what they are of. Raises PeerFailed."""
     with trio.move_on_after(LONGEST_S):
-        said = await _last_line(interpreter, "-m", f"bench.peers.{speed.module}", *speed.arguments)
+        said = await _last_line(interpreter, "-m", f"bench.peers.{peer.module}", *peer.arguments)
         return {name: Figure(**one) for name, one in json.loads(said).items()}
     raise PeerFailed(f"not done within {LONGEST_S} s")
 

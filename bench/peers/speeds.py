@@ -1,4 +1,4 @@
-"""What a peer is asked for speed, and how it answers: one line of JSON, the figures by what is done."""
+"""What a peer is asked, and how it answers: one line of JSON, the figures by what is done."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from bench.figures import Figure, figure, repeats
 
 BUDGET_S = 8
 PREFILL = "prefill"
+LOAD, MEMORY = "load", "memory of a load and a first forward"
+PERPLEXITY = "perplexity"
 PREFILL_TOKENS = 512
 PROMPT_TOKENS, GENERATED_TOKENS = 8, 8
 
@@ -35,6 +37,14 @@ def measure(
     # The first forward of a process pays for much that later ones do not.
     decode(streams[0])
     return {name: figure("tokens/s", [once() for _ in repeats(BUDGET_S, least)]) for name, once in kinds.items()}
+
+
+def resident_mib() -> float:
+    """What this process has in memory, pages of mapped files included."""
+    # Most that is measured here needs nothing but what peers bring along.
+    import psutil
+
+    return float(psutil.Process().memory_info().rss / 2**20)
 
 
 def answer(figures: dict[str, Figure]) -> None:

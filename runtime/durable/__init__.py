@@ -2,7 +2,7 @@
 
 from runtime.durable.identity import HistoryIdentity, SlabIdentity, Terms, fingerprint
 from runtime.durable.slab_file import SlabWriter
-from runtime.durable.store import Durable, SessionStore, Snapshot
+from runtime.durable.store import Durable, SessionStore
 
 __all__ = [
     "Durable",
@@ -10,7 +10,6 @@ __all__ = [
     "SessionStore",
     "SlabIdentity",
     "SlabWriter",
-    "Snapshot",
     "Terms",
     "fingerprint",
 ]

@@ -36,10 +36,11 @@ class SlabIdentity:
     kernels: str
     weights: str
     dtype: str
+    kv_dtype: str
     sink: int
     window: int
     slots: int
-    version: int = field(default=1)
+    version: int = field(default=2)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -64,9 +65,10 @@ class Terms:
 
 
 def fingerprint(directory: Path) -> str:
-    """A digest of a model's configuration and weights. Raises ModelUnavailable."""
+    """A digest of a model's configuration and weights, in a directory or a GGUF file. Raises ModelUnavailable."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+    parts = [directory] if directory.is_file() else [directory / "config.json", *directory.glob("*.safetensors")]
+    for path in sorted(parts):
         try:
             _take(path, digest)
         except OSError as error:

@@ -130,15 +130,15 @@ def read_slab(files: Files, path: Path, identity: SlabIdentity, slab: Slab, hist
         used = min(frontier, spec.slots)
         whole: list[Tensor] = []
         for layer, side, head, slots in _pieces(spec, used):
-            count = (slots.stop - slots.start) * spec.head_dim * spec.dtype.itemsize
+            count = (slots.stop - slots.start) * spec.width * spec.dtype.itemsize
             content = files.read(file, at, count)
             seal, found = checksum(seal, content), files.read(file, at + count, CHECKSUM_BYTES)
             if seal != found:
                 raise Damaged("a piece of it was changed or is missing")
             at += count + CHECKSUM_BYTES
-            whole.append(_tensor_of(content, spec.dtype).view(-1, spec.head_dim))
+            whole.append(_tensor_of(content, spec.dtype).view(-1, spec.width))
             if (side, head, slots.stop) == (1, spec.kv_heads - 1, used):
-                keys, values = torch.cat(whole).view(2, spec.kv_heads, used, spec.head_dim)
+                keys, values = torch.cat(whole).view(2, spec.kv_heads, used, spec.width)
                 slab.put(layer, keys, values)
                 whole = []
         for layer in range(spec.layers):
@@ -151,7 +151,7 @@ def digest_of(history: array[int]) -> str:
 
 def _pieces(spec: SlabSpec, used: int) -> Iterator[tuple[int, int, int, slice]]:
     """Layer, keys (0) or values (1), kv head, and slots, of each piece in the order in which they lie."""
-    at_once = max(1, MOST_PIECE_BYTES // (spec.head_dim * spec.dtype.itemsize))
+    at_once = max(1, MOST_PIECE_BYTES // (spec.width * spec.dtype.itemsize))
     for layer in range(spec.layers):
         for side in (0, 1):
             for head in range(spec.kv_heads):

@@ -33,6 +33,7 @@ from runtime.errors import (
     StorageFull,
 )
 from runtime.points import PointTree
+from runtime.sessions import Snapshot
 from runtime.slab import Slab
 
 HISTORY, SLAB = ".history", ".slab"
@@ -56,17 +57,6 @@ class Record:
     @property
     def size(self) -> int:
         return self.history_bytes + self.slab_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A session that was saved. `saved_at` is in seconds since 1970."""
-
-    snapshot_id: str
-    label: str
-    history_length: int
-    size_bytes: int
-    saved_at: float
 
 
 class SessionStore:

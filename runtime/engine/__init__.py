@@ -30,7 +30,8 @@ class EngineFacts:
 
     A forward runs at most `row_tile` rows, and costs what the next multiple of `row_step` costs. `form_reason` says why a
     form was taken that no setting named. Where bit-exactness is claimed, `claims` are its grounds, a line each, and `tried`
-    is what a probe tried on top. Machines of one `kernel_class` give each other's bits.
+    is what a probe tried on top. Machines of one `kernel_class` give each other's bits. `tensors` says of each kind in a
+    GGUF file what became of it, where the engine keeps its weights as the file has them.
     """
 
     backend: str
@@ -49,6 +50,7 @@ class EngineFacts:
     cpu_features: str
     kernel_class: str
     slab: SlabSpec
+    tensors: tuple[str, ...] = ()
 
 
 class Engine(Protocol):
@@ -69,6 +71,8 @@ class Engine(Protocol):
 def load_engine(settings: Settings, directory: Path, beside: EngineFacts | None = None) -> Engine:
     """The engine of `settings` with the model in `directory`; the memory and threads of one that is `beside` it stay its own.
 
+    Instead of a directory it may be a GGUF file.
+
     Raises InvalidSetting, ModelUnavailable or NotEnoughMemory, each with one line that says what to do.
     """
     engine = _chosen_engine(settings, directory, beside)
@@ -88,7 +92,8 @@ def _check_forward(engine: Engine, directory: Path) -> None:
 
 
 def _chosen_engine(settings: Settings, directory: Path, beside: EngineFacts | None) -> Engine:
-    if settings.backend == "mlx" or (settings.backend == "auto" and _is_apple_silicon() and find_spec("mlx_lm")):
+    is_mlx_best = _is_apple_silicon() and find_spec("mlx_lm") and directory.is_dir()
+    if settings.backend == "mlx" or (settings.backend == "auto" and is_mlx_best):
         try:
             from runtime.engine.mlx_engine import MlxEngine
         except ImportError as error:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from runtime.checkpoints import AS_DATA, FILE_ERRORS
 from runtime.engine import EngineFacts
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory, NotExact
+from runtime.gguf_model import gguf_config
 from runtime.model_files import one_line, quiet_transformers, read_checked_config
 from runtime.proposers.ngram import NgramProposer
 from runtime.settings import Settings
@@ -19,6 +20,8 @@ from runtime.slab import BUCKET_SLOTS, SlabSpec
 
 # Those whose logits the test suite compares with transformers' own.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+# How weights are held that stay as a GGUF file has them.
+KEPT = "kept"
 # The more rows in a forward, the faster a prompt is read.
 ROW_TILE = 256
 # Handing so little out to more threads costs more than it saves, several times more where other programs run.
@@ -44,10 +47,12 @@ class Form:
 
 def read_config(directory: Path) -> PreTrainedConfig:
     """The configuration of a model that this release runs. Raises ModelUnavailable."""
-    read_checked_config(directory)
+    is_file = directory.is_file()
+    if not is_file:
+        read_checked_config(directory)
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(directory, **AS_DATA)
+            config = gguf_config(directory) if is_file else AutoConfig.from_pretrained(directory, **AS_DATA)
     except FILE_ERRORS as error:
         raise ModelUnavailable(
             f"{directory} has no configuration that transformers can read: {one_line(error)}"
@@ -88,8 +93,17 @@ def slab_spec(
     *,
     row_tile: int = ROW_TILE,
     bucket: int = BUCKET_SLOTS,
+    others: Sequence[str] = (),
 ) -> SlabSpec:
-    """The shape of slabs. The window is cut down to what the model can see. Raises InvalidSetting."""
+    """The shape of slabs of an engine that computes in `dtype`, and whose attention reads slabs of `others` too.
+
+    The window is cut down to what the model can see. Raises InvalidSetting.
+    """
+    own = str(dtype).removeprefix("torch.")
+    if settings.kv_dtype not in ("auto", own, *others):
+        raise InvalidSetting(
+            f"kv_dtype={settings.kv_dtype} cannot be had beside dtype={own} here: set kv_dtype to auto, or backend to openvino"
+        )
     longest = config.max_position_embeddings
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         longest = min(longest, config.sliding_window)
@@ -103,14 +117,14 @@ def slab_spec(
         sink=settings.sink,
         window=min(settings.window, longest - settings.sink),
         row_tile=row_tile,
-        dtype=dtype,
+        dtype=dtype if settings.kv_dtype == "auto" else named_dtype(settings.kv_dtype),
         device=device,
         bucket=bucket,
     )
 
 
 def named_dtype(name: str) -> torch.dtype:
-    """The type that the setting `dtype` names, unless it says auto."""
+    """The type that the setting `dtype` or `kv_dtype` names, unless it says auto."""
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype

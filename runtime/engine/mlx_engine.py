@@ -67,6 +67,8 @@ class MlxEngine(DrawingEngine):
 
         One that is loaded `beside` another leaves it its memory. Raises InvalidSetting, ModelUnavailable or NotEnoughMemory.
         """
+        if directory.is_file():
+            raise InvalidSetting("backend=mlx reads no GGUF files: set backend to torch, which runs them on mps too")
         config = read_config(directory)
         mx.set_default_device(_choose_device(settings))
         dtype = _choose_dtype(settings)

@@ -1,13 +1,15 @@
-"""The OpenVINO engine: layers as compiled graphs, attention over torch's slabs between them. For CPUs."""
+"""The OpenVINO engine: layers as compiled graphs, attention over slabs by kernels of ours between them. For CPUs."""
 
 from __future__ import annotations
 
 import logging
+import platform
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -16,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import load_weights
 from runtime.engine import EngineFacts
-from runtime.engine.attention import CLAIMS, attend, attention_is_exact, plan_forward
 from runtime.engine.configuration import (
+    KEPT,
     Form,
     check_memory,
     count_weights,
@@ -29,13 +31,16 @@ from runtime.engine.configuration import (
 from runtime.engine.drawing import DrawingEngine
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import found
-from runtime.engine.machine import Level, features, kernel_class, level
+from runtime.engine.machine import Level, features, hardware_level, kernel_class, level
 from runtime.engine.openvino_fit import can_build
 from runtime.engine.openvino_graphs import Compiling, build
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
 from runtime.engine.rotary import ExactRotary
+from runtime.engine.row_attention import CLAIM, RowAttention, row_attention_is_exact
 from runtime.engine.torch_slab import torch_pool
 from runtime.errors import InvalidSetting, ModelUnavailable
+from runtime.gguf_file import StoredRows
+from runtime.gguf_model import StoredEmbedding, stored_model
 from runtime.rows import RowBatch
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
@@ -44,8 +49,8 @@ _log = logging.getLogger("perennial.engine")
 
 # So many rows read a prompt as fast as more would, and a probe tries each count of them.
 _ROW_TILE = 128
-# Between graphs attention is the larger part of a step: over 256 slots it would take a third longer at 520 tokens.
-_BUCKET_SLOTS = 64
+# Attention reads slabs of these types, whatever the graphs compute in.
+_HELD = ("float32", "bfloat16", "int8")
 # A head draws for one row of each session, and its probe takes longest.
 _HEAD_MOST_ROWS = 32
 
@@ -76,14 +81,14 @@ class OpenVinoEngine(DrawingEngine):
         cpu = torch.device("cpu")
         if not can_build(config):
             raise ModelUnavailable(
-                f"backend=openvino cannot run the model in {directory}, whose layers have other parts or sizes that are no "
-                "multiples of 32: set backend to torch"
+                f"backend=openvino cannot run the model in {directory}, whose layers have other parts, sizes that are no "
+                "multiples of 32 or heads of no multiple of 16: set backend to torch"
             )
-        forms = _forms(settings)
+        forms = _forms(settings, is_file=directory.is_file())
         count = count_weights(config, directory)
 
         def spec_of(form: Form) -> SlabSpec:
-            return slab_spec(config, settings, form.dtype, cpu, row_tile=_ROW_TILE, bucket=_BUCKET_SLOTS)
+            return slab_spec(config, settings, form.dtype, cpu, row_tile=_ROW_TILE, others=_held_types())
 
         # The embedding stays beside a head that shares its weights. What is rounded is read in 16 bits first, and what is not
         # is kept twice: as it was, and as OpenVINO's kernels read it.
@@ -96,8 +101,8 @@ class OpenVinoEngine(DrawingEngine):
         failed: list[Form] = []
         for form in forms:
             spec = spec_of(form)
-            model = _Model(config, directory, form)
-            if not is_strict or model.is_exact(spec):
+            model = _Model(config, directory, form, spec)
+            if not is_strict or model.is_exact():
                 return cls(model, spec, form.after(failed), is_bit_exact=is_strict)
             failed.append(form)
         raise refuse(failed)
@@ -107,7 +112,7 @@ class OpenVinoEngine(DrawingEngine):
         return EngineFacts(
             backend="openvino",
             device="cpu",
-            dtype=str(self._spec.dtype).removeprefix("torch."),
+            dtype=str(self._form.dtype).removeprefix("torch."),
             weights=self._form.weights,
             form_reason=self._form.reason,
             architecture=self._model.config.model_type,
@@ -121,6 +126,7 @@ class OpenVinoEngine(DrawingEngine):
             cpu_features=features(),
             kernel_class=f"{kernel_class()}, openvino {version('openvino')}",
             slab=self._spec,
+            tensors=self._model.tensors,
         )
 
     def _claims(self) -> tuple[str, ...]:
@@ -131,8 +137,11 @@ class OpenVinoEngine(DrawingEngine):
             "OpenVINO, rows in 8 bits, groups of 32 added in order" if is_whole else f"OpenVINO, in {dtype}",
             Ground.WHOLE_NUMBERS if is_whole else Ground.ROW_BY_ROW,
         )
-        rest = Claim("norms, activations, rotation", "OpenVINO's vectors, a row at a time", Ground.ROW_BY_ROW)
-        return tuple(f"{claim.part} ({claim.form}): {claim.ground}" for claim in (linears, rest, CLAIMS[0]))
+        rest = (
+            Claim(part, "OpenVINO's vectors, a row at a time", Ground.ROW_BY_ROW)
+            for part in ("norms", "activations, rotation")
+        )
+        return tuple(f"{claim.part} ({claim.form}): {claim.ground}" for claim in (linears, *rest, CLAIM))
 
     def new_pool(self, count: int) -> SlabPool:
         return torch_pool(self._spec, count)
@@ -141,69 +150,87 @@ class OpenVinoEngine(DrawingEngine):
     def logits(self, batch: RowBatch) -> Tensor:
         rows = batch.rows
         assert 0 < len(rows) <= self._spec.row_tile
-        return self._model.logits(batch, self._spec)
+        return self._model.logits(batch)
 
 
 class _Model:
-    """The graphs of a model, its embedding, and the angles that it turns by."""
+    """The graphs of a model, its embedding, the angles that it turns by, and attention over slabs of `spec`."""
 
-    def __init__(self, config: PreTrainedConfig, directory: Path, form: Form) -> None:
+    def __init__(self, config: PreTrainedConfig, directory: Path, form: Form, spec: SlabSpec) -> None:
         """Raises ModelUnavailable."""
-        # What is rounded to fewer bits is rounded from the checkpoint's own.
-        held: torch.dtype | Literal["auto"] = form.dtype if form.weights == "none" else "auto"
-        refusal = f"the weights in {directory} cannot be loaded"
-        model = load_weights(AutoModelForCausalLM, directory, held, refusal)
+        model = stored_model(directory) if directory.is_file() else _loaded(directory, form)
         self.config = config
-        self._form = form
+        self._form, self._spec = form, spec
         decoder = model.get_decoder()
         self._rotary = ExactRotary(decoder.rotary_emb)
-        # A copy, so that the file it was mapped from is let go.
-        self._embedding: Tensor = decoder.embed_tokens.weight.detach().clone()
+        self._attend = RowAttention(spec, config.num_attention_heads, self._rotary)
+        self._embedding = _embedding_of(decoder)
         self._graphs = build(model, Compiling(form.dtype, form.weights, torch.get_num_threads()))
-        self.weights_bytes = self._graphs.weights_bytes + self._embedding.numel() * self._embedding.itemsize
+        self.tensors = self._graphs.tensors
+        self.weights_bytes = self._graphs.weights_bytes + self._embedding.nbytes
         self._no_logits = torch.empty(0, config.vocab_size)
 
-    def is_exact(self, spec: SlabSpec) -> bool:
+    def is_exact(self) -> bool:
         """Whether each kind of graph, attention, and a layer as a whole, give rows the same bits in every batch here."""
-        described = f"openvino {version('openvino')} {self.config} {self._form}"
+        described = f"openvino {version('openvino')} {self.config} {self._form} {' '.join(self.tensors)}".strip()
         graphs = self._graphs
         kinds = {"first": graphs.first, "last": graphs.last, "head": graphs.head}
-        if graphs.between:
-            kinds["between"] = graphs.between[0]
+        kinds |= {f"between {' '.join(graph.forms)}".strip(): graph for graph in graphs.between}
         for kind, graph in kinds.items():
-            most = _HEAD_MOST_ROWS if graph is graphs.head else spec.row_tile
+            most = _HEAD_MOST_ROWS if graph is graphs.head else self._spec.row_tile
             probe = partial(is_exact_function, graph.of_rows, sum(graph.widths), torch.float32, most)
             if not found(f"{described} graph {kind}, at most {most} rows", probe):
                 _log.warning("a row gets other bits in other batches of the graph %s of %s", kind, self._form)
                 return False
-        layer = _FirstLayer(self, replace(spec, layers=1))
-        return attention_is_exact(spec, self.config.num_attention_heads, self._rotary) and found(
+        layer = _FirstLayer(self, replace(self._spec, layers=1))
+        return row_attention_is_exact(self._spec, self.config.num_attention_heads, self._rotary) and found(
             f"{described} {layer.spec}", partial(is_bit_exact, layer, layer.spec, self.config.vocab_size)
         )
 
-    def hidden(self, batch: RowBatch, spec: SlabSpec) -> Tensor:
-        """What the head is given, of the rows with `draw`. Of the layers run as many as the slabs of `spec` have."""
+    def hidden(self, batch: RowBatch, layers: int) -> Tensor:
+        """What the head is given, of the rows with `draw`, after so many of the first layers and the last one's MLP."""
         rows = batch.rows
-        hidden = self._embedding[[row.token_id for row in rows]].float()
-        positions = torch.tensor([row.position for row in rows])
-        turn = self._rotary(hidden, positions)
-        plan = plan_forward(batch, self._rotary, self.config.num_attention_heads)
+        hidden = self._embedding.rows([row.token_id for row in rows])
+        turn = self._rotary(hidden, torch.tensor([row.position for row in rows]))
+        plan = self._attend.plan(batch)
         graphs = self._graphs
         projected = graphs.first(hidden, *turn)
-        for layer in range(spec.layers):
-            query, key, value = (one.to(spec.dtype).transpose(0, 1) for one in projected)
-            attended = attend(layer, query, key, value, scaling=spec.head_dim**-0.5, plan=plan)
-            flat = attended.flatten(1).float()
-            if layer == spec.layers - 1:
-                (hidden,) = graphs.last(flat, hidden)
+        for layer in range(layers):
+            query, key, value = projected
+            attended = self._attend(layer, query, key, value, plan)
+            if layer == layers - 1:
+                (hidden,) = graphs.last(attended, hidden)
             else:
-                hidden, *projected = graphs.between[layer](flat, hidden, *turn)
+                hidden, *projected = graphs.between[layer](attended, hidden, *turn)
         return hidden[[index for index, row in enumerate(rows) if row.draw is not None]]
 
-    def logits(self, batch: RowBatch, spec: SlabSpec) -> Tensor:
+    def logits(self, batch: RowBatch) -> Tensor:
         """Of the rows with `draw`, [rows, vocabulary] float32."""
-        parts = self.hidden(batch, spec).split(_HEAD_MOST_ROWS)
+        parts = self.hidden(batch, self._spec.layers).split(_HEAD_MOST_ROWS)
         return torch.cat([self._graphs.head(part)[0].clone() for part in parts if len(part)] or [self._no_logits])
+
+
+class _DenseRows:
+    """Rows of an embedding, in a copy, so that the file it was mapped from is let go."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.detach().clone()
+        self.nbytes = self._weight.nbytes
+
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """[indices, hidden] float32."""
+        return self._weight[indices].float()
+
+
+def _embedding_of(decoder: Any) -> _DenseRows | StoredRows:
+    embedding = decoder.embed_tokens
+    return StoredRows(embedding.stored) if isinstance(embedding, StoredEmbedding) else _DenseRows(embedding.weight)
+
+
+def _loaded(directory: Path, form: Form) -> Any:
+    # What is rounded to fewer bits is rounded from the checkpoint's own.
+    dtype: torch.dtype | Literal["auto"] = form.dtype if form.weights == "none" else "auto"
+    return load_weights(AutoModelForCausalLM, directory, dtype, f"the weights in {directory} cannot be loaded")
 
 
 class _FirstLayer:
@@ -217,17 +244,31 @@ class _FirstLayer:
 
     @torch.inference_mode()
     def logits(self, batch: RowBatch) -> Tensor:
-        return self._model.hidden(batch, self.spec)
+        return self._model.hidden(batch, self.spec.layers)
 
 
-def _forms(settings: Settings) -> list[Form]:
-    """The forms that the settings leave, the one to be tried first before the others. Raises InvalidSetting."""
+def _held_types() -> tuple[str, ...]:
+    # An older x86 CPU has no instruction that reads float16, and numba's code none to call instead.
+    reads_halves = platform.machine().lower() not in ("x86_64", "amd64") or hardware_level() >= Level.AVX2
+    return (*_HELD, "float16") if reads_halves else _HELD
+
+
+def _forms(settings: Settings, *, is_file: bool) -> list[Form]:
+    """The forms that the settings leave, the one to be tried first before the others. Raises InvalidSetting.
+
+    Those of a GGUF file are rounded once more by an explicit setting alone.
+    """
     multiplies_halves = level() >= Level.AVX512_BF16
-    # Attention in bfloat16 is emulated on other CPUs.
-    usual = torch.bfloat16 if multiplies_halves else torch.float32
-    dtype = usual if settings.dtype == "auto" else named_dtype(settings.dtype)
+    if settings.dtype != "auto":
+        dtype = named_dtype(settings.dtype)
+    else:
+        # Linears of whole numbers compute in float32; the type is that of slabs.
+        is_emulated = settings.weights == "none" and not multiplies_halves
+        dtype = torch.float32 if is_emulated else torch.bfloat16
     if settings.weights != "auto":
         return [Form(dtype, settings.weights)]
+    if is_file:
+        return [Form(dtype, KEPT, "as the file has them")]
     whole = Form(dtype, "int8", "" if multiplies_halves else "this CPU multiplies no numbers of 16 bits")
     if multiplies_halves and dtype == torch.bfloat16:
         return [Form(dtype, "none", "this CPU reads 16 bits a weight at its memory's speed"), whole]

@@ -13,6 +13,8 @@ from runtime.settings import Settings
 
 # Weights in a row of so many share a scale.
 GROUP = 32
+# Attention takes so many numbers of a head at once.
+_HEAD_STEP = 16
 
 
 def is_best_by(settings: Settings, directory: Path) -> bool:
@@ -36,4 +38,4 @@ def can_build(config: PreTrainedConfig) -> bool:
     """Whether a model of this configuration has layers of the parts that are built there, of sizes that divide into groups."""
     heads, _, head_dim = attention_shape(config)
     sizes = (config.hidden_size, config.intermediate_size, heads * head_dim)
-    return config.hidden_act == "silu" and not any(size % GROUP for size in sizes)
+    return config.hidden_act == "silu" and not any(size % GROUP for size in sizes) and head_dim % _HEAD_STEP == 0

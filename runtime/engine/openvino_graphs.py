@@ -9,7 +9,8 @@ sums whole numbers inside a group, and adds the groups in order, which is what Q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runtime.engine.configuration import attention_shape
+from runtime.engine.configuration import KEPT, attention_shape
 from runtime.engine.openvino_fit import GROUP
+from runtime.engine.stored import Matrix, Tally, form_of, join, matrix_of, quantised
 from runtime.foreign.openvino import ops, ov
+from runtime.foreign.pages import page_out
 
 _FLOAT = ov.Type.f32
-_ROWS_AT_ONCE = 4096
+# So many weights and what is made of them stay in a core's cache.
+_ROUNDED_AT_ONCE = 2**18
 _TURN = ("cosines", "sines")
 _OV_TYPES = {torch.bfloat16: ov.Type.bf16, torch.float16: ov.Type.f16, torch.float32: ov.Type.f32}
 
@@ -35,24 +39,36 @@ class Compiling:
     weights: str
     threads: int
 
-    def graph(self, outputs: Sequence[ov.Output], inputs: Sequence[ov.Output], widths: Sequence[int]) -> Graph:
+    def graph(
+        self,
+        outputs: Sequence[ov.Output],
+        inputs: Sequence[ov.Output],
+        widths: Sequence[int],
+        groups: Mapping[str, int],
+    ) -> Graph:
+        """Compiles what leads from `inputs` to `outputs`; `groups` are those of its weights by their forms."""
+        # Rows that are rounded in larger groups than the weights have are not rounded at all.
+        group = min(groups.values(), default=GROUP)
         properties = {
             "INFERENCE_PRECISION_HINT": "bf16" if self.dtype == torch.bfloat16 and self.weights == "none" else "f32",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(GROUP if self.weights != "none" else 0),
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group if self.weights != "none" else 0),
             "INFERENCE_NUM_THREADS": self.threads,
             "NUM_STREAMS": 1,
             # Threads that are tied to a core stand in the way of torch's own.
             "ENABLE_CPU_PINNING": False,
         }
         model = ov.Model(list(outputs), [one.get_node() for one in inputs])
-        return Graph(ov.Core().compile_model(model, "CPU", properties), widths)
+        return Graph(ov.Core().compile_model(model, "CPU", properties), widths, tuple(groups))
 
 
 class Graph:
-    """A compiled graph. Takes rows of these `widths` and returns rows, in float32; its next call overwrites what it returned."""
+    """A compiled graph. Takes rows of these `widths` and returns rows, in float32; its next call overwrites what it returned.
 
-    def __init__(self, compiled: ov.CompiledModel, widths: Sequence[int]) -> None:
-        self.widths = tuple(widths)
+    `forms` are those of its weights that come from a GGUF file.
+    """
+
+    def __init__(self, compiled: ov.CompiledModel, widths: Sequence[int], forms: tuple[str, ...]) -> None:
+        self.widths, self.forms = tuple(widths), forms
         self._request = compiled.create_infer_request()
         self._outputs = len(compiled.outputs)
         self._given: list[ov.Tensor] = []
@@ -73,15 +89,32 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class Graphs:
-    """`first` takes hidden rows; each of `between`, and `last`, what a layer attended to and the hidden rows before it."""
+    """`first` takes hidden rows; each of `between`, and `last`, what a layer attended to and the hidden rows before it.
+
+    `tensors` says of each kind in a GGUF file what became of it.
+    """
 
     first: Graph
     between: tuple[Graph, ...]
     last: Graph
     head: Graph
     weights_bytes: int
+    tensors: tuple[str, ...]
 
 
+@contextmanager
+def _on_one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# In parts that stay in its cache one core rounds weights as fast as memory gives them; several would wait for each other after
+# each of a dozen small steps.
+@_on_one_thread()
 def build(model: Any, compiling: Compiling) -> Graphs:
     """The graphs of a model of transformers, whose layers are taken from it one by one, so that memory holds one twice."""
     decoder, config = model.get_decoder(), model.config
@@ -92,10 +125,12 @@ def build(model: Any, compiling: Compiling) -> Graphs:
     between = []
     for number in range(1, len(layers)):
         between.append(builder.between(layers[number - 1], layers[number]))
+        page_out(layers[number - 1].parameters())
         layers[number - 1] = None
     last = builder.last(layers[-1], decoder.norm)
+    page_out(layers[-1].parameters())
     head = builder.head(model.get_output_embeddings())
-    return Graphs(first, tuple(between), last, head, builder.weights_bytes)
+    return Graphs(first, tuple(between), last, head, builder.weights_bytes, builder.tally.lines())
 
 
 class _Builder:
@@ -109,7 +144,9 @@ class _Builder:
             "attended": self._heads * self._head_dim,
             **dict.fromkeys(_TURN, self._head_dim),
         }
+        self._groups: dict[str, int] = {}
         self.weights_bytes = 0
+        self.tally = Tally()
 
     def first(self, layer: Any) -> Graph:
         def make(hidden: ov.Output, *turn: ov.Output) -> list[ov.Output]:
@@ -138,7 +175,9 @@ class _Builder:
     def _graph(self, make: Callable[..., list[ov.Output]], names: Sequence[str]) -> Graph:
         widths = [self._widths[name] for name in names]
         inputs = [_out(ops.parameter(ov.PartialShape([-1, width]), _FLOAT)) for width in widths]
-        return self._compiling.graph(make(*inputs), inputs, widths)
+        self._groups = {}
+        outputs = make(*inputs)
+        return self._compiling.graph(outputs, inputs, widths, self._groups)
 
     def _projected(self, layer: Any, hidden: ov.Output, turn: Sequence[ov.Output]) -> list[ov.Output]:
         """Queries, keys and values [rows, heads, D] of a layer, queries and keys turned."""
@@ -178,12 +217,45 @@ class _Builder:
 
     def _times(self, linears: Sequence[nn.Linear], rows: ov.Output, weights: str | None = None) -> ov.Output:
         """The rows through linears of the same input at once, one's outputs beside the other's."""
-        each = [linear.weight.detach() for linear in linears]
-        weight = each[0] if len(each) == 1 else torch.cat(each)
-        product = ops.matmul(rows, self._held(weight, weights or self._compiling.weights), False, True)
+        weights = weights or self._compiling.weights
+        if weights == KEPT:
+            product = self._times_stored(linears, rows)
+        else:
+            each = [linear.weight.detach() for linear in linears]
+            weight = each[0] if len(each) == 1 else torch.cat(each)
+            product = ops.matmul(rows, self._held(weight, weights), False, True)
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         self.weights_bytes += sum(bias.numel() * bias.itemsize for bias in biases)
         return _out(ops.add(product, _constant(torch.cat(biases).float().numpy())) if biases else product)
+
+    def _times_stored(self, linears: Sequence[Any], rows: ov.Output) -> ov.Output:
+        """The rows through linears whose weights stay as a GGUF file has them, those of one form at once."""
+        matrices: list[Matrix] = []
+        for linear in linears:
+            one = matrix_of(linear.stored, self.tally)
+            if matrices and form_of(matrices[-1]) == form_of(one):
+                matrices[-1] = join(matrices[-1], one)
+            else:
+                matrices.append(one)
+        products = [self._times_matrix(one, rows) for one in matrices]
+        return products[0] if len(products) == 1 else _out(ops.concat(products, 1))
+
+    def _times_matrix(self, matrix: Matrix, rows: ov.Output) -> ov.Output:
+        if isinstance(matrix, Tensor):
+            return _out(ops.matmul(rows, self._plain(matrix), False, True))
+        self._groups[form_of(matrix)] = matrix.group
+        outputs, groups, group = matrix.steps.shape
+        whole, scales = _room(outputs, groups, group, matrix.bits, _OV_TYPES[matrix.scales.dtype])
+        _bytes_of(whole, outputs)[:] = _packed(matrix.steps, matrix.bits)
+        scales.data[:] = matrix.scales.numpy()
+        product = _out(ops.matmul(rows, self._scaled(whole, scales), False, True))
+        if matrix.offsets is None:
+            return product
+        self.weights_bytes += matrix.offsets.nbytes
+        # What all weights of a group have in common meets the sum of what they are multiplied with.
+        grouped = ops.reshape(rows, _constant(np.array([0, -1, matrix.group])), True)
+        sums = ops.reduce_sum(grouped, _constant(np.array([2])), False)
+        return _out(ops.add(product, ops.matmul(sums, _constant(matrix.offsets.numpy()), False, True)))
 
     def _turned(self, vectors: ov.Output, turn: Sequence[ov.Output]) -> ov.Output:
         """Vectors [rows, heads, D] turned by angles given as cosines and sines [rows, D]."""
@@ -195,47 +267,56 @@ class _Builder:
     def _held(self, weight: Tensor, weights: str) -> ov.Output:
         """A constant [outputs, inputs], as the graph reads it."""
         if weights == "none":
-            self.weights_bytes += weight.numel() * weight.itemsize
-            held = _owned(weight.view(torch.uint8), weight.shape, _OV_TYPES[weight.dtype])
-            return _out(ops.convert(held, _FLOAT))
-        # A head in float32 would take several times what it takes in the end.
-        parts = [quantised(part, weights) for part in weight.split(_ROWS_AT_ONCE)]
-        steps, scales = (torch.cat(each) for each in zip(*parts, strict=True))
-        outputs, groups, _ = steps.shape
-        whole = _constant(steps.numpy()) if weights == "int8" else _four_bits(steps)
-        self.weights_bytes += steps.numel() // (1 if weights == "int8" else 2) + scales.numel() * scales.itemsize
-        scaled = ops.multiply(ops.convert(whole, ov.Type.f16), _constant(scales.numpy()))
-        flat = ops.reshape(scaled, _constant(np.array([outputs, groups * GROUP])), False)
+            return self._plain(weight.to(self._compiling.dtype))
+        outputs, inputs = weight.shape
+        bits = 8 if weights == "int8" else 4
+        whole, scales = _room(outputs, inputs // GROUP, GROUP, bits, ov.Type.f16)
+        at = 0
+        # A head as a whole would take several times, in float32 and beside what is made of it, what it takes in the end.
+        for part in weight.split(max(1, _ROUNDED_AT_ONCE // inputs)):
+            steps, kept = quantised(part, weights)
+            rows = slice(at, at + len(part))
+            _bytes_of(whole, outputs)[rows] = _packed(steps, bits)
+            scales.data[rows] = kept.numpy()
+            at += len(part)
+        return self._scaled(whole, scales)
+
+    def _plain(self, weight: Tensor) -> ov.Output:
+        self.weights_bytes += weight.nbytes
+        held = ov.Tensor(_OV_TYPES[weight.dtype], ov.Shape(weight.shape))
+        _bytes_of(held, len(weight))[:] = weight.contiguous().view(torch.uint8).numpy()
+        return _out(ops.convert(_shared(held), _FLOAT))
+
+    def _scaled(self, whole: ov.Tensor, scales: ov.Tensor) -> ov.Output:
+        """Weights [outputs, inputs] of whole numbers [outputs, groups, group], each times the scale of its group."""
+        self.weights_bytes += whole.byte_size + scales.byte_size
+        outputs, groups, group = whole.shape
+        scaled = ops.multiply(ops.convert(_shared(whole), scales.element_type), _shared(scales))
+        flat = ops.reshape(scaled, _constant(np.array([outputs, groups * group])), False)
         return _out(ops.convert(flat, _FLOAT))
 
 
-def quantised(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
-    """Whole numbers [outputs, groups, 32] int8, and the scale [outputs, groups, 1] float16 of each group.
-
-    With 8 bits they reach from -127 to 127. With 4 the value of the largest size is -8, as in Q4_0 of GGUF.
-    """
-    groups = weight.detach().float().unflatten(1, (-1, GROUP))
-    if weights == "int8":
-        lowest, highest = -127, 127
-        scales = groups.abs().amax(dim=2, keepdim=True) / highest
-    else:
-        lowest, highest = -8, 7
-        scales = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True)) / lowest
-    # The weights are rounded against the scale as it is kept, so that its own rounding costs nothing.
-    kept = scales.half()
-    steps = torch.where(kept == 0, 0.0, groups / kept.float())
-    return steps.round().clamp(lowest, highest).to(torch.int8), kept
+def _room(outputs: int, groups: int, group: int, bits: int, kind: ov.Type) -> tuple[ov.Tensor, ov.Tensor]:
+    """Memory for whole numbers of so many bits, and for the scales of their groups."""
+    whole = ov.Tensor(ov.Type.i8 if bits == 8 else ov.Type.i4, ov.Shape([outputs, groups, group]))
+    return whole, ov.Tensor(kind, ov.Shape([outputs, groups, 1]))
 
 
-def _four_bits(steps: Tensor) -> Any:
-    pairs = steps.flatten().view(torch.uint8).bitwise_and(0xF).view(-1, 2)
-    return _owned(pairs[:, 0] | (pairs[:, 1] << 4), steps.shape, ov.Type.i4)
+def _packed(steps: Tensor, bits: int) -> Any:
+    """Whole numbers as a graph holds them, bytes [outputs, any]: as they are, or two of 4 bits in each."""
+    whole = steps.flatten(1).view(torch.uint8)
+    if bits == 8:
+        return whole.numpy()
+    pairs = whole.bitwise_and(0xF).unflatten(1, (-1, 2))
+    return (pairs[..., 0] | (pairs[..., 1] << 4)).numpy()
 
 
-def _owned(content: Tensor, shape: Sequence[int], kind: ov.Type) -> Any:
-    """A constant of a type that numpy lacks, with these bytes, in memory of its own."""
-    tensor = ov.Tensor(kind, ov.Shape(shape))
-    tensor.data.view(np.uint8).reshape(-1)[:] = content.flatten().numpy()
+def _bytes_of(tensor: ov.Tensor, rows: int) -> Any:
+    """The memory of a tensor, whatever its type, as bytes [rows, any]."""
+    return tensor.data.reshape(-1).view(np.uint8).reshape(rows, -1)
+
+
+def _shared(tensor: ov.Tensor) -> Any:
     return ops.constant(tensor, shared_memory=True)
 
 

@@ -17,7 +17,7 @@ from runtime.errors import ModelUnavailable
 from runtime.events import Sampling
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
-from runtime.slab import BUCKET_SLOTS, Slab, SlabPool, SlabSpec
+from runtime.slab import BUCKET_SLOTS, Slab, SlabPool, SlabSpec, as_held
 
 NO_NUMBERS = "the model computes no numbers: its weights or its config.json are damaged"
 
@@ -183,10 +183,10 @@ def _cut(
 
 
 def _fill(slab: Slab) -> None:
-    """Leaves random bytes in every slot of an empty slab."""
+    """Leaves random numbers in every slot of an empty slab."""
     generator = torch.Generator().manual_seed(0)
     spec = slab.spec
     block = torch.randn(spec.layers, spec.kv_heads, BUCKET_SLOTS, spec.head_dim, generator=generator)
-    whole = block.to(spec.dtype).repeat(1, 1, -(-spec.slots // BUCKET_SLOTS), 1)[:, :, : spec.slots]
+    whole = as_held(block, spec.dtype).repeat(1, 1, -(-spec.slots // BUCKET_SLOTS), 1)[:, :, : spec.slots]
     slab.fill(whole, whole, spec.slots)
     slab.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
 from runtime.engine.rotary import ExactRotary
 from runtime.engine.torch_slab import torch_pool
 from runtime.errors import InvalidSetting
+from runtime.gguf_file import GgufFile
 from runtime.rows import RowBatch
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
@@ -75,7 +77,7 @@ class TorchEngine(DrawingEngine):
         config = read_config(directory)
         device = _choose_device(settings)
         count = count_weights(config, directory)
-        forms = _forms(settings, device, count)
+        forms = _forms(settings, device, count, GgufFile.read(directory).kinds() if directory.is_file() else {})
         widest = max(form.dtype.itemsize for form in forms)
         # Beside the form that the head gets, the embedding that it shares its weights with stays as it is.
         held = count + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
@@ -223,12 +225,15 @@ def _choose_device(settings: Settings) -> torch.device:
     return torch.device(name)
 
 
-def _forms(settings: Settings, device: torch.device, weights: int) -> list[Form]:
-    """The forms that the settings leave for a model of so many `weights`, the one to be tried first before the others."""
+def _forms(settings: Settings, device: torch.device, weights: int, kinds: Mapping[str, int]) -> list[Form]:
+    """The forms that the settings leave for a model of so many `weights`, the one to be tried first before the others.
+
+    `kinds` are those of its tensors in a GGUF file, which an explicit setting alone rounds once more.
+    """
     is_dtype_auto, is_weights_auto = settings.dtype == "auto", settings.weights == "auto"
     if device.type != "cpu":
         dtype = torch.bfloat16 if is_dtype_auto else named_dtype(settings.dtype)
-        return [Form(dtype, "none" if is_weights_auto else settings.weights)]
+        return [Form(dtype, "none" if is_weights_auto else settings.weights, _dequantised(kinds))]
     here = level()
     if not is_dtype_auto:
         dtypes = [named_dtype(settings.dtype)]
@@ -239,10 +244,16 @@ def _forms(settings: Settings, device: torch.device, weights: int) -> list[Form]
         dtypes = [torch.float32]
     if not is_weights_auto:
         return [Form(dtype, settings.weights) for dtype in dtypes]
-    if is_small(weights):
+    if kinds:
+        choices = {"none": _dequantised(kinds)}
+    elif is_small(weights):
         choices = {"none": "so small a model stays in the CPU's cache", "int8": ""}
     elif here >= Level.AVX512_BF16:
         choices = {"none": "this CPU reads 16 bits a weight at its memory's speed", "int8": ""}
     else:
         choices = {"int8": "this CPU multiplies no numbers of 16 bits", "none": ""}
     return [Form(dtype, name, reason) for dtype in dtypes for name, reason in choices.items()]
+
+
+def _dequantised(kinds: Mapping[str, int]) -> str:
+    return f"dequantised: {', '.join(f'{count} of {kind}' for kind, count in kinds.items())}" if kinds else ""

@@ -13,18 +13,18 @@ from runtime.slab import Slab, SlabPool, SlabSpec
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlabStore:
-    """The memory of slabs that lie side by side: keys and values [L, B, G, S, D]."""
+    """The memory of slabs that lie side by side: keys and values [L, B, G, S, W]."""
 
     keys: Tensor
     values: Tensor
 
     def stacked(self, layer: int, slabs: slice, extent: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [slabs, G, extent, D] of one layer, where they lie."""
+        """Keys and values [slabs, G, extent, W] of one layer, where they lie."""
         return self.keys[layer, slabs, :, :extent], self.values[layer, slabs, :, :extent]
 
 
 class TorchSlab(Slab):
-    """The slab of number `index` in a store: `keys` and `values` [L, G, S, D]."""
+    """The slab of number `index` in a store: `keys` and `values` [L, G, S, W]."""
 
     def __init__(self, spec: SlabSpec, store: SlabStore, index: int) -> None:
         super().__init__(spec)
@@ -59,7 +59,7 @@ def as_torch(slab: Slab) -> TorchSlab:
 
 def torch_pool(spec: SlabSpec, count: int) -> SlabPool:
     """`count` slabs in one store."""
-    shape = (spec.layers, count, spec.kv_heads, spec.slots, spec.head_dim)
+    shape = (spec.layers, count, spec.kv_heads, spec.slots, spec.width)
     store = SlabStore(_lazy_zeros(shape, spec), _lazy_zeros(shape, spec))
     return SlabPool(spec, (TorchSlab(spec, store, index) for index in range(count)))
 

@@ -109,28 +109,17 @@ async def test_two_turns_at_one_point_at_once_are_two_sessions(engine: LedgerEng
             assert (one.reused, other.reused) == (len(LONG), 0)
 
 
-async def test_a_turn_that_is_broken_off_leaves_its_session_where_it_says(
-    engine: LedgerEngine, nursery: trio.Nursery
-) -> None:
-    leaving = trio.CancelScope()
-
-    async def leave(runtime: Runtime, point: Point) -> None:
-        with leaving:
-            await turn(runtime, point, 1000)
-
+async def test_a_turn_that_is_broken_off_leaves_its_session_where_it_says(engine: LedgerEngine) -> None:
     async with open_lab(engine) as runtime:
         point = point_after(runtime, LONG)
         engine.hold()
-        nursery.start_soon(leave, runtime, point)
-        await engine.begun()
-        leaving.cancel()
-        engine.open()
-        await wait_all_tasks_blocked()
+        async with trio.open_nursery() as leaving:
+            leaving.start_soon(turn, runtime, point, 1000)
+            await engine.begun()
+            leaving.cancel_scope.cancel()
+            engine.open()
 
-        drawn, reused = await turn(runtime, point)
-
-        assert drawn == engine.continued([*point.history, *CUE], 3)
-        assert reused > 0
+        assert await checked_turn(runtime, engine, point) > 0
         assert sample(runtime.metrics, "session_active") == 1
 
 

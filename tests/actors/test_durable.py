@@ -33,7 +33,7 @@ from tests.actors.engines import VOCABULARY, LedgerEngine, generated, open_lab
 PROMPT = [7, 8, 9, 10] * 10
 MODEL = HistoryIdentity("ledger", VOCABULARY)
 OTHER_MODEL = HistoryIdentity("other", VOCABULARY)
-ENGINE = SlabIdentity("ledger", "ledger", "ledger", "none", "float64", 2, 14, 32)
+ENGINE = SlabIdentity("ledger", "ledger", "ledger", "none", "float64", "float64", 2, 14, 32)
 OTHER_ENGINE = replace(ENGINE, kernels="of another CPU")
 
 

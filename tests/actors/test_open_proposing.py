@@ -14,6 +14,7 @@ from transformers import AutoConfig, BertConfig, BertForMaskedLM
 
 from actors import Runtime, open_runtime
 from runtime import Settings
+from runtime.engine.machine import Level, level
 from runtime.errors import InvalidSetting, ModelUnavailable, PerennialError
 from runtime.models import find_model
 from tests.actors.engines import generated, sample
@@ -63,12 +64,15 @@ async def answers(runtime: Runtime) -> Answers:
     return found
 
 
-@pytest.fixture(params=["torch", "mlx"])
+@pytest.fixture(params=["torch", "mlx", "openvino", "openvino int8"])
 def on_each(request: pytest.FixtureRequest) -> Settings:
-    """The settings with each backend."""
-    if request.param == "mlx":
+    """The settings with each backend, and with slabs of 8 bits where it has them."""
+    backend, _, kv_dtype = str(request.param).partition(" ")
+    if backend == "mlx":
         pytest.importorskip("mlx_lm")
-    return replace(SETTINGS, backend=request.param)
+    if backend == "openvino" and level() < Level.AVX512:
+        pytest.skip("OpenVINO's kernels below AVX-512 are not claimed to be exact")
+    return replace(SETTINGS, backend=backend, kv_dtype=kv_dtype or "auto")
 
 
 @pytest.fixture(scope="module")

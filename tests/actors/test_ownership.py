@@ -33,10 +33,18 @@ OWNED: dict[str, dict[str, set[str]]] = {
         "sessions on the way to or from sleep": {"_passing"},
         "slab pools": {"_long_lived", "_completions"},
     },
+    "Conversations": {
+        "the tree of points": {"points"},
+        "which sessions stand where": {"_standing"},
+        "reads ahead": {"_reading"},
+        "turns told": {"_told"},
+    },
     "Admission": {"permits": {"_permits"}, "FIFO of waiters": {"_permits", "_line"}},
 }
 # What an actor has made a part of itself.
 PARTS = {"Session": ["Feed"]}
+# Calls by which another is asked: through its mailbox, or through a handle.
+ASKING = {"ask", "ask_to_the_end", "stream", "rewind", "fork_session"}
 # Not state that anyone could want: how a session came to its end, and what Admission reads from its settings.
 INCIDENTAL = {"Session": {"_ending"}, "Admission": {"_longest_wait_s", "_results"}}
 
@@ -119,7 +127,7 @@ def test_nobody_assigns_an_attribute_of_another_object(path: Path) -> None:
 def test_only_an_actor_whose_row_says_so_asks_another(name: str) -> None:
     whole = [classes()[each] for each in (name, *PARTS.get(name, []))]
     calls = [node.func for each in whole for node in ast.walk(each) if isinstance(node, ast.Call)]
-    asks = {func.attr for func in calls if isinstance(func, ast.Attribute)} & {"ask", "ask_to_the_end", "stream"}
+    asks = {func.attr for func in calls if isinstance(func, ast.Attribute)} & ASKING
     assert bool(asks) == (table()[name]["asks"] != "nobody")
 
 

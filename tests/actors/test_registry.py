@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from array import array
 
 import pytest
 import trio
@@ -152,9 +153,10 @@ class TestCapacity:
         async with open_lab(engine, capacity=1, max_concurrent=1) as runtime:
             session = await runtime.create_session()
             async with runtime.completion((), Overflow.ERROR) as completion:
+                completing, _ = completion.open(array("I", [1]))
                 await runtime.create_session()
                 assert not await is_alive(session)
-                assert await is_alive(completion.session)
+                assert await is_alive(completing)
 
 
 class TestTimeToLive:
@@ -220,10 +222,11 @@ class TestTimeToLive:
 
     async def test_a_completion_never_grows_old(self, engine: LedgerEngine, mock_clock: MockClock) -> None:
         async with open_lab(engine, idle_ttl_s=10) as runtime, runtime.completion((), Overflow.ERROR) as completion:
+            session, _ = completion.open(array("I", [1]))
             await wait_all_tasks_blocked()
             mock_clock.jump(1000)
             await wait_all_tasks_blocked()
-            assert await is_alive(completion.session)
+            assert await is_alive(session)
 
 
 class TestSlabs:

@@ -12,7 +12,6 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from actors import SessionHandle
-from actors.messages import SessionInfo
 from runtime import Done, Event, HistoryTruncated, Overflow, Sampling, StopReason, Token
 from runtime.errors import (
     HistoryMismatch,
@@ -23,6 +22,7 @@ from runtime.errors import (
     SlabOverflow,
 )
 from runtime.metrics import Turn
+from runtime.sessions import SessionInfo
 from tests.actors.engines import (
     GOES_BACK,
     SKIPS_A_LAYER,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import trio
@@ -14,6 +16,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from actors import Runtime, SessionHandle, open_runtime
 from actors.executor import EngineThread
+from actors.handles import Completion
 from actors.proposing import NewProposals, Proposals
 from actors.tree import open_sessions
 from runtime import Done, Event, Overflow, Sampling, Settings, StopReason, Token
@@ -236,8 +239,8 @@ class TestAFailureOfTheEngine:
 
     async def test_ends_a_completion(self, engine: LedgerEngine) -> None:
         async def fail() -> None:
-            async with open_lab(engine) as runtime, runtime.completion((), Overflow.ERROR) as completion:
-                await completion.session.append([BREAKS])
+            async with open_lab(engine) as runtime:
+                await complete(runtime, [BREAKS])
 
         with pytest.raises(EngineFailed):
             await fail()
@@ -249,10 +252,17 @@ async def append_and_generate(runtime: Runtime, token_id: int) -> None:
     await generated(session, 1)
 
 
-async def complete(runtime: Runtime, prompt: list[int], max_tokens: int = 3) -> list[int]:
+async def complete(runtime: Runtime, prompt: list[int], max_tokens: int = 3, **sampling: Any) -> list[int]:
     async with runtime.completion((), Overflow.ERROR) as completion:
-        await completion.session.append(prompt)
-        return await generated(completion.session, max_tokens)
+        session, _ = await having_read(completion, prompt)
+        return await generated(session, max_tokens, **sampling)
+
+
+async def having_read(completion: Completion, prompt: list[int]) -> tuple[SessionHandle, int]:
+    """A completion's first session, which has read the prompt, and how much of that needed no reading."""
+    session, length = completion.open(array("I", prompt))
+    await session.append(prompt[length:])
+    return session, length
 
 
 @contextmanager
@@ -275,8 +285,8 @@ class TestACompletion:
     async def test_frees_permit_and_slab_when_its_block_fails(self, engine: LedgerEngine) -> None:
         async def stop_in_a_generation(runtime: Runtime) -> None:
             async with runtime.completion((), Overflow.ERROR) as completion:
-                await completion.session.append([1, 2, 3])
-                async with completion.session.generate(100) as events:
+                session, _ = await having_read(completion, [1, 2, 3])
+                async with session.generate(100) as events:
                     await anext(events)
                     raise Stop
 
@@ -296,7 +306,8 @@ class TestACompletion:
             for _ in range(5):
                 with nothing_leaks(runtime):
                     async with runtime.completion((), Overflow.ERROR) as completion:
-                        await completion.session.close()
+                        session, _ = completion.open(array("I", [1]))
+                        await session.close()
 
     async def test_frees_permit_and_slab_wherever_it_is_cancelled(self, engine: LedgerEngine) -> None:
         async def cancel_after(passes: int, scope: trio.CancelScope) -> None:
@@ -355,9 +366,9 @@ class TestACompletion:
         async with open_lab(engine, max_concurrent=3) as runtime:
             with nothing_leaks(runtime):
                 async with runtime.completion((), Overflow.ERROR, 3) as completion:
-                    await completion.session.append([1, 2, 3])
+                    session, _ = await having_read(completion, [1, 2, 3])
                     rows_of_the_prompt = sum(len(batch.rows) for batch in engine.batches)
-                    sessions = await completion.fork()
+                    sessions = await completion.fork(session)
 
                     answers = [
                         await generated(session, 3, temperature=1.0, seed=seed) for seed, session in enumerate(sessions)
@@ -369,8 +380,8 @@ class TestACompletion:
     async def test_of_several_answers_frees_all_where_one_session_fails(self, engine: LedgerEngine) -> None:
         async def fail(runtime: Runtime) -> None:
             async with runtime.completion((), Overflow.ERROR, 2) as completion:
-                await completion.session.append([1])
-                _, second = await completion.fork()
+                session, _ = await having_read(completion, [1])
+                _, second = await completion.fork(session)
                 await second.append([SKIPS_A_LAYER])
 
         async with open_lab(engine, max_concurrent=2) as runtime:

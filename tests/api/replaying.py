@@ -24,7 +24,8 @@ from runtime.text import Text
 from tests.api.agents import Lane, calling, open_lane
 from tests.api.doors import House, open_house
 from tests.api.recordings import Heard, Sent, recordings
-from tests.api.scripted import ScriptedEngine, spelled, text_with
+from tests.api.scripted import ScriptedEngine, spelled
+from tests.templates import text_with
 
 _READ = {"/v1/responses": responses.read, "/v1/messages": messages.read, "/v1/chat/completions": chat.read}
 # No recording takes this long; without it a test that fails might never end.

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import trio
-from transformers import AutoTokenizer
 
 from runtime import Sampling, Token
 from runtime.engine import EngineFacts
@@ -23,14 +22,6 @@ from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw, drawn
 from runtime.text import Text
 from tests.actors.engines import LedgerEngine
-
-
-@cache
-def text_with(template: str) -> Text:
-    """Seedling's tokenizer with another chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(find_model(SEEDLING))
-    tokenizer.chat_template = template
-    return Text(tokenizer, frozenset({tokenizer.eos_token_id}))
 
 
 @cache

@@ -14,7 +14,8 @@ from tests.actors.engines import LedgerEngine
 from tests.api.agents import heard, heard_on, open_lane
 from tests.api.doors import House, open_house
 from tests.api.recordings import Heard
-from tests.api.scripted import ScriptedEngine, text_with
+from tests.api.scripted import ScriptedEngine
+from tests.templates import text_with
 
 TOOL = {
     "name": "shell",

@@ -10,7 +10,7 @@ import pytest
 import trio
 from transformers import __version__
 
-from bench.peers.processes import PeerFailed, Speed, installed, last_words, measured, speeds
+from bench.peers.processes import Peer, PeerFailed, installed, last_words, measured, speeds
 from bench.peers.servers import ServerKind, peer_server
 
 
@@ -20,7 +20,7 @@ async def test_what_an_interpreter_has_is_known_by_its_version() -> None:
 
 async def test_a_peer_that_fails_is_quoted() -> None:
     with pytest.raises(PeerFailed, match=r"No module named bench\.peers\.nobody"):
-        await measured(sys.executable, Speed("nobody", "nobody", "nobody", ()))
+        await measured(sys.executable, Peer("nobody", "nobody", "nobody", ()))
 
 
 async def test_transformers_is_measured_in_a_process_of_its_own(small_models: Mapping[str, Path]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from actors import open_runtime
-from bench import marathon, proposing, scheduling, speed
+from bench import marathon, scheduling, speed
 from bench.figures import figure
 from bench.peers.speeds import PREFILL, decoding
 from runtime.models import SEEDLING, find_model
@@ -51,16 +51,6 @@ async def test_streams_and_an_append_beside_them_leave_no_session() -> None:
         assert streaming.gaps_ms
         assert min(streaming.gaps_ms) > 0
         assert runtime.load().slab_in_use == 0
-
-
-async def test_streams_that_run_by_turns_are_told_apart() -> None:
-    settings = Settings(capacity=1, max_concurrent=1, window=60)
-    async with proposing.open_each(settings, (proposing.NONE, "ngram")) as (_, runtimes):
-        speeds = await proposing.unforeseen_speeds(runtimes, [5, 6, 7], 2 * proposing.CHUNK_TOKENS)
-
-        assert speeds.keys() == runtimes.keys()
-        assert min(speeds.values()) > 0
-        assert all(runtime.load().slab_in_use == 0 for runtime in runtimes.values())
 
 
 @pytest.mark.door

@@ -251,11 +251,14 @@ class TestTools:
         chunks = caller.chunks(**asked)
 
         deltas = [one for chunk in chunks for choice in chunk.choices for one in choice.delta.tool_calls or []]
-        assert [delta.index for delta in deltas] == [0]
-        assert deltas[0].id
-        assert deltas[0].function is not None
+        assert {delta.index for delta in deltas} == {0}
+        assert [bool(delta.id) for delta in deltas] == [True, *[False] * (len(deltas) - 1)]
+        functions = [delta.function for delta in deltas if delta.function]
         assert call.type == "function"
-        assert (deltas[0].function.name, deltas[0].function.arguments) == (call.function.name, call.function.arguments)
+        assert [function.name for function in functions] == [call.function.name, *[None] * (len(deltas) - 1)]
+        assert functions[0].arguments == ""
+        assert len(deltas) > 3
+        assert "".join(function.arguments or "" for function in functions) == call.function.arguments
         assert chunks[-1].choices[0].finish_reason == "tool_calls"
         assert not any(choice.delta.content for chunk in chunks for choice in chunk.choices)
 
@@ -265,8 +268,18 @@ class TestTools:
         assert answer.choices[0].message.tool_calls is None
         assert answer.choices[0].message.content
 
-    def test_that_may_not_be_called_are_not_shown(self, caller: Client) -> None:
-        assert text_of(caller.answer(tools=[WEATHER], tool_choice="none")) == text_of(caller.answer())
+    def test_that_may_not_be_called_are_shown_and_not_called(self, caller: Client) -> None:
+        shown, allowed, without = (
+            caller.answer(**more)
+            for more in ({"tools": [WEATHER], "tool_choice": "none"}, {"tools": [WEATHER]}, {"tools": openai.omit})
+        )
+
+        assert shown.choices[0].message.tool_calls is None
+        assert shown.usage is not None
+        assert allowed.usage is not None
+        assert without.usage is not None
+        # The same prompt, so that what was read of it serves whoever may call again.
+        assert shown.usage.prompt_tokens == allowed.usage.prompt_tokens > without.usage.prompt_tokens
 
     def test_results_go_back_by_the_template(self, caller: Client) -> None:
         call = {"id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
@@ -282,8 +295,3 @@ class TestTools:
         assert usage is not None
         assert shorter is not None
         assert usage.prompt_tokens > shorter.prompt_tokens
-
-    def test_are_refused_where_the_template_knows_none(self, client: Client) -> None:
-        with pytest.raises(openai.BadRequestError, match="knows no tools") as refused:
-            client.answer(tools=[WEATHER])
-        assert refused.value.param == "tools"

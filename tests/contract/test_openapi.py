@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,11 +92,12 @@ def loading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
         release()
 
 
-# Combinations, and prompts over the window, are refused with 400 though each field is as it should be.
-of_idle = schema_of(narrowed(described(api_keys=(KEY,), **IDLE)), 30, 200, 400)
+# Combinations, and prompts over the window, are refused with 400 though each field is as it should be. Ids that are made up are
+# not found, and who asks for no WebSocket is told to.
+of_idle = schema_of(narrowed(described(api_keys=(KEY,), **IDLE)), 30, 200, 400, 404, 426)
 FUZZING = {"phases": {"coverage": {"enabled": False}, "examples": {"enabled": False}}}
-of_busy = schema_of(narrowed(described(**BUSY)), 10, 200, 400, 429, **FUZZING)
-of_loading = schema_of(narrowed(described()), 5, 200, 503, **FUZZING)
+of_busy = schema_of(narrowed(described(**BUSY)), 10, 200, 400, 404, 426, 429, **FUZZING)
+of_loading = schema_of(narrowed(described()), 5, 200, 426, 503, **FUZZING)
 
 
 @pytest.mark.door
@@ -193,7 +195,7 @@ def test_every_route_is_described_and_every_description_has_a_route() -> None:
     routes = routes_of(make_app(Server(Settings())))
     paths = described()["paths"]
 
-    assert {(route.method.lower(), route.path) for route in routes} == {
+    assert {(route.method.lower(), re.sub(r"<(?:path:)?(\w+)>", r"{\1}", route.path)) for route in routes} == {
         (method, path) for path, methods in paths.items() for method in methods
     }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
@@ -52,6 +54,26 @@ def in_asyncio(function: Callable[[], Awaitable[T]]) -> T:
     with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
         return runner.run(function())
 
+
+# Lists the sessions of a server, by each client after the others.
+CLIENTS = """
+import asyncio, sys, trio
+from api.client import connect
+from api.client_sync import connect_sync
+
+async def list_sessions():
+    async with connect(sys.argv[1]) as client:
+        await client.list_sessions()
+
+def list_sessions_sync():
+    with connect_sync(sys.argv[1]) as client:
+        client.list_sessions()
+
+ways = {"trio": lambda: trio.run(list_sessions), "asyncio": lambda: asyncio.run(list_sessions()), "sync": list_sessions_sync}
+for way in sys.argv[2:]:
+    ways[way]()
+print(*sorted({"trio_asyncio", "torch", "quart"} & sys.modules.keys()))
+"""
 
 either_loop = pytest.mark.parametrize("run", [in_trio, in_asyncio])
 Run = Callable[[Callable[[], Awaitable[None]]], None]
@@ -285,3 +307,15 @@ def test_a_plain_grpclib_client_talks_to_the_server(plain: ServerProcess) -> Non
         assert caught.value.status is Status.NOT_FOUND
 
     in_asyncio(converse)
+
+
+@pytest.mark.parametrize(
+    ("ways", "loaded"), [("asyncio sync", ""), ("trio asyncio", "trio_asyncio"), ("trio sync", "trio_asyncio")]
+)
+def test_a_client_works_where_nothing_else_was_loaded_and_loads_little(
+    ways: str, loaded: str, plain: ServerProcess
+) -> None:
+    command = [sys.executable, "-W", "error", "-c", CLIENTS, plain.grpc, *ways.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{loaded}\n", "")

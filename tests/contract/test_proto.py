@@ -29,6 +29,9 @@ def test_generating_the_code_anew_changes_nothing(tmp_path: Path) -> None:
         [sys.executable, *words[1:]], cwd=ROOT, env=os.environ | {"PATH": path}, check=True, capture_output=True
     )
 
+    # These two would make the whole of `proto` ours, which is also the package of the distribution proto-plus.
+    (tmp_path / "__init__.py").unlink()
+    (tmp_path / "py.typed").rename(tmp_path / "kakeya" / "py.typed")
     made = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     assert Path("kakeya/v1/runtime.binpb") in made
     assert made == {file: (ROOT / "proto" / file).read_bytes() for file in made}

@@ -79,12 +79,51 @@ def test_a_directory_without_config_is_no_model(tmp_path: Path) -> None:
         find_model(str(tmp_path))
 
 
-def test_a_file_is_no_model(tmp_path: Path) -> None:
-    file = tmp_path / "model.gguf"
-    file.write_text("weights")
+@pytest.mark.parametrize("name", ["model.safetensors", "model.bin"])
+def test_a_file_that_is_no_gguf_is_no_model(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("weights")
 
     with pytest.raises(ModelUnavailable):
-        find_model(str(file))
+        find_model(str(tmp_path / name))
+
+
+def test_a_gguf_file_is_found_by_its_path_and_in_a_directory_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_text("weights")
+    (tmp_path / "mmproj-model.gguf").write_text("eyes")
+    (tmp_path / "config.json").write_text("{}")
+
+    assert find_model(str(file)) == file
+    assert find_model(str(tmp_path)) == file
+
+
+def test_safetensors_go_before_a_gguf_file_beside_them(tmp_path: Path) -> None:
+    for name in ("model.gguf", "config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+
+    assert find_model(str(tmp_path)) == tmp_path
+
+
+def test_a_gguf_file_of_a_repository_in_the_hub_cache_is_found_without_a_network(tmp_path: Path) -> None:
+    snapshot = cache_model(tmp_path, "org", "tiny-GGUF")
+    (snapshot / "tiny-Q4_0.gguf").write_text("weights")
+
+    found = found_in_a_new_process("org/tiny-GGUF:tiny-Q4_0.gguf", tmp_path, HF_HUB_OFFLINE="1")
+
+    assert found == str(snapshot / "tiny-Q4_0.gguf")
+
+
+def test_a_gguf_file_that_cannot_be_downloaded_is_unavailable_in_one_line(tmp_path: Path) -> None:
+    printed = found_in_a_new_process("org/tiny-GGUF:other.gguf", tmp_path, HF_HUB_OFFLINE="1")
+
+    assert printed.startswith("unavailable: 'org/tiny-GGUF:other.gguf' is no directory here and cannot be downloaded: ")
+    assert len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["org/name:model.bin", "org/name:", "a/b/c:model.gguf", "/org/name:model.gguf"])
+def test_a_name_of_a_file_that_is_no_gguf_is_no_model(name: str) -> None:
+    with pytest.raises(ModelUnavailable, match=r"org/name:FILE\.gguf"):
+        find_model(name)
 
 
 @pytest.mark.parametrize("name", ["an org/name", "org/na..me", "org/-name-", "org/" + "n" * 200])
@@ -122,4 +161,5 @@ def test_a_cached_id_without_config_is_no_model(tmp_path: Path) -> None:
 
     printed = found_in_a_new_process("org/tiny", tmp_path, HF_HUB_OFFLINE="1")
 
-    assert printed == "unavailable: 'org/tiny' holds no config.json: it is not a model's directory"
+    assert printed.startswith("unavailable: 'org/tiny' holds no config.json: ")
+    assert "org/tiny:FILE.gguf" in printed

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from runtime.engine.torch_slab import TorchSlab, as_torch, torch_pool
 from runtime.errors import CapacityExhausted
-from runtime.slab import BUCKET_SLOTS, Slab, SlabPool, SlabSpec
+from runtime.slab import BUCKET_SLOTS, Slab, SlabPool, SlabSpec, as_held
 from tests.reference.window import positions_seen
 
 
@@ -129,6 +129,19 @@ def test_the_ceiling_counts_keys_and_values_of_every_slot_in_every_layer() -> No
     slab = as_torch(pool.acquire())
 
     assert spec.ceiling_bytes == slab.keys.nbytes + slab.values.nbytes
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3))
+def test_a_row_of_8_bits_is_off_by_half_a_step_of_its_own_scale(seed: int, size: float) -> None:
+    rows = size * torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(seed))
+    rows[0] = 0
+
+    held = as_held(rows, torch.int8)
+
+    assert held.shape == (3, 2, replace(spec_of(1, 1, 1, head_dim=40), dtype=torch.int8).width)
+    scales = held[..., 40:].contiguous().view(torch.float32)
+    assert torch.all((held[..., :40] * scales - rows).abs() <= 0.501 * scales)
+    torch.testing.assert_close(127 * scales, rows.abs().amax(dim=-1, keepdim=True))
 
 
 def written(slab: Slab, layer: int, start: int, count: int, value: float = 1.0) -> None:
@@ -248,3 +261,22 @@ def test_a_pool_gives_up_no_long_history_for_a_short_beginning_that_another_shar
 
     assert (other is not slab, other.frontier) == (True, 0)
     assert (again is slab, again.frontier) == (True, 40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SPECS, st.integers(0, 150), st.data())
+def test_a_slab_is_whole_where_nothing_that_the_next_token_sees_was_written_over(
+    spec: SlabSpec, written: int, data: st.DataObject
+) -> None:
+    frontier = data.draw(st.integers(0, written))
+    held = {spec.slot(position): position for position in range(written)}
+    # The token at the frontier is written before it attends.
+    held[spec.slot(frontier)] = frontier
+
+    seen = positions_seen(frontier, spec.sink, spec.window)
+    is_there = all(held[spec.slot(position)] == position for position in seen)
+
+    assert is_there or not spec.is_whole(written, frontier)
+    # Of nothing but the sinks and itself a token may be told to read again.
+    if spec.window > 1 and frontier > spec.sink:
+        assert spec.is_whole(written, frontier) == is_there

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import random
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from runtime.errors import InvalidRequest, MalformedRequest
 from runtime.events import Sampling
 from runtime.grammar import Grammar
-from runtime.models import SEEDLING, find_model
 from runtime.sampling import Draw, drawn
 from runtime.text import Text
 from runtime.tools import Call, CallForm
-from tests.templates import HERMES, LLAMA, PLAIN
+from tests.templates import HERMES, LLAMA, PLAIN, text_with
 
 EOS = 2
 WEATHER = {
@@ -33,14 +30,6 @@ WEATHER = {
     },
 }
 CLOCK = {"name": "clock", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}
-
-
-@cache
-def text_with(template: str) -> Text:
-    """seedling's tokenizer with another template."""
-    tokenizer = AutoTokenizer.from_pretrained(find_model(SEEDLING))
-    tokenizer.chat_template = template
-    return Text(tokenizer, frozenset({EOS}))
 
 
 def said_by_chance(text: Text, grammar: Grammar, seed: int, most: int = 400) -> str:
@@ -194,3 +183,31 @@ def test_calls_are_found_however_the_text_is_cut(
     texts = "".join(one for one in found if isinstance(one, str))
     expected = words[0] + "".join(words[1:])
     assert "".join(texts.split()) == "".join(expected.split())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(WORDS, WORDS, max_size=3), WORDS, st.randoms())
+@pytest.mark.parametrize("template", [HERMES, LLAMA], ids=["hermes", "llama"])
+def test_a_call_that_comes_in_part_is_told_as_far_as_it_goes(
+    template: str, arguments: dict[str, str], before: str, chance: random.Random
+) -> None:
+    form = CallForm.of_template(text_with(template))
+    spelled = json.dumps(arguments)
+    said = (
+        f"{before.replace('<', '').replace('{', '')}{form.opening}{form.before_name}f{form.before_arguments}{spelled}"
+    )
+    said += form.after_arguments
+    reader = form.reader()
+    told: list[Call] = []
+    whole: list[Call] = []
+
+    while said:
+        cut = chance.randint(1, 5)
+        whole += [one for one in reader.feed(said[:cut]) if isinstance(one, Call)]
+        said = said[cut:]
+        told += [reader.begun] if reader.begun else []
+
+    assert whole == [Call("f", spelled)]
+    assert reader.begun is None
+    assert all(one.name == "f" and spelled.startswith(one.arguments) for one in told)
+    assert [len(one.arguments) for one in told] == sorted(len(one.arguments) for one in told)

@@ -25,7 +25,8 @@ from tools.seedling.card import (
     trials,
 )
 from tools.seedling.corpus import Message, conversation, conversations, long_recall
-from tools.seedling.train import OUTPUT, SINK, train_tokenizer
+from tools.seedling.train import train_tokenizer
+from tools.seedling.training import OUTPUT, SINK
 
 SETTINGS = Settings(model="seedling", device="cpu", capacity=SESSIONS, max_concurrent=1)
 VISIBLE = SINK + 1020

@@ -16,7 +16,7 @@ from tools.seedling import diffusion, draft
 from tools.seedling.card import HELD_OUT_SEED, drawn_dialogues, turns_in
 from tools.seedling.diffusion import IGNORED, MASK_ID, MOST_MASKS, Talk, examples, talks, with_holes, with_tail
 from tools.seedling.siblings import GreedyDraft, Turn, acceptance, disk_bytes, siblings
-from tools.seedling.train import END_ID, OUTPUT, PAD_ID, VOCABULARY, Encoder
+from tools.seedling.training import END_ID, OUTPUT, PAD_ID, VOCABULARY, Encoder, batches
 
 ANSWER = tuple(range(10, 31))
 TURNS = (Turn((1, 2, 3), ANSWER), Turn((4, 5), ANSWER[:1]))
@@ -141,7 +141,7 @@ def test_a_few_steps_teach_something(encode: Encoder) -> None:
     teacher = Qwen3ForCausalLM.from_pretrained(OUTPUT, dtype=torch.float32).eval()
     rng = random.Random(5)
     stage = draft.Stage(1, 2, 128, 4)
-    tokens, weights = next(draft.batches(encode, rng, stage))
+    tokens, weights = next(batches(encode, rng, stage))
     model, filler = draft.new_draft(), diffusion.new_model()
     batch = examples(next(talks(encode, None, rng)), True, rng)[:8]
     for learner, loss_of in (

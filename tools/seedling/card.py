@@ -17,7 +17,8 @@ from runtime.text import Text
 from tools.seedling.corpus import CODE, NAME, Fact, Message, conversations
 from tools.seedling.siblings import CARD_NAME, Turn, disk_bytes, parameter_count, section
 from tools.seedling.smalltalk import exchange
-from tools.seedling.train import END, OUTPUT, SEED, STAGES, STEPS, TOKENS, TURN, VOCABULARY
+from tools.seedling.train import STAGES, STEPS, TOKENS
+from tools.seedling.training import END, OUTPUT, SEED, TURN, VOCABULARY
 from tools.seedling.words import FIRST_NAMES, digits, made_up_name
 
 # Training draws from SEED to SEED + 3.

@@ -4,11 +4,10 @@ A masked-diffusion language model (arXiv 2406.07524, 2502.09992) that fills mask
 it learns to fill in is what seedling says when it draws greedily.
 """
 
-import argparse
 import random
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers import AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM,
 
 from runtime.proposers.diffusion import SINK, WINDOW
 from tools.seedling.corpus import conversations
-from tools.seedling.train import END_ID, OUTPUT, PAD_ID, SEED, VOCABULARY, Encoder, Optimizer, save
+from tools.seedling.training import END_ID, PAD_ID, VOCABULARY, Encoder, Optimizer, fit, run, save, seeded
 
 DIFFUSION = "diffusion"
 # The tokenizer has no mask: it is one more token of this model alone.
@@ -200,34 +199,15 @@ def loss_of(model: Any, batch: Sequence[Example]) -> torch.Tensor:
 
 def train_diffusion(seedling: Path, threads: int) -> None:
     """Trains the diffusion sibling of the model in `seedling` and leaves it in a folder there."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(SEED)
-    rng = random.Random(SEED + 3)
+    rng = seeded(threads, 3)
     encode = Encoder(AutoTokenizer.from_pretrained(seedling))
     teacher = Qwen3ForCausalLM.from_pretrained(seedling, dtype=torch.float32).eval()
     model = new_model().train()
     # On a processor without bfloat16, Muon takes longer than such a small model itself.
     optimizer = Optimizer(model, STEPS, WARM_UP, DECAY, PEAK_RATE, has_muon=False)
-    started = time.monotonic()
-    mean = 0.0
-    for step, batch in enumerate(batches(encode, teacher, rng)):
-        loss = loss_of(model, batch)
-        loss.backward()
-        optimizer.step(step)
-        mean = loss.item() if step in (0, HOLE_STEPS) else 0.95 * mean + 0.05 * loss.item()
-        if (step + 1) % 100 == 0:
-            print(f"step {step + 1}/{STEPS} loss {mean:.3f} seconds {time.monotonic() - started:.0f}", flush=True)
-            save(model, seedling / DIFFUSION)
-
-
-def main() -> None:
-    """Reads the command line and trains."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seedling", type=Path, default=OUTPUT)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    train_diffusion(arguments.seedling, arguments.threads)
+    losses = (loss_of(model, batch) for batch in batches(encode, teacher, rng))
+    fit(losses, optimizer, STEPS, partial(save, model, seedling / DIFFUSION))
 
 
 if __name__ == "__main__":
-    main()
+    run(train_diffusion, __doc__)

@@ -4,10 +4,8 @@ It learns the answers in the corpus' conversations first, as seedling did; then,
 probabilities, so that it proposes what seedling says and not what else might be said (arXiv 2310.08461).
 """
 
-import argparse
-import itertools
-import random
-import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy, softmax
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from tools.seedling.train import OUTPUT, SEED, Encoder, Optimizer, Stage, batches, new_model, save
+from tools.seedling.training import Encoder, Optimizer, Stage, fit, new_model, run, save, seeded, staged_batches
 
 DRAFT = "draft"
 CORPUS_STAGES = (Stage(400, 24, 256, 7),)
@@ -51,36 +49,18 @@ def loss_of(model: Any, teacher: Any | None, tokens: torch.Tensor, weights: torc
 
 def train_draft(seedling: Path, threads: int) -> None:
     """Trains the draft of the model in `seedling` and leaves it in a folder there."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(SEED)
-    rng = random.Random(SEED + 2)
+    rng = seeded(threads, 2)
     encode = Encoder(AutoTokenizer.from_pretrained(seedling))
-    seedling_itself = Qwen3ForCausalLM.from_pretrained(seedling, dtype=torch.float32).eval()
+    teacher = Qwen3ForCausalLM.from_pretrained(seedling, dtype=torch.float32).eval()
     model = new_draft().train()
-    optimizer = Optimizer(model, STEPS, WARM_UP, DECAY)
-    started = time.monotonic()
-    step, mean = 0, 0.0
-    for stage in STAGES:
-        teacher = seedling_itself if stage in TAUGHT_STAGES else None
-        for tokens, weights in itertools.islice(batches(encode, rng, stage), stage.steps):
-            loss = loss_of(model, teacher, tokens, weights)
-            loss.backward()
-            optimizer.step(step)
-            step += 1
-            mean = loss.item() if step == 1 else 0.95 * mean + 0.05 * loss.item()
-            if step % 50 == 0 or step == STEPS:
-                print(f"step {step}/{STEPS} loss {mean:.3f} seconds {time.monotonic() - started:.0f}", flush=True)
-    save(model, seedling / DRAFT)
 
+    def losses() -> Iterator[torch.Tensor]:
+        for stages, taught_by in ((CORPUS_STAGES, None), (TAUGHT_STAGES, teacher)):
+            for tokens, weights in staged_batches(encode, rng, stages):
+                yield loss_of(model, taught_by, tokens, weights)
 
-def main() -> None:
-    """Reads the command line and trains."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seedling", type=Path, default=OUTPUT)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    train_draft(arguments.seedling, arguments.threads)
+    fit(losses(), Optimizer(model, STEPS, WARM_UP, DECAY), STEPS, partial(save, model, seedling / DRAFT))
 
 
 if __name__ == "__main__":
-    main()
+    run(train_draft, __doc__)

@@ -13,7 +13,7 @@ from transformers import Qwen3ForCausalLM
 
 from runtime.proposers import diffusion as filling
 from tools.seedling import diffusion, draft
-from tools.seedling.train import VOCABULARY
+from tools.seedling.training import VOCABULARY
 
 CARD_NAME = "README.md"
 BLOCKS = (4, 8)

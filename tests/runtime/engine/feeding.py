@@ -41,6 +41,7 @@ def load(
     determinism: str = "strict",
     weights: str = "none",
     backend: str = "torch",
+    kv_dtype: str = "auto",
 ) -> LogitsEngine:
     """The engine of a model, loaded once for all tests that ask for the same."""
     engine: Any = load_engine(
@@ -52,6 +53,7 @@ def load(
             determinism=determinism,
             weights=weights,
             backend=backend,
+            kv_dtype=kv_dtype,
         ),
         directory,
     )

@@ -17,6 +17,7 @@ from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
 from runtime.slab import BUCKET_SLOTS
 from tests.conftest import save_random_model
+from tests.gguf_files import every_kind, write_gguf
 from tests.runtime.engine.feeding import (
     GREEDY,
     BusyNeighbours,
@@ -70,10 +71,14 @@ WIDTHS_OF_SMOLLM2 = LlamaConfig(
 def directories(
     seedling: Path, small_models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
+    heads_of_06b = save_random_model(HEADS_OF_06B, tmp_path_factory.mktemp("heads_of_06b"))
+    # seedling's tokenizer has more tokens than this model.
+    write_gguf(heads_of_06b, heads_of_06b / "every kind.gguf", every_kind, tokenizer__ggml__tokens=None)
     return {
         "seedling": seedling,
         "small": small_models["qwen3"],
-        "heads of 0.6B": save_random_model(HEADS_OF_06B, tmp_path_factory.mktemp("heads_of_06b")),
+        "heads of 0.6B": heads_of_06b,
+        GGUF: heads_of_06b / "every kind.gguf",
         "widths of SmolLM2": save_random_model(WIDTHS_OF_SMOLLM2, tmp_path_factory.mktemp("widths_of_smollm2")),
     }
 
@@ -89,11 +94,14 @@ class Case:
         return feed(self.engine, self.engine.new_pool(1).acquire(), self.tokens, cuts, neighbours=neighbours)
 
 
+GGUF = "a GGUF file of every kind"
 KINDS = (("float32", "none"), ("bfloat16", "none"), ("float32", "int8"), ("float32", "int4"))
 # Where bfloat16 is emulated the second model's would take minutes, and seedling's are of the same kernels.
 IS_BFLOAT16_NATIVE = level() >= Level.AVX512_BF16
+# Slabs of another type than what is computed in.
+KV_KINDS = (("float32", "none", "bfloat16"), ("float32", "int8", "float16"), ("float32", "int4", "int8"))
 # MLX's products take a hundred times as long on a CPU, so that most of its cases are of a small model.
-CASES = (
+_CASES = (
     *(("torch", "seedling", *kind) for kind in KINDS),
     *(
         ("torch", model, *kind)
@@ -109,16 +117,21 @@ CASES = (
     ),
     *(("mlx", "small", *kind) for kind in KINDS),
     ("mlx", "seedling", "float32", "none"),
+    *(("openvino", GGUF, dtype, "auto") for dtype in ("float32", "bfloat16") if level() >= Level.AVX512),
+)
+CASES = (
+    *((*case, "auto") for case in _CASES),
+    *(("openvino", "widths of SmolLM2", *kind) for kind in KV_KINDS if level() >= Level.AVX512),
 )
 
 
 @pytest.fixture(scope="module", params=CASES, ids=" ".join)
 def case(request: pytest.FixtureRequest, directories: dict[str, Path]) -> Case:
     """A history three times as long as the window, and its logits when it is fed in one append."""
-    backend, model, dtype, weights = request.param
+    backend, model, dtype, weights, kv_dtype = request.param
     if backend == "mlx":
         pytest.importorskip("mlx_lm")
-    engine = load(directories[model], dtype, window=64, weights=weights, backend=backend)
+    engine = load(directories[model], dtype, window=64, weights=weights, backend=backend, kv_dtype=kv_dtype)
     tokens = random_tokens(3 * engine.facts.slab.window, engine.facts.vocabulary)
     torch.set_num_threads(THREADS)
     return Case(engine, tokens, feed(engine, engine.new_pool(1).acquire(), tokens))
@@ -224,13 +237,14 @@ def test_verifying_a_proposal_gives_the_same_bits_as_decoding(case: Case) -> Non
     assert torch.equal(torch.cat(logits), case.whole)
 
 
-@pytest.mark.parametrize(("backend", "model", "dtype", "weights"), CASES)
+@pytest.mark.parametrize(("backend", "model", "dtype", "weights", "kv_dtype"), CASES)
 def test_logits_are_the_same_bits_across_a_buckets_edge(
-    directories: dict[str, Path], backend: str, model: str, dtype: str, weights: str
+    directories: dict[str, Path], backend: str, model: str, dtype: str, weights: str, kv_dtype: str
 ) -> None:
     if backend == "mlx":
         pytest.importorskip("mlx_lm")
-    engine = load(directories[model], dtype, window=BUCKET_SLOTS + 6, weights=weights, backend=backend)
+    window = BUCKET_SLOTS + 6
+    engine = load(directories[model], dtype, window=window, weights=weights, backend=backend, kv_dtype=kv_dtype)
     first, start, end = BUCKET_SLOTS - 36, BUCKET_SLOTS - 12, BUCKET_SLOTS + 24
     tokens = random_tokens(end - first, engine.facts.vocabulary)
     pool = engine.new_pool(4)

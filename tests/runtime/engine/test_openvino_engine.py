@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,14 +50,35 @@ def test_where_it_is_not_exact_torch_runs_the_model_and_the_log_says_why(
     assert any("torch runs the model" in record.getMessage() for record in caplog.records)
 
 
-def test_layers_that_it_has_no_parts_for_are_refused_in_a_line_and_left_to_torch(tmp_path: Path) -> None:
-    other = save_random_model(LlamaConfig(**SMALL | {"hidden_act": "gelu"}), tmp_path)
+@pytest.mark.parametrize("changes", [{"hidden_act": "gelu"}, {"head_dim": 24}], ids=str)
+def test_layers_that_it_has_no_parts_for_are_refused_in_a_line_and_left_to_torch(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    other = save_random_model(LlamaConfig(**SMALL | changes), tmp_path)
 
     with pytest.raises(ModelUnavailable, match="set backend to torch") as caught:
         load_engine(Settings(device="cpu", window=64, backend="openvino"), other)
 
     assert "\n" not in str(caught.value)
     assert load_engine(Settings(device="cpu", window=64), other).facts.backend == "torch"
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "token_bytes"),
+    [("auto", 2 * 1024), ("float32", 4 * 1024), ("float16", 2 * 1024), ("int8", 1024 + 8 * 4)],
+)
+def test_slabs_hold_the_type_that_was_asked_for(large_model: Path, kv_dtype: str, token_bytes: int) -> None:
+    settings = Settings(device="cpu", window=64, backend="openvino", weights="int8", kv_dtype=kv_dtype)
+    facts = load_engine(settings, large_model).facts
+
+    assert facts.is_bit_exact
+    assert facts.slab.holds == ("bfloat16" if kv_dtype == "auto" else kv_dtype)
+    assert facts.slab.token_bytes == token_bytes
+
+
+def test_torch_refuses_slabs_of_another_type_than_it_computes_in(seedling: Path) -> None:
+    with pytest.raises(InvalidSetting, match=r"kv_dtype=int8 .* set kv_dtype to auto, or backend to openvino"):
+        load_engine(Settings(device="cpu", backend="torch", kv_dtype="int8"), seedling)
 
 
 def test_another_device_than_a_cpu_is_refused(seedling: Path) -> None:

@@ -1,0 +1,322 @@
+"""Vectors of 16 numbers for kernels that numba compiles, computed in the order that a kernel says.
+
+LLVM makes them of what the CPU has: one register of AVX-512, two of AVX2. Every operation is that of IEEE 754, and none is
+reordered or fused that is not written so: the same numbers come to the same bits wherever a kernel meets them.
+
+The functions with `@intrinsic` are for kernels alone. Their arrays are flat, and places in them count elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+LANES = 16
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_BYTE, _SHORT, _INT, _BOOL = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(1)
+_FLOAT = ir.FloatType()
+_FLOATS, _INTS, _BOOLS = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _INT, _BOOL))
+
+
+def kernel(function: _Function) -> _Function:
+    """The function compiled for this CPU, to be called by any thread beside others; kept on disk, where there is a place."""
+    try:
+        compiled: _Function = njit(cache=True, nogil=True)(function)
+    except RuntimeError:
+        # Neither beside the source nor in the user's cache may a file be written.
+        compiled = njit(nogil=True)(function)
+    return compiled
+
+
+class _Vector(types.Type):
+    pass
+
+
+class _Mask(types.Type):
+    pass
+
+
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _FLOATS)
+
+
+@register_model(_Mask)
+class _MaskModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _BOOLS)
+
+
+_vector, _mask = _Vector("vector"), _Mask("mask")
+
+
+def _ints(value: int) -> ir.Constant:
+    return ir.Constant(_INTS, [value] * LANES)
+
+
+def _filled(builder: Any, value: Any, kind: ir.VectorType) -> Any:
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(first, first, _ints(0))
+
+
+def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
+    return builder.gep(cgutils.create_struct_proxy(kind)(context, builder, array).data, [at])
+
+
+def _read(builder: Any, place: Any, kind: Any = _FLOATS) -> Any:
+    # Rows lie at any multiple of what they consist of.
+    return builder.load(builder.bitcast(place, kind.as_pointer()), align=1)
+
+
+def _write(builder: Any, value: Any, place: Any) -> None:
+    builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=1)
+
+
+def _call(builder: Any, name: str, *given: Any) -> Any:
+    kind = ir.FunctionType(_FLOATS, [_FLOATS] * len(given))
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{LANES}f32"), given)
+
+
+def _lanewise(name: str, given: int) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return _call(builder, name, *values)
+
+    return _vector(*[_vector] * given), generate
+
+
+@intrinsic
+def load(typing: Any, array: Any, at: Any) -> Any:
+    """16 numbers of an array of float32, bfloat16 (as uint16), float16 (as int16) or int8."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        place = _place(context, builder, array, *values)
+        if array.dtype == types.float32:
+            return _read(builder, place)
+        if array.dtype == types.int8:
+            return builder.sitofp(_read(builder, place, ir.VectorType(_BYTE, LANES)), _FLOATS)
+        if array.dtype == types.int16:
+            return builder.fpext(_read(builder, place, ir.VectorType(ir.HalfType(), LANES)), _FLOATS)
+        upper = builder.zext(_read(builder, place, ir.VectorType(_SHORT, LANES)), _INTS)
+        return builder.bitcast(builder.shl(upper, _ints(16)), _FLOATS)
+
+    return _vector(array, types.intp), generate
+
+
+@intrinsic
+def store(typing: Any, array: Any, at: Any, numbers: Any) -> Any:
+    """Writes 16 numbers in one of the types of `load`, each rounded to the nearest; int8 takes whole numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        place, floats = _place(context, builder, array, *values[:2]), values[2]
+        if array.dtype == types.float32:
+            _write(builder, floats, place)
+        elif array.dtype == types.int8:
+            _write(builder, builder.fptosi(floats, ir.VectorType(_BYTE, LANES)), place)
+        elif array.dtype == types.int16:
+            _write(builder, builder.fptrunc(floats, ir.VectorType(ir.HalfType(), LANES)), place)
+        else:
+            bits = builder.bitcast(floats, _INTS)
+            is_odd = builder.and_(builder.lshr(bits, _ints(16)), _ints(1))
+            rounded = builder.add(builder.add(bits, _ints(0x7FFF)), is_odd)
+            _write(builder, builder.trunc(builder.lshr(rounded, _ints(16)), ir.VectorType(_SHORT, LANES)), place)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, _vector), generate
+
+
+@intrinsic
+def load_scale(typing: Any, array: Any, at: Any) -> Any:
+    """The float32 in the bytes of an array of int8 from `at` on; 1 of any other array."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        if array.dtype != types.int8:
+            return ir.Constant(_FLOAT, 1.0)
+        return _read(builder, _place(context, builder, array, *values), _FLOAT)
+
+    return types.float32(array, types.intp), generate
+
+
+@intrinsic
+def store_scale(typing: Any, array: Any, at: Any, scale: Any) -> Any:
+    """Puts a float32 into the bytes of an array of int8 from `at` on."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        _write(builder, values[2], _place(context, builder, array, *values[:2]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.float32), generate
+
+
+@intrinsic
+def full(typing: Any, number: Any) -> Any:
+    """The number in all 16 lanes."""
+    return _vector(types.float32), lambda context, builder, signature, values: _filled(builder, values[0], _FLOATS)
+
+
+@intrinsic
+def add(typing: Any, left: Any, right: Any) -> Any:
+    return _vector(_vector, _vector), lambda context, builder, signature, values: builder.fadd(*values)
+
+
+@intrinsic
+def multiply(typing: Any, left: Any, right: Any) -> Any:
+    return _vector(_vector, _vector), lambda context, builder, signature, values: builder.fmul(*values)
+
+
+@intrinsic
+def multiply_add(typing: Any, left: Any, right: Any, summand: Any) -> Any:
+    """`left * right + summand`, rounded once."""
+    return _lanewise("fma", 3)
+
+
+@intrinsic
+def larger(typing: Any, left: Any, right: Any) -> Any:
+    return _lanewise("maxnum", 2)
+
+
+@intrinsic
+def absolute(typing: Any, numbers: Any) -> Any:
+    return _lanewise("fabs", 1)
+
+
+@intrinsic
+def nearest(typing: Any, numbers: Any) -> Any:
+    """The nearest whole numbers, even ones where two are as near."""
+    return _lanewise("rint", 1)
+
+
+@intrinsic
+def power_of_two(typing: Any, exponents: Any) -> Any:
+    """2 to the power of whole numbers from -126 to 127."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        biased = builder.add(builder.fptosi(values[0], _INTS), _ints(127))
+        return builder.bitcast(builder.shl(biased, _ints(23)), _FLOATS)
+
+    return _vector(_vector), generate
+
+
+@intrinsic
+def largest(typing: Any, numbers: Any) -> Any:
+    """The largest of the 16."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        name = f"llvm.vector.reduce.fmax.v{LANES}f32"
+        kind = ir.FunctionType(_FLOAT, [_FLOATS])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
+
+    return types.float32(_vector), generate
+
+
+@intrinsic
+def within(typing: Any, first: Any, low: Any, high: Any) -> Any:
+    """Which of the whole numbers `first`, `first + 1` and so on lie in [low, high)."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        begin, least, end = (_filled(builder, builder.trunc(one, _INT), _INTS) for one in values)
+        numbers = builder.add(begin, ir.Constant(_INTS, list(range(LANES))))
+        return builder.and_(builder.icmp_signed(">=", numbers, least), builder.icmp_signed("<", numbers, end))
+
+    return _mask(types.intp, types.intp, types.intp), generate
+
+
+@intrinsic
+def either(typing: Any, one: Any, other: Any) -> Any:
+    return _mask(_mask, _mask), lambda context, builder, signature, values: builder.or_(*values)
+
+
+@intrinsic
+def choose(typing: Any, mask: Any, where_true: Any, elsewhere: Any) -> Any:
+    return _vector(_mask, _vector, _vector), lambda context, builder, signature, values: builder.select(*values)
+
+
+@intrinsic
+def dot_products(typing: Any, rows: Any, at: Any, other: Any, other_at: Any, width: Any) -> Any:
+    """The products of 16 consecutive rows, of `width` float32 each, with another one. The width is a multiple of 16."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        first = _place(context, builder, rows, *values[:2])
+        vector = _place(context, builder, other, *values[2:4])
+        columns = values[4]
+        none = ir.Constant(columns.type, 0)
+        sums = [cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, [0.0] * LANES)) for _ in range(LANES)]
+        for one in sums:
+            builder.store(ir.Constant(_FLOATS, [0.0] * LANES), one)
+        step = ir.Constant(columns.type, LANES)
+        with cgutils.for_range_slice(builder, none, columns, step, columns.type) as (column, _):
+            theirs = _read(builder, builder.gep(vector, [column]))
+            for number, one in enumerate(sums):
+                place = builder.add(column, builder.mul(columns, ir.Constant(columns.type, number)))
+                ours = _read(builder, builder.gep(first, [place]))
+                builder.store(_call(builder, "fma", theirs, ours, builder.load(one)), one)
+        return _sums_of_each(builder, [builder.load(one) for one in sums])
+
+    return _vector(rows, types.intp, other, types.intp, types.intp), generate
+
+
+def _sums_of_each(builder: Any, vectors: list[Any]) -> Any:
+    """The sum over the lanes of each of 16 vectors: neighbours first, then pairs of them, and so on."""
+    distance = 1
+    while len(vectors) > 1:
+        # A lane whose number has the bit `distance` adds what the right vector has there, another what the left one has.
+        own = [lane + LANES * bool(lane & distance) for lane in range(LANES)]
+        across = [(lane ^ distance) + LANES * bool(lane & distance) for lane in range(LANES)]
+        vectors = [
+            builder.fadd(*(builder.shuffle_vector(left, right, ir.Constant(_INTS, lanes)) for lanes in (own, across)))
+            for left, right in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+        distance *= 2
+    return vectors[0]
+
+
+@intrinsic
+def add_weighted(
+    typing: Any, sums: Any, at: Any, kept: Any, weights: Any, weights_at: Any, rows: Any, rows_at: Any, width: Any
+) -> Any:
+    """Makes of `width` sums, times `kept`, their own and 16 rows, each times its weight. The width is a multiple of 16."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        target = _place(context, builder, sums, *values[:2])
+        shares = _place(context, builder, weights, *values[3:5])
+        first = _place(context, builder, rows, *values[5:7])
+        columns = values[7]
+
+        def of_columns(column: Any, count: int) -> None:
+            places = [
+                builder.gep(target, [builder.add(column, ir.Constant(columns.type, part * LANES))])
+                for part in range(count)
+            ]
+            found = [builder.fmul(_read(builder, place), values[2]) for place in places]
+            for number in range(LANES):
+                share = _filled(
+                    builder, _read(builder, builder.gep(shares, [ir.Constant(_INT, number)]), _FLOAT), _FLOATS
+                )
+                row = builder.add(column, builder.mul(columns, ir.Constant(columns.type, number)))
+                for part in range(count):
+                    place = builder.add(row, ir.Constant(columns.type, part * LANES))
+                    found[part] = _call(builder, "fma", share, _read(builder, builder.gep(first, [place])), found[part])
+            for place, one in zip(places, found, strict=True):
+                _write(builder, one, place)
+
+        # Sums wait for each other: four at once, as far as the width goes, take as long as one.
+        many = ir.Constant(columns.type, 4 * LANES)
+        edge = builder.sub(columns, builder.srem(columns, many))
+        none = ir.Constant(columns.type, 0)
+        with cgutils.for_range_slice(builder, none, edge, many, columns.type) as (column, _):
+            of_columns(column, 4)
+        with cgutils.for_range_slice(builder, edge, columns, ir.Constant(columns.type, LANES), columns.type) as (
+            column,
+            _,
+        ):
+            of_columns(column, 1)
+        return context.get_dummy_value()
+
+    return types.void(sums, types.intp, _vector, weights, types.intp, rows, types.intp, types.intp), generate

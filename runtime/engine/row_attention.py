@@ -1,0 +1,190 @@
+"""Attention of a row batch over slabs by kernels of our own: any rows of any slabs, each row computed by itself.
+
+What a token attends to, and how far the sinks are, is as in `attention`.
+"""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.engine.exact import Claim, Ground
+from runtime.engine.findings import found
+from runtime.engine.probe import hard_rows, is_exact_at_every_count
+from runtime.engine.rotary import ExactRotary, rotate
+from runtime.engine.row_kernel import MOST_QUERIES, attend_rows, write_rows
+from runtime.engine.torch_slab import SlabStore, as_torch, torch_pool
+from runtime.rows import Row, RowBatch
+from runtime.slab import Slab, SlabPool, SlabSpec
+
+CLAIM = Claim("attention", "a kernel of ours in float32, slots in order", Ground.ROW_BY_ROW)
+
+# What a thread does with fewer slots takes less time than to wake it.
+_LEAST_SLOTS = 4096
+# Attention is tried over no longer windows: more slots are the same sums again.
+_PROBED_WINDOW = 1020
+_PROBED_TOKENS = 64
+# numba's arrays have types for these; kernels take the whole numbers of 16 bits for what they are here.
+_VIEWED = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+
+_log = logging.getLogger("perennial.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class _StoreRows:
+    """The rows of a batch over slabs of one store, in blocks, and the items of work that each thread gets."""
+
+    keys: Any  # [L, B, G, S, W]
+    values: Any
+    rows: Any  # [R], as all but the blocks
+    slabs: Any
+    slots: Any
+    firsts: Any
+    counts: Any
+    shares: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """What is worked out once a forward: where rows lie, who does what, and how far past the window sinks are met."""
+
+    stores: tuple[_StoreRows, ...]
+    slabs: Any  # [N]
+    positions: Any  # [N]
+    ends: tuple[tuple[Slab, int], ...]
+    sink_turn: tuple[Tensor, Tensor] | None  # cosines and sines [N, 1, D]
+
+
+class RowAttention:
+    """Attention of a model with that many query `heads` over slabs of `spec`, on as many threads as torch has.
+
+    Threads besides the caller's sleep between calls, and end when nobody holds this any more.
+    """
+
+    def __init__(self, spec: SlabSpec, heads: int, rotary: ExactRotary) -> None:
+        self._spec, self._heads, self._rotary = spec, heads, rotary
+        self._scaling = np.float32(spec.head_dim**-0.5)
+        self._threads = torch.get_num_threads()
+        self._others = ThreadPoolExecutor(max(1, self._threads - 1), "attention")
+
+    def plan(self, batch: RowBatch) -> RowPlan:
+        rows = batch.rows
+        spec = self._spec
+        positions = torch.tensor([row.position for row in rows])
+        blocks: dict[SlabStore, list[tuple[int, int]]] = {}
+        ends = []
+        most = max(1, MOST_QUERIES // (self._heads // spec.kv_heads))
+        for slab, members in groupby(enumerate(rows), key=lambda numbered: numbered[1].slab):
+            numbers = [number for number, _ in members]
+            ends.append((slab, rows[numbers[-1]].position + 1))
+            of_store = blocks.setdefault(as_torch(slab).store, [])
+            of_store += [(first, min(most, numbers[-1] + 1 - first)) for first in numbers[::most]]
+        sink_turn = None
+        if spec.sink and any(row.position >= spec.visible for row in rows):
+            cosines, sines = self._rotary.turn((spec.visible - 1 - positions).clamp(max=0))
+            sink_turn = cosines.float().unsqueeze(1), sines.float().unsqueeze(1)
+        slabs = np.array([as_torch(row.slab).index for row in rows])
+        slots = np.array([spec.slot(row.position) for row in rows])
+        return RowPlan(
+            stores=tuple(self._in_store(store, cut, rows, slabs, slots) for store, cut in blocks.items()),
+            slabs=slabs,
+            positions=positions.numpy(),
+            ends=tuple(ends),
+            sink_turn=sink_turn,
+        )
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, plan: RowPlan) -> Tensor:
+        """Writes `key`, `value` [N, G, D] into the slabs of `plan`, then attends `query` [N, G*Q, D] over them, all float32.
+
+        Returns [N, G*Q * D].
+        """
+        spec = self._spec
+        attended = torch.empty(len(query), query.shape[1] * query.shape[2])
+        at_sinks = rotate(query, *plan.sink_turn) if plan.sink_turn else query
+        given = (attended.view(query.shape).numpy(), query.numpy(), at_sinks.numpy())
+        for part in plan.stores:
+            for held, new in ((part.keys, key), (part.values, value)):
+                write_rows(layer, held, new.numpy(), part.rows, part.slabs, part.slots)
+            where = (part.keys, part.values, plan.slabs, plan.positions, part.firsts, part.counts)
+            work = partial(attend_rows, layer, *given, *where, spec.sink, spec.window, self._scaling)
+            own, *others = part.shares
+            under_way = [self._others.submit(work, *share) for share in others]
+            work(*own)
+            for one in under_way:
+                one.result()
+        for slab, end in plan.ends:
+            slab.advance(layer, end)
+        return attended
+
+    def _in_store(
+        self, store: SlabStore, blocks: list[tuple[int, int]], rows: tuple[Row, ...], slabs: Any, slots: Any
+    ) -> _StoreRows:
+        numbers = np.array([number for first, count in blocks for number in range(first, first + count)])
+        firsts, counts = np.array(blocks).T.copy()
+        # A block costs what its queries do over its slots, and what reading these costs.
+        costs = [(count + 1) * min(rows[first + count - 1].position + 1, self._spec.slots) for first, count in blocks]
+        return _StoreRows(
+            keys=_for_kernels(store.keys),
+            values=_for_kernels(store.values),
+            rows=numbers,
+            slabs=slabs[numbers],
+            slots=slots[numbers],
+            firsts=firsts,
+            counts=counts,
+            shares=_shares(np.repeat(costs, self._spec.kv_heads), self._threads),
+        )
+
+
+def _shares(costs: Any, threads: int) -> tuple[tuple[int, int], ...]:
+    """Items of these costs in as many runs as `threads` are worth their waking, each of about the same cost."""
+    until = np.cumsum(costs)
+    wanted = max(1, min(threads, len(costs), int(until[-1]) // _LEAST_SLOTS))
+    cuts = [0, *np.searchsorted(until, until[-1] * np.arange(1, wanted) / wanted, side="right").tolist(), len(costs)]
+    return tuple((begin, end) for begin, end in pairwise(cuts) if begin < end)
+
+
+def _for_kernels(held: Tensor) -> Any:
+    return held.view(_VIEWED.get(held.dtype, held.dtype)).numpy()
+
+
+class RowAttentionAlone:
+    """A model that is nothing but attention over slabs, of a query, keys and values for each token of a `table`."""
+
+    def __init__(self, spec: SlabSpec, heads: int, rotary: ExactRotary, table: Tensor) -> None:
+        """`table` is [tokens, heads + 2 G, D] float32."""
+        self._spec, self._heads, self._table = spec, heads, table
+        self._attend = RowAttention(spec, heads, rotary)
+
+    def new_pool(self, count: int) -> SlabPool:
+        return torch_pool(self._spec, count)
+
+    def logits(self, batch: RowBatch) -> Tensor:
+        """What each row with `draw` attends to, [rows, Q*G*D]."""
+        parts = self._table[[row.token_id for row in batch.rows]]
+        query, key, value = (
+            part.contiguous() for part in parts.split((self._heads, self._spec.kv_heads, self._spec.kv_heads), dim=1)
+        )
+        attended = self._attend(0, query, key, value, self._attend.plan(batch))
+        return attended[[index for index, row in enumerate(batch.rows) if row.draw is not None]]
+
+
+def row_attention_is_exact(spec: SlabSpec, heads: int, rotary: ExactRotary) -> bool:
+    """Whether attention of `heads` over slabs of this shape gives a row the same bits in every batch here."""
+    tried = replace(spec, layers=1, window=min(spec.window, _PROBED_WINDOW))
+    parts = heads + 2 * spec.kv_heads
+    generator = torch.Generator().manual_seed(1)
+    table = hard_rows(_PROBED_TOKENS * parts, spec.head_dim, torch.float32, generator).view(_PROBED_TOKENS, parts, -1)
+    alone = RowAttentionAlone(tried, heads, rotary, table)
+    kind = f"row by row attention of {heads} heads over {tried}"
+    holds = found(kind, partial(is_exact_at_every_count, alone, tried, _PROBED_TOKENS))
+    if not holds:
+        _log.warning("a row gets other bits in other batches of %s", kind)
+    return holds

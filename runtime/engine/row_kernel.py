@@ -1,0 +1,193 @@
+"""The kernels of attention over slabs in torch's memory: rows are written into slots, and attend to them one by one.
+
+A query takes 16 slots at a time, from the first slot on, and what it adds for them depends on nothing but itself and what
+they hold: which other queries a kernel works on, how many and on which thread, reaches no bit of it. Slots that a query
+does not see add 0 to its sums. Softmax goes along with the largest score so far (arXiv 1805.02867).
+
+Letters: N rows, Q query heads a kv head, G kv heads, D head dimension, B slabs, L layers, S slots. Slots hold rows of W
+values: D numbers, and where these are int8 the bytes of their scale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from runtime.engine.lanes import (
+    LANES,
+    absolute,
+    add,
+    add_weighted,
+    choose,
+    dot_products,
+    either,
+    full,
+    kernel,
+    larger,
+    largest,
+    load,
+    load_scale,
+    multiply,
+    multiply_add,
+    nearest,
+    power_of_two,
+    store,
+    store_scale,
+    within,
+)
+
+# Queries of a block, unless one row has more: more would not fit into the cache beside the slots that they share.
+MOST_QUERIES = 64
+
+_ZERO, _ONE, _NOTHING = np.float32(0), np.float32(1), np.float32(-np.inf)
+_LARGEST_INT8 = np.float32(127)
+_LINE_FLOATS = 16
+
+# exp(x) is 2 to the power of n, times exp(r): n is the nearest whole number to x / log 2, and log 2 is held in two parts.
+_LOG2_E, _LOG_2_HIGH, _LOG_2_LOW = np.float32(1.44269504), np.float32(-0.693359375), np.float32(2.12194440e-4)
+# Of the polynomial that Cephes has for exp(r), after 1 + r + r^2 / 2.
+_C5, _C4, _C3 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+_C2, _C1, _C0 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+# Of less, exp would be a subnormal number, which costs a CPU many times as long.
+_LEAST_EXPONENT = np.float32(-87)
+
+
+@kernel
+def _exp(numbers: Any) -> Any:
+    """Of numbers up to 0; exactly 1 of 0."""
+    numbers = larger(numbers, full(_LEAST_EXPONENT))
+    whole = nearest(multiply(numbers, full(_LOG2_E)))
+    rest = multiply_add(whole, full(_LOG_2_HIGH), numbers)
+    rest = multiply_add(whole, full(_LOG_2_LOW), rest)
+    sums = multiply_add(full(_C5), rest, full(_C4))
+    sums = multiply_add(sums, rest, full(_C3))
+    sums = multiply_add(sums, rest, full(_C2))
+    sums = multiply_add(sums, rest, full(_C1))
+    sums = multiply_add(sums, rest, full(_C0))
+    sums = add(multiply_add(multiply(sums, rest), rest, rest), full(_ONE))
+    return multiply(sums, power_of_two(whole))
+
+
+@kernel
+def write_rows(layer: int, held: Any, given: Any, rows: Any, slabs: Any, slots: Any) -> None:
+    """Writes those `rows` [R] of `given` [N, G, D] float32 into `slots` [R] of `slabs` [R] of `held` [L, B, G, S, W]."""
+    _, count, groups, most, width = held.shape
+    head_dim = given.shape[2]
+    target, source = held.reshape(-1), given.reshape(-1)
+    for index in range(len(rows)):
+        for group in range(groups):
+            at = (rows[index] * groups + group) * head_dim
+            to = (((layer * count + slabs[index]) * groups + group) * most + slots[index]) * width
+            shrunk = full(_ONE)
+            if width > head_dim:
+                top = full(_ZERO)
+                for column in range(0, head_dim, LANES):
+                    top = larger(top, absolute(load(source, at + column)))
+                size = largest(top)
+                store_scale(target, to + head_dim, size / _LARGEST_INT8)
+                shrunk = full(_LARGEST_INT8 / size if size > _ZERO else _ZERO)
+            for column in range(0, head_dim, LANES):
+                numbers = load(source, at + column)
+                store(target, to + column, nearest(multiply(numbers, shrunk)) if width > head_dim else numbers)
+
+
+@kernel
+def attend_rows(
+    layer: int,
+    attended: Any,
+    queries: Any,
+    at_sinks: Any,
+    keys: Any,
+    values: Any,
+    slabs: Any,
+    positions: Any,
+    firsts: Any,
+    counts: Any,
+    sink: int,
+    window: int,
+    scaling: Any,
+    begin: int,
+    end: int,
+) -> None:
+    """Writes what `queries` [N, G*Q, D] float32 attend to into `attended`, of the same shape.
+
+    Rows come in blocks of consecutive rows of one slab: `counts` from `firsts` on, `slabs` and `positions` [N] say where.
+    Items of work are a block's heads, block * G + kv head; those from `begin` to `end` are done. Past the window a row meets
+    the sinks with its query `at_sinks`. `keys` and `values` are [L, B, G, S, W].
+    """
+    _, heads, head_dim = queries.shape
+    _, pool, groups, most, width = keys.shape
+    each = heads // groups
+    ring = most - sink
+    outputs, asked, asked_at_sinks = attended.reshape(-1), queries.reshape(-1), at_sinks.reshape(-1)
+    all_keys, all_values = keys.reshape(-1), values.reshape(-1)
+    # Of 16 slots, in float32, from a line of memory on.
+    room = np.empty(2 * LANES * head_dim + _LINE_FLOATS, np.float32)
+    line = (-(room.ctypes.data // 4)) % _LINE_FLOATS
+    some_keys = room[line : line + LANES * head_dim]
+    some_values = room[line + LANES * head_dim : line + 2 * LANES * head_dim]
+    queries_at_once = max(MOST_QUERIES, each)
+    scores = np.empty(queries_at_once * LANES, np.float32)
+    kept = np.empty(queries_at_once * LANES, np.float32)
+    sums = np.empty(queries_at_once * LANES, np.float32)
+    tops = np.empty(queries_at_once, np.float32)
+    places = np.empty(queries_at_once, np.int64)
+
+    for item in range(begin, end):
+        block, group = item // groups, item % groups
+        first, count = firsts[block], counts[block]
+        for query in range(count * each):
+            places[query] = ((first + query // each) * heads + group * each + query % each) * head_dim
+            tops[query] = _NOTHING
+            store(sums, query * LANES, full(_ZERO))
+            for column in range(0, head_dim, LANES):
+                store(outputs, places[query] + column, full(_ZERO))
+        base = ((layer * pool + slabs[first]) * groups + group) * most * width
+        for slot in range(0, min(positions[first + count - 1] + 1, most), LANES):
+            for other in range(LANES):
+                at = base + (slot + other) * width
+                key_scale, value_scale = (
+                    full(load_scale(all_keys, at + head_dim)),
+                    full(load_scale(all_values, at + head_dim)),
+                )
+                for column in range(0, head_dim, LANES):
+                    to = other * head_dim + column
+                    store(some_keys, to, multiply(load(all_keys, at + column), key_scale))
+                    store(some_values, to, multiply(load(all_values, at + column), value_scale))
+            for query in range(count * each):
+                found = dot_products(some_keys, 0, asked, places[query], head_dim)
+                if slot < sink and positions[first + query // each] >= sink + window:
+                    reached = dot_products(some_keys, 0, asked_at_sinks, places[query], head_dim)
+                    found = choose(within(slot, 0, sink), reached, found)
+                store(scores, query * LANES, multiply(found, full(scaling)))
+            for query in range(count * each):
+                position = positions[first + query // each]
+                oldest = max(sink, position - window + 1)
+                start = sink + (oldest - sink) % ring
+                stop = start + max(0, position + 1 - oldest)
+                seen = either(
+                    within(slot, 0, min(sink, position + 1)),
+                    # What the ring holds beyond its last slot lies at its begin.
+                    either(within(slot, start, stop), within(slot, sink, stop - ring)),
+                )
+                found = choose(seen, load(scores, query * LANES), full(_NOTHING))
+                top = max(largest(found), tops[query])
+                fall, share = full(_ONE), full(_ZERO)
+                if top > _NOTHING:
+                    fall = _exp(full(tops[query] - top))
+                    share = choose(seen, _exp(add(found, full(-top))), full(_ZERO))
+                tops[query] = top
+                store(sums, query * LANES, multiply_add(load(sums, query * LANES), fall, share))
+                store(scores, query * LANES, share)
+                store(kept, query * LANES, fall)
+            for query in range(count * each):
+                fall = load(kept, query * LANES)
+                add_weighted(outputs, places[query], fall, scores, query * LANES, some_values, 0, head_dim)
+        for query in range(count * each):
+            total = _ZERO
+            for lane in range(LANES):
+                total += sums[query * LANES + lane]
+            for column in range(0, head_dim, LANES):
+                whole = load(outputs, places[query] + column)
+                store(outputs, places[query] + column, multiply(whole, full(_ONE / total)))

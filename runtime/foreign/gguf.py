@@ -1,0 +1,31 @@
+"""transformers' reader of GGUF files, which is given the sizes of all kinds of blocks that the gguf package knows.
+
+Its own table lacks kinds that llama.cpp writes beside others, as Q5_0 in files of Q4_K_M whose rows are no multiple of 256
+(transformers/integrations/gguf/dequant.py).
+"""
+
+from __future__ import annotations
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+from transformers.integrations.gguf import GgufHeader, convert_gguf_tokenizer, get_gguf_tokenizer
+from transformers.integrations.gguf.dequant import GGML_BLOCK
+from transformers.integrations.gguf.reader import read_gguf_metadata
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+# Those that the reader hands out as values.
+_PLAIN = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+
+for _kind, _sizes in GGML_QUANT_SIZES.items():
+    if _kind not in _PLAIN:
+        GGML_BLOCK.setdefault(int(_kind), _sizes)
+
+__all__ = [
+    "GGUF_CONFIG_MAPPING",
+    "TENSOR_PROCESSORS",
+    "GgufHeader",
+    "TensorProcessor",
+    "convert_gguf_tokenizer",
+    "get_gguf_tokenizer",
+    "read_gguf_metadata",
+]

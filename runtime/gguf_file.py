@@ -1,0 +1,272 @@
+"""A GGUF file as a checkpoint: the configuration and tokenizer that its metadata tell, and its tensors as they are stored.
+
+transformers reads the file. What a file says of itself is not believed: sizes are compared before anything is built by them.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+from numpy.typing import NDArray
+from tokenizers.pre_tokenizers import ByteLevel, Digits
+from tokenizers.pre_tokenizers import Sequence as InTurn
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from runtime.errors import ModelUnavailable
+from runtime.foreign.gguf import (
+    GGUF_CONFIG_MAPPING,
+    GgufHeader,
+    convert_gguf_tokenizer,
+    get_gguf_tokenizer,
+    read_gguf_metadata,
+)
+
+Values = Mapping[str, Any]
+
+# What the readers raise over files that are damaged, or made to be.
+_READ_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+# Those whose files the test suite compares with transformers, by llama.cpp's names: Mistral's are `llama`. Of their tensors
+# none but whole rows are at another place than in transformers.
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    "max_position_embeddings",
+)
+_EMBEDDING = "token_embd.weight"
+_ROPE_FACTORS = "rope_freqs.weight"
+# Names of splits that llama.cpp makes in two steps, each digit by itself first; transformers knows their second alone.
+_DIGITS_ALONE = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+_ENDS = ("eos", "eot", "eom")
+_PLAIN = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of this `shape` and `kind` in a file; `read` maps its rows from there, uint8 [..., bytes of a row].
+
+    Pages of a mapping count as this process's memory for as long as it is held, so nothing is mapped until it is read.
+    """
+
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    read: Callable[[], NDArray[np.uint8]]
+
+    @property
+    def nbytes(self) -> int:
+        values, size = GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // values * size
+
+    def dense(self) -> Tensor:
+        """All of it in float32."""
+        return torch.tensor(dequantize(self.read(), self.kind)).view(self.shape)
+
+    def plain(self) -> Tensor | None:
+        """All of it in the type that the file has it in, or None where it is quantised."""
+        dtype = _PLAIN.get(self.kind)
+        return torch.from_numpy(np.array(self.read())).view(dtype) if dtype else None
+
+
+class StoredRows:
+    """Rows of a matrix that stay in the file, mapped, until they are looked up."""
+
+    def __init__(self, stored: StoredTensor) -> None:
+        self.nbytes = stored.nbytes
+        self._kind, self._raw = stored.kind, stored.read()
+
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """[indices, columns] float32."""
+        return torch.tensor(dequantize(self._raw[indices], self._kind))
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """What one file holds; nothing of its tensors is read yet."""
+
+    path: Path
+    architecture: str
+    metadata: Values
+    tensors: Mapping[str, StoredTensor]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises ModelUnavailable where it is no whole GGUF file."""
+        with _told(path):
+            metadata, _ = read_gguf_metadata(str(path))
+            if metadata.get("split.count", 1) != 1:
+                raise ModelUnavailable(
+                    f"{path} is one of {metadata['split.count']} parts: join them by llama-gguf-split --merge first"
+                )
+            return cls(path, metadata["general.architecture"], metadata, dict(_tensors(path)))
+
+    def rope_factors(self, count: int) -> Tensor:
+        """By what the frequencies of the rotary embedding are divided, [count] in float32; Llama 3.1 has such.
+
+        Raises ModelUnavailable where the file has others.
+        """
+        stored = self.tensors.get(_ROPE_FACTORS)
+        factors = stored.dense() if stored else torch.ones(count)
+        if factors.shape != (count,) or not bool((factors > 0).all() and factors.isfinite().all()):
+            raise ModelUnavailable(
+                f"{self.path} has {_ROPE_FACTORS} that divide no frequencies: convert the model anew"
+            )
+        return factors
+
+    def weights(self) -> Mapping[str, StoredTensor]:
+        """The tensors that a model is made of."""
+        return {name: stored for name, stored in self.tensors.items() if name != _ROPE_FACTORS}
+
+    def kinds(self) -> Mapping[str, int]:
+        """How many tensors there are of each kind, by its name."""
+        return Counter(stored.kind.name for stored in self.weights().values())
+
+    def config_values(self) -> dict[str, Any]:
+        """What transformers' configuration of this architecture is made of. Raises ModelUnavailable."""
+        if self.architecture not in ARCHITECTURES:
+            raise ModelUnavailable(
+                f"{self.path} is of architecture {self.architecture!r}; of GGUF files this release runs "
+                f"{', '.join(ARCHITECTURES)}"
+            )
+        names = GGUF_CONFIG_MAPPING[self.architecture]
+        with _told(self.path):
+            values = {name: self._own(key) for key, name in names.items() if name and self._own(key) is not None}
+            embedding = self.tensors[_EMBEDDING].shape
+            values |= {
+                "model_type": self.architecture,
+                "vocab_size": embedding[0],
+                "tie_word_embeddings": "output.weight" not in self.tensors,
+            }
+            # What llama.cpp takes where a file does not say.
+            values = {"rope_theta": 10_000.0, "num_key_value_heads": values["num_attention_heads"]} | values
+            if head_dim := self._own("attention.key_length"):
+                values["head_dim"] = head_dim
+            if self.architecture == "llama" and "blk.0.attn_q.bias" in self.tensors:
+                values["attention_bias"] = True
+            self._check(values, embedding)
+            return values | {"rope_parameters": self._rope(values.pop("rope_theta"))}
+
+    def _own(self, key: str) -> Any:
+        return self.metadata.get(f"{self.architecture}.{key}")
+
+    def _check(self, values: Values, embedding: Sequence[int]) -> None:
+        """Raises ValueError over values that make no model, or one larger than the file can hold."""
+        for name in (*_SIZES, *(["head_dim"] if "head_dim" in values else [])):
+            if type(values[name]) is not int or values[name] < 1:
+                raise ValueError(f"its {name} is {values[name]!r}")
+        for name in ("rope_theta", "rms_norm_eps"):
+            _check_positive(name, values[name])
+        if tuple(embedding) != (values["vocab_size"], values["hidden_size"]):
+            raise ValueError(f"its embedding is of {tuple(embedding)}, where rows are {values['hidden_size']} wide")
+        if values["num_hidden_layers"] > len(self.tensors):
+            raise ValueError(f"it has {len(self.tensors)} tensors for {values['num_hidden_layers']} layers")
+        if (words := self.metadata.get("tokenizer.ggml.tokens", 0)) > values["vocab_size"]:
+            raise ValueError(f"it has {words} tokens, and embeddings for {values['vocab_size']}")
+
+    def _rope(self, theta: float) -> dict[str, Any]:
+        kind = self._own("rope.scaling.type")
+        if kind in (None, "none"):
+            return {"rope_type": "default", "rope_theta": theta}
+        if kind not in ("linear", "yarn"):
+            raise ValueError(f"its rotary embedding is scaled by {kind!r}, which is not known here")
+        factor = self._own("rope.scaling.factor")
+        _check_positive("scaling of the rotary embedding", factor)
+        scaling = {"rope_type": kind, "rope_theta": theta, "factor": factor}
+        if kind == "yarn":
+            scaling["original_max_position_embeddings"] = self._own("rope.scaling.original_context_length")
+        return scaling
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not (isinstance(value, float) and math.isfinite(value) and value > 0):
+        raise ValueError(f"its {name} is {value!r}")
+
+
+def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, frozenset[int]]:
+    """The tokenizer of the file, with its chat template, and the ids that end a turn. Raises ModelUnavailable."""
+    with _told(path):
+        metadata, _ = read_gguf_metadata(str(path))
+        architecture, words, options = get_gguf_tokenizer(str(path))
+        backend = _backend(architecture, words)
+        if words.get("pre_tokenizer_type") in _DIGITS_ALONE:
+            backend.pre_tokenizer = InTurn([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+        if not isinstance(options.get("chat_template", ""), str):
+            raise ValueError("its chat template is no text")
+        ends = {metadata.get(f"tokenizer.ggml.{end}_token_id") for end in _ENDS} - {None}
+        if not ends.issubset(range(len(words["tokens"]))):
+            raise ValueError(f"its turns end with tokens {sorted(ends)}, not all of which it has")
+        # Those that the file gives no part to are as special: no text of a user may stand for them.
+        special = [str(token.content) for token in backend.get_added_tokens_decoder().values() if token.special]
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=special, **options)
+        return tokenizer, frozenset(ends)
+
+
+def _backend(architecture: str, words: dict[str, Any]) -> Any:
+    try:
+        backend, _ = convert_gguf_tokenizer(architecture, words)
+    except Exception as error:
+        # The tokenizers package raises no narrower kind over words that do not fit together.
+        raise ValueError(f"its tokenizer cannot be built: {error}") from error
+    return backend
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    header = GgufHeader.from_file(str(path))
+    if len(header.ggml_types) != len(header.tensors):
+        raise ValueError("it has two tensors of one name")
+    length = path.stat().st_size
+    for info in header.tensors:
+        kind = GGMLQuantizationType(info.ggml_type)
+        values, size = GGML_QUANT_SIZES[kind]
+        if not info.shape or min(info.shape) < 1 or info.shape[-1] % values or (len(info.shape) == 1 and values > 1):
+            raise ValueError(f"its tensor {info.name} of {kind.name} has the shape {info.shape}")
+        start = header.data_start + info.offset
+        if start + info.nbytes > length:
+            raise ValueError(f"it ends inside its tensor {info.name}: download it again")
+        # Raises NotImplementedError for kinds that nothing can be made of.
+        dequantize(np.zeros((1, size), np.uint8), kind)
+        # A vector's values are rows of their own.
+        rows = info.shape[:-1] or info.shape
+        shape = (*rows, info.nbytes // math.prod(rows))
+        yield info.name, StoredTensor(kind, info.shape, partial(np.memmap, path, np.uint8, "r", start, shape))
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turns what readers raise into ModelUnavailable, in one line that names the file."""
+    try:
+        yield
+    except _READ_ERRORS as error:
+        words = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        match error:
+            case struct.error() | UnicodeDecodeError():
+                line = f"{path} is damaged or cut off: download it again ({words})"
+            case KeyError():
+                line = f"{path} says nothing of {words}: it is no model, or one that was badly converted"
+            case _:
+                line = f"{path} is no GGUF file that can be run: {words}"
+        raise ModelUnavailable(line) from error

@@ -1,0 +1,169 @@
+"""GGUF files of the models that tests make, written as llama.cpp's converter writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+Kind = GGMLQuantizationType
+KindOf = Callable[[str], Kind]
+
+# Where a block of each kind has its numbers in half precision; the last of two is what is taken off, in kinds named K.
+HALVES: Mapping[Kind, tuple[int, ...]] = {
+    Kind.Q8_0: (0,),
+    Kind.Q4_0: (0,),
+    Kind.Q4_1: (0, 2),
+    Kind.Q5_0: (0,),
+    Kind.Q5_1: (0, 2),
+    Kind.Q2_K: (80, 82),
+    Kind.Q3_K: (108,),
+    Kind.Q4_K: (0, 2),
+    Kind.Q5_K: (0, 2),
+    Kind.Q6_K: (208,),
+}
+# What the gguf package rounds to itself; blocks of the others are drawn.
+ROUNDED = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1)
+# Files have one kind for most tensors and another for some; here each product of a layer meets another.
+_KINDS_BY_PART: Mapping[str, tuple[Kind, Kind]] = {
+    "attn_q": (Kind.Q4_K, Kind.Q8_0),
+    "attn_k": (Kind.Q4_K, Kind.F16),
+    "attn_v": (Kind.Q6_K, Kind.BF16),
+    "attn_output": (Kind.Q5_0, Kind.Q4_0),
+    "ffn_gate": (Kind.Q4_1, Kind.Q5_K),
+    "ffn_up": (Kind.Q5_1, Kind.Q5_K),
+    "ffn_down": (Kind.Q6_K, Kind.Q3_K),
+}
+
+
+def every_kind(name: str) -> Kind:
+    """Kinds for a model of two layers whose widths are multiples of 256."""
+    match name.split("."):
+        case ["blk", layer, part, _]:
+            return _KINDS_BY_PART[part][int(layer)]
+    return Kind.Q6_K
+
+
+def drawn_blocks(kind: Kind, outputs: int, inputs: int, seed: int = 0) -> NDArray[np.uint8]:
+    """A matrix of random blocks [outputs, bytes], whose values are about as large as those of a trained one."""
+    choice = np.random.default_rng(seed)
+    values, size = GGML_QUANT_SIZES[kind]
+    blocks = choice.integers(0, 256, (outputs * inputs // values, size), dtype=np.uint8)
+    for at in HALVES[kind]:
+        scales = choice.uniform(-1e-3, 1e-3, (len(blocks), 1)).astype(np.float16)
+        blocks[:, at : at + 2] = scales.view(np.uint8)
+    return blocks.reshape(outputs, -1)
+
+
+def write_gguf(
+    directory: Path,
+    path: Path,
+    kind_of: KindOf = lambda _: Kind.F32,
+    rope_factors: Tensor | None = None,
+    **metadata: Any,
+) -> dict[str, Tensor]:
+    """A GGUF file of the model in `directory`, each matrix of the kind for its name there; returns what its weights are.
+
+    `metadata` takes the place of what the model itself would say, or leaves out what is None; dots are written as __.
+    """
+    config = json.loads((directory / "config.json").read_text())
+    architecture = "llama" if config["model_type"] == "mistral" else config["model_type"]
+    writer = GGUFWriter(path, architecture)
+    _add_metadata(writer, config | {"architecture": architecture}, directory, metadata)
+    names = gguf.get_tensor_name_map(
+        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), config["num_hidden_layers"]
+    )
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors.numpy())
+    weights = {}
+    for name, tensor in sorted(load_file(directory / "model.safetensors").items()):
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None
+        heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+        turned = architecture == "llama" and ("q_proj" in name or "k_proj" in name)
+        kind = kind_of(theirs) if tensor.dim() > 1 else Kind.F32
+        values = tensor.float().numpy()
+        if turned:
+            values = _interleaved(values, heads)
+        raw = gguf.quantize(values, kind) if kind in ROUNDED else drawn_blocks(kind, *values.shape)
+        writer.add_tensor(theirs, raw, raw_dtype=kind)
+        dense = gguf.dequantize(raw, kind)
+        weights[name] = torch.tensor(_deinterleaved(dense, heads) if turned else dense)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+def _interleaved(rows: NDArray[Any], heads: int) -> NDArray[Any]:
+    """Rows of queries or keys so that those that turn together are neighbours, as llama.cpp has them."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _deinterleaved(rows: NDArray[Any], heads: int) -> NDArray[Any]:
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _add_metadata(writer: GGUFWriter, config: Mapping[str, Any], directory: Path, changes: Mapping[str, Any]) -> None:
+    architecture = config["architecture"]
+    values: dict[str, Any] = {
+        f"{architecture}.context_length": config["max_position_embeddings"],
+        f"{architecture}.embedding_length": config["hidden_size"],
+        f"{architecture}.block_count": config["num_hidden_layers"],
+        f"{architecture}.feed_forward_length": config["intermediate_size"],
+        f"{architecture}.attention.head_count": config["num_attention_heads"],
+        f"{architecture}.attention.head_count_kv": config["num_key_value_heads"],
+        f"{architecture}.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        f"{architecture}.rope.freq_base": float(config["rope_parameters"]["rope_theta"]),
+        **_tokenizer(directory),
+    }
+    if "head_dim" in config:
+        values[f"{architecture}.attention.key_length"] = config["head_dim"]
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    for key, value in values.items():
+        match value:
+            case None:
+                pass
+            case bool():
+                writer.add_bool(key, value)
+            case int():
+                writer.add_uint32(key, value)
+            case float():
+                writer.add_float32(key, value)
+            case str():
+                writer.add_string(key, value)
+            case _:
+                writer.add_array(key, value)
+
+
+def _tokenizer(directory: Path) -> dict[str, Any]:
+    """Byte-level BPE with single digits, as Qwen's own."""
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    special = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    spelled = {token_id: token for token, token_id in tokenizer["model"]["vocab"].items()} | special
+    merges = tokenizer["model"]["merges"]
+    ids = {token: token_id for token_id, token in special.items()}
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": [spelled[token_id] for token_id in range(len(spelled))],
+        "tokenizer.ggml.token_type": [
+            int(gguf.TokenType.CONTROL if token_id in special else gguf.TokenType.NORMAL)
+            for token_id in range(len(spelled))
+        ],
+        "tokenizer.ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
+        "tokenizer.ggml.eos_token_id": ids["<|im_end|>"],
+        "tokenizer.ggml.padding_token_id": ids["<|endoftext|>"],
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": (directory / "chat_template.jinja").read_text(),
+    }
