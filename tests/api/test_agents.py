@@ -141,8 +141,10 @@ async def test_answers_after_reuse_and_forks_are_those_of_a_fresh_session(sampli
             answer = await heard(house.http, "/v1/responses", asked | name | {"input": said})
             ids.append(answer.response_id)
             point = house.runtime.conversations.points.named(answer.response_id or "")
-            assert point is not None and answer.usage is not None
-            prompt, drawn = point.history[: answer.usage["input_tokens"]], point.history[answer.usage["input_tokens"] :]
+            assert point is not None
+            assert answer.usage is not None
+            length = answer.usage["input_tokens"]
+            prompt, drawn = point.history[:length], point.history[length:]
 
             assert len(drawn) == answer.usage["output_tokens"]
             assert [*drawn] == engine.continued(prompt, len(drawn), sampling)
