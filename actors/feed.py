@@ -52,7 +52,7 @@ class Feed:
     def retract(self, length: int) -> None:
         """Takes back rows of tokens that are no part of the history. Where too little is left, all is to be read again."""
         if self._length > length:
-            if self._slab.spec.is_whole(self._length, length):
+            if self._slab.is_whole(length):
                 self._slab.retract(length)
             else:
                 self._slab.clear()

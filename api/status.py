@@ -92,7 +92,7 @@ def status_of(runtime: Runtime, model: str, uptime_s: float) -> RuntimeStatus:
     spec, load, metrics = runtime.facts.slab, runtime.load(), runtime.metrics
     sessions = []
     for summary in runtime.list_sessions():
-        live = summary.kv_live_bytes // spec.token_bytes
+        live = max(0, summary.kv_live_bytes - spec.kept_bytes) // spec.token_bytes
         live_sink = min(live, spec.sink)
         sessions.append(
             SessionStatus(

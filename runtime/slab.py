@@ -1,4 +1,4 @@
-"""The slab: one session's keys and values, of fixed size, written in place.
+"""The slab: one session's keys and values, and what its recurrent layers keep, of fixed size, written in place.
 
 Letters for shapes, here and in the engines: L layers, B slabs, G kv heads, Q query heads a kv head, S slots, D head
 dimension, W what a slot holds of a head, N rows. W is D; where slabs are int8 it is D whole numbers and their scale's bytes.
@@ -6,10 +6,15 @@ dimension, W what a slot holds of a head, N rows. W is D; where slabs are int8 i
 The first `sink` slots hold the first tokens for ever; the others are a ring, so that a position's slot is a function of
 the position alone. What lies in a slot, seen from a query at position q, follows from q too, and the mask needs no
 record of what was written when.
+
+A recurrent layer keeps two rings of the same nature: what it was given for each of the last tokens, and the state before
+each of the last chunks of positions. A row's output follows from the state before its chunk and what was given inside it,
+so a position that is written anew, as after a proposal that failed, needs nothing to be undone.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable
@@ -28,11 +33,29 @@ _LINE_SLOTS = 32
 # Behind the whole numbers of an int8 row comes what they count, in float32.
 _SCALE_BYTES = torch.float32.itemsize
 _LARGEST_INT8 = 127
+# A state is kept before each so many positions: fewer cost memory, more cost a lone row the work of a longer chunk.
+CHUNK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrentSpec:
+    """What each of some recurrent `layers` keeps: for a token `columns` that it is given, of which it reads `reach` back.
+
+    `state` is the shape of what it remembers of all tokens before a chunk, in float32; none where it reads tokens alone.
+    """
+
+    layers: int
+    columns: int
+    reach: int
+    state: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class SlabSpec:
-    """The shape of every slab of one engine; `row_tile` is the most rows that one forward brings, `bucket` counts slots."""
+    """The shape of every slab of one engine; `row_tile` is the most rows that one forward brings, `bucket` counts slots.
+
+    `layers` are those that attend.
+    """
 
     layers: int
     kv_heads: int
@@ -43,6 +66,27 @@ class SlabSpec:
     dtype: torch.dtype
     device: torch.device
     bucket: int = BUCKET_SLOTS
+    recurrent: RecurrentSpec | None = None
+
+    @property
+    def given(self) -> int:
+        """Tokens whose input a recurrent layer keeps: a tile is taken back, another is read, and a chunk begins before both."""
+        assert self.recurrent is not None
+        needed = 2 * self.row_tile + CHUNK + self.recurrent.reach
+        return -(-needed // _LINE_SLOTS) * _LINE_SLOTS
+
+    @property
+    def states(self) -> int:
+        """Chunks before which a recurrent layer keeps its state: those that a tile touches which is taken back."""
+        return -(-self.row_tile // CHUNK) + 1
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that recurrent layers keep, however long the session."""
+        if self.recurrent is None:
+            return 0
+        state = math.prod(self.recurrent.state) * torch.float32.itemsize if self.recurrent.state else 0
+        return self.recurrent.layers * (self.given * self.recurrent.columns * self.dtype.itemsize + self.states * state)
 
     @property
     def ring(self) -> int:
@@ -72,13 +116,13 @@ class SlabSpec:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes that one token holds: keys and values of all layers."""
+        """Bytes that one token holds: keys and values of all layers that attend."""
         return 2 * self.layers * self.kv_heads * self.width * self.dtype.itemsize
 
     @property
     def ceiling_bytes(self) -> int:
         """Bytes that one slab can ever hold."""
-        return self.slots * self.token_bytes
+        return self.slots * self.token_bytes + self.kept_bytes
 
     def slot(self, position: int) -> int:
         """Where the token at `position` lies."""
@@ -90,19 +134,38 @@ class SlabSpec:
         return min(-(-needed // self.bucket) * self.bucket, self.slots)
 
     def is_whole(self, written: int, frontier: int) -> bool:
-        """Whether a slab that was written up to `written` still holds all that a token at `frontier` attends to."""
+        """Whether a slab that was written up to `written` still holds all that a token at `frontier` needs."""
         oldest = max(self.sink, frontier - self.window + 1)
-        return frontier >= written or written - self.ring <= oldest
+        if frontier >= written:
+            return True
+        if self.recurrent is None or not frontier:
+            return written - self.ring <= oldest
+        chunk = frontier // CHUNK
+        first = max(0, chunk * CHUNK - self.recurrent.reach)
+        # Before the first chunk there is no state to be kept.
+        has_state = not chunk or written // CHUNK - chunk < self.states
+        return written - self.ring <= oldest and written - self.given <= first and has_state
 
-    def visible_slots(self, positions: Tensor, extent: int) -> Tensor:
-        """Whether the query at each of `positions` [N] attends to each of the first `extent` slots, bool [N, extent]."""
+    def visible_slots(self, positions: Tensor, extent: int, window: int | None = None) -> Tensor:
+        """Whether the query at each of `positions` [N] attends to each of the first `extent` slots, bool [N, extent].
+
+        A layer with a `window` of its own sees of them what is nearer than that. A sink is as far away as the model is told.
+        """
         query = positions.unsqueeze(1)  # [N, 1]
         slot = torch.arange(extent, device=positions.device).unsqueeze(0)  # [1, extent]
         is_sink = slot < self.sink
         age = torch.where(is_sink, query - slot, (query - slot) % self.ring)
         held = query - age
         in_window = (age < self.window) & (held >= self.sink)
-        return torch.where(is_sink, age >= 0, in_window)
+        seen = torch.where(is_sink, age >= 0, in_window)
+        if window is None:
+            return seen
+        distance = torch.where(is_sink, query.clamp(max=self.visible - 1) - slot, age)
+        return seen & (distance < window)
+
+    def lasting_sinks(self, window: int | None) -> slice:
+        """The slots of the first tokens that a query past the window sees in a layer with a `window` of its own, or without."""
+        return slice(0 if window is None else min(self.sink, max(0, self.visible - window)), self.sink)
 
 
 def as_held(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -116,14 +179,16 @@ def as_held(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Slab(ABC):
-    """Keys and values of one session. Positions are written in order; a rewritten one keeps its slot.
+    """What one session's layers hold. Positions are written in order; a rewritten one keeps its slot.
 
     An engine's own kind of slab holds them, in arrays of its backend.
     """
 
     def __init__(self, spec: SlabSpec) -> None:
         self.spec = spec
-        self._frontiers = [0] * spec.layers
+        self._layers = spec.layers + (spec.recurrent.layers if spec.recurrent else 0)
+        self._frontiers = [0] * self._layers
+        self._written = 0
         self._leases = 0
 
     @property
@@ -137,7 +202,7 @@ class Slab(ABC):
 
     @property
     def frontiers(self) -> tuple[int, ...]:
-        """For each layer, one more than the last position written there."""
+        """For each layer, those that attend first, one more than the last position written there."""
         return tuple(self._frontiers)
 
     @property
@@ -146,13 +211,22 @@ class Slab(ABC):
         return min(self._frontiers)
 
     @property
+    def written(self) -> int:
+        """One more than the last position that was ever written since the slab was empty: older ones may be written over."""
+        return self._written
+
+    def is_whole(self, frontier: int) -> bool:
+        """Whether all is held still that a token at `frontier` attends to or goes on from."""
+        return self.spec.is_whole(self._written, frontier)
+
+    @property
     def live_length(self) -> int:
         """Tokens held that a later token may attend to, in the layer that has the fewest."""
         return min(self.frontier, self.spec.visible)
 
     @property
     def live_bytes(self) -> int:
-        return self.live_length * self.spec.token_bytes
+        return self.live_length * self.spec.token_bytes + (self.spec.kept_bytes if self.live_length else 0)
 
     @property
     def used(self) -> int:
@@ -172,33 +246,52 @@ class Slab(ABC):
                 raise ValueError(f"keys and values are {given.dtype} {tuple(given.shape)}, not {spec.dtype} {shape}")
         for layer in range(spec.layers):
             self.put(layer, keys[layer], values[layer])
-            self.advance(layer, frontier)
+        self.advance_all(frontier)
 
     def copy_from(self, other: Slab) -> None:
         """Holds from now on what `other`, of the same shape, holds."""
         self.clear()
         for layer in range(self.spec.layers):
             self.put(layer, *other.held(layer))
-            self.advance(layer, other.frontier)
+        for mine, theirs in zip(self.kept(), other.kept(), strict=True):
+            mine.copy_(theirs)
+        self.resume(other.frontier, other.written)
 
     def retract(self, frontier: int) -> None:
-        """Forgets what was written from `frontier` on. The window that is left must be whole (`SlabSpec.is_whole`)."""
-        assert self.spec.is_whole(self.frontier, frontier)
+        """Forgets what was written from `frontier` on. What is left must be whole (`is_whole`)."""
+        assert self.is_whole(frontier)
         self._frontiers = [min(frontier, each) for each in self._frontiers]
 
     def skip(self, frontier: int) -> None:
         """Goes on at `frontier`: of what lies before it only the sinks are there, and the rest is seen as zeros."""
         self.blank()
-        for layer in range(self.spec.layers):
-            self.advance(layer, frontier)
+        for one in self.kept():
+            one.zero_()
+        self.advance_all(frontier)
 
     def clear(self) -> None:
         """Forgets every token. The bytes stay; no later query sees them."""
-        self._frontiers = [0] * self.spec.layers
+        self._frontiers = [0] * self._layers
+        self._written = 0
 
     def advance(self, layer: int, end: int) -> None:
         """Says that a layer holds the positions up to `end` (exclusive)."""
         self._frontiers[layer] = max(self._frontiers[layer], end)
+        self._written = max(self._written, end)
+
+    def advance_all(self, end: int) -> None:
+        """Says that every layer holds the positions up to `end` (exclusive)."""
+        for layer in range(self._layers):
+            self.advance(layer, end)
+
+    def resume(self, frontier: int, written: int) -> None:
+        """Says that an empty slab was filled with what another holds, which was `written` up to there and went back."""
+        self.advance_all(frontier)
+        self._written = max(frontier, written)
+
+    def kept(self) -> tuple[Tensor, ...]:
+        """What recurrent layers keep, in one order, to be read or written in place."""
+        return ()
 
     @abstractmethod
     def held(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -259,7 +352,7 @@ class SlabPool:
     def _useful(self, slab: Slab, read: array[int], history: array[int] | None) -> int:
         """How much of the history a slab has read and still holds whole."""
         length = common_length(read, history or array("I"))
-        return length if self.spec.is_whole(slab.frontier, length) else 0
+        return length if slab.is_whole(length) else 0
 
 
 def common_length(one: array[int], other: array[int]) -> int:

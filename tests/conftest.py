@@ -13,11 +13,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 from runtime.errors import ModelUnavailable
@@ -38,11 +47,51 @@ SMALL = {
     "bos_token_id": None,
     "pad_token_id": 0,
 }
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 32,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+# Of the layers that have one, shorter than most windows of tests.
+OWN_WINDOW = 16
+# One of each architecture that we run.
 SMALL_CONFIGS: Mapping[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**SMALL, head_dim=32, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**SMALL),
     "llama": LlamaConfig(**SMALL, head_dim=32, attention_bias=True),
     "mistral": MistralConfig(**SMALL, head_dim=32, sliding_window=256),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SMALL, head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
+    ),
+    "smollm3": SmolLM3Config(**SMALL, no_rope_layers=[1, 0]),
+    "phi3": Phi3Config(
+        **SMALL, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    ),
+    "gemma2": Gemma2Config(**SMALL, head_dim=32, sliding_window=OWN_WINDOW, query_pre_attn_scalar=16),
+    "gemma3_text": Gemma3TextConfig(
+        **SMALL, head_dim=32, sliding_window=OWN_WINDOW, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "gpt_oss": GptOssConfig(
+        **SMALL,
+        head_dim=32,
+        sliding_window=OWN_WINDOW,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
+    "lfm2": Lfm2Config(**SMALL | {"num_hidden_layers": 3}, layer_types=["conv", "full_attention", "conv"]),
+    "qwen3_5_text": Qwen3_5TextConfig(**SMALL, **HYBRID),
+    "qwen3_5_moe_text": Qwen3_5MoeTextConfig(
+        **SMALL,
+        **HYBRID,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    ),
 }
 
 
@@ -55,7 +104,8 @@ def save_random_model(config: PreTrainedConfig, directory: Path) -> Path:
             if weight.dim() > 1:
                 weight.normal_(std=1.5 / weight.shape[-1] ** 0.5)
             else:
-                weight.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
+                # Some architectures hold what a norm's factors exceed 1 by.
+                weight.normal_(mean=float(weight[0]) if "norm" in name else 0.0, std=0.2)
     model.save_pretrained(directory)
     for file in find_model(SEEDLING).iterdir():
         if file.name.startswith("tokenizer") or file.suffix == ".jinja":

@@ -1,4 +1,4 @@
-"""A slab on disk: keys and values layer by layer, in pieces with a checksum each.
+"""A slab on disk: keys and values layer by layer, then what recurrent layers keep, in pieces with a checksum each.
 
 A piece is written or read at a time, so that whoever waits for the slab waits for one piece, and memory holds one.
 """
@@ -21,7 +21,9 @@ from runtime.durable.identity import SlabIdentity
 from runtime.errors import StorageFailed
 from runtime.slab import Slab, SlabSpec
 
-MAGIC, VERSION = b"PERSLAB\n", 1
+MAGIC = b"PERSLAB\n"
+# The formats of slabs of layers that attend alone, and of those with recurrent layers too.
+_PLAIN_VERSION, _RECURRENT_VERSION = 1, 2
 # The suffix of a slab that is being written.
 PARTIAL = ".slab-new"
 # A piece of so many bytes is copied, sealed and written in some ten milliseconds on a busy machine.
@@ -49,22 +51,23 @@ class SlabWriter:
             "id": path.stem,
             "identity": identity.to_json(),
             "frontier": self.frontier,
+            "written": slab.written,
             "history": digest_of(history[: self.frontier]),
         }
         self._seal = b""
-        self._left = _pieces(slab.spec, slab.used)
+        self._left = _contents(slab, slab.used)
 
     def step(self) -> bool:
         """Writes the next piece; False once there is none left."""
         with self._errors():
             if self._file is None:
                 self._file = self._files.reuse(self._fresh)
-                self.size, self._seal = write_header(self._files, self._file, MAGIC, VERSION, self._header)
+                version = _version_of(self._slab.spec)
+                self.size, self._seal = write_header(self._files, self._file, MAGIC, version, self._header)
             piece = next(self._left, None)
             if piece is None:
                 return False
-            layer, side, head, slots = piece
-            content = _bytes_of(self._slab.held(layer)[side][head, slots])
+            content = _bytes_of(piece)
             self._seal = checksum(self._seal, content)
             for part in (content, self._seal):
                 self._files.write(self._file, self.size, part)
@@ -115,34 +118,42 @@ def read_slab(files: Files, path: Path, identity: SlabIdentity, slab: Slab, hist
     """
     slab.clear()
     with _opened(files, path) as file:
-        header, at, seal = read_header(files, file, MAGIC, VERSION)
+        header, at, seal = read_header(files, file, MAGIC, _version_of(slab.spec))
         try:
             frontier = int(header["frontier"])
+            # Where a file does not say it, a slab may have gone back by less than a tile.
+            written = int(header.get("written", frontier + slab.spec.row_tile))
             if header["id"] != path.stem or header["history"] != digest_of(history[:frontier]):
                 raise Damaged("it is another history's")
             if header["identity"] != identity.to_json():
                 raise Unknown("it was written by another engine")
         except (KeyError, TypeError, ValueError) as error:
             raise Damaged("its header says too little") from error
-        if not 0 <= frontier <= len(history):
+        if not 0 <= frontier <= min(len(history), written):
             raise Damaged("it is ahead of its history")
         spec = slab.spec
         used = min(frontier, spec.slots)
         whole: list[Tensor] = []
-        for layer, side, head, slots in _pieces(spec, used):
-            count = (slots.stop - slots.start) * spec.width * spec.dtype.itemsize
-            content = files.read(file, at, count)
-            seal, found = checksum(seal, content), files.read(file, at + count, CHECKSUM_BYTES)
+
+        def read(count: int, dtype: torch.dtype) -> Tensor:
+            nonlocal at, seal
+            size = count * dtype.itemsize
+            content = files.read(file, at, size)
+            seal, found = checksum(seal, content), files.read(file, at + size, CHECKSUM_BYTES)
             if seal != found:
                 raise Damaged("a piece of it was changed or is missing")
-            at += count + CHECKSUM_BYTES
-            whole.append(_tensor_of(content, spec.dtype).view(-1, spec.width))
+            at += size + CHECKSUM_BYTES
+            return _tensor_of(content, dtype)
+
+        for layer, side, head, slots in _pieces(spec, used):
+            whole.append(read((slots.stop - slots.start) * spec.width, spec.dtype).view(-1, spec.width))
             if (side, head, slots.stop) == (1, spec.kv_heads - 1, used):
                 keys, values = torch.cat(whole).view(2, spec.kv_heads, used, spec.width)
                 slab.put(layer, keys, values)
                 whole = []
-        for layer in range(spec.layers):
-            slab.advance(layer, frontier)
+        for piece in _kept_pieces(slab):
+            piece.copy_(read(piece.numel(), piece.dtype))
+        slab.resume(frontier, written)
 
 
 def digest_of(history: array[int]) -> str:
@@ -157,6 +168,23 @@ def _pieces(spec: SlabSpec, used: int) -> Iterator[tuple[int, int, int, slice]]:
             for head in range(spec.kv_heads):
                 for first in range(0, used, at_once):
                     yield layer, side, head, slice(first, min(first + at_once, used))
+
+
+def _kept_pieces(slab: Slab) -> Iterator[Tensor]:
+    """What recurrent layers keep, in parts that are written or read at once, in place."""
+    for kept in slab.kept():
+        yield from kept.view(-1).split(MOST_PIECE_BYTES // kept.itemsize)
+
+
+def _contents(slab: Slab, used: int) -> Iterator[Tensor]:
+    """The pieces of a slab of which so many slots are used, in the order in which they lie."""
+    for layer, side, head, slots in _pieces(slab.spec, used):
+        yield slab.held(layer)[side][head, slots]
+    yield from _kept_pieces(slab)
+
+
+def _version_of(spec: SlabSpec) -> int:
+    return _RECURRENT_VERSION if spec.recurrent else _PLAIN_VERSION
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

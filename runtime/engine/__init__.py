@@ -92,7 +92,7 @@ def _check_forward(engine: Engine, directory: Path) -> None:
 
 
 def _chosen_engine(settings: Settings, directory: Path, beside: EngineFacts | None) -> Engine:
-    is_mlx_best = _is_apple_silicon() and find_spec("mlx_lm") and directory.is_dir()
+    is_mlx_best = directory.is_dir() and _is_best_by_mlx(directory)
     if settings.backend == "mlx" or (settings.backend == "auto" and is_mlx_best):
         try:
             from runtime.engine.mlx_engine import MlxEngine
@@ -129,5 +129,11 @@ def _on_openvino(settings: Settings, directory: Path, beside: EngineFacts | None
         return None
 
 
-def _is_apple_silicon() -> bool:
-    return (platform.system(), platform.machine()) == ("Darwin", "arm64")
+def _is_best_by_mlx(directory: Path) -> bool:
+    """Whether this is Apple silicon, and the MLX engine is there and has code for the model."""
+    if (platform.system(), platform.machine()) != ("Darwin", "arm64") or not find_spec("mlx_lm"):
+        return False
+    from runtime.engine.architectures import missing_parts
+    from runtime.engine.configuration import read_config
+
+    return not missing_parts(read_config(directory), "mlx")

@@ -11,6 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import AS_DATA, FILE_ERRORS
 from runtime.engine import EngineFacts
+from runtime.engine.architectures import (
+    ARCHITECTURES,
+    attending_kinds,
+    fault_of_layers,
+    missing_parts,
+    recurrent_spec,
+)
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory, NotExact
 from runtime.gguf_model import gguf_config
 from runtime.model_files import one_line, quiet_transformers, read_checked_config
@@ -18,12 +25,12 @@ from runtime.proposers.ngram import NgramProposer
 from runtime.settings import Settings
 from runtime.slab import BUCKET_SLOTS, SlabSpec
 
-# Those whose logits the test suite compares with transformers' own.
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # How weights are held that stay as a GGUF file has them.
 KEPT = "kept"
 # The more rows in a forward, the faster a prompt is read.
 ROW_TILE = 256
+# Recurrent layers keep a state for each chunk of a tile.
+_RECURRENT_TILE = 32
 # Handing so little out to more threads costs more than it saves, several times more where other programs run.
 _ONE_THREAD_BYTES = 32 * 2**20
 
@@ -57,11 +64,27 @@ def read_config(directory: Path) -> PreTrainedConfig:
         raise ModelUnavailable(
             f"{directory} has no configuration that transformers can read: {one_line(error)}"
         ) from error
+    text = config.get_text_config()
+    if text.model_type in ARCHITECTURES and ARCHITECTURES[text.model_type].inside == config.model_type:
+        config = text
     if config.model_type not in ARCHITECTURES:
         raise ModelUnavailable(
             f"{directory} is of architecture {config.model_type!r}; this release runs {', '.join(ARCHITECTURES)}"
         )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ModelUnavailable(f"{directory} looks ahead, as models of embeddings do: it cannot generate")
+    if fault := fault_of_layers(config):
+        raise ModelUnavailable(f"the configuration in {directory} makes no model: {fault}")
     return config
+
+
+def check_covered(config: PreTrainedConfig, engine: str) -> None:
+    """Raises ModelUnavailable where a model of this configuration has parts for which an engine has no code."""
+    if missing := missing_parts(config, engine):
+        raise ModelUnavailable(
+            f"backend={engine} has no code for {', '.join(sorted(missing))}, which {config.model_type} has: set backend to auto "
+            "or torch"
+        )
 
 
 def count_weights(config: PreTrainedConfig, directory: Path) -> int:
@@ -105,21 +128,24 @@ def slab_spec(
             f"kv_dtype={settings.kv_dtype} cannot be had beside dtype={own} here: set kv_dtype to auto, or backend to openvino"
         )
     longest = config.max_position_embeddings
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        longest = min(longest, config.sliding_window)
+    # What no layer sees need not be kept.
+    kinds = attending_kinds(config)
+    longest = max(min(longest, kind.window or longest) for kind in kinds)
     if settings.sink >= longest:
         raise InvalidSetting(f"sink must be less than the model's maximum context of {longest}, got {settings.sink}")
     _, kv_heads, head_dim = attention_shape(config)
+    recurrent = recurrent_spec(config)
     return SlabSpec(
-        layers=config.num_hidden_layers,
+        layers=len(kinds),
         kv_heads=kv_heads,
         head_dim=head_dim,
         sink=settings.sink,
         window=min(settings.window, longest - settings.sink),
-        row_tile=row_tile,
+        row_tile=min(row_tile, _RECURRENT_TILE) if recurrent else row_tile,
         dtype=dtype if settings.kv_dtype == "auto" else named_dtype(settings.kv_dtype),
         device=device,
         bucket=bucket,
+        recurrent=recurrent,
     )
 
 

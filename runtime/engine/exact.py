@@ -9,14 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 # torch hands up to so many values to one thread.
 _GRAIN = 32_768
 # torch's loops over values take two vectors of 64 bytes at once, and what is left over by code that rounds otherwise.
 _LOOP_BYTES = 128
+
+
+_BY_NAME = (torch.sigmoid, torch.Tensor.sigmoid, nn.functional.silu)
 
 
 class Ground(StrEnum):
@@ -59,3 +65,23 @@ class RowByRow(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         return row_by_row(self.function, rows)
+
+
+class RowByRowCalls(nn.Module):
+    """A module that calls activation functions by name, which here are applied by `row_by_row`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with _CallsByRow():
+            return self.module(*args, **kwargs)
+
+
+class _CallsByRow(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        call = partial(func, **(kwargs or {}))
+        return row_by_row(call, *args) if func in _BY_NAME else call(*args)

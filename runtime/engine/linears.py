@@ -267,6 +267,9 @@ def _form_of(
     linear: nn.Linear, is_head: bool, weights: str, dtype: torch.dtype, device: torch.device
 ) -> Callable[[nn.Linear], RowLinear]:
     most_rows = HEAD_MOST_ROWS if is_head else MOST_ROWS
+    if linear.out_features < _INT4_OUTPUTS:
+        # Gates of a column or a few, which fewer bits make no faster.
+        weights = "none"
     if weights == "int4" and not is_head:
         return partial(Int4Linear, most_rows=most_rows)
     if weights in ("int8", "int4"):

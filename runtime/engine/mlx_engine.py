@@ -20,7 +20,16 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import FILE_ERRORS
 from runtime.engine import EngineFacts
-from runtime.engine.configuration import ROW_TILE, Form, check_memory, named_dtype, read_config, refuse, slab_spec
+from runtime.engine.configuration import (
+    ROW_TILE,
+    Form,
+    check_covered,
+    check_memory,
+    named_dtype,
+    read_config,
+    refuse,
+    slab_spec,
+)
 from runtime.engine.drawing import DrawingEngine
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import found
@@ -70,6 +79,7 @@ class MlxEngine(DrawingEngine):
         if directory.is_file():
             raise InvalidSetting("backend=mlx reads no GGUF files: set backend to torch, which runs them on mps too")
         config = read_config(directory)
+        check_covered(config, "mlx")
         mx.set_default_device(_choose_device(settings))
         dtype = _choose_dtype(settings)
         is_strict = settings.determinism == "strict"

@@ -64,8 +64,7 @@ class MlxSlab(Slab):
         assert isinstance(other, MlxSlab)
         self.clear()
         self._arrays = [alias(array) for array in other.arrays()]
-        for layer in range(self.spec.layers):
-            self.advance(layer, other.frontier)
+        self.resume(other.frontier, other.written)
 
     def held(self, layer: int) -> tuple[Tensor, Tensor]:
         spec = self.spec

@@ -21,6 +21,7 @@ from runtime.engine import EngineFacts
 from runtime.engine.configuration import (
     KEPT,
     Form,
+    check_covered,
     check_memory,
     count_weights,
     named_dtype,
@@ -79,6 +80,7 @@ class OpenVinoEngine(DrawingEngine):
         if settings.device not in ("auto", "cpu"):
             raise InvalidSetting(f"backend=openvino runs on a CPU: set backend to torch for device={settings.device}")
         cpu = torch.device("cpu")
+        check_covered(config, "openvino")
         if not can_build(config):
             raise ModelUnavailable(
                 f"backend=openvino cannot run the model in {directory}, whose layers have other parts, sizes that are no "

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from runtime.engine.architectures import missing_parts
 from runtime.engine.configuration import attention_shape, count_weights, is_small, read_config
 from runtime.engine.machine import Level, level
 from runtime.settings import Settings
@@ -36,6 +37,8 @@ def is_best_by(settings: Settings, directory: Path) -> bool:
 
 def can_build(config: PreTrainedConfig) -> bool:
     """Whether a model of this configuration has layers of the parts that are built there, of sizes that divide into groups."""
+    if missing_parts(config, "openvino"):
+        return False
     heads, _, head_dim = attention_shape(config)
     sizes = (config.hidden_size, config.intermediate_size, heads * head_dim)
     return config.hidden_act == "silu" and not any(size % GROUP for size in sizes) and head_dim % _HEAD_STEP == 0

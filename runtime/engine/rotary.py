@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,9 @@ from runtime.errors import ModelUnavailable
 # Types whose frequencies do not depend on the length of the input.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
+# Positions [3, batch, rows] of models that have other senses too.
+_DIMENSIONS_WITH_PLACES = 3
+
 
 class ExactRotary(nn.Module):
     """Takes the place of a transformers rotary embedding: the same frequencies, angles in float64.
@@ -23,17 +28,24 @@ class ExactRotary(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, original: nn.Module) -> None:
-        """Raises ModelUnavailable where the frequencies change with the input's length, or are no numbers."""
+    def __init__(self, original: nn.Module, kind: str = "", *, has_half_angles: bool = False) -> None:
+        """The embedding of one `kind` of layer, where the original has several.
+
+        Raises ModelUnavailable where its frequencies change with the input's length, or are no numbers.
+        """
         super().__init__()
-        rope_type = getattr(original, "rope_type", None)
+        prefix = f"{kind}_" if kind else ""
+        rope_type: Any = getattr(original, "rope_type", None)
+        if kind:
+            rope_type = rope_type[kind]
         if rope_type not in STATIC_ROPE_TYPES:
             raise ModelUnavailable(
                 f"rotary embedding of type {rope_type!r} is not supported: use a model with one of {STATIC_ROPE_TYPES}"
             )
-        frequencies = original.get_buffer("inv_freq")
+        frequencies = original.get_buffer(f"{prefix}inv_freq")
         self.register_buffer("frequencies", frequencies.double(), persistent=False)
-        self._scaling = getattr(original, "attention_scaling", 1.0)
+        self._columns = len(frequencies) * (1 if has_half_angles else 2)
+        self._scaling = getattr(original, f"{prefix}attention_scaling", 1.0)
         is_scaled = is_number(self._scaling) and math.isfinite(self._scaling)
         if not is_scaled or not (self.frequencies.isfinite() & (self.frequencies > 0)).all():
             raise ModelUnavailable(
@@ -41,9 +53,15 @@ class ExactRotary(nn.Module):
             )
 
     def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [..., D] of the angles at `position_ids` [...], in the type of `hidden`."""
-        cosines, sines = self.turn(position_ids)
-        return (cosines * self._scaling).to(hidden.dtype), (sines * self._scaling).to(hidden.dtype)
+        """Cosines and sines [..., D] of the angles at `position_ids` [...], in the type of `hidden`.
+
+        Where the layers take one angle for both halves of a head, [..., D / 2].
+        """
+        if position_ids.dim() == _DIMENSIONS_WITH_PLACES:
+            # A token of text has the same place in time, height and width.
+            position_ids = position_ids[0]
+        cosines, sines = (part[..., : self._columns] * self._scaling for part in self.turn(position_ids))
+        return cosines.to(hidden.dtype), sines.to(hidden.dtype)
 
     def turn(self, distance: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [..., D] in float64 that turn a vector by `distance` [...] positions."""
@@ -52,7 +70,23 @@ class ExactRotary(nn.Module):
         return row_by_row(torch.cos, angles), row_by_row(torch.sin, angles)
 
 
+class RotaryByLayer(nn.Module):
+    """The rotary embeddings of a model that turns its kinds of layers by different ones."""
+
+    def __init__(self, original: nn.Module, kinds: Iterable[str]) -> None:
+        """Raises ModelUnavailable as ExactRotary does."""
+        super().__init__()
+        self.by_kind = {kind: ExactRotary(original, kind) for kind in kinds}
+        self.embeddings = nn.ModuleList(self.by_kind.values())
+
+    def forward(self, hidden: Tensor, position_ids: Tensor, layer_type: str) -> tuple[Tensor, Tensor]:
+        turn: tuple[Tensor, Tensor] = self.by_kind[layer_type](hidden, position_ids)
+        return turn
+
+
 def rotate(vectors: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """`vectors` [..., D] turned by angles given as `cosines` and `sines` [..., D]."""
-    low, high = vectors.chunk(2, dim=-1)
-    return vectors * cosines + torch.cat((-high, low), dim=-1) * sines
+    """`vectors` [..., D] turned by angles given as `cosines` and `sines` [..., R], of which the first R columns turn."""
+    turned, still = vectors.tensor_split([cosines.shape[-1]], dim=-1)
+    low, high = turned.chunk(2, dim=-1)
+    turned = turned * cosines + torch.cat((-high, low), dim=-1) * sines
+    return torch.cat((turned, still), dim=-1) if still.shape[-1] else turned

@@ -8,16 +8,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import load_weights
 from runtime.engine import EngineFacts
-from runtime.engine.attention import ATTENTION_NAME, CLAIMS, attention_is_exact, plan_forward, slab_attention
+from runtime.engine.architectures import ARCHITECTURES, Part, attending_kinds, layer_kinds
+from runtime.engine.attention import ATTENTION_NAME, CLAIMS, slab_attention
+from runtime.engine.attention_plan import plan_forward
+from runtime.engine.attention_probe import Manner, attention_is_exact
 from runtime.engine.configuration import (
     Form,
     check_memory,
@@ -29,12 +32,13 @@ from runtime.engine.configuration import (
     slab_spec,
 )
 from runtime.engine.drawing import DrawingEngine
-from runtime.engine.exact import Claim, RowByRow
+from runtime.engine.exact import Claim
 from runtime.engine.findings import found
 from runtime.engine.linears import FixedRowsLinear, RowLinear, replace_linears, weights_bytes
 from runtime.engine.machine import Level, features, kernel_class, level
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
 from runtime.engine.rotary import ExactRotary
+from runtime.engine.torch_parts import CLAIMS_OF_PARTS, capped, take_over
 from runtime.engine.torch_slab import torch_pool
 from runtime.errors import InvalidSetting
 from runtime.gguf_file import GgufFile
@@ -44,22 +48,27 @@ from runtime.slab import SlabPool, SlabSpec
 
 _log = logging.getLogger("perennial.engine")
 
-# All layers of our architectures have the same shapes, and so the same kernels: more would show nothing more.
-_PROBED_LAYERS = 1
-
 AttentionInterface.register(ATTENTION_NAME, slab_attention)
+
+
+class Loaded(NamedTuple):
+    """A model whose parts are ours where they must be, and the rotary embeddings that turn its layers."""
+
+    model: Any
+    rotaries: Mapping[str, ExactRotary]
 
 
 class TorchEngine(DrawingEngine):
     """A causal language model of one of `ARCHITECTURES` on one torch device."""
 
-    def __init__(self, model: PreTrainedModel, spec: SlabSpec, form: Form, *, is_bit_exact: bool) -> None:
-        """`model` attends by `ATTENTION_NAME` and turns by an ExactRotary; `form` says what its linears are."""
-        decoder = model.get_decoder()
-        self._decoder = decoder
-        self._rotary: ExactRotary = decoder.rotary_emb
+    def __init__(self, loaded: Loaded, spec: SlabSpec, form: Form, *, is_bit_exact: bool) -> None:
+        """`form` says what the model's linears are."""
+        model, self._rotaries = loaded
+        self._decoder = model.get_decoder()
         self._head = model.get_output_embeddings()
+        self._kinds = attending_kinds(model.config)
         self._config: PreTrainedConfig = model.config
+        self._parts = ARCHITECTURES[model.config.model_type].parts
         self._spec = spec
         self._form = form
         self._linears = [part for part in model.modules() if isinstance(part, RowLinear)]
@@ -89,15 +98,15 @@ class TorchEngine(DrawingEngine):
         failed: list[Form] = []
         for form in forms:
             spec = slab_spec(config, settings, form.dtype, device)
-            model = _load_model(directory, form, device, is_strict=is_strict)
-            if not is_strict or _is_proven(model, spec, form):
-                return cls(model, spec, form.after(failed), is_bit_exact=is_strict)
+            loaded = _load_model(directory, form, device, is_strict=is_strict)
+            if not is_strict or _is_proven(loaded, spec, form):
+                return cls(loaded, spec, form.after(failed), is_bit_exact=is_strict)
             failed.append(form)
         if (settings.dtype, settings.weights) != ("auto", "auto"):
             raise refuse(failed)
         # A row that is always alone has no company that its bits could depend on.
         spec = slab_spec(config, settings, form.dtype, device, row_tile=1)
-        return cls(model, spec, replace(form, reason="one row a forward").after(failed), is_bit_exact=True)
+        return cls(loaded, spec, replace(form, reason="one row a forward").after(failed), is_bit_exact=True)
 
     @cached_property
     def facts(self) -> EngineFacts:
@@ -123,7 +132,8 @@ class TorchEngine(DrawingEngine):
     def _claims(self) -> tuple[str, ...]:
         kinds = {type(one): one for one in self._linears}
         linears = tuple(Claim("linears", kind.__name__, kind.ground) for kind in kinds)
-        return tuple(f"{claim.part} ({claim.form}): {claim.ground}" for claim in (*linears, *CLAIMS))
+        of_parts = tuple(CLAIMS_OF_PARTS[part] for part in sorted(self._parts & CLAIMS_OF_PARTS.keys()))
+        return tuple(f"{claim.part} ({claim.form}): {claim.ground}" for claim in (*linears, *CLAIMS, *of_parts))
 
     def _tried(self) -> str:
         if not self._is_bit_exact:
@@ -148,22 +158,26 @@ class TorchEngine(DrawingEngine):
             input_ids=torch.tensor([[row.token_id for row in rows]], device=device),
             position_ids=torch.tensor([[row.position for row in rows]], device=device),
             use_cache=False,
-            plan=plan_forward(batch, self._rotary, self._config.num_attention_heads),
+            plan=plan_forward(batch, self._rotaries, self._config.num_attention_heads, self._kinds),
         ).last_hidden_state[0]
         wanted = [index for index, row in enumerate(rows) if row.draw is not None]
         if not wanted:
             return hidden.new_empty(0, self._config.vocab_size, dtype=torch.float32)
         logits: Tensor = self._head(hidden[wanted])
-        return logits.float()
+        return capped(logits.float(), getattr(self._config, "final_logit_softcapping", None))
 
 
-def _is_proven(model: Any, spec: SlabSpec, form: Form) -> bool:
+def _is_proven(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
     """Whether each part of the model, and its first layers as a whole, give rows the same bits in every batch here."""
-    heads, rotary = model.config.num_attention_heads, model.get_decoder().rotary_emb
+    config = loaded.model.config
+    cap = getattr(config, "attn_logit_softcapping", None)
+    has_sinks = Part.SOFTMAX_SINKS in ARCHITECTURES[config.model_type].parts
+    # In the order of layers, so that what is tried is called the same in every process.
+    manners = dict.fromkeys(Manner(kind, cap, has_sinks) for kind in attending_kinds(config))
     return (
-        _linears_are_exact(model, form)
-        and attention_is_exact(spec, heads, rotary)
-        and _layers_are_exact(model, spec, form)
+        _linears_are_exact(loaded.model, form)
+        and attention_is_exact(spec, config.num_attention_heads, loaded.rotaries, manners)
+        and _layers_are_exact(loaded, spec, form)
     )
 
 
@@ -181,29 +195,35 @@ def _linears_are_exact(model: Any, form: Form) -> bool:
     return True
 
 
-def _layers_are_exact(model: Any, spec: SlabSpec, form: Form) -> bool:
-    tried = replace(spec, layers=min(spec.layers, _PROBED_LAYERS))
+def _layers_are_exact(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
+    config = loaded.model.config
+    kinds = layer_kinds(config)
+    # Layers of a kind have the same shapes, and so the same kernels: more of it would show nothing more.
+    count = max(kinds.index(kind) for kind in kinds) + 1
+    recurrent = sum(kind.is_recurrent for kind in kinds[:count])
+    tried = replace(
+        spec,
+        layers=count - recurrent,
+        recurrent=replace(spec.recurrent, layers=recurrent) if spec.recurrent else None,
+    )
 
     def probe() -> bool:
-        short = _first_layers(model, tried.layers)
+        short = _first_layers(loaded.model, count)
         # The head was tried by itself, and a large one takes longest.
         short.set_output_embeddings(nn.Identity())
-        engine = TorchEngine(short, tried, form, is_bit_exact=False)
-        return is_bit_exact(engine, tried, model.config.vocab_size)
+        engine = TorchEngine(Loaded(short, loaded.rotaries), tried, form, is_bit_exact=False)
+        return is_bit_exact(engine, tried, config.vocab_size)
 
-    return found(f"{model.config} {form} {tried}", probe)
+    return found(f"{config} {form} {tried}", probe)
 
 
-def _load_model(directory: Path, form: Form, device: torch.device, *, is_strict: bool) -> Any:
+def _load_model(directory: Path, form: Form, device: torch.device, *, is_strict: bool) -> Loaded:
     refusal = f"the weights in {directory} cannot be loaded"
     model = load_weights(AutoModelForCausalLM, directory, form.dtype, refusal, attn_implementation=ATTENTION_NAME)
-    decoder = model.get_decoder()
-    decoder.rotary_emb = ExactRotary(decoder.rotary_emb)
-    for layer in decoder.layers:
-        layer.mlp.act_fn = RowByRow(layer.mlp.act_fn)
+    rotaries = take_over(model)
     model = model.to(device)
     replace_linears(model, model.get_output_embeddings(), form.weights, form.dtype, device, is_strict=is_strict)
-    return model.eval()
+    return Loaded(model.eval(), rotaries)
 
 
 def _first_layers(model: Any, count: int) -> Any:

@@ -6,17 +6,22 @@ import mmap
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from runtime.slab import Slab, SlabPool, SlabSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlabStore:
-    """The memory of slabs that lie side by side: keys and values [L, B, G, S, W]."""
+    """The memory of slabs that lie side by side: keys and values [L, B, G, S, W].
+
+    Of recurrent layers, what they were given, [layers, B, tokens, columns], and their states [layers, B, chunks, *shape].
+    """
 
     keys: Tensor
     values: Tensor
+    given: Tensor | None = None
+    states: Tensor | None = None
 
     def stacked(self, layer: int, slabs: slice, extent: int) -> tuple[Tensor, Tensor]:
         """Keys and values [slabs, G, extent, W] of one layer, where they lie."""
@@ -32,12 +37,36 @@ class TorchSlab(Slab):
         self.index = index
         self.keys = store.keys[:, index]
         self.values = store.values[:, index]
+        self._given = None if store.given is None else store.given[:, index]
+        self._states = None if store.states is None else store.states[:, index]
 
     def write(self, layer: int, slots: Tensor, end: int, keys: Tensor, values: Tensor) -> None:
         """Puts `keys` and `values` [G, N, D] of consecutive positions up to `end` (exclusive) into `slots` [N]."""
         self.keys[layer].index_copy_(1, slots, keys)
         self.values[layer].index_copy_(1, slots, values)
         self.advance(layer, end)
+
+    def give(self, layer: int, rows: Tensor, start: int) -> None:
+        """Keeps what a recurrent layer is given, `rows` [N, columns], for the positions from `start` on."""
+        assert self._given is not None
+        places = torch.arange(start, start + len(rows), device=rows.device) % self.spec.given
+        self._given[layer].index_copy_(0, places, rows)
+        self.advance(self.spec.layers + layer, start + len(rows))
+
+    def taken(self, layer: int, start: int, stop: int) -> Tensor:
+        """What a recurrent layer was given for positions from `start` to `stop`, [N, columns]; zeros before the first."""
+        assert self._given is not None
+        before = max(0, -start)
+        places = torch.arange(start + before, stop, device=self._given.device) % self.spec.given
+        return nn.functional.pad(self._given[layer].index_select(0, places), (0, 0, before, 0))
+
+    def state(self, layer: int, chunk: int) -> Tensor:
+        """A recurrent layer's state before the chunk of this number, to be read or written in place."""
+        assert self._states is not None
+        return self._states[layer, chunk % self.spec.states]
+
+    def kept(self) -> tuple[Tensor, ...]:
+        return tuple(layer for kept in (self._given, self._states) if kept is not None for layer in kept)
 
     def held(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.keys[layer, :, : self.used], self.values[layer, :, : self.used]
@@ -60,14 +89,21 @@ def as_torch(slab: Slab) -> TorchSlab:
 def torch_pool(spec: SlabSpec, count: int) -> SlabPool:
     """`count` slabs in one store."""
     shape = (spec.layers, count, spec.kv_heads, spec.slots, spec.width)
-    store = SlabStore(_lazy_zeros(shape, spec), _lazy_zeros(shape, spec))
+    given = states = None
+    if recurrent := spec.recurrent:
+        given = _lazy_zeros((recurrent.layers, count, spec.given, recurrent.columns), spec.dtype, spec.device)
+        if recurrent.state:
+            shape_of_all = (recurrent.layers, count, spec.states, *recurrent.state)
+            states = _lazy_zeros(shape_of_all, torch.float32, spec.device)
+    keys, values = (_lazy_zeros(shape, spec.dtype, spec.device) for _ in range(2))
+    store = SlabStore(keys, values, given, states)
     return SlabPool(spec, (TorchSlab(spec, store, index) for index in range(count)))
 
 
-def _lazy_zeros(shape: tuple[int, ...], spec: SlabSpec) -> Tensor:
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros whose pages the system provides on first touch. A masked slot is multiplied by 0, so it must be finite."""
-    if spec.device.type != "cpu":
-        return torch.zeros(shape, dtype=spec.dtype, device=spec.device)
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
     count = torch.Size(shape).numel()
-    pages = mmap.mmap(-1, max(1, count * spec.dtype.itemsize), flags=mmap.MAP_PRIVATE)
-    return torch.frombuffer(pages, dtype=spec.dtype, count=count).view(shape)
+    pages = mmap.mmap(-1, max(1, count * dtype.itemsize), flags=mmap.MAP_PRIVATE)
+    return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from runtime.engine.torch_slab import TorchSlab, as_torch, torch_pool
 from runtime.errors import CapacityExhausted
-from runtime.slab import BUCKET_SLOTS, Slab, SlabPool, SlabSpec, as_held
+from runtime.slab import BUCKET_SLOTS, CHUNK, RecurrentSpec, Slab, SlabPool, SlabSpec, as_held
 from tests.reference.window import positions_seen
 
 
@@ -74,6 +74,22 @@ def test_a_query_sees_the_sink_and_the_window_and_nothing_else_whatever_was_writ
 
 
 @settings(max_examples=100, deadline=None)
+@given(SPECS, st.integers(0, 300), st.integers(1, 60))
+def test_a_layer_with_a_window_of_its_own_sees_of_that_what_is_nearer(
+    spec: SlabSpec, position: int, own_window: int
+) -> None:
+    held = {spec.slot(before): before for before in range(position + 1)}
+    visible = spec.visible_slots(torch.tensor([position]), spec.extent(position), own_window)[0]
+
+    seen = {held[slot] for slot in visible.nonzero().flatten().tolist()}
+
+    assert seen == positions_seen(position, spec.sink, spec.window, own_window)
+    if position >= spec.visible:
+        lasting = spec.lasting_sinks(own_window)
+        assert {one for one in seen if one < spec.sink} == set(range(lasting.start, lasting.stop))
+
+
+@settings(max_examples=100, deadline=None)
 @given(SPECS, st.integers(0, 10**12))
 def test_a_query_sees_as_many_slots_far_out_as_the_window_has(spec: SlabSpec, beyond: int) -> None:
     position = spec.visible + beyond
@@ -129,6 +145,103 @@ def test_the_ceiling_counts_keys_and_values_of_every_slot_in_every_layer() -> No
     slab = as_torch(pool.acquire())
 
     assert spec.ceiling_bytes == slab.keys.nbytes + slab.values.nbytes
+
+
+def recurrent_slab(state: tuple[int, ...] = (2, 4, 4), row_tile: int = 32) -> TorchSlab:
+    spec = replace(spec_of(2, 50, row_tile), recurrent=RecurrentSpec(layers=3, columns=5, reach=3, state=state))
+    return as_torch(torch_pool(spec, 2).acquire())
+
+
+@pytest.mark.parametrize("state", [(), (2, 4, 4)])
+def test_the_ceiling_counts_what_recurrent_layers_keep_whatever_the_length(state: tuple[int, ...]) -> None:
+    slab = recurrent_slab(state)
+    spec = slab.spec
+
+    kept = sum(one.nbytes for one in slab.kept())
+
+    assert spec.kept_bytes == kept > 0
+    assert spec.ceiling_bytes == slab.keys.nbytes + slab.values.nbytes + kept
+    assert slab.live_bytes == 0
+    slab.advance_all(1)
+    assert slab.live_bytes == spec.token_bytes + kept
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.data())
+def test_a_recurrent_layer_finds_all_that_a_tile_may_need_whatever_was_taken_back(
+    row_tile: int, data: st.DataObject
+) -> None:
+    slab = recurrent_slab(row_tile=row_tile)
+    reach, frontier = 3, 0
+    given: dict[int, float] = {}
+    for value in range(20):
+        start = frontier - data.draw(st.integers(0, min(frontier, row_tile - 1)))
+        stop = start + data.draw(st.integers(1, row_tile))
+        slab.give(1, torch.full((stop - start, 5), float(value)), start)
+        given |= dict.fromkeys(range(start, stop), float(value))
+        first = start // CHUNK * CHUNK
+        for chunk in range(first // CHUNK, stop // CHUNK + 1):
+            if start < chunk * CHUNK <= stop:
+                slab.state(1, chunk).fill_(chunk)
+
+        taken = slab.taken(1, first - reach, stop)
+
+        assert taken[:, 0].tolist() == [given.get(position, 0.0) for position in range(first - reach, stop)]
+        assert not first or (slab.state(1, first // CHUNK) == first // CHUNK).all()
+        frontier = max(frontier, stop)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SPECS, st.booleans(), st.integers(1, 300), st.integers(0, 300))
+def test_a_slab_that_says_it_is_whole_holds_all_that_the_next_token_needs(
+    spec: SlabSpec, is_recurrent: bool, written: int, frontier: int
+) -> None:
+    if is_recurrent:
+        spec = replace(spec, recurrent=RecurrentSpec(layers=1, columns=1, reach=3, state=(1, 1, 1)))
+    frontier = min(frontier, written)
+    if not spec.is_whole(written, frontier):
+        assert frontier < written - spec.row_tile + 1
+        return
+
+    held = {spec.slot(position): position for position in range(written)}
+    assert all(held[spec.slot(one)] == one for one in positions_seen(frontier, spec.sink, spec.window) - {frontier})
+    if is_recurrent:
+        chunk = frontier // CHUNK
+        given = {position % spec.given: position for position in range(written)}
+        states = {one % spec.states: one for one in range(1, written // CHUNK + 1)}
+        assert all(given[one % spec.given] == one for one in range(max(0, chunk * CHUNK - 3), frontier))
+        assert not chunk or states[chunk % spec.states] == chunk
+
+
+def test_a_slab_that_went_back_knows_what_was_written_over_before() -> None:
+    """Tokens that were taken back lie in the slots of older ones, which a second step back would need."""
+    spec = spec_of(2, 40, 20)
+    pool = torch_pool(spec, 2)
+    slab, fork = pool.acquire(), pool.acquire()
+    slab.advance_all(200)
+    slab.retract(182)
+
+    fork.copy_from(slab)
+
+    assert spec.is_whole(182, 170)
+    assert not slab.is_whole(170)
+    assert not fork.is_whole(170)
+    slab.clear()
+    slab.advance_all(182)
+    assert slab.is_whole(170)
+
+
+def test_a_fork_has_what_recurrent_layers_keep_and_a_skip_forgets_it() -> None:
+    slab, fork = recurrent_slab(), recurrent_slab()
+    for one in slab.kept():
+        one.normal_()
+
+    fork.copy_from(slab)
+    assert all(torch.equal(*pair) for pair in zip(fork.kept(), slab.kept(), strict=True))
+
+    fork.skip(1_000)
+    assert not any(one.any() for one in fork.kept())
+    assert set(fork.frontiers) == {1_000}
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3))

@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from runtime.engine.attention import AttentionAlone, block_shape, plan_forward, slab_attention
+from runtime.engine.architectures import ONE_ROTARY
+from runtime.engine.attention import slab_attention
+from runtime.engine.attention_plan import block_shape, plan_forward
+from runtime.engine.attention_probe import PLAIN, AttentionAlone
 from runtime.engine.probe import is_exact_at_every_count
 from runtime.engine.rotary import ExactRotary, rotate
 from runtime.engine.torch_slab import as_torch, torch_pool
@@ -84,7 +87,7 @@ def attend(batch: RowBatch, histories: dict[Slab, History], layer: int = 0) -> T
         values.unsqueeze(0),
         None,
         scaling=1 / math.sqrt(HEAD_DIM),
-        plan=plan_forward(batch, rotary, HEADS),
+        plan=plan_forward(batch, {ONE_ROTARY: rotary}, HEADS, (PLAIN.kind,) * SPEC.layers),
     )
     return output[0]
 
@@ -190,7 +193,7 @@ def test_bits_do_not_depend_on_the_thread_that_computes_a_block(
     """A block's thread follows from how many there are; each thread writes to a place of its own in memory."""
     spec = replace(SPEC, kv_heads=kv_heads, head_dim=head_dim, window=600, row_tile=64, dtype=dtype)
     table = torch.randn(64, heads + 2 * kv_heads, head_dim, generator=torch.Generator().manual_seed(0))
-    engine = AttentionAlone(spec, heads, a_rotary(head_dim), table)
+    engine = AttentionAlone(spec, heads, {ONE_ROTARY: a_rotary(head_dim)}, table)
 
     with threads(2):
         assert is_exact_at_every_count(engine, spec, len(table))

@@ -1,0 +1,184 @@
+"""What a forward works out once for the attention of all of its layers: where rows go, and which slots they see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from runtime.engine.architectures import LayerKind
+from runtime.engine.rotary import ExactRotary
+from runtime.engine.torch_slab import SlabStore, as_torch
+from runtime.rows import Piece, RowBatch
+from runtime.slab import SlabSpec
+
+_LINE_BYTES = 64
+# Fewer queries in a block cost a lone row nothing less.
+_LEAST_QUERIES = 4
+# Each thread's share of flash attention's buffers is a whole number of lines where a block has a multiple of so many.
+_QUERY_STEP = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PiecePlan:
+    """The positions of one piece, from `begin` to `end` (exclusive), and where its keys and values go."""
+
+    piece: Piece
+    begin: int
+    end: int
+    slots: Tensor  # [N]
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Blocks that one call serves: those of one piece, or one each of pieces over slabs that lie side by side."""
+
+    store: SlabStore
+    slabs: slice
+    extent: int
+    blocks: int
+    queries: slice  # of the forward's queries, one block's behind the other's
+    # [1 or G, blocks, M, extent], 0 where a query sees a slot, else -inf. Past the window each layer writes into its first
+    # columns what brings the sinks within reach.
+    # By the windows that layers have of their own.
+    hidden: Mapping[int | None, Tensor]
+    is_past_window: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPlan:
+    """The pieces and stacks, and what is done for the queries of all of them at once: worked out once a forward."""
+
+    pieces: tuple[PiecePlan, ...]
+    stacks: tuple[Stack, ...]
+    rows: Tensor  # [queries], the row of the batch that each query is
+    places: Tensor  # [rows], a query that is the row
+    kinds: tuple[LayerKind, ...]
+    # Cosines and sines [queries, D] that bring a query within reach, by the names of rotary embeddings.
+    sink_turns: Mapping[str | None, tuple[Tensor, Tensor]]
+    # Which sinks a query past the window sees, by the windows that layers have of their own.
+    lasting_sinks: Mapping[int | None, slice]
+
+
+def block_shape(spec: SlabSpec, heads: int, threads: int) -> tuple[int, int]:
+    """How many rows R make a block, and how many queries M it has: those of all Q heads of a group, and padding.
+
+    Blocks come to threads head by head, so that a head's are one thread's where threads share the heads out evenly.
+    """
+    heads_a_group = heads // spec.kv_heads
+    rows = max(1, _LEAST_QUERIES // heads_a_group)
+    block_bytes = rows * heads_a_group * spec.head_dim * spec.dtype.itemsize
+    if spec.kv_heads % threads == 0 and block_bytes % _LINE_BYTES == 0:
+        return rows, rows * heads_a_group
+    rows = max(1, _QUERY_STEP // heads_a_group)
+    return rows, -(-rows * heads_a_group // _QUERY_STEP) * _QUERY_STEP
+
+
+def plan_forward(
+    batch: RowBatch, rotaries: Mapping[str, ExactRotary], heads: int, kinds: tuple[LayerKind, ...]
+) -> ForwardPlan:
+    """The plan of a batch, for a model of that many query `heads` with layers of these `kinds`."""
+    pieces = batch.pieces()
+    spec = batch.rows[0].slab.spec
+    size, queries = block_shape(spec, heads, torch.get_num_threads())
+    positions = torch.tensor([row.position for row in batch.rows], device=spec.device)
+    # Other devices than CPUs take a mask of the queries' own type alone.
+    dtype = torch.float32 if spec.device.type == "cpu" else spec.dtype
+    extent = max(piece.extent for piece in pieces)
+    hidden = {
+        window: torch.zeros(len(positions), extent, dtype=dtype, device=spec.device).masked_fill_(
+            ~spec.visible_slots(positions, extent, window), float("-inf")
+        )
+        for window in {kind.window for kind in kinds}
+    }
+    row_of: list[int] = []
+    place_of = [0] * len(batch.rows)
+    stacks = []
+    for members in _stacked(pieces, size):
+        begin, first, lead = len(row_of), members[0], as_torch(members[0].slab)
+        for piece in members:
+            count = piece.stop - piece.start
+            place_of[piece.start : piece.stop] = range(len(row_of), len(row_of) + count)
+            row_of += [*range(piece.start, piece.stop), *[piece.stop - 1] * (-count % size)]
+        if spec.kv_heads == 1 and len(row_of) - begin == size:
+            # A call for a single block would run outside torch's threads, where the product inside it has threads of its own.
+            row_of += [row_of[-1]] * size
+        blocks = (len(row_of) - begin) // size
+        of_each_head = spec.kv_heads if first.is_past_window and spec.sink else 1
+        shape = (of_each_head, blocks, heads // spec.kv_heads, size, first.extent)
+        stacks.append(
+            Stack(
+                store=lead.store,
+                slabs=slice(lead.index, lead.index + len(members)),
+                extent=first.extent,
+                blocks=blocks,
+                queries=slice(begin, len(row_of)),
+                hidden={
+                    window: _in_blocks(of_all[row_of[begin:]], shape, queries) for window, of_all in hidden.items()
+                },
+                is_past_window=first.is_past_window,
+            )
+        )
+    rows = torch.tensor(row_of, device=spec.device)
+    slots = torch.tensor([spec.slot(row.position) for row in batch.rows], device=spec.device)
+    sink_turns: dict[str | None, tuple[Tensor, Tensor]] = {}
+    if spec.sink and any(piece.is_past_window for piece in pieces):
+        too_far = (spec.visible - 1 - positions.index_select(0, rows)).clamp(max=0)
+        for name, rotary in rotaries.items():
+            cosines, sines = rotary.turn(too_far)
+            sink_turns[name] = cosines.float(), sines.float()
+    return ForwardPlan(
+        pieces=tuple(
+            PiecePlan(
+                piece,
+                batch.rows[piece.start].position,
+                batch.rows[piece.stop - 1].position + 1,
+                slots[piece.start : piece.stop],
+            )
+            for piece in pieces
+        ),
+        stacks=tuple(stacks),
+        rows=rows,
+        places=torch.tensor(place_of, device=spec.device),
+        kinds=kinds,
+        sink_turns=sink_turns,
+        lasting_sinks={window: spec.lasting_sinks(window) for window in hidden},
+    )
+
+
+def _in_blocks(hidden: Tensor, shape: tuple[int, int, int, int, int], queries: int) -> Tensor:
+    """What is `hidden` [queries, slots] as [1 or G, blocks, M, extent], for a `shape` [1 or G, blocks, Q, R, extent]."""
+    _, blocks, _, size, extent = shape
+    of_each_head = hidden[:, :extent].view(1, blocks, 1, size, extent).expand(shape)
+    return padded(of_each_head.flatten(2, 3), queries).contiguous()
+
+
+def padded(blocks: Tensor, queries: int) -> Tensor:
+    """Blocks [..., queries so far, columns] with rows of zeros behind them, up to so many."""
+    missing = queries - blocks.shape[-2]
+    return nn.functional.pad(blocks, (0, 0, 0, missing)) if missing else blocks
+
+
+def _stacked(pieces: tuple[Piece, ...], size: int) -> list[list[Piece]]:
+    """The pieces of one block each in runs of slabs that follow each other in one store, of one extent and side of the
+    window's edge; each longer piece by itself.
+    """
+
+    def kind(piece: Piece) -> tuple[int, int, bool]:
+        return id(as_torch(piece.slab).store), piece.extent, piece.is_past_window
+
+    runs: list[list[Piece]] = []
+    for piece in sorted(pieces, key=lambda piece: (*kind(piece), as_torch(piece.slab).index)):
+        before = runs[-1][-1] if runs else None
+        if (
+            before is not None
+            and kind(before) == kind(piece)
+            and as_torch(before.slab).index + 1 == as_torch(piece.slab).index
+            and max(before.stop - before.start, piece.stop - piece.start) <= size
+        ):
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    return runs
