@@ -51,6 +51,10 @@ golden:
 picture:
     python -m tests.contract.screenshot docs/page.png
 
+# What recorded agents cost, as a page.
+recordings:
+    python -m tests.api.recordings_page
+
 # Minutes of load: kills, chaos, 200 streams.
 soak:
     pytest -q -s -m soak tests/soak tests/api

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from array import array
+from bisect import bisect_right
 from collections.abc import Generator, Iterator, Set
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
@@ -100,6 +101,9 @@ class Answer:
         self._detokenizer = text.detokenizer()
         self._cue_length = len(cue)
         self._growing: _Growing | None = None
+        # How long the text that may have calls in it was after each token that was drawn.
+        self._spoken = array("I")
+        self._spoken_length = 0
         # Blanks that nobody need ever see: a call may follow them.
         self._blanks = ""
         self.tokens = array("I", cue)
@@ -127,6 +131,7 @@ class Answer:
                 if self._logprobs:
                     self._logprobs.feed(event, text)
                 yield from self._split(text)
+                self._spoken.append(self._spoken_length)
                 if self._growing is not None:
                     self._growing.characters.append(self._growing.length)
                     self.reasoning_tokens += isinstance(self._growing.item, Reasoning)
@@ -167,6 +172,7 @@ class Answer:
         if self._calls is None:
             yield from self._say(text, logprobs)
         else:
+            self._spoken_length += len(text)
             for part in [*self._calls.feed(text), *([self._calls.end()] if is_last else ())]:
                 if isinstance(part, Call):
                     yield from self._call(part)
@@ -193,17 +199,24 @@ class Answer:
         """Goes on with a call, which is whole or has begun."""
         self._blanks = ""
         if not isinstance(item := self._growing and self._growing.item, Call):
-            item = yield from self._begin(Call(call.name, "", f"call_{secrets.token_hex(12)}"))
+            item = yield from self._begin(Call(call.name, "", f"call_{secrets.token_hex(12)}"), self._call_begins())
             yield CallBegun(item.call_id, item.name)
         if more := call.arguments[len(item.arguments) :]:
             self._grow(replace(item, arguments=call.arguments))
             yield CallGrown(more)
 
-    def _begin(self, item: ItemT) -> Generator[Part, None, ItemT]:
-        """Ends the item before, and begins this one with the token that came last."""
+    def _call_begins(self) -> int:
+        """The token with which the call begins that is known by now to be one."""
+        assert self._calls is not None
+        return self._cue_length + bisect_right(self._spoken, self._calls.began_at)
+
+    def _begin(self, item: ItemT, begin: int | None = None) -> Generator[Part, None, ItemT]:
+        """Ends the item before, and begins this one with the token `begin`, or with the one that came last."""
+        last = len(self.tokens) - 1
+        begin = last if begin is None else begin
         if self._growing is not None:
-            yield self._close(len(self.tokens) - 1)
-        self._growing = _Growing(item, len(self.tokens) - 1)
+            yield self._close(begin)
+        self._growing = _Growing(item, begin, array("I", [0] * (last - begin)))
         return item
 
     def _grow(self, item: Item) -> None:
@@ -214,7 +227,7 @@ class Answer:
         assert self._growing is not None
         growing, self._growing = self._growing, None
         self.items.append(growing.item)
-        self.spans.append(Span(growing.begin, end, growing.characters))
+        self.spans.append(Span(growing.begin, end, growing.characters[: end - growing.begin]))
         return ItemDone(growing.item)
 
     def _finish(self, reason: FinishReason) -> Iterator[Part]:

@@ -241,7 +241,11 @@ class PointTree:
                 if offset is not None:
                     waiting.append((count + taken, Point(child, offset)))
         count, _, point = best
-        is_broken = count <= furthest < len(items) and any(child.parent == point for child in point.node.children)
+        # Who goes on from within an answer has had it cut off; who tells the rest of it otherwise has not.
+        has_branches = any(child.parent == point for child in point.node.children)
+        is_broken = count <= furthest < len(items) and (has_branches or (count > 0 and is_assistants(items[count])))
+        # A conversation that only begins has nothing that could be broken.
+        is_broken = is_broken and (count > 0 or any(map(is_assistants, items)))
         return Match(point, count, furthest if is_broken else None)
 
     def grow(

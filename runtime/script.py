@@ -89,7 +89,8 @@ def write_on(
     None where the template writes down anew, or elsewhere, what came before, or does not go on from there.
     """
     sheet, context = _Sheet(text, head, options), _stand_in(before)
-    if sheet.moves_on([*before, *new]):
+    # A tool's result is no question, and moves nothing.
+    if any(isinstance(item, Message) for item in new) and sheet.moves_on([*before, *new]):
         return None
     try:
         whole, cue = sheet.written([*context, *new])

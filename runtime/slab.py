@@ -322,15 +322,17 @@ class SlabPool:
     def acquire(self, history: array[int] | None = None) -> Slab:
         """A slab that has read as much of the beginning of `history` as any that is free; without one an empty slab.
 
-        Raises CapacityExhausted, and changes nothing, when none is free.
+        No slab gives up more than it has of it, where there is another. Raises CapacityExhausted, and changes nothing,
+        when none is free.
         """
         if not self._free:
             raise CapacityExhausted(f"all {self.total} slabs are in use: close a session or try again later")
         lengths = {slab: self._useful(slab, read, history) for slab, read in self._free.items() if history and read}
         best = max(lengths, key=lambda slab: lengths[slab], default=None)
-        if best is None or not lengths[best]:
+        if best is None or (len(self._free) > 1 and lengths[best] <= len(self._free[best]) - lengths[best]):
+            others = {slab: read for slab, read in self._free.items() if slab is not best}
             # What was read longest ago is least likely to be asked for again.
-            best = next((slab for slab, read in self._free.items() if not read), next(iter(self._free)))
+            best = next((slab for slab, read in others.items() if not read), next(iter(others)))
         del self._free[best]
         best.change_hands()
         if length := lengths.get(best, 0):

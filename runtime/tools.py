@@ -112,8 +112,11 @@ class CallReader:
         self._form = form
         self._head = form.opening + form.before_name
         self._held = ""
+        self._passed = 0
         self._object: _Object | None = None
         self._has_called = False
+        self.began_at = 0
+        """How many characters had come before the call that has begun last."""
 
     @property
     def begun(self) -> Call | None:
@@ -131,8 +134,9 @@ class CallReader:
             is_begun = at >= 0
             if not is_begun:
                 at = len(self._held) - overlap(self._held, self._head)
-            yield from self._text(self._held[:at])
-            self._held = self._held[at:]
+            yield from self._text(self._take(at))
+            if is_begun:
+                self.began_at = self._passed
             call = self._call() if is_begun else None
             if call is None:
                 return
@@ -159,9 +163,14 @@ class CallReader:
         length = self._object.end
         if length is None or not rest.startswith(self._form.after_arguments, length):
             return None
-        self._held = rest[length + len(self._form.after_arguments) :]
+        self._take(len(self._held) - len(rest) + length + len(self._form.after_arguments))
         self._object = None
         return Call(name, rest[:length])
+
+    def _take(self, length: int) -> str:
+        taken, self._held = self._held[:length], self._held[length:]
+        self._passed += length
+        return taken
 
 
 class _Object:

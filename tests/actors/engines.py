@@ -205,13 +205,14 @@ async def open_lab(
     metrics: Metrics | None = None,
     store: SessionStore | None = None,
     new_proposals: NewProposals = lambda: None,
+    text: Text | None = None,
     **settings: Any,
 ) -> AsyncIterator[Runtime]:
     """A runtime on this engine; a forward that is held goes on when the block ends."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         chosen = Settings(**settings)
         async with open_sessions(
-            chosen, engine, EngineThread(pool), tiny_text(), metrics or Metrics(), new_proposals, store
+            chosen, engine, EngineThread(pool), text or tiny_text(), metrics or Metrics(), new_proposals, store
         ) as runtime:
             try:
                 yield runtime

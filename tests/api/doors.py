@@ -16,6 +16,7 @@ from api.server import Server
 from runtime import Settings
 from runtime.metrics import Metrics
 from runtime.settings import split_address
+from runtime.text import Text
 from tests.actors.engines import LedgerEngine, open_lab
 
 # The rest of a POST's head, up to its body's length.
@@ -35,14 +36,16 @@ class House:
 
 
 @asynccontextmanager
-async def open_house(engine: LedgerEngine | None = None, **settings: Any) -> AsyncIterator[House]:
+async def open_house(
+    engine: LedgerEngine | None = None, text: Text | None = None, **settings: Any
+) -> AsyncIterator[House]:
     """A server with both doors open and its engine loaded."""
     engine = engine or LedgerEngine()
     chosen = Settings(grpc_bind="127.0.0.1:0", **settings)
 
     @asynccontextmanager
     async def opening(_: Settings, metrics: Metrics) -> AsyncIterator[Runtime]:
-        async with open_lab(engine, metrics=metrics, **settings) as runtime:
+        async with open_lab(engine, metrics, text=text, **settings) as runtime:
             yield runtime
 
     server = Server(chosen, opening, is_warmed=False)

@@ -1,5 +1,6 @@
 """The slab: where tokens lie, which of them a query sees, and who holds it."""
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -360,6 +361,19 @@ def test_memory_is_taken_as_tokens_arrive_and_not_before() -> None:
     written(pool.acquire(), layer=0, start=0, count=32)
 
     assert psutil.Process().memory_info().rss - before < spec.ceiling_bytes // 4
+
+
+def test_a_pool_gives_up_no_long_history_for_a_short_beginning_that_another_shares() -> None:
+    pool = torch_pool(spec_of(1, 64, 4), 2)
+    slab = pool.acquire()
+    written(slab, layer=0, start=0, count=40)
+    pool.release(slab, array("I", range(40)))
+
+    other = pool.acquire(array("I", [*range(5), 99]))
+    again = pool.acquire(array("I", range(40)))
+
+    assert (other is not slab, other.frontier) == (True, 0)
+    assert (again is slab, again.frontier) == (True, 40)
 
 
 @settings(max_examples=200, deadline=None)
