@@ -77,7 +77,8 @@ def make_app(server: Server) -> QuartTrio:
     @app.before_request
     async def authenticate() -> None:
         if needs_key(request.path) and request.method != "OPTIONS":
-            check_key(settings, request.headers.get("Authorization"), request.headers.get("x-api-key"))
+            header = door.family_of(request.path).key_header
+            check_key(settings, request.headers.get("Authorization"), request.headers.get(header) if header else None)
 
     @app.after_request
     async def deprecate(response: Response) -> Response:

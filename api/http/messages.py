@@ -20,7 +20,7 @@ from api.http.standard import json_response
 from api.reading import ReadBody, Write
 from api.traces import describe_request
 
-MESSAGES = Family("/v1/messages", False, MessageError, as_messages_error)
+MESSAGES = Family("/v1/messages", False, MessageError, as_messages_error, key_header="x-api-key")
 
 
 class MessageObject(BaseModel):

@@ -37,12 +37,16 @@ class Events:
 
 @dataclass(frozen=True)
 class Family:
-    """What lies below a path: whether all its answers say that it is deprecated, and the shape of its errors."""
+    """What lies below a path: whether all its answers say that it is deprecated, and the shape of its errors.
+
+    `key_header` is where clients of it may send their key instead of `Authorization`.
+    """
 
     base: str
     is_deprecated: bool = True
     error_body: type[BaseModel] = ErrorReply
     as_error: Callable[[Exception], tuple[int, BaseModel, dict[str, str]]] = as_http
+    key_header: str | None = None
 
     def holds(self, path: str) -> bool:
         return path == self.base or path.startswith(f"{self.base.rstrip('/')}/")
