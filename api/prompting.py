@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from actors import Runtime
@@ -80,7 +80,8 @@ def _held(runtime: Runtime, question: Question, start: Point | None) -> tuple[Ma
 
 def _serves(held: Head, asked: Head) -> bool:
     """Whether a prompt with one head is as good as with another: who names no tools any more has them forbidden."""
-    return held.digest == (asked if asked.tools else replace(asked, tools=held.tools)).digest
+    is_as_asked = (held.options, held.instructions) == (asked.options, asked.instructions)
+    return is_as_asked and (not asked.tools or asked.tools == held.tools)
 
 
 async def _written(

@@ -61,6 +61,8 @@ class Node:
     answers: list[Node] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     used: int = 0
+    is_held: bool = True
+    """Whether it is in the tree, and not forgotten while a turn had it."""
 
     @cached_property
     def before(self) -> int:
@@ -262,6 +264,9 @@ class PointTree:
             if child.keys == keys and child.tokens == tokens:
                 return self.use(Point(child, len(tokens)))
         node = Node(self._new_id(as_id), point, tuple(items), keys, tokens, tuple(spans))
+        if not point.node.is_held:
+            node.is_held = False
+            return Point(node, len(tokens))
         if self._log:
             self._log.grew(node)
         siblings = point.node.answers if node.is_answer else point.node.given.setdefault(_first(keys), [])
@@ -279,7 +284,13 @@ class PointTree:
         return point
 
     def name(self, name: str, point: Point, record: bytes = b"") -> None:
-        """Has the point be found by this name from now on, and with it a record of whoever named it."""
+        """Has the point be found by this name from now on, and with it a record of whoever named it.
+
+        A point that the tree does not hold any more is found by no name.
+        """
+        if not point.node.is_held:
+            self.forget(name)
+            return
         if self._log:
             self._log.named(name, point, record)
         self._forget(name)
@@ -373,6 +384,7 @@ class PointTree:
             above.given[key].remove(node)
             if not above.given[key]:
                 del above.given[key]
+        node.is_held = False
         self._bytes -= node.size_bytes
         for name in [*node.names]:
             self._forget(name)

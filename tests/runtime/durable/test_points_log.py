@@ -130,6 +130,22 @@ def test_conversations_used_longest_ago_go_where_room_is_short(path: Path) -> No
     assert told(opened(path, most_bytes=20_000)[0]) == told(tree)
 
 
+def test_who_goes_on_from_what_was_forgotten_meanwhile_does_no_harm(path: Path) -> None:
+    tree, log = opened(path, most_bytes=20_000)
+    root = tree.root(Head())
+    point = tree.grow(root, [Message("user", "first")], array("I", [1]) * 2000)
+    tree.grow(root, [Message("user", "second")], array("I", [2]) * 2000)
+    assert point.node not in tree.nodes()
+
+    further = tree.grow(point, [Message("user", "more")], array("I", [3]))
+    tree.name("further", further)
+
+    assert further.history == array("I", [1]) * 2000 + array("I", [3])
+    assert tree.named("further") is None
+    log.close()
+    assert told(opened(path, most_bytes=20_000)[0]) == told(tree)
+
+
 @pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
 def test_of_a_damaged_file_what_stands_before_the_damage_is_kept_and_the_file_is_set_aside(
     path: Path, place: float
