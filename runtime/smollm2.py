@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from runtime.caches import cache_folder
 from runtime.errors import ModelUnavailable
 
 SMOLLM2 = "smollm2"
@@ -71,9 +71,9 @@ def _fetch(scratch: Path) -> Path:
 
 
 def _place() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if home.startswith("~"):
+    folder = cache_folder()
+    if folder is None:
         raise ModelUnavailable(
             f"{SMOLLM2} cannot be kept, for this user has no home: set XDG_CACHE_HOME to a directory"
         )
-    return Path(home) / "perennial" / _FILE
+    return folder / _FILE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +12,7 @@ from tempfile import NamedTemporaryFile
 
 import torch
 
+from runtime.caches import cache_folder
 from runtime.engine.machine import cpu_flags, kernel_class
 
 # Raised when a probe tries more than before, so that what an older one found is not believed.
@@ -38,8 +38,8 @@ def _key(subject: str) -> str:
 
 def _file() -> Path | None:
     """Where findings are kept; a user without a home has no such place."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return None if home.startswith("~") else Path(home) / "perennial" / "findings.json"
+    folder = cache_folder()
+    return folder and folder / "findings.json"
 
 
 def _read() -> dict[str, object]:

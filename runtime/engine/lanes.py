@@ -9,12 +9,15 @@ The functions with `@intrinsic` are for kernels alone. Their arrays are flat, an
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
+
+from runtime.caches import cache_folder
 
 LANES = 16
 
@@ -26,12 +29,17 @@ _FLOATS, _INTS, _BOOLS = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _INT, 
 
 
 def kernel(function: _Function) -> _Function:
-    """The function compiled for this CPU, to be called by any thread beside others; kept on disk, where there is a place."""
-    try:
-        compiled: _Function = njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        # Neither beside the source nor in the user's cache may a file be written.
-        compiled = njit(nogil=True)(function)
+    """The function compiled for this CPU, to be called by any thread beside others; kept in this user's cache."""
+    compiled: _Function = njit(nogil=True)(function)
+    folder = cache_folder()
+    if folder is not None:
+        before, config.CACHE_DIR = config.CACHE_DIR, str(folder / "kernels")
+        try:
+            # Beside its source, where numba keeps it otherwise, it would stay when the package is gone, and pass for it.
+            with suppress(RuntimeError, OSError):
+                compiled = njit(cache=True, nogil=True)(function)
+        finally:
+            config.CACHE_DIR = before
     return compiled
 
 

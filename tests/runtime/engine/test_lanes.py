@@ -1,10 +1,13 @@
-"""What numba compiles, where it has no place to keep it."""
+"""Where what numba compiles is kept."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from numba import config
 
 from runtime.engine.lanes import full, kernel, store
 
@@ -18,3 +21,20 @@ def test_a_kernel_that_cannot_be_kept_is_compiled_each_time() -> None:
     kernel(scope["fill"])(array, np.float32(3))
 
     assert array.tolist() == [0, *[3] * 16, 0]
+
+
+def test_a_kernel_is_kept_in_the_users_cache_and_not_beside_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "source.py"
+    source.write_text("def fill(array, number):\n    store(array, 1, full(number))")
+    scope: dict[str, Any] = {"full": full, "store": store}
+    exec(compile(source.read_text(), source, "exec"), scope)
+
+    before = config.CACHE_DIR
+    kernel(scope["fill"])(np.zeros(18, np.float32), np.float32(3))
+
+    assert [*tmp_path.glob("cache/perennial/kernels/**/*.nbi")]
+    assert not [*tmp_path.glob("__pycache__/*")]
+    assert before == config.CACHE_DIR
