@@ -329,7 +329,9 @@ class SlabPool:
             raise CapacityExhausted(f"all {self.total} slabs are in use: close a session or try again later")
         lengths = {slab: self._useful(slab, read, history) for slab, read in self._free.items() if history and read}
         best = max(lengths, key=lambda slab: lengths[slab], default=None)
-        if best is None or (len(self._free) > 1 and lengths[best] <= len(self._free[best]) - lengths[best]):
+        if best is None or not lengths[best]:
+            best = next((slab for slab, read in self._free.items() if not read), next(iter(self._free)))
+        elif len(self._free) > 1 and lengths[best] <= len(self._free[best]) - lengths[best]:
             others = {slab: read for slab, read in self._free.items() if slab is not best}
             # What was read longest ago is least likely to be asked for again.
             best = next((slab for slab, read in others.items() if not read), next(iter(others)))

@@ -27,6 +27,7 @@ PAGES = {
     "docs/recordings.md": "What recorded agents cost",
     "docs/structure.md": "How it is built",
     "docs/deprecation.md": "What is public",
+    "docs/architectures.md": "Architectures",
     "docs/mlx.md": "On Apple silicon",
     "docs/endurance.md": "What was tried against it",
     "bench/RESULTS.md": "Results",

@@ -120,7 +120,7 @@ def test_a_directory_open_to_others_holds_nothing_that_others_may_read(
         os.umask(before)
 
     assert {path.is_dir(): path.stat().st_mode & 0o777 for path in state.rglob("*")} == {True: 0o700, False: 0o600}
-    assert len(files_in(state)) == 5
+    assert len(files_in(state)) == 6
 
 
 @each_kind

@@ -124,7 +124,8 @@ def played(request: pytest.FixtureRequest, stubs: Stubs) -> Iterator[Played]:
             session.close(session_id)
         yield Played(
             settled(server, 7),
-            sum(usage["prompt_tokens"] for usage in usages) + len(PROMPT),
+            # Of what a slab had read before no row runs.
+            sum(usage["prompt_tokens_details"]["read"] for usage in usages) + len(PROMPT),
             [usage["completion_tokens"] for usage in usages] + [generated],
         )
 

@@ -63,4 +63,7 @@ def said(server: ServerProcess, request: dict[str, Any]) -> list[dict[str, Any]]
     parts = [part.removeprefix("data: ") for part in response.text.split("\n\n") if part not in ("", "data: [DONE]")]
     bodies = [json.loads(part) for part in parts]
     lasting = [{name: value for name, value in body.items() if name not in ("id", "created")} for body in bodies]
+    for body in lasting:
+        # What a slab had read before hangs on who asked before.
+        body.get("usage", {}).pop("prompt_tokens_details", None)
     return sorted(lasting, key=lambda body: body["choices"][0]["index"])
