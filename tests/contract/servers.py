@@ -89,11 +89,21 @@ def environment(settings: dict[str, object]) -> dict[str, str]:
 
 @contextmanager
 def started(
-    kind: str, *flags: str, is_awaited: bool = True, application: str = "api.http:app", **settings: object
+    kind: str,
+    *flags: str,
+    is_awaited: bool = True,
+    application: str = "api.http:app",
+    descriptors: int | None = None,
+    **settings: object,
 ) -> Iterator[ServerProcess]:
-    """A server of this kind, loaded unless it is not `is_awaited`; it is ended when the block ends."""
+    """A server of this kind, loaded unless it is not `is_awaited`; it is ended when the block ends.
+
+    It may open so many `descriptors`, or as many as this process.
+    """
     http = f"127.0.0.1:{free_port()}"
     line = command(kind, http, *flags, application=application)
+    if descriptors is not None:
+        line = ["/bin/sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *line]
     process = subprocess.Popen(line, env=environment(settings), stderr=subprocess.PIPE, text=True)
     server = ServerProcess(process, f"http://{http}")
     opened, loaded = threading.Event(), threading.Event()

@@ -12,7 +12,7 @@ import pytest
 
 from runtime.models import SEEDLING
 from runtime.settings import split_address
-from tests.api.hostile import few_descriptors, serves_sessions
+from tests.api.hostile import serves_sessions
 from tests.contract.servers import (
     JSON,
     KINDS,
@@ -45,8 +45,7 @@ def serves_http(server: ServerProcess) -> bool:
 @each_kind
 async def test_more_idle_connections_than_files_keep_nobody_out(kind: str) -> None:
     with ExitStack() as stack:
-        with few_descriptors(FEW):
-            server = stack.enter_context(started(kind))
+        server = stack.enter_context(started(kind, descriptors=FEW))
         clients = [stack.enter_context(connected(each)) for each in [server.http, server.grpc] * 2 * FEW]
 
         assert serves_http(server)
