@@ -214,6 +214,7 @@ class Conversations:
         with suppress(SessionNotFound, SessionFailed):
             length = (await session.info()).history_length
             if point is None or length < point.length:
+                self.points.forget(_SESSION + session.id)
                 await session.close()
                 return
             if length > point.length:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,6 +47,11 @@ class Choice:
     names: frozenset[str] | None = None
     is_required: bool = False
     is_parallel: bool = True
+
+    def check(self, offered: Iterable[str]) -> None:
+        """Raises MalformedRequest where a call must be made and none of the tools offered may be called."""
+        if self.is_required and not any(self.names is None or name in self.names for name in offered):
+            raise MalformedRequest("tool_choice asks for a tool that tools does not hold", "tool_choice")
 
 
 NO_CALLS = Choice(frozenset())

@@ -44,6 +44,11 @@ class Question:
     forgets: bool | None = None
 
 
+def temperature_of(temperature: float | None, top_p: float | None) -> float:
+    """The temperature to draw with. The likeliest tokens that add up to nothing are the one that is likeliest."""
+    return 0.0 if top_p == 0 else DEFAULT_TEMPERATURE if temperature is None else temperature
+
+
 def check_length(items: tuple[Item, ...], text: Text, most_tokens: int) -> None:
     """Refuses what cannot come to few enough tokens, before anything is done with each of its characters."""
     characters = sum(_length(item) for item in items)

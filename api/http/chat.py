@@ -9,10 +9,9 @@ from api.answering import open_answers
 from api.dialects.chat.answers import CompletionEvents, whole_answer
 from api.dialects.chat.request import CompletionRequest, read
 from api.dialects.chat.schemas import Chunk, Completion, CountedChunk
-from api.http.connection import held_by, request_body
+from api.http.connection import held_by, read_question
 from api.http.routes import EVENTS, JSON, Door, Events, Operation
 from api.http.standard import json_response
-from api.reading import ReadBody
 from api.schemas import ErrorReply
 from api.traces import describe_request
 from runtime.errors import (
@@ -55,9 +54,7 @@ def add_chat_routes(door: Door) -> None:
         held = held_by(request)
         runtime = held.enter_context(server.call())
         describe_request({"gen_ai.request.model": server.label})
-        with server.may_be_ended():
-            async with request_body() as body:
-                asked, question = await server.reader.read(ReadBody(read, body), len(body))
+        asked, question = await read_question(server, read)
         answers = await held.enter_async_context(open_answers(server, runtime, question, is_single_shot=True))
         has_logprobs = bool(asked.logprobs)
         if not asked.stream:

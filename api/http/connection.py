@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import cast
+from typing import TypeVar, cast
 
 import trio
 from hypercorn.typing import ASGISendCallable, ASGISendEvent, HTTPScope
@@ -13,10 +13,13 @@ from quart.wrappers import Request
 from quart_trio.asgi import TrioASGIHTTPConnection
 from werkzeug.exceptions import RequestEntityTooLarge
 
+from api.reading import Parse, ReadBody
 from api.server import Server
 from api.traces import describe_request, request_span
 from api.uploads import Upload
 from runtime.errors import PayloadTooLarge
+
+R = TypeVar("R")
 
 MOST_BODY_BYTES = 8 * 2**20
 # What a request counts as whose client left before it was answered.
@@ -30,6 +33,13 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 def held_by(asked: Request) -> AsyncExitStack:
     """What a request holds until its last byte is sent or its client has left."""
     return cast(dict[str, AsyncExitStack], asked.scope)[_HELD]
+
+
+async def read_question(server: Server, parse: Parse[R]) -> R:
+    """What the request's body asks, as `parse` reads it in another process. Raises what is wrong with it, NotServing."""
+    with server.may_be_ended():
+        async with request_body() as body:
+            return await server.reader.read(ReadBody(parse, body), len(body))
 
 
 def upload_of(asked: Request) -> Upload:

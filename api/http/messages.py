@@ -14,7 +14,7 @@ from api.dialects.messages.events import Event, MessageError, MessageWriter, as_
 from api.dialects.messages.request import MessageRequest, read
 from api.event_stream import EventStream, named_event
 from api.http.chat import ANSWER_ERRORS
-from api.http.connection import held_by, request_body
+from api.http.connection import held_by, read_question, request_body
 from api.http.routes import EVENTS, JSON, Door, Events, Family, Operation
 from api.http.standard import json_response
 from api.reading import ReadBody, Write
@@ -65,9 +65,7 @@ def add_message_routes(door: Door) -> None:
         held = held_by(request)
         runtime = held.enter_context(server.call())
         describe_request({"gen_ai.request.model": server.label})
-        with server.may_be_ended():
-            async with request_body() as body:
-                asked, question = await server.reader.read(ReadBody(read, body), len(body))
+        asked, question = await read_question(server, read)
         answers = await held.enter_async_context(open_answers(server, runtime, question))
         writer = MessageWriter(server.label, answers.prompt_tokens)
         if not asked.stream:

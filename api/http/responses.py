@@ -21,7 +21,7 @@ from api.dialects.responses.events import Event, ResponseWriter, as_responses_er
 from api.dialects.responses.request import Frame, ResponseRequest, read, read_frame
 from api.event_stream import EventStream, named_event
 from api.http.chat import ANSWER_ERRORS
-from api.http.connection import MOST_BODY_BYTES, held_by, request_body
+from api.http.connection import MOST_BODY_BYTES, held_by, read_question
 from api.http.routes import EVENTS, JSON, Door, Events, Family, Operation
 from api.prompting import Prompt, write_prompt
 from api.question import Question
@@ -85,9 +85,7 @@ def add_response_routes(door: Door) -> None:
         held = held_by(request)
         runtime = held.enter_context(server.call())
         describe_request({"gen_ai.request.model": server.label})
-        with server.may_be_ended():
-            async with request_body() as body:
-                asked, question = await server.reader.read(ReadBody(read, body), len(body))
+        asked, question = await read_question(server, read)
         turn = await held.enter_async_context(_open_turn(server, runtime, asked, question, _owner(request.headers)))
         if not asked.stream:
             while not turn.is_over:

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, fiel
 from api.bounds import NO_CALLS, Bounds, Choice
 from api.dialects.asked import AS_WHOLE, MOST_TOKENS, MOST_TOOLS, Asked, AskedBody, describe_neutral
 from api.dialects.chat.parts import ChatMessage, ChosenTool, ResponseFormat, Tool
-from api.question import DEFAULT_TEMPERATURE, Question, check_length, thinking_options
+from api.question import Question, check_length, temperature_of, thinking_options
 from api.reading import Terms
 from runtime.errors import InvalidRequest, MalformedRequest
 from runtime.script import head_of
@@ -172,15 +172,13 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[CompletionRequest, Ques
     else:
         bounds = Bounds.of_tools(tools, asked.choice, text)
     limit = asked.max_completion_tokens or asked.max_tokens
-    temperature = DEFAULT_TEMPERATURE if asked.temperature is None else asked.temperature
     question = Question(
         items,
         places,
         head_of(text, [tool.for_template() for tool in tools], options),
         options,
         bounds,
-        # The likeliest tokens whose probabilities add up to nothing are the one that is likeliest.
-        temperature=0.0 if asked.top_p == 0 else temperature,
+        temperature=temperature_of(asked.temperature, asked.top_p),
         top_p=asked.top_p or 1.0,
         top_k=asked.top_k or 0,
         seed=asked.seed,

@@ -12,9 +12,9 @@ from api.bounds import NO_CALLS, Bounds, Choice
 from api.bounds import Tool as PlainTool
 from api.dialects.asked import AS_WHOLE, MOST_TOKENS, MOST_TOOLS, Asked, AskedBody, ToolName, describe_neutral
 from api.dialects.sealed import unsealed
-from api.question import DEFAULT_TEMPERATURE, Question, check_length, thinking_options
+from api.question import Question, check_length, temperature_of, thinking_options
 from api.reading import Terms
-from runtime.errors import InvalidRequest, MalformedRequest
+from runtime.errors import InvalidRequest
 from runtime.items import Call, Item, Message, Output, Reasoning
 from runtime.script import head_of
 from runtime.text import Text
@@ -151,8 +151,7 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[MessageRequest, Questio
     places, items = tuple(place for place, _ in said), tuple(item for _, item in said)
     check_length(items, text, terms.most_tokens)
     choice = asked.choice()
-    if choice.is_required and not any(choice.names is None or name in choice.names for name in tools):
-        raise MalformedRequest("tool_choice asks for a tool that tools does not hold", "tool_choice")
+    choice.check(tools)
     plain = [tool.plain() for tool in tools.values()]
     shown = [tool.plain().for_template() for tool in tools.values() if not tool.defer_loading]
     form = asked.output_config.format if asked.output_config else None
@@ -164,11 +163,7 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[MessageRequest, Questio
         head_of(text, shown, options, _system_of(asked)),
         options,
         bounds,
-        temperature=0.0
-        if asked.top_p == 0
-        else DEFAULT_TEMPERATURE
-        if asked.temperature is None
-        else asked.temperature,
+        temperature=temperature_of(asked.temperature, asked.top_p),
         top_p=asked.top_p or 1.0,
         top_k=asked.top_k or 0,
         seed=asked.seed,

@@ -13,7 +13,7 @@ from api.bounds import NO_CALLS, Bounds, Choice
 from api.bounds import Tool as PlainTool
 from api.dialects.asked import AS_WHOLE, MOST_TOKENS, MOST_TOOLS, Asked, AskedBody, ToolName, describe_neutral
 from api.dialects.sealed import unsealed
-from api.question import DEFAULT_TEMPERATURE, Question, check_length, thinking_options
+from api.question import Question, check_length, temperature_of, thinking_options
 from api.reading import Terms
 from runtime.errors import InvalidRequest, MalformedRequest, RequestError
 from runtime.items import Call, Item, Message, Output, Reasoning
@@ -252,8 +252,7 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[ResponseRequest, Questi
     if len(set(names)) < len(names):
         raise InvalidRequest("tools must have names of their own", "tools")
     choice = asked.choice()
-    if choice.is_required and not any(choice.names is None or name in choice.names for name in names):
-        raise MalformedRequest("tool_choice asks for a tool that tools does not hold", "tool_choice")
+    choice.check(names)
     schema = _schema_of(asked)
     # Who wants JSON and has tools gets both by turns: a call, or the last word.
     bounds = Bounds.of_tools(tools, choice, text) if schema is None else Bounds.of_schema(schema, "text.format")
@@ -265,11 +264,7 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[ResponseRequest, Questi
         head_of(text, [tool.for_template() for tool in tools], options, asked.instructions or ""),
         options,
         bounds,
-        temperature=0.0
-        if asked.top_p == 0
-        else DEFAULT_TEMPERATURE
-        if asked.temperature is None
-        else asked.temperature,
+        temperature=temperature_of(asked.temperature, asked.top_p),
         top_p=asked.top_p or 1.0,
         top_k=asked.top_k or 0,
         seed=asked.seed,
