@@ -186,4 +186,5 @@ async def test_a_session_that_could_not_be_woken_still_stands_where_it_stood(
             with pytest.raises(CapacityExhausted):
                 await turn(runtime, point)
 
-        assert await checked_turn(runtime, engine, point) == len(LONG)
+        async with runtime.conversations.stand(point, CUE) as stand:
+            assert stand.length == len(LONG)
