@@ -1,8 +1,10 @@
-"""A conversation as a coding agent has it: a long head, then turns of a few new tokens; how long each waits for its first token.
+"""A conversation as a coding agent has it: a long head, then turns of a few new tokens; how long each takes to its first token.
+
+Each answer is one token long, and a turn is timed until it is there: tokens of a model with random weights have no words.
 
 Ours is asked through `/v1/responses`, each turn by the id of the one before. Then it is asked once more with everything sent
 again, as after a reconnect; after a restart of the server; and from a point half-way, a fork. A peer's server is sent the
-whole conversation, in its second turn and in its last.
+whole conversation with each turn, of which the second and the last are timed, the last behind the one before it.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from runtime.settings import Settings
 from runtime.text import Text
 
 WINDOW = 20_476
-TURNS, GENERATED = 40, 8
+TURNS, GENERATED = 40, 1
 HEAD_TOKENS = 8_000
 # What tools gave back in turn, about.
 NEW_TOKENS = (37, 150, 60, 600)
@@ -71,18 +73,17 @@ def _first_token(url: str, body: dict[str, Any]) -> tuple[float, str, str, dict[
     asked = urllib.request.Request(
         f"{url}/v1/responses", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    began, first = time.perf_counter(), 0.0
+    began = time.perf_counter()
     with urllib.request.urlopen(asked) as answer:
         for line in answer:
             if not line.startswith(b"data: "):
                 continue
             event = json.loads(line.removeprefix(b"data: "))
-            if event["type"] == "response.output_text.delta" and not first:
-                first = time.perf_counter() - began
             if event["type"] in ("response.completed", "response.incomplete"):
                 response = event["response"]
                 text = "".join(part["text"] for item in response["output"] for part in item["content"])
-                return first, text, response["id"], response["usage"]["input_tokens_details"]
+                took = time.perf_counter() - began
+                return took, text, response["id"], response["usage"]["input_tokens_details"]
     raise RuntimeError("the answer broke off")
 
 
@@ -164,12 +165,10 @@ async def _peer_turns(kind: ServerKind, setup: Setup, talk: Talk) -> dict[str, f
     threads = psutil.cpu_count(logical=False) or 1
     async with peer_server(kind, setup.peers, str(find_model(setup.settings.model)), threads) as server:
         # A head, then each turn a question and its answer.
-        for name, messages in (
-            ("turn 1", talk.messages[:2]),
-            ("turn 2", talk.messages[:4]),
-            (f"turn {TURNS}", talk.messages[: 2 * TURNS]),
-        ):
+        for number in (1, 2, TURNS - 1, TURNS):
             began = trio.current_time()
-            await server.answer(messages, 1)
-            turns[name] = trio.current_time() - began
+            await server.answer(talk.messages[: 2 * number], GENERATED)
+            turns[f"turn {number}"] = trio.current_time() - began
+    # What was not sent turn by turn is no turn's time.
+    del turns[f"turn {TURNS - 1}"]
     return turns

@@ -328,13 +328,16 @@ class SlabPool:
         if not self._free:
             raise CapacityExhausted(f"all {self.total} slabs are in use: close a session or try again later")
         lengths = {slab: self._useful(slab, read, history) for slab, read in self._free.items() if history and read}
-        best = max(lengths, key=lambda slab: lengths[slab], default=None)
+        is_only_one = len(self._free) == 1
+        # Of those that have as much, the one that gives up least.
+        best = max(
+            (slab for slab, length in lengths.items() if is_only_one or length > len(self._free[slab]) - length),
+            key=lambda slab: (lengths[slab], -len(self._free[slab])),
+            default=None,
+        )
         if best is None or not lengths[best]:
-            best = next((slab for slab, read in self._free.items() if not read), next(iter(self._free)))
-        elif len(self._free) > 1 and lengths[best] <= len(self._free[best]) - lengths[best]:
-            others = {slab: read for slab, read in self._free.items() if slab is not best}
             # What was read longest ago is least likely to be asked for again.
-            best = next((slab for slab, read in others.items() if not read), next(iter(others)))
+            best = next((slab for slab, read in self._free.items() if not read), next(iter(self._free)))
         del self._free[best]
         best.change_hands()
         if length := lengths.get(best, 0):

@@ -68,20 +68,16 @@ class TestAPool:
             read(engine, slab, history.tolist())
         for slab, history in held.items():
             pool.release(slab, history)
-        useful = [
-            length
-            for history in held.values()
-            if engine.spec.is_whole(len(history), length := common_length(history, array("I", asked)))
-        ]
+        of_asked = {slab: common_length(history, array("I", asked)) for slab, history in held.items()}
+        whole = [history for slab, history in held.items() if engine.spec.is_whole(len(history), of_asked[slab])]
+        useful = [common_length(history, array("I", asked)) for history in whole]
 
-        most = max(useful, default=0)
-        gives_up = min(
-            (len(one) - most for one in held.values() if common_length(one, array("I", asked)) == most), default=0
-        )
-        frontier = pool.acquire(array("I", asked)).frontier
-        assert frontier in (0, *useful)
         # One that would give up more than it has is spared, where there is another.
-        assert frontier == most or (len(held) > 1 and most <= gives_up)
+        lent = [
+            length for length, read in zip(useful, whole, strict=True) if length > len(read) - length or len(held) == 1
+        ]
+        frontier = pool.acquire(array("I", asked)).frontier
+        assert frontier == max(lent) if lent else frontier in (0, *useful)
 
     def test_lends_an_empty_slab_to_who_names_no_history(self) -> None:
         engine = trio.run(new_engine)
