@@ -13,8 +13,9 @@ from typing import Any, assert_never, cast
 
 import trio
 
+from actors.executor import ModelExecutor
 from actors.feed import Feed
-from actors.mailbox import Envelope, Inbox, Mailbox, Message, Reply
+from actors.mailbox import Envelope, Inbox, Message, Reply
 from actors.messages import (
     Append,
     Branch,
@@ -64,7 +65,7 @@ class Session:
         self,
         slab: Slab,
         inbox: Inbox,
-        executor: Mailbox,
+        executor: ModelExecutor,
         metrics: Metrics,
         *,
         vocabulary: int,
@@ -77,7 +78,8 @@ class Session:
         """A `history` given is one that goes on: the slab has read it up to its frontier. A `durable` record has it already."""
         self._slab = slab
         self._inbox = inbox
-        self._feed = Feed(slab, executor)
+        self._lease = executor.lease()
+        self._feed = Feed(slab, self._lease)
         self._metrics = metrics
         self._vocabulary = vocabulary
         self._terms = terms
@@ -105,6 +107,15 @@ class Session:
     def last_used(self) -> float:
         """When the last append or generation ended, in trio's time."""
         return self._last_used
+
+    @property
+    def is_nearly_idle(self) -> bool:
+        """Whether it will soon wait for a message: it was made or left by its asker just now, and no forward keeps it."""
+        return self._inbox.is_nearly_idle and not self._lease.is_running
+
+    async def idleness(self) -> None:
+        """Returns when it waits for its next message, or has ended."""
+        await self._inbox.idleness()
 
     @property
     def terms(self) -> Terms:
@@ -262,34 +273,35 @@ class Session:
         try:
             if self.evicted_token_count:
                 await reply(HistoryTruncated(self.evicted_token_count))
-            while count < request.max_tokens:
-                if self._terms.overflow is Overflow.ERROR and len(self._history) >= self._slab.spec.visible:
-                    stop_reason = StopReason.TRUNCATED
-                    break
-                if not drawn:
-                    tokens, checked = await self._draw(request, constraint, request.max_tokens - count - 1)
-                    drawn += tokens
-                    proposed += checked
-                token = drawn.popleft()
-                now = trio.current_time()
-                if first is None:
-                    first = now
-                    self._turn_began = None
-                    self._metrics.generate_prefill_duration_seconds.observe(now - began)
-                    self._metrics.record_turn(Turn(self._terms.label, len(self._history), now - turn_began))
-                else:
-                    self._metrics.inter_token_seconds.observe(now - last)
-                last = now
-                await self._hand_over(token, reply)
-                self._metrics.generated_tokens_total.inc()
-                count += 1
-                # Of what one forward draws, all but the last token had been proposed.
-                accepted += bool(drawn)
-                if constraint:
-                    constraint.accept(token.token_id)
-                if token.token_id in self._terms.eos_token_ids or (constraint and constraint.is_complete):
-                    stop_reason = StopReason.EOS
-                    break
+            with self._lease:
+                while count < request.max_tokens:
+                    if self._terms.overflow is Overflow.ERROR and len(self._history) >= self._slab.spec.visible:
+                        stop_reason = StopReason.TRUNCATED
+                        break
+                    if not drawn:
+                        tokens, checked = await self._draw(request, constraint, request.max_tokens - count - 1)
+                        drawn += tokens
+                        proposed += checked
+                    token = drawn.popleft()
+                    now = trio.current_time()
+                    if first is None:
+                        first = now
+                        self._turn_began = None
+                        self._metrics.generate_prefill_duration_seconds.observe(now - began)
+                        self._metrics.record_turn(Turn(self._terms.label, len(self._history), now - turn_began))
+                    else:
+                        self._metrics.inter_token_seconds.observe(now - last)
+                    last = now
+                    await self._hand_over(token, reply)
+                    self._metrics.generated_tokens_total.inc()
+                    count += 1
+                    # Of what one forward draws, all but the last token had been proposed.
+                    accepted += bool(drawn)
+                    if constraint:
+                        constraint.accept(token.token_id)
+                    if token.token_id in self._terms.eos_token_ids or (constraint and constraint.is_complete):
+                        stop_reason = StopReason.EOS
+                        break
             ended = trio.current_time()
             prefill_s = (ended if first is None else first) - began
             await reply(Done(stop_reason, count, prefill_s, ended - began, proposed, accepted))
@@ -323,7 +335,9 @@ class Session:
         tokens = array("I", (token.token_id,))
         self._record(tokens)
         try:
-            await reply(token)
+            if not reply.offer(token):
+                with self._lease.held_up():
+                    await reply(token)
         except BaseException:
             if self._durable is not None:
                 self._durable.take_back(len(self._history))

@@ -12,9 +12,9 @@ import trio
 
 from actors.admission import Admission
 from actors.conversations import LABEL, MOST_BYTES, Conversations
-from actors.executor import EngineThread, ModelExecutor
+from actors.engine_thread import EngineThread
+from actors.executor import ModelExecutor
 from actors.handles import Completion, SessionHandle, digest_of
-from actors.mailbox import open_mailbox
 from actors.messages import Load
 from actors.nursery import open_nursery
 from actors.proposing import NewProposals, open_proposing
@@ -229,13 +229,13 @@ async def open_sessions(
 
     Raises EngineFailed where the engine fails, and what the block raises as it is, in no group.
     """
-    asking, inbox = open_mailbox()
+    executor = ModelExecutor(engine, thread, metrics)
     async with open_nursery() as executor_nursery:
-        executor_nursery.start_soon(ModelExecutor(engine, thread, inbox, metrics).run)
+        executor_nursery.start_soon(executor.run)
         async with open_nursery() as session_nursery:
             registry = SessionRegistry(
                 session_nursery,
-                asking,
+                executor,
                 metrics,
                 vocabulary=engine.facts.vocabulary,
                 idle_ttl_s=settings.idle_ttl_s,

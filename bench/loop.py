@@ -12,7 +12,7 @@ from functools import partial
 import trio
 
 from actors import Runtime, SessionHandle
-from actors.executor import EngineThread
+from actors.engine_thread import EngineThread
 from actors.tree import open_sessions
 from bench.figures import figure, repeats
 from bench.models import QWEN3_06B

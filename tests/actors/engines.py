@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from actors import Runtime, SessionHandle
-from actors.executor import EngineThread
+from actors.engine_thread import EngineThread
 from actors.proposing import NewProposals
 from actors.tree import open_sessions
 from runtime import Sampling, Settings, Token

@@ -15,7 +15,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from actors import Runtime, SessionHandle, open_runtime
-from actors.executor import EngineThread
+from actors.engine_thread import EngineThread
 from actors.handles import Completion
 from actors.proposing import NewProposals, Proposals
 from actors.tree import open_sessions

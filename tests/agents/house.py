@@ -16,7 +16,7 @@ from hypercorn.config import Config
 from hypercorn.trio import serve as hypercorn_serve
 
 from actors import Runtime
-from actors.executor import EngineThread
+from actors.engine_thread import EngineThread
 from actors.tree import open_sessions
 from api.foreign.hypercorn import Patience, patch
 from api.http import make_app
