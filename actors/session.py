@@ -8,6 +8,7 @@ import sys
 from array import array
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import Enum
 from typing import Any, assert_never, cast
 
@@ -278,7 +279,8 @@ class Session:
                     if self._terms.overflow is Overflow.ERROR and len(self._history) >= self._slab.spec.visible:
                         stop_reason = StopReason.TRUNCATED
                         break
-                    if not drawn:
+                    is_first = not drawn
+                    if is_first:
                         tokens, checked = await self._draw(request, constraint, request.max_tokens - count - 1)
                         drawn += tokens
                         proposed += checked
@@ -292,7 +294,7 @@ class Session:
                     else:
                         self._metrics.inter_token_seconds.observe(now - last)
                     last = now
-                    await self._hand_over(token, reply)
+                    await self._hand_over(token, reply, is_first=is_first)
                     self._metrics.generated_tokens_total.inc()
                     count += 1
                     # Of what one forward draws, all but the last token had been proposed.
@@ -330,13 +332,14 @@ class Session:
             history_digest=self._digest.digest(),
         )
 
-    async def _hand_over(self, token: Token, reply: Reply[Event]) -> None:
-        """Gives the token to the asker, and to the history once it was taken."""
+    async def _hand_over(self, token: Token, reply: Reply[Event], *, is_first: bool) -> None:
+        """Gives the token to the asker, and to the history once it was taken; it `is_first` of those that a forward drew."""
         tokens = array("I", (token.token_id,))
         self._record(tokens)
         try:
             if not reply.offer(token):
-                with self._lease.held_up():
+                # The asker had the time of a whole forward to come for the first one, and none to come for the others.
+                with self._lease.held_up() if is_first else nullcontext():
                     await reply(token)
         except BaseException:
             if self._durable is not None:
