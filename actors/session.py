@@ -6,7 +6,6 @@ import hashlib
 import logging
 import sys
 from array import array
-from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from enum import Enum
@@ -32,12 +31,13 @@ from actors.messages import (
 )
 from actors.nursery import open_nursery
 from actors.proposing import Proposals
+from actors.turn import Tally, TurnClock
 from runtime.checks import check_whole
 from runtime.durable import Durable, Terms
 from runtime.errors import HistoryMismatch, InvalidRequest, NotDurable, SlabOverflow, StorageFailed
 from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
 from runtime.grammar import Constraint, Mask
-from runtime.metrics import Metrics, Turn
+from runtime.metrics import Metrics
 from runtime.sampling import Draw
 from runtime.sessions import Appended, Saved, SessionInfo
 from runtime.slab import Slab, common_length
@@ -258,61 +258,53 @@ class Session:
             )
 
     async def _generate(self, request: Generate, reply: Reply[Event]) -> None:
-        if request.top_logprobs is not None:
-            check_whole("top_logprobs", request.top_logprobs, 0, self._vocabulary)
-        if not self._history:
-            raise InvalidRequest("the session has no history: append tokens first")
-        constraint = request.grammar.follow() if request.grammar else None
-        began = trio.current_time()
-        turn_began = began if self._turn_began is None else self._turn_began
+        self._check_generate(request)
         self._metrics.generate_prefill_tokens.observe(max(1, len(self._history) - self._feed.length))
-        first: float | None = None
-        count = proposed = accepted = 0
-        drawn: deque[Token] = deque()
-        stop_reason = StopReason.MAX_TOKENS
-        last = began
+        clock, tally = TurnClock(self._metrics, self._terms.label, self._turn_began), Tally(self._metrics)
         try:
             if self.evicted_token_count:
                 await reply(HistoryTruncated(self.evicted_token_count))
             with self._lease:
-                while count < request.max_tokens:
-                    if self._terms.overflow is Overflow.ERROR and len(self._history) >= self._slab.spec.visible:
-                        stop_reason = StopReason.TRUNCATED
-                        break
-                    is_first = not drawn
-                    if is_first:
-                        tokens, checked = await self._draw(request, constraint, request.max_tokens - count - 1)
-                        drawn += tokens
-                        proposed += checked
-                    token = drawn.popleft()
-                    now = trio.current_time()
-                    if first is None:
-                        first = now
-                        self._turn_began = None
-                        self._metrics.generate_prefill_duration_seconds.observe(now - began)
-                        self._metrics.record_turn(Turn(self._terms.label, len(self._history), now - turn_began))
-                    else:
-                        self._metrics.inter_token_seconds.observe(now - last)
-                    last = now
-                    await self._hand_over(token, reply, is_first=is_first)
-                    self._metrics.generated_tokens_total.inc()
-                    count += 1
-                    # Of what one forward draws, all but the last token had been proposed.
-                    accepted += bool(drawn)
-                    if constraint:
-                        constraint.accept(token.token_id)
-                    if token.token_id in self._terms.eos_token_ids or (constraint and constraint.is_complete):
-                        stop_reason = StopReason.EOS
-                        break
-            ended = trio.current_time()
-            prefill_s = (ended if first is None else first) - began
-            await reply(Done(stop_reason, count, prefill_s, ended - began, proposed, accepted))
+                stop_reason = await self._hand_over_tokens(request, reply, clock, tally)
+            await reply(Done(stop_reason, tally.generated, *clock.seconds(), tally.proposed, tally.accepted))
         finally:
             # Tokens that were drawn ahead and not taken are no part of the history.
             self._feed.retract(len(self._history))
-            self._metrics.proposed_tokens_total.inc(proposed)
-            self._metrics.accepted_tokens_total.inc(accepted)
             self._mark_used()
+
+    def _check_generate(self, request: Generate) -> None:
+        if request.top_logprobs is not None:
+            check_whole("top_logprobs", request.top_logprobs, 0, self._vocabulary)
+        if not self._history:
+            raise InvalidRequest("the session has no history: append tokens first")
+
+    async def _hand_over_tokens(
+        self, request: Generate, reply: Reply[Event], clock: TurnClock, tally: Tally
+    ) -> StopReason:
+        constraint = request.grammar.follow() if request.grammar else None
+        while tally.generated < request.max_tokens:
+            if self._is_full:
+                return StopReason.TRUNCATED
+            tokens, checked = await self._draw(request, constraint, request.max_tokens - tally.generated - 1)
+            tally.check(checked)
+            for index, token in enumerate(tokens):
+                if self._is_full:
+                    return StopReason.TRUNCATED
+                clock.tick(len(self._history))
+                self._turn_began = None
+                await self._hand_over(token, reply, is_first=index == 0)
+                # Of what one forward draws, all but the last token had been proposed.
+                tally.take(was_proposed=index < len(tokens) - 1)
+                if constraint:
+                    constraint.accept(token.token_id)
+                if token.token_id in self._terms.eos_token_ids or (constraint and constraint.is_complete):
+                    return StopReason.EOS
+        return StopReason.MAX_TOKENS
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether the session is not to forget, and one token more would make it."""
+        return self._terms.overflow is Overflow.ERROR and len(self._history) >= self._slab.spec.visible
 
     def _mark_used(self) -> None:
         self._last_used = trio.current_time()
