@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
+import outcome
 import trio
 
 P = ParamSpec("P")
@@ -22,22 +24,26 @@ class EngineThread:
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The function's result. It cannot be stopped, so a cancelled caller waits for its end."""
         ended = trio.Event()
-        future = self._pool.submit(function, *args, **kwargs)
-        _call_after(future, lambda _: ended.set())
+        results: list[outcome.Maybe[T]] = []
+
+        def end(result: outcome.Maybe[T]) -> None:
+            results.append(result)
+            ended.set()
+
+        self.begin(end, partial(function, *args, **kwargs))
         with trio.CancelScope(shield=True):
             await ended.wait()
-        return future.result()
+        return results[0].unwrap()
 
-    def begin(self, then: Callable[[Future[T]], None], function: Callable[..., T], *args: Any) -> None:
-        """Begins the function; when it has ended, `then` is called in trio's thread with what came of it."""
-        _call_after(self._pool.submit(function, *args), then)
+    def begin(self, end: Callable[[outcome.Maybe[T]], None], function: Callable[..., T], *args: Any) -> None:
+        """Begins the function; when it has ended, trio's thread calls `end` with what came of it."""
+        self._pool.submit(_work, trio.lowlevel.current_trio_token(), end, function, *args)
 
 
-def _call_after(future: Future[T], then: Callable[[Future[T]], None]) -> None:
-    token = trio.lowlevel.current_trio_token()
-
-    def wake(_: Future[T]) -> None:
-        with suppress(trio.RunFinishedError):  # Then nobody is left to be called.
-            token.run_sync_soon(then, future)
-
-    future.add_done_callback(wake)
+def _work(
+    token: trio.lowlevel.TrioToken, end: Callable[[outcome.Maybe[T]], None], function: Callable[..., T], *args: Any
+) -> None:
+    # Trio's thread is told from in here, and not by the pool's future, whose own end it would have to wait for.
+    result = outcome.capture(function, *args)
+    with suppress(trio.RunFinishedError):  # Then nobody is left to be told.
+        token.run_sync_soon(end, result)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, cast
@@ -161,10 +160,10 @@ class ModelExecutor:
         self._waiting = left
         return chosen
 
-    def _end(self, future: Future[tuple[Token, ...]]) -> None:
+    def _end(self, ended: outcome.Maybe[tuple[Token, ...]]) -> None:
         """Tells those whose rows ran. There is nobody to whom it could raise, so `run` raises what went wrong."""
         try:
-            results = self._results(future)
+            results = self._results(ended)
         except BaseException as error:
             self._error = error
             self._alarm.go_off()
@@ -178,10 +177,10 @@ class ModelExecutor:
         if not self._is_open:
             self._is_quiet.set()
 
-    def _results(self, future: Future[tuple[Token, ...]]) -> list[Ran]:
+    def _results(self, ended: outcome.Maybe[tuple[Token, ...]]) -> list[Ran]:
         """What came of the rows of each whose rows ran. Raises EngineFailed."""
         try:
-            tokens = future.result()
+            tokens = ended.unwrap()
         except Exception as error:
             raise EngineFailed(f"the engine failed: {error}") from error
         rows = [row for _, each in self._running for row in each]

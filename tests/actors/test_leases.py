@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -153,9 +153,9 @@ class CountingThread(EngineThread):
 
     begun = 0
 
-    def begin(self, then: Callable[[Future[Any]], None], function: Callable[..., Any], *args: Any) -> None:
+    def begin(self, end: Callable[[Any], None], function: Callable[..., Any], *args: Any) -> None:
         self.begun += 1
-        super().begin(then, function, *args)
+        super().begin(end, function, *args)
 
 
 async def test_a_reader_has_its_token_when_the_next_forward_has_begun(engine: LedgerEngine) -> None:
