@@ -53,11 +53,6 @@ class Envelope(Generic[R]):
         self.begun.set()
         return True
 
-    def finish(self, value: R) -> None:
-        """Answers an asker that waits to the end."""
-        with self.replies:
-            self.replies.send_nowait(outcome.Value(value))
-
 
 class Replies(Generic[R]):
     """The asking end of a stream of replies."""
@@ -185,15 +180,6 @@ class Inbox:
         self._taken = await self._channel.receive()
         self._idle = trio.Event()
         return self._taken
-
-    def take_waiting(self) -> list[Envelope[Any]]:
-        """Every message whose asker waits now."""
-        taken: list[Envelope[Any]] = []
-        try:
-            while True:
-                taken.append(self._channel.receive_nowait())
-        except trio.WouldBlock:
-            return taken
 
     async def handle(self, envelope: Envelope[Any], handler: Handler) -> None:
         """Runs `handler` in the asker's scope.
