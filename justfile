@@ -29,6 +29,14 @@ openvino:
     pytest -q -n 2 --dist loadfile tests/runtime/engine -k openvino
     PERENNIAL_BACKEND=openvino pytest -q -n 2 --dist loadfile tests/contract
 
+# The CUDA engine's kernels by Triton's interpreter, on a machine without a GPU; wants triton, which torch for CUDA brings along.
+kernels:
+    TRITON_INTERPRET=1 pytest -q tests/runtime/engine/test_step_kernels.py
+
+# The CUDA engine on the card of this machine: its exactness, its speed and its profile, as a table and as JSON.
+gpu-check *options:
+    python -m tools.gpu_check {{options}}
+
 # Regenerates proto/ from runtime.proto.
 proto:
     python -m grpc_tools.protoc -Iproto --python_betterproto2_out=proto --python_betterproto2_opt=client_generation=async,server_generation=async --descriptor_set_out=proto/kakeya/v1/runtime.binpb kakeya/v1/runtime.proto
@@ -57,11 +65,11 @@ recordings:
 
 # Minutes of load: kills, chaos, 200 streams.
 soak:
-    pytest -q -s -m soak tests/soak tests/api
+    pytest -q -s -m soak --timeout 0 tests/soak tests/api
 
 # Agents from npm and PyPI against a model with a script, and what each turn cost them; skipped where no registry is reached.
 agents:
-    pytest -q -s -m agents tests/agents
+    pytest -q -s -m agents --timeout 0 tests/agents
 
 # The fast tests on each Python, and on 3.11 with the oldest versions that pyproject.toml allows; wants the extra `habits`.
 matrix *pythons="3.11 3.12 3.13 3.14":
