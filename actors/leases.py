@@ -9,9 +9,10 @@ _LEAST_S = 0.001
 
 
 class Leases:
-    """Their holders ask for rows again and again. A forward waits a while for each that is away and was in time before.
+    """Their holders ask for rows again and again. A forward waits a while for each that is away, unless it was late before.
 
-    A holder is away when it neither asks nor is held up by somebody else.
+    A holder is away when it neither asks nor is held up by somebody else, and late when a forward waited for it in vain:
+    an event loop that is busy makes nobody late who comes as soon as it can.
     """
 
     def __init__(self) -> None:
@@ -46,11 +47,11 @@ class Leases:
                 self._due.add(holder)
 
     def arrive(self, holder: object, now: float) -> None:
-        """The holder asks. One that was away for too long is not waited for until it has been in time again."""
+        """The holder asks, and is waited for again where it was late and came in time now."""
         since = self._away_since.get(holder)
-        if since is not None:
-            (self._late.add if now - since > self._patience_s else self._late.discard)(holder)
-            self.excuse(holder)
+        if since is not None and now - since <= self._patience_s:
+            self._late.discard(holder)
+        self.excuse(holder)
 
     def excuse(self, holder: object) -> None:
         """The holder asks, or is held up."""
@@ -65,5 +66,6 @@ class Leases:
         self._late.discard(holder)
 
     def give_up(self) -> None:
-        """No forward waits any longer for those that are away now."""
+        """Those that are due are late: no forward waits for them until they have been in time again."""
+        self._late |= self._due
         self._due.clear()
