@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import AsyncIterator, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 
 import trio
@@ -198,8 +197,7 @@ async def open_runtime(settings: Settings, metrics: Metrics | None = None) -> As
     metrics = metrics or Metrics()
     directory = await trio.to_thread.run_sync(find_model, settings.model)
     text = await trio.to_thread.run_sync(Text.load, directory)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine") as pool:
-        thread = EngineThread(pool)
+    with EngineThread() as thread:
         engine = await thread.run(load_engine, settings, directory)
         _log_start(settings, engine.facts)
         with ExitStack() as stack:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -56,8 +55,7 @@ class ClockedEngine:
 async def clocked_runtime(settings: Settings) -> AsyncIterator[tuple[Runtime, ClockedEngine, EngineThread]]:
     """As `open_runtime`, with a clock around the engine."""
     directory = find_model(settings.model)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        thread = EngineThread(pool)
+    with EngineThread() as thread:
         engine = ClockedEngine(await thread.run(load_engine, settings, directory))
         async with open_sessions(settings, engine, thread, Text.load(directory), Metrics()) as runtime:
             yield runtime, engine, thread

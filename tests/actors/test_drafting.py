@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -39,8 +38,8 @@ class Draft:
 async def drafting(engine: LedgerEngine, slabs: int = 8) -> AsyncIterator[Draft]:
     """Drafts at full length by a model, in no more than so many sessions."""
     pool = engine.new_pool(slabs)
-    with ThreadPoolExecutor(max_workers=1) as threads:
-        executor = ModelExecutor(engine, EngineThread(threads), Metrics())
+    with EngineThread() as thread:
+        executor = ModelExecutor(engine, thread, Metrics())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(executor.run)
             yield Draft(engine, pool, lambda: Eager(Drafter(pool, executor), BLOCK, VOCABULARY))

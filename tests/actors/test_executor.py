@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -64,8 +63,8 @@ class Lab:
 @asynccontextmanager
 async def open_lab(engine: LedgerEngine, metrics: Metrics) -> AsyncIterator[Lab]:
     """Lets every forward go on when the block ends, and waits until all askers have their answers."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        executor = ModelExecutor(engine, EngineThread(pool), metrics)
+    with EngineThread() as thread:
+        executor = ModelExecutor(engine, thread, metrics)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(executor.run)
             async with trio.open_nursery() as askers:
@@ -311,8 +310,8 @@ async def test_forwards_are_counted_with_their_rows(engine: LedgerEngine, metric
 
 async def fail(engine: LedgerEngine, metrics: Metrics, slabs: SlabPool, fault: int, answers: Answers) -> None:
     """Has a row fail with others beside it, some that found no room, and one that came during that forward."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        executor = ModelExecutor(engine, EngineThread(pool), metrics)
+    with EngineThread() as thread:
+        executor = ModelExecutor(engine, thread, metrics)
         # Those who ask outlive the executor, as the handlers of a server may.
         async with trio.open_nursery() as askers:
             lab = Lab(engine, executor, askers)
@@ -362,8 +361,8 @@ async def test_an_executor_that_is_cancelled_answers_the_forward_under_way_and_t
 ) -> None:
     answers: Answers = {}
     engine.hold()
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        executor = ModelExecutor(engine, EngineThread(pool), metrics)
+    with EngineThread() as thread:
+        executor = ModelExecutor(engine, thread, metrics)
         async with trio.open_nursery() as askers, trio.open_nursery() as nursery:
             nursery.start_soon(executor.run)
             lab = Lab(engine, executor, askers)
@@ -389,13 +388,13 @@ async def test_every_call_of_the_engine_runs_on_one_thread_of_its_own(
 
 
 async def test_the_engine_thread_returns_what_its_function_returns() -> None:
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        assert await EngineThread(pool).run(divmod, 7, 2) == (3, 1)
+    with EngineThread() as thread:
+        assert await thread.run(divmod, 7, 2) == (3, 1)
 
 
 async def test_the_engine_thread_raises_what_its_function_raises() -> None:
-    with ThreadPoolExecutor(max_workers=1) as pool, pytest.raises(ZeroDivisionError):
-        await EngineThread(pool).run(divmod, 1, 0)
+    with EngineThread() as thread, pytest.raises(ZeroDivisionError):
+        await thread.run(divmod, 1, 0)
 
 
 async def test_a_cancelled_caller_of_the_engine_thread_waits_for_its_function() -> None:
@@ -405,9 +404,9 @@ async def test_a_cancelled_caller_of_the_engine_thread_waits_for_its_function() 
     async def call(thread: EngineThread) -> None:
         results.append(await thread.run(may_end.wait))
 
-    with ThreadPoolExecutor(max_workers=1) as pool, trio.CancelScope() as leaving:
+    with EngineThread() as thread, trio.CancelScope() as leaving:
         async with trio.open_nursery() as callers:
-            callers.start_soon(call, EngineThread(pool))
+            callers.start_soon(call, thread)
             await wait_all_tasks_blocked()
             leaving.cancel()
             with trio.CancelScope(shield=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -36,8 +35,8 @@ def slabs(engine: LedgerEngine) -> SlabPool:
 
 @pytest.fixture
 async def executor(engine: LedgerEngine, nursery: trio.Nursery) -> AsyncIterator[ModelExecutor]:
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        executor = ModelExecutor(engine, EngineThread(pool), Metrics())
+    with EngineThread() as thread:
+        executor = ModelExecutor(engine, thread, Metrics())
         nursery.start_soon(executor.run)
         yield executor
 
@@ -159,8 +158,7 @@ class CountingThread(EngineThread):
 
 
 async def test_a_reader_has_its_token_when_the_next_forward_has_begun(engine: LedgerEngine) -> None:
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        thread = CountingThread(pool)
+    with CountingThread() as thread:
         async with open_sessions(Settings(), engine, thread, tiny_text(), Metrics()) as runtime:
             session = await runtime.create_session()
             await session.append([1])
