@@ -100,8 +100,8 @@ class ModelExecutor:
             raise ActorStopped
         asker = Asker(forward, lease)
         self._waiting.append(asker)
-        self._leases.arrive(lease, trio.current_time())
-        self._consider()
+        is_new = not self._leases.arrive(lease, trio.current_time())
+        self._consider(is_new=is_new)
         return await asker.wait(leave=self._forget)
 
     def _forget(self, asker: Asker) -> None:
@@ -111,14 +111,20 @@ class ModelExecutor:
         """Whether rows that were asked for under this lease run just now."""
         return any(asker.lease is lease for asker, _ in self._running)
 
-    def _consider(self) -> None:
-        """Begins a forward, unless somebody is due who belongs in it: then after a while."""
+    def _consider(self, *, is_new: bool = False) -> None:
+        """Begins a forward, unless somebody is due who belongs in it: then after a while.
+
+        Where the asker `is_new`, others may come beside it, and the forward begins when they had their turn too.
+        """
         if self._running or not self._waiting:
             return
-        if not self._leases.is_anyone_due:
+        if self._leases.is_anyone_due:
+            if not self._alarm.is_set:
+                self._alarm.set(self._leases.patience_s)
+        elif is_new:
+            self._alarm.set(0)
+        else:
             self._begin()
-        elif not self._alarm.is_set:
-            self._alarm.set(self._leases.patience_s)
 
     def _begin(self) -> None:
         """Begins a forward of those who wait, if there are any and none runs."""
@@ -222,7 +228,7 @@ class Lease:
         self._consider = consider
 
     def __enter__(self) -> Self:
-        self._leases.begin(self, trio.current_time())
+        self._leases.begin(self)
         return self
 
     def __exit__(

@@ -34,10 +34,9 @@ class Leases:
         """Takes how long a forward took."""
         self._patience_s = max(_LEAST_S, forward_s * _SHARE_OF_A_FORWARD)
 
-    def begin(self, holder: object, now: float) -> None:
-        """The holder is on its way with its first rows."""
+    def begin(self, holder: object) -> None:
+        """The holder will ask. Nobody waits for its first rows."""
         self._away_since[holder] = None
-        self.expect(holder, now)
 
     def expect(self, holder: object, now: float) -> None:
         """From now on the holder is away; one without a lease is not expected."""
@@ -46,12 +45,13 @@ class Leases:
             if holder not in self._late:
                 self._due.add(holder)
 
-    def arrive(self, holder: object, now: float) -> None:
-        """The holder asks, and is waited for again where it was late and came in time now."""
+    def arrive(self, holder: object, now: float) -> bool:
+        """The holder asks, and is waited for again where it was late and came in time now. Says whether it was expected."""
         since = self._away_since.get(holder)
         if since is not None and now - since <= self._patience_s:
             self._late.discard(holder)
         self.excuse(holder)
+        return since is not None
 
     def excuse(self, holder: object) -> None:
         """The holder asks, or is held up."""

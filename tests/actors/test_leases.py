@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -49,64 +50,91 @@ async def decode(lease: Lease, slab: Slab) -> None:
     await lease.ask(Forward((Row(slab, 0, 1, GREEDY),), is_prefill=False))
 
 
-async def test_a_forward_waits_for_who_is_away(
-    executor: ModelExecutor, engine: LedgerEngine, slabs: SlabPool, nursery: trio.Nursery
+async def test_who_asks_at_once_shares_a_forward(
+    executor: ModelExecutor, engine: LedgerEngine, slabs: SlabPool
 ) -> None:
+    async with trio.open_nursery() as askers:
+        for _ in range(4):
+            askers.start_soon(decode, executor.lease(), slabs.acquire())
+    assert row_counts(engine) == [4]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two who hold leases, and have been in one forward."""
+
+    one: Lease
+    other: Lease
+    slabs: dict[Lease, Slab]
+
+    async def ask(self, *leases: Lease) -> None:
+        """Has them ask, each when those before it wait."""
+        async with trio.open_nursery() as askers:
+            for lease in leases:
+                askers.start_soon(decode, lease, self.slabs[lease])
+                await wait_all_tasks_blocked()
+
+
+@pytest.fixture
+async def pair(executor: ModelExecutor, engine: LedgerEngine, slabs: SlabPool) -> AsyncIterator[Pair]:
     with executor.lease() as one, executor.lease() as other:
-        nursery.start_soon(decode, one, slabs.acquire())
-        await wait_all_tasks_blocked()
-        assert row_counts(engine) == []
-        await decode(other, slabs.acquire())
+        pair = Pair(one, other, {one: slabs.acquire(), other: slabs.acquire()})
+        async with trio.open_nursery() as askers:
+            for lease, slab in pair.slabs.items():
+                askers.start_soon(decode, lease, slab)
+        engine.batches.clear()
+        yield pair
+
+
+async def test_a_forward_waits_for_who_is_away(pair: Pair, engine: LedgerEngine) -> None:
+    await pair.ask(pair.one, pair.other)
     assert row_counts(engine) == [2]
 
 
-async def test_no_forward_waits_for_who_is_held_up(
-    executor: ModelExecutor, engine: LedgerEngine, slabs: SlabPool
-) -> None:
-    with executor.lease() as one, executor.lease() as other, other.held_up():
-        await decode(one, slabs.acquire())
+async def test_no_forward_waits_for_who_is_held_up(pair: Pair, engine: LedgerEngine) -> None:
+    with pair.other.held_up():
+        await pair.ask(pair.one)
     assert row_counts(engine) == [1]
+
+
+async def test_no_forward_waits_for_who_has_not_asked_yet(
+    pair: Pair, executor: ModelExecutor, engine: LedgerEngine
+) -> None:
+    with executor.lease():
+        await pair.ask(pair.one, pair.other)
+    assert row_counts(engine) == [2]
 
 
 async def test_no_forward_waits_for_who_will_ask_no_more(
     executor: ModelExecutor, engine: LedgerEngine, slabs: SlabPool
 ) -> None:
+    mine, others = slabs.acquire(), slabs.acquire()
     with executor.lease() as one:
         async with trio.open_nursery() as askers:
-            with executor.lease():
-                askers.start_soon(decode, one, slabs.acquire())
+            with executor.lease() as other:
+                async with trio.open_nursery() as both:
+                    both.start_soon(decode, one, mine)
+                    both.start_soon(decode, other, others)
+                askers.start_soon(decode, one, mine)
                 await wait_all_tasks_blocked()
-    assert row_counts(engine) == [1]
+                assert row_counts(engine) == [2]
+    assert row_counts(engine) == [2, 1]
 
 
 async def test_who_is_late_is_waited_for_once_and_again_when_it_was_in_time(
-    executor: ModelExecutor, engine: LedgerEngine, slabs: SlabPool, mock_clock: MockClock
+    pair: Pair, engine: LedgerEngine, mock_clock: MockClock
 ) -> None:
-    mine, others = slabs.acquire(), slabs.acquire()
-
-    async def decode_both() -> None:
-        async with trio.open_nursery() as askers:
-            askers.start_soon(decode, one, mine)
-            await wait_all_tasks_blocked()
-            askers.start_soon(decode, other, others)
-
-    with executor.lease() as one, executor.lease() as other:
-        async with trio.open_nursery() as askers:
-            askers.start_soon(decode, one, mine)
-            await wait_all_tasks_blocked()
-            mock_clock.jump(LONG_S)
-        async with trio.open_nursery() as askers:
-            askers.start_soon(decode, other, others)
-            await wait_all_tasks_blocked()
-            askers.start_soon(decode, one, mine)
-        assert row_counts(engine) == [1, 2]
-        await decode(one, mine)
-        assert row_counts(engine) == [1, 2, 1]
-        async with trio.open_nursery() as askers:
-            askers.start_soon(decode, other, others)
-            await wait_all_tasks_blocked()
-            askers.start_soon(decode, one, mine)
-        await decode_both()
+    async with trio.open_nursery() as askers:
+        askers.start_soon(pair.ask, pair.one)
+        await wait_all_tasks_blocked()
+        assert row_counts(engine) == []
+        mock_clock.jump(LONG_S)
+    await pair.ask(pair.other, pair.one)
+    assert row_counts(engine) == [1, 2]
+    await pair.ask(pair.one)
+    assert row_counts(engine) == [1, 2, 1]
+    await pair.ask(pair.other, pair.one)
+    await pair.ask(pair.one, pair.other)
     assert row_counts(engine) == [1, 2, 1, 2, 2]
 
 
@@ -118,8 +146,7 @@ async def test_streams_stay_in_one_forward(engine: LedgerEngine) -> None:
         async with trio.open_nursery() as readers:
             for session in sessions:
                 readers.start_soon(generated, session, 10)
-    # Who comes first begins a forward alone, and the others end one later.
-    assert row_counts(engine) == [*[1] * 3, 1, *[3] * 9, 2]
+    assert row_counts(engine) == [*[1] * 3, *[3] * 10]
 
 
 async def test_streams_that_draw_several_tokens_at_once_stay_in_one_forward(engine: LedgerEngine) -> None:
@@ -133,8 +160,7 @@ async def test_streams_that_draw_several_tokens_at_once_stay_in_one_forward(engi
         async with trio.open_nursery() as readers:
             for session in sessions:
                 readers.start_soon(generated, session, 24)
-    # Who comes first begins a forward alone, and ends alone.
-    assert row_counts(engine)[-7:] == [4, *[8] * 5, 4]
+    assert row_counts(engine) == [3, 3, *[8] * 6]
 
 
 async def test_a_stream_goes_on_beside_one_whose_reader_has_stopped(engine: LedgerEngine) -> None:
