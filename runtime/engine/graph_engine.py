@@ -7,7 +7,6 @@ weights. On a CPU the same step runs without being captured, which is how it is 
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import replace
 from functools import cached_property
@@ -55,8 +54,6 @@ _PROBED_SLABS = 2
 _WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 _REST = Claim("norms, activations, rotation", "torch's kernels, of one shape", Ground.FIXED_ROWS)
-
-_log = logging.getLogger("perennial.engine")
 
 
 class GraphEngine:
