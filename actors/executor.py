@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Self, cast
 
@@ -69,7 +70,6 @@ class ModelExecutor:
         self._metrics = metrics
         self._waiting: list[Asker] = []
         self._running: list[tuple[Asker, tuple[Row, ...]]] = []
-        self._began_at = 0.0
         self._leases = Leases()
         self._alarm = Alarm()
         self._pace = Pace()
@@ -135,8 +135,7 @@ class ModelExecutor:
         self._leases.give_up()
         self._running = self._choose()
         batch = RowBatch(tuple(row for _, rows in self._running for row in rows))
-        self._began_at = time.perf_counter()
-        self._thread.begin(self._end, self._engine.forward, batch)
+        self._thread.begin(partial(self._end, time.perf_counter()), self._engine.forward, batch)
 
     def _choose(self) -> list[tuple[Asker, tuple[Row, ...]]]:
         """What runs next, taken from those that wait."""
@@ -166,10 +165,10 @@ class ModelExecutor:
         self._waiting = left
         return chosen
 
-    def _end(self, ended: outcome.Maybe[tuple[Token, ...]]) -> None:
+    def _end(self, began_at: float, ended: outcome.Maybe[tuple[Token, ...]]) -> None:
         """Tells those whose rows ran. There is nobody to whom it could raise, so `run` raises what went wrong."""
         try:
-            results = self._results(ended)
+            results = self._results(ended, time.perf_counter() - began_at)
         except BaseException as error:
             self._error = error
             self._alarm.go_off()
@@ -183,8 +182,8 @@ class ModelExecutor:
         if not self._is_open:
             self._is_quiet.set()
 
-    def _results(self, ended: outcome.Maybe[tuple[Token, ...]]) -> list[Ran]:
-        """What came of the rows of each whose rows ran. Raises EngineFailed."""
+    def _results(self, ended: outcome.Maybe[tuple[Token, ...]], seconds: float) -> list[Ran]:
+        """What came of the rows of each whose rows ran, in so many seconds. Raises EngineFailed."""
         try:
             tokens = ended.unwrap()
         except Exception as error:
@@ -193,7 +192,6 @@ class ModelExecutor:
         wanted = sum(row.draw is not None for row in rows)
         if len(tokens) != wanted:
             raise EngineFailed(f"the engine failed: {len(tokens)} tokens drawn where {wanted} were asked for")
-        seconds = time.perf_counter() - self._began_at
         prefill_rows = sum(len(each) for asker, each in self._running if asker.forward.is_prefill)
         self._pace.record(len(rows) - prefill_rows, prefill_rows, seconds)
         self._leases.measure(seconds)

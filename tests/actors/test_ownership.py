@@ -25,7 +25,7 @@ OWNED: dict[str, dict[str, set[str]]] = {
     "ModelExecutor": {
         "engine": {"_engine"},
         "its thread": {"_thread"},
-        "rows that wait or run": {"_waiting", "_running", "_began_at"},
+        "rows that wait or run": {"_waiting", "_running"},
         "leases": {"_leases", "_alarm"},
         "pace of forwards": {"_pace"},
     },
