@@ -52,6 +52,7 @@ class Runtime:
     ) -> None:
         self.settings = settings
         self.facts = facts
+        self.shape = facts.shape
         self.text = text
         self.metrics = metrics
         points = store.open_points(MOST_BYTES) if store else None

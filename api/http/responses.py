@@ -218,7 +218,7 @@ def _unanswered(runtime: Runtime, prompt: Prompt) -> Ending:
         completion=0,
         reasoning=0,
         reused=runtime.conversations.held(prompt.point),
-        evicted=max(0, length - runtime.facts.slab.visible),
+        evicted=max(0, length - runtime.shape.visible),
         broke_at=prompt.broke_at,
         because=prompt.because,
     )
