@@ -21,7 +21,7 @@ from actors.executor import ModelExecutor
 from actors.mailbox import Mailbox, open_mailbox
 from actors.messages import Evict
 from actors.proposing import NewProposals, Proposals
-from actors.session import Ending, Session
+from actors.session import EndReason, Session
 from runtime.durable import Durable, SessionStore, Terms
 from runtime.errors import CapacityExhausted, EngineFailed, InvariantViolation, SessionNotFound
 from runtime.metrics import Metrics
@@ -159,7 +159,7 @@ class SessionRegistry:
             await trio.sleep(max(left, 1.0))
             count = await trio.to_thread.run_sync(self._store.expire, self._idle_ttl_s)
             self._metrics.session_total.labels("evicted").inc(count)
-            self._metrics.session_evicted_total.labels(Ending.IDLE.value).inc(count)
+            self._metrics.session_evicted_total.labels(EndReason.IDLE.value).inc(count)
 
     def summaries(self) -> list[SessionSummary]:
         """What an operator may know of every long-lived session; ids are for those who made them."""
@@ -271,9 +271,9 @@ class SessionRegistry:
         try:
             ending = await session.run()
             read = session.read
-            has_ended = durable is None or ending is not Ending.EVICTED
+            has_ended = durable is None or ending is not EndReason.EVICTED
             if has_ended:
-                self._metrics.session_total.labels("closed" if ending is Ending.CLOSED else "evicted").inc()
+                self._metrics.session_total.labels("closed" if ending is EndReason.CLOSED else "evicted").inc()
                 self._metrics.session_evicted_total.labels(ending.value).inc()
         except EngineFailed:
             self._metrics.session_total.labels("failed").inc()

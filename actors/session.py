@@ -51,8 +51,8 @@ _LEFT_BEHIND = 1 / 8
 _log = logging.getLogger("perennial.state")
 
 
-class Ending(Enum):
-    """How a session came to its end."""
+class EndReason(Enum):
+    """Why a session came to its end."""
 
     CLOSED = "close"
     IDLE = "ttl"
@@ -91,7 +91,7 @@ class Session:
         self._digest = hashlib.blake2b()
         if history is not None:
             self._commit(history)
-        self._ending: Ending | None = None
+        self._ending: EndReason | None = None
         self._last_used = trio.current_time()
         self._turn_began: float | None = None
 
@@ -127,14 +127,14 @@ class Session:
         """The tokens of the history that the slab has read."""
         return self._history[: self._feed.length]
 
-    async def run(self) -> Ending:
+    async def run(self) -> EndReason:
         """Serves until closed or evicted. Raises InvariantViolation or EngineFailed when the session has failed."""
         with self._inbox:
             while self._ending is None:
                 with trio.CancelScope(deadline=self._last_used + self._idle_ttl_s) as idle:
                     envelope = await (self._take_and_write() if self._is_slab_on_disk_old else self._inbox.take())
                 if idle.cancelled_caught:
-                    return Ending.IDLE
+                    return EndReason.IDLE
                 await self._inbox.handle(envelope, self._handle)
         return self._ending
 
@@ -205,10 +205,10 @@ class Session:
             case Rewind(history):
                 await reply(self._rewind(common_length(self._history, history)))
             case Close():
-                self._ending = Ending.CLOSED
+                self._ending = EndReason.CLOSED
                 await reply(len(self._history))
             case Evict():
-                self._ending = Ending.EVICTED
+                self._ending = EndReason.EVICTED
             case _:
                 assert_never(request)
 
