@@ -153,7 +153,7 @@ class Inbox:
 
     def __init__(self, channel: trio.MemoryReceiveChannel[Envelope[Any]]) -> None:
         self._channel = channel
-        self._taken: Envelope[Any] | None = None
+        self._work: trio.CancelScope | None = None
         self._idle = trio.Event()
 
     def __enter__(self) -> Self:
@@ -168,7 +168,7 @@ class Inbox:
     @property
     def is_nearly_idle(self) -> bool:
         """Whether the actor is on its way here: it was made just now, or whoever asked it last has left."""
-        return not self._idle.is_set() and (self._taken is None or self._taken.scope.cancel_called)
+        return not self._idle.is_set() and (self._work is None or self._work.cancel_called)
 
     async def idleness(self) -> None:
         """Returns when the actor waits for its next message, or has ended."""
@@ -177,9 +177,9 @@ class Inbox:
     async def take(self) -> Envelope[Any]:
         """The next message, in the order in which askers came."""
         self._idle.set()
-        self._taken = await self._channel.receive()
-        self._idle = trio.Event()
-        return self._taken
+        envelope = await self._channel.receive()
+        self._work, self._idle = envelope.scope, trio.Event()
+        return envelope
 
     async def handle(self, envelope: Envelope[Any], handler: Handler) -> None:
         """Runs `handler` in the asker's scope.
