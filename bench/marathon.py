@@ -23,6 +23,7 @@ from bench.peers.processes import PeerFailed, installed
 from bench.peers.servers import SERVERS, ServerKind, peer_server
 from bench.scenario import Result, Setup
 from bench.servers import serving
+from runtime.events import Token
 from runtime.models import SEEDLING, find_model
 from runtime.settings import Settings
 from runtime.text import Text
@@ -50,6 +51,7 @@ LENGTHS = {SMALL: Length(400, 218, 32), SEEDLING: Length(2_000, 32, 8)}
 class Run:
     """What was seen turn by turn."""
 
+    said: list[list[int]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
     history: list[int] = field(default_factory=list)
@@ -76,21 +78,23 @@ class Script:
 
 
 class Conversation:
-    """A session that is told the script, turn by turn."""
+    """A session that is told the script, turn by turn, from the turn `first` on."""
 
-    def __init__(self, session: ClientSession, process: psutil.Process, script: Script, length: Length) -> None:
-        self._session, self._process, self._script, self._length = session, process, script, length
+    def __init__(
+        self, session: ClientSession, process: psutil.Process, script: Script, length: Length, first: int = 0
+    ) -> None:
+        self._session, self._process, self._script, self._length, self._first = session, process, script, length, first
         self.run = Run()
 
     async def go_on(self, turns: int) -> None:
         for _ in range(turns):
-            tokens = self._script.tokens(len(self.run.seconds))
+            tokens = self._script.tokens(self._first + len(self.run.seconds))
             began = trio.current_time()
             await self._session.append(tokens)
             async with self._session.generate(self._length.generated) as events:
-                async for _ in events:
-                    pass
+                said = [event.token_id async for event in events if isinstance(event, Token)]
             self.run.seconds.append(trio.current_time() - began)
+            self.run.said.append(said)
             info = await self._session.info()
             self.run.resident.append(self._process.memory_info().rss)
             self.run.history.append(info.history_length)

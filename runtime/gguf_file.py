@@ -47,13 +47,18 @@ _READ_ERRORS = (
     ValueError,
     struct.error,
 )
-# Those whose files the test suite compares with transformers, by llama.cpp's names: Mistral's are `llama`. Of their tensors
-# none but whole rows are at another place than in transformers.
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# Those whose files the test suite compares with transformers, by llama.cpp's names, with transformers' for them: Mistral's are
+# `llama`. Of their tensors none but whole rows are at another place than in transformers, experts aside.
+ARCHITECTURES: Mapping[str, str] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt-oss": "gpt_oss"}
+# Keys that transformers' table lacks or has under another name.
+_OWN_KEYS: Mapping[str, Mapping[str, str]] = {"gpt-oss": {"attention.sliding_window": "sliding_window"}}
 _SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     "max_position_embeddings",
 )
+_MORE_SIZES: Mapping[str, Sequence[str]] = {
+    "gpt-oss": ("sliding_window", "num_local_experts", "num_experts_per_tok"),
+}
 _EMBEDDING = "token_embd.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
 # Names of splits that llama.cpp makes in two steps, each digit by itself first; transformers knows their second alone.
@@ -152,12 +157,13 @@ class GgufFile:
                 f"{self.path} is of architecture {self.architecture!r}; of GGUF files this release runs "
                 f"{', '.join(ARCHITECTURES)}"
             )
-        names = GGUF_CONFIG_MAPPING[self.architecture]
+        model_type = ARCHITECTURES[self.architecture]
+        names = GGUF_CONFIG_MAPPING[model_type] | _OWN_KEYS.get(self.architecture, {})
         with _told(self.path):
             values = {name: self._own(key) for key, name in names.items() if name and self._own(key) is not None}
             embedding = self.tensors[_EMBEDDING].shape
             values |= {
-                "model_type": self.architecture,
+                "model_type": model_type,
                 "vocab_size": embedding[0],
                 "tie_word_embeddings": "output.weight" not in self.tensors,
             }
@@ -175,7 +181,8 @@ class GgufFile:
 
     def _check(self, values: Values, embedding: Sequence[int]) -> None:
         """Raises ValueError over values that make no model, or one larger than the file can hold."""
-        for name in (*_SIZES, *(["head_dim"] if "head_dim" in values else [])):
+        more = _MORE_SIZES.get(self.architecture, ())
+        for name in (*_SIZES, *more, *(["head_dim"] if "head_dim" in values else [])):
             if type(values[name]) is not int or values[name] < 1:
                 raise ValueError(f"its {name} is {values[name]!r}")
         for name in ("rope_theta", "rms_norm_eps"):
@@ -198,6 +205,8 @@ class GgufFile:
         scaling = {"rope_type": kind, "rope_theta": theta, "factor": factor}
         if kind == "yarn":
             scaling["original_max_position_embeddings"] = self._own("rope.scaling.original_context_length")
+            # Its own configuration says so, and no file does.
+            scaling["truncate"] = self.architecture != "gpt-oss"
         return scaling
 
 

@@ -16,7 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.errors import ModelUnavailable
 from runtime.foreign.gguf import TENSOR_PROCESSORS, TensorProcessor
+from runtime.gguf_experts import EXPERTS, StoredExperts, parts_of
 from runtime.gguf_file import GgufFile, StoredTensor
+
+Stored = StoredTensor | StoredExperts
 
 
 class StoredLinear(nn.Module):
@@ -58,7 +61,9 @@ def stored_model(path: Path) -> Any:
 
     Raises ModelUnavailable.
     """
-    model, tensors = _empty_model(path, torch.float32, {})
+    model, whole = _empty_model(path, torch.float32, {})
+    # Engines that leave weights as they are stored have no code for experts.
+    tensors = {name: stored for name, stored in whole.items() if isinstance(stored, StoredTensor)}
     embedding = tensors["model.embed_tokens.weight"]
     for name, part in list(model.named_modules()):
         own = {key: tensors.get(f"{name}.{key}") for key, _ in part.named_parameters(recurse=False)}
@@ -79,7 +84,7 @@ def _config(file: GgufFile) -> PreTrainedConfig:
     return AutoConfig.for_model(**file.config_values())
 
 
-def _empty_model(path: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> tuple[Any, dict[str, StoredTensor]]:
+def _empty_model(path: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> tuple[Any, dict[str, Stored]]:
     """A model without weights, and the tensors of the file by the names of its parameters, each of the right shape."""
     file = GgufFile.read(path)
     config = _config(file)
@@ -92,22 +97,28 @@ def _empty_model(path: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> 
     return model, _named(file, model)
 
 
-def _named(file: GgufFile, model: Any) -> dict[str, StoredTensor]:
+def _named(file: GgufFile, model: Any) -> dict[str, Stored]:
     config = model.config.to_dict()
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config)
     architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == file.architecture)
     names = get_tensor_name_map(architecture, model.config.num_hidden_layers)
     tensors = dict(file.weights())
-    found = {}
+    found: dict[str, Stored] = {}
     # A head that is tied to the embedding is none of its own here.
     for name, parameter in model.named_parameters():
-        ours = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
-        stored = tensors.pop(ours, None)
-        if stored is None:
-            raise ModelUnavailable(f"{file.path} lacks the weights of {name} and maybe more")
-        if stored.shape != tuple(parameter.shape):
-            raise ModelUnavailable(f"{file.path} has {ours} of {stored.shape}, not of {tuple(parameter.shape)}")
-        found[name] = StoredTensor(stored.kind, stored.shape, partial(_in_order, processor, stored, ours))
+        parts = []
+        for part in parts_of(name):
+            ours = names.get_name(part, try_suffixes=(".weight", ".bias")) or part
+            stored = tensors.pop(ours, None)
+            if stored is None:
+                raise ModelUnavailable(f"{file.path} lacks the weights of {name} and maybe more")
+            parts.append(StoredTensor(stored.kind, stored.shape, partial(_in_order, processor, stored, ours)))
+        if len({part.shape for part in parts}) > 1:
+            raise ModelUnavailable(f"{file.path} has {ours} of {parts[1].shape}, not of {parts[0].shape}")
+        whole = StoredExperts(tuple(parts)) if EXPERTS in name else parts[0]
+        if whole.shape != tuple(parameter.shape):
+            raise ModelUnavailable(f"{file.path} has {ours} of {whole.shape}, not of {tuple(parameter.shape)}")
+        found[name] = whole
     if tensors:
         raise ModelUnavailable(f"{file.path} has tensors that this release has no use for, such as {min(tensors)}")
     return found

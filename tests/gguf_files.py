@@ -30,9 +30,12 @@ HALVES: Mapping[Kind, tuple[int, ...]] = {
     Kind.Q4_K: (0, 2),
     Kind.Q5_K: (0, 2),
     Kind.Q6_K: (208,),
+    Kind.MXFP4: (),
 }
 # What the gguf package rounds to itself; blocks of the others are drawn.
-ROUNDED = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1)
+ROUNDED = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.MXFP4)
+# llama.cpp's names of architectures, where they are not transformers'.
+_THEIR_NAMES: Mapping[str, str] = {"mistral": "llama", "gpt_oss": "gpt-oss"}
 # Files have one kind for most tensors and another for some; here each product of a layer meets another.
 _KINDS_BY_PART: Mapping[str, tuple[Kind, Kind]] = {
     "attn_q": (Kind.Q4_K, Kind.Q8_0),
@@ -61,6 +64,8 @@ def drawn_blocks(kind: Kind, outputs: int, inputs: int, seed: int = 0) -> NDArra
     for at in HALVES[kind]:
         scales = choice.uniform(-1e-3, 1e-3, (len(blocks), 1)).astype(np.float16)
         blocks[:, at : at + 2] = scales.view(np.uint8)
+    if kind is Kind.MXFP4:
+        blocks[:, 0] = choice.integers(112, 120, len(blocks))
     return blocks.reshape(outputs, -1)
 
 
@@ -76,7 +81,7 @@ def write_gguf(
     `metadata` takes the place of what the model itself would say, or leaves out what is None; dots are written as __.
     """
     config = json.loads((directory / "config.json").read_text())
-    architecture = "llama" if config["model_type"] == "mistral" else config["model_type"]
+    architecture = _THEIR_NAMES.get(config["model_type"], config["model_type"])
     writer = GGUFWriter(path, architecture)
     _add_metadata(writer, config | {"architecture": architecture}, directory, metadata)
     names = gguf.get_tensor_name_map(
@@ -84,25 +89,52 @@ def write_gguf(
     )
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", rope_factors.numpy())
-    weights = {}
-    for name, tensor in sorted(load_file(directory / "model.safetensors").items()):
+
+    def written(name: str, values: NDArray[Any]) -> NDArray[Any]:
+        """What it stands for once it is in the file."""
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None
-        heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
-        turned = architecture == "llama" and ("q_proj" in name or "k_proj" in name)
-        kind = kind_of(theirs) if tensor.dim() > 1 else Kind.F32
-        values = tensor.float().numpy()
-        if turned:
-            values = _interleaved(values, heads)
+        kind = kind_of(theirs) if values.ndim > 1 and name.endswith("weight") else Kind.F32
         raw = gguf.quantize(values, kind) if kind in ROUNDED else drawn_blocks(kind, *values.shape)
         writer.add_tensor(theirs, raw, raw_dtype=kind)
-        dense = gguf.dequantize(raw, kind)
-        weights[name] = torch.tensor(_deinterleaved(dense, heads) if turned else dense)
+        return gguf.dequantize(raw, kind)
+
+    weights = {}
+    for name, tensor in sorted(load_file(directory / "model.safetensors").items()):
+        heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+        turned = architecture == "llama" and ("q_proj" in name or "k_proj" in name)
+        values = tensor.float().numpy()
+        if architecture == "gpt-oss" and (".experts." in name or "sinks" in name):
+            dense = _of_gpt_oss(name, values, written)
+        elif turned:
+            dense = _deinterleaved(written(name, _interleaved(values, heads)), heads)
+        else:
+            dense = written(name, values)
+        weights[name] = torch.tensor(dense)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return weights
+
+
+def _of_gpt_oss(name: str, values: NDArray[Any], written: Callable[[str, NDArray[Any]], NDArray[Any]]) -> NDArray[Any]:
+    """Experts as llama.cpp has them: outputs before inputs, and what gates apart from what goes through."""
+    if name.endswith("sinks"):
+        return written(f"{name}.weight", values)
+    if name.endswith("down_proj"):
+        return written(f"{name}.weight", np.ascontiguousarray(values.swapaxes(1, 2))).swapaxes(1, 2).copy()
+    if name.endswith("down_proj_bias"):
+        return written(name.replace("_bias", ".bias"), values)
+    dense = np.empty_like(values)
+    for first, part in enumerate(("gate_proj", "up_proj")):
+        one = values[..., first::2]
+        if name.endswith("_bias"):
+            dense[..., first::2] = written(name.replace("gate_up_proj_bias", f"{part}.bias"), np.ascontiguousarray(one))
+        else:
+            theirs = written(name.replace("gate_up_proj", f"{part}.weight"), np.ascontiguousarray(one.swapaxes(1, 2)))
+            dense[..., first::2] = theirs.swapaxes(1, 2)
+    return dense
 
 
 def _interleaved(rows: NDArray[Any], heads: int) -> NDArray[Any]:
@@ -127,6 +159,20 @@ def _add_metadata(writer: GGUFWriter, config: Mapping[str, Any], directory: Path
         f"{architecture}.rope.freq_base": float(config["rope_parameters"]["rope_theta"]),
         **_tokenizer(directory),
     }
+    if architecture == "gpt-oss":
+        values |= {
+            "gpt-oss.expert_count": config["num_local_experts"],
+            "gpt-oss.expert_used_count": config["num_experts_per_tok"],
+            "gpt-oss.expert_feed_forward_length": config["intermediate_size"],
+            "gpt-oss.attention.sliding_window": config["sliding_window"],
+        }
+        rope = config["rope_parameters"]
+        if rope["rope_type"] == "yarn":
+            values |= {
+                "gpt-oss.rope.scaling.type": "yarn",
+                "gpt-oss.rope.scaling.factor": float(rope["factor"]),
+                "gpt-oss.rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+            }
     if "head_dim" in config:
         values[f"{architecture}.attention.key_length"] = config["head_dim"]
     values |= {key.replace("__", "."): value for key, value in changes.items()}

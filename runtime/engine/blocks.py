@@ -18,6 +18,8 @@ from torch import Tensor
 
 from runtime.gguf_file import StoredTensor
 
+# Twice what each number of a sign, two bits of exponent and one more stands for (OCP's microscaling formats, E2M1).
+_FP4 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
 # Steps, scales, offsets, and the bits that a step needs.
 _Parts = tuple[Tensor, Tensor, Tensor | None, int]
 
@@ -110,6 +112,14 @@ def _q6_k(raw: Tensor) -> _Parts:
     return (low + 16 * high - 32).view(-1, 16), scales, None, 8
 
 
+def _mxfp4(raw: Tensor) -> _Parts:
+    """Its numbers of 4 bits, doubled, are whole ones from -12 to 12; its scales are powers of 2, halved here."""
+    exponents = raw[:, :1].int()
+    # The smallest two are below what a float32 with an exponent of its own can be.
+    scales = torch.where(exponents < 2, 0x200000 << exponents, (exponents - 1) << 23).view(torch.float32)
+    return _FP4[_nibbles(raw[:, 1:], 16).int()], scales, None, 8
+
+
 _KINDS: Mapping[Kind, Callable[[Tensor], _Parts]] = {
     Kind.Q8_0: _q8_0,
     Kind.Q4_0: _q4_0,
@@ -119,6 +129,7 @@ _KINDS: Mapping[Kind, Callable[[Tensor], _Parts]] = {
     Kind.Q4_K: _q4_k,
     Kind.Q5_K: _q5_k,
     Kind.Q6_K: _q6_k,
+    Kind.MXFP4: _mxfp4,
 }
 
 

@@ -131,7 +131,11 @@ class GraphEngine:
 
     @torch.inference_mode()
     def logits(self, batch: RowBatch) -> Tensor:
-        return self._model.logits[: self._run(batch)].clone()
+        logits = self._model.logits[: self._run(batch)].clone()
+        if self._spec.device.type == "cuda":
+            # The inputs may be filled again once the step has read them.
+            torch.cuda.synchronize(self._spec.device)
+        return logits
 
     @torch.inference_mode()
     def forward(self, batch: RowBatch) -> tuple[Token, ...]:

@@ -288,8 +288,11 @@ def replace_linears(
         raise InvalidSetting(
             f"weights={weights} does not run on device={device.type}: set weights to none, or device to cpu"
         )
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+    # By their names, for a list of linears would keep each to the end.
+    parents = [part for part in model.modules() if not isinstance(part, nn.Linear)]
+    for parent in parents:
+        for name in [name for name, _ in parent.named_children()]:
+            child = getattr(parent, name)
             if isinstance(child, nn.Linear):
                 form = _form_of(child, child is head, weights, dtype, device)(child)
                 if is_strict or not isinstance(form, FixedRowsLinear):

@@ -157,6 +157,19 @@ def test_a_file_that_says_what_cannot_be_is_refused_in_a_line(
     refusal(file)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("expert_count", None), ("expert_count", 4), ("expert_used_count", None), ("attention__sliding_window", 0)],
+)
+def test_a_file_whose_experts_or_windows_cannot_be_is_refused_in_a_line(
+    name: str, value: int | None, small_models: Mapping[str, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "model.gguf"
+    write_gguf(small_models["gpt_oss"], file, **{f"gpt-oss__{name}": value})
+
+    assert str(file) in refusal(file)
+
+
 def test_a_part_of_a_split_file_is_refused_with_what_joins_them(
     small_models: Mapping[str, Path], tmp_path: Path
 ) -> None:

@@ -39,7 +39,7 @@ def load(engine_name: str) -> feeding.Load:
 @pytest.fixture(scope="session")
 def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a random model that is too large for a CPU's cache, in the type of most checkpoints."""
-    config = LlamaConfig(**SMALL | {"hidden_size": 512, "intermediate_size": 4096, "vocab_size": 4096})
+    config = LlamaConfig(**SMALL | {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 4096})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     directory = tmp_path_factory.mktemp("large_model")
     model.save_pretrained(directory)

@@ -107,7 +107,7 @@ KINDS = (("float32", "none"), ("bfloat16", "none"), ("float32", "int8"), ("float
 IS_BFLOAT16_NATIVE = level() >= Level.AVX512_BF16
 # Slabs of another type than what is computed in.
 KV_KINDS = (("float32", "none", "bfloat16"), ("float32", "int8", "float16"), ("float32", "int4", "int8"))
-# MLX's products take a hundred times as long on a CPU, so that most of its cases are of a small model.
+# MLX's products take a hundred times as long on a CPU, so that most of its cases are of a small model, and windows are shorter.
 _CASES = (
     *(("torch", "seedling", *kind) for kind in KINDS),
     *(
@@ -141,7 +141,8 @@ def case(request: pytest.FixtureRequest, directories: dict[str, Path]) -> Case:
     backend, model, dtype, weights, kv_dtype = request.param
     if backend == "mlx":
         pytest.importorskip("mlx_lm")
-    engine = load(directories[model], dtype, window=64, weights=weights, backend=backend, kv_dtype=kv_dtype)
+    window = 32 if backend == "mlx" else 64
+    engine = load(directories[model], dtype, window=window, weights=weights, backend=backend, kv_dtype=kv_dtype)
     tokens = random_tokens(3 * engine.facts.slab.window, engine.facts.vocabulary)
     torch.set_num_threads(THREADS)
     return Case(engine, tokens, feed(engine, engine.new_pool(1).acquire(), tokens))

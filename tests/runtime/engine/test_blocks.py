@@ -20,6 +20,7 @@ FORMS = {
     Kind.Q4_K: "4 bits with a scale in float32 and an offset for each 32",
     Kind.Q5_K: "8 bits with a scale in float32 and an offset for each 32",
     Kind.Q6_K: "8 bits with a scale in float32 for each 16",
+    Kind.MXFP4: "8 bits with a scale in float32 for each 32",
 }
 # Those whose offset is a sum of two products, which float32 may round where gguf rounds others.
 SUMMED = (Kind.Q4_K, Kind.Q5_K)
@@ -54,6 +55,17 @@ def test_every_weight_of_a_block_is_what_gguf_dequantises_it_to(kind: Kind, seed
         assert (errors <= largest * torch.finfo(torch.float32).eps * 4).all()
     else:
         assert torch.equal(weights.float(), expected)
+
+
+def test_mxfp4_is_what_gguf_dequantises_it_to_at_every_scale_and_number() -> None:
+    """Of the scales but the last two, which reach past float32 or stand for no number."""
+    numbers = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    blocks = np.concatenate(
+        [np.repeat(np.arange(253, dtype=np.uint8), 16)[:, None], np.tile(numbers, (253, 1))], axis=1
+    )
+    tensor = StoredTensor(Kind.MXFP4, (253, 16 * 32), lambda: blocks.reshape(253, -1))
+
+    assert torch.equal(blocks_of(tensor).dense(torch.float32), dequantised(tensor))
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q4_K], ids=lambda kind: kind.name)

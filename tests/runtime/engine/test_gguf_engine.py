@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3Config
 
-from tests.conftest import SMALL, save_random_model
+from tests.conftest import OWN_WINDOW, SMALL, save_random_model
 from tests.gguf_files import Kind, every_kind, write_gguf
-from tests.runtime.engine.feeding import Load, feed, random_tokens
+from tests.runtime.engine.feeding import Load, LogitsEngine, feed, random_tokens
 from tests.runtime.engine.test_engine import ON_EVERY_ENGINE
 
 FITS = 150
@@ -25,8 +25,13 @@ def transformers_logits(directory: Path, weights: Mapping[str, Tensor], tokens: 
         return model.eval()(input_ids=torch.tensor([tokens])).logits[0]
 
 
+def opened(load: Load, file: Path, **settings: str) -> LogitsEngine:
+    """Its bits are tried in test_bit_exact, so nothing is probed here."""
+    return load(file, determinism="fast", **{"weights": "auto"} | settings)
+
+
 def fed(load: Load, file: Path, tokens: list[int], **settings: str) -> Tensor:
-    engine = load(file, **{"weights": "auto"} | settings)
+    engine = opened(load, file, **settings)
     return feed(engine, engine.new_pool(1).acquire(), tokens)
 
 
@@ -100,6 +105,44 @@ def test_the_factors_of_llama_3_divide_the_frequencies(tmp_path: Path, load: Loa
     torch.testing.assert_close(logits, transformers_logits(directory, weights, tokens), rtol=0, atol=1e-4)
 
 
+GPT_OSS = GptOssConfig(
+    **SMALL,
+    head_dim=32,
+    sliding_window=OWN_WINDOW,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+    rope_parameters={
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "truncate": False,
+    },
+)
+
+
+def experts_in_mxfp4(name: str) -> Kind:
+    return Kind.MXFP4 if "_exps" in name else Kind.Q8_0 if "attn" in name else Kind.F32
+
+
+def test_experts_in_mxfp4_are_those_of_transformers_on_what_they_stand_for(
+    tmp_path: Path, backend: str, load: Load
+) -> None:
+    """As llama.cpp has gpt-oss; the OpenVINO engine leaves it to torch."""
+    if backend != "torch":
+        pytest.skip("torch alone has code for experts")
+    directory = save_random_model(GPT_OSS, tmp_path)
+    weights = write_gguf(directory, tmp_path / "model.gguf", experts_in_mxfp4)
+    tokens = random_tokens(FITS, 2048)
+    engine = load(tmp_path / "model.gguf", "auto", weights="auto", determinism="fast")
+
+    logits = feed(engine, engine.new_pool(1).acquire(), tokens)
+
+    torch.testing.assert_close(logits, transformers_logits(directory, weights, tokens), rtol=0, atol=1e-4)
+    assert engine.facts.architecture == "gpt_oss"
+    assert "6 of MXFP4" in engine.facts.form_reason
+
+
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
     """A file in which each product meets another kind of weights, and what these are."""
@@ -126,7 +169,7 @@ def test_each_kind_of_tensor_is_told_with_what_became_of_it(
 ) -> None:
     directory, _ = mixed
 
-    facts = load(directory / "model.gguf", weights="auto").facts
+    facts = opened(load, directory / "model.gguf").facts
 
     if engine_name == "openvino":
         told = {line.split(":")[0].split(" of ")[1]: line for line in facts.tensors}
@@ -151,6 +194,6 @@ def test_an_explicit_setting_rounds_them_once_more(
 
     logits = fed(load, directory / "model.gguf", tokens, weights=weights)
 
-    assert load(directory / "model.gguf", weights=weights).facts.weights == weights
+    assert opened(load, directory / "model.gguf", weights=weights).facts.weights == weights
     most = {"none": 1e-5, "int8": 0.05, "int4": 0.8}[weights]
     assert (logits - expected).square().mean().sqrt() < most * expected.std()

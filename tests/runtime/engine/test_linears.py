@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -192,3 +194,29 @@ def test_a_layer_that_does_not_divide_into_groups_is_refused_under_int4() -> Non
     model = Model(width=INT4_GROUP + 1)
     with pytest.raises(InvalidSetting, match="weights=int4"):
         replace_linears(model, model.head, "int4", torch.float32, CPU)
+
+
+class Watched(nn.Linear):
+    """A linear that counts how many of its kind there are whenever its weights are asked for."""
+
+    alive: ClassVar[weakref.WeakSet[Watched]] = weakref.WeakSet()
+    counts: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        super().__init__(64, 64, bias=False)
+        self.alive.add(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            self.counts.append(len(self.alive))
+        return super().__getattr__(name)
+
+
+def test_a_linear_is_let_go_before_the_next_one_gets_its_form() -> None:
+    model = nn.Sequential(nn.ModuleList(Watched() for _ in range(4)), nn.Sequential(*(Watched() for _ in range(4))))
+    Watched.counts.clear()
+
+    replace_linears(model, nn.Identity(), "int8", torch.float32, CPU)
+
+    assert list(dict.fromkeys(Watched.counts)) == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert not Watched.alive
