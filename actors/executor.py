@@ -3,106 +3,160 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Self, cast
 
+import outcome
 import trio
 
-from actors.mailbox import Envelope, Inbox
+from actors.alarm import Alarm
+from actors.engine_thread import EngineThread
+from actors.leases import Leases
+from actors.mailbox import ActorFailed, ActorStopped
 from actors.messages import Forward, Ran
 from actors.pace import Pace
 from runtime.engine import Engine
 from runtime.errors import EngineFailed
+from runtime.events import Token
 from runtime.metrics import Metrics
 from runtime.rows import Row, RowBatch
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-# Scheduler passes in which sessions that were just answered come back with their next row, so that sessions once in
-# one forward stay in one forward: take the reply, hand the token on, ask again.
-_PASSES_TO_COME_BACK = 3
 
 # However many streams run, so many rows go to those that wait for their first token.
 _ROWS_KEPT_FREE = 8
 
 
-async def settled(future: Future[T]) -> T:
-    """The result of a future that another thread settles, or its error raised."""
-    done = trio.Event()
-    token = trio.lowlevel.current_trio_token()
+class Asker:
+    """A task that waits for rows to run."""
 
-    def wake(_: Future[T]) -> None:
-        with suppress(trio.RunFinishedError):  # Then nobody is left to be woken.
-            token.run_sync_soon(done.set)
+    def __init__(self, forward: Forward, lease: Lease) -> None:
+        self.forward = forward
+        self.lease = lease
+        self._task = trio.lowlevel.current_task()
+        self._has_begun = False
 
-    future.add_done_callback(wake)
-    await done.wait()
-    return future.result()
+    def begin(self) -> None:
+        """From now on it has to stay: its rows write into what it owns."""
+        self._has_begun = True
 
+    async def wait(self, leave: Callable[[Asker], None]) -> Ran:
+        """What it is told. Where it is cancelled before its rows have begun, it calls `leave` and goes."""
 
-class EngineThread:
-    """The one thread that loads and runs an engine: some backends bind their state to a thread."""
+        def abort(_: object) -> trio.lowlevel.Abort:
+            if self._has_begun:
+                # What was begun has happened, so its asker must learn of it; its next checkpoint is cancelled again.
+                return trio.lowlevel.Abort.FAILED
+            leave(self)
+            return trio.lowlevel.Abort.SUCCEEDED
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self._pool = pool
+        return cast(Ran, await trio.lowlevel.wait_task_rescheduled(abort))
 
-    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The function's result. It cannot be stopped, so a cancelled caller waits for its end."""
-        future = self._pool.submit(function, *args, **kwargs)
-        with trio.CancelScope(shield=True):
-            await settled(future)
-        return future.result()
+    def tell(self, result: outcome.Maybe[Ran]) -> None:
+        trio.lowlevel.reschedule(self._task, result)
 
 
 class ModelExecutor:
-    """Batches what sessions ask for: decode rows first, then prefill rows in turn."""
+    """Batches what sessions ask for: decode rows first, then prefill rows in turn.
 
-    def __init__(self, engine: Engine, thread: EngineThread, inbox: Inbox, metrics: Metrics) -> None:
+    A forward begins in the very step in which the last one asks that belongs in it. Whatever is done with the tokens of the
+    one before, such as writing them to sockets, is thus done while the engine works.
+    """
+
+    def __init__(self, engine: Engine, thread: EngineThread, metrics: Metrics) -> None:
         self._engine = engine
         self._thread = thread
-        self._inbox = inbox
         self._metrics = metrics
-        self._waiting: list[Envelope[Ran]] = []
+        self._waiting: list[Asker] = []
+        self._running: list[tuple[Asker, tuple[Row, ...]]] = []
+        self._leases = Leases()
+        self._alarm = Alarm()
         self._pace = Pace()
+        self._is_open = True
+        self._is_quiet = trio.Event()
+        self._error: BaseException | None = None
 
     async def run(self) -> None:
         """Runs forwards until cancelled. Raises EngineFailed; everyone who waits is told."""
-        with self._inbox:
-            try:
-                while True:
-                    if not self._waiting:
-                        self._waiting.append(await self._inbox.take())
-                    self._waiting += self._inbox.take_waiting()
-                    if chosen := self._choose():
-                        await self._forward(chosen)
-                        for _ in range(_PASSES_TO_COME_BACK):
-                            await trio.lowlevel.checkpoint()
-            finally:
-                for envelope in self._waiting:
-                    envelope.replies.close()
+        try:
+            while self._error is None:
+                await self._alarm.wait()
+                self._begin()
+        finally:
+            await self._close()
 
-    def _choose(self) -> list[tuple[Envelope[Ran], tuple[Row, ...]]]:
-        """What runs next, taken from those that wait. An asker that has left is passed over."""
-        decodes = [envelope for envelope in self._waiting if not _forward_of(envelope).is_prefill]
-        prefills = [envelope for envelope in self._waiting if _forward_of(envelope).is_prefill]
+    def lease(self) -> Lease:
+        """A lease for who asks for rows, one after the other."""
+        return Lease(self, self._leases, self._consider)
+
+    async def ask(self, forward: Forward, lease: Lease) -> Ran:
+        """What came of these rows. Raises ActorStopped where none of them ran, and ActorFailed.
+
+        Who is cancelled before they run leaves at once, and after that when they have run.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if not self._is_open:
+            raise ActorStopped
+        asker = Asker(forward, lease)
+        self._waiting.append(asker)
+        is_new = not self._leases.arrive(lease, trio.current_time())
+        self._consider(is_new=is_new)
+        return await asker.wait(leave=self._forget)
+
+    def _forget(self, asker: Asker) -> None:
+        self._waiting.remove(asker)
+
+    def runs_for(self, lease: Lease) -> bool:
+        """Whether rows that were asked for under this lease run just now."""
+        return any(asker.lease is lease for asker, _ in self._running)
+
+    def _consider(self, *, is_new: bool = False) -> None:
+        """Begins a forward, unless somebody is due who belongs in it: then after a while.
+
+        Where the asker `is_new`, others may come beside it, and the forward begins when they had their turn too.
+        """
+        if self._running or not self._waiting:
+            return
+        if self._leases.is_anyone_due:
+            if not self._alarm.is_set:
+                self._alarm.set(self._leases.patience_s)
+        elif is_new:
+            self._alarm.set(0)
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Begins a forward of those who wait, if there are any and none runs."""
+        if self._running or not self._waiting or not self._is_open:
+            return
+        if self._alarm.is_set:
+            self._alarm.clear()
+        self._leases.give_up()
+        self._running = self._choose()
+        batch = RowBatch(tuple(row for _, rows in self._running for row in rows))
+        self._thread.begin(partial(self._end, time.perf_counter()), self._engine.forward, batch)
+
+    def _choose(self) -> list[tuple[Asker, tuple[Row, ...]]]:
+        """What runs next, taken from those that wait."""
+        decodes = [asker for asker in self._waiting if not asker.forward.is_prefill]
+        prefills = [asker for asker in self._waiting if asker.forward.is_prefill]
         facts = self._engine.facts
         tile = facts.row_tile
         kept_free = min(tile // 4, _ROWS_KEPT_FREE) if prefills else 0
-        chosen: list[tuple[Envelope[Ran], tuple[Row, ...]]] = []
-        left: list[Envelope[Ran]] = []
+        chosen: list[tuple[Asker, tuple[Row, ...]]] = []
+        left: list[Asker] = []
         used = 0
 
-        def take(envelopes: list[Envelope[Ran]], limit: int) -> None:
+        def take(askers: list[Asker], limit: int) -> None:
             nonlocal used
-            for envelope in envelopes:
+            for asker in askers:
                 if used >= limit:
-                    left.append(envelope)
-                elif envelope.begin():
-                    rows = _forward_of(envelope).rows[: limit - used]
-                    chosen.append((envelope, rows))
+                    left.append(asker)
+                else:
+                    asker.begin()
+                    rows = asker.forward.rows[: limit - used]
+                    chosen.append((asker, rows))
                     used += len(rows)
 
         take(decodes, tile - kept_free)
@@ -111,31 +165,91 @@ class ModelExecutor:
         self._waiting = left
         return chosen
 
-    async def _forward(self, chosen: list[tuple[Envelope[Ran], tuple[Row, ...]]]) -> None:
-        batch = RowBatch(tuple(row for _, rows in chosen for row in rows))
-        with ExitStack() as stack:
-            # Those who wait to the end wait shielded: whatever happens here, none may be left without a word.
-            for envelope, _ in chosen:
-                stack.enter_context(envelope.replies)
-            started = time.perf_counter()
-            try:
-                tokens = await self._thread.run(self._engine.forward, batch)
-            except Exception as error:
-                raise EngineFailed(f"the engine failed: {error}") from error
-            wanted = sum(row.draw is not None for row in batch.rows)
-            if len(tokens) != wanted:
-                raise EngineFailed(f"the engine failed: {len(tokens)} tokens drawn where {wanted} were asked for")
-            seconds = time.perf_counter() - started
-            prefill_rows = sum(len(rows) for envelope, rows in chosen if _forward_of(envelope).is_prefill)
-            self._pace.record(len(batch.rows) - prefill_rows, prefill_rows, seconds)
-            self._metrics.forward_duration_seconds.observe(seconds)
-            self._metrics.forward_rows.observe(len(batch.rows))
-            drawn = iter(tokens)
-            for envelope, rows in chosen:
-                envelope.finish(Ran(len(rows), tuple(next(drawn) for row in rows if row.draw is not None)))
+    def _end(self, began_at: float, ended: outcome.Maybe[tuple[Token, ...]]) -> None:
+        """Tells those whose rows ran. There is nobody to whom it could raise, so `run` raises what went wrong."""
+        try:
+            results = self._results(ended, time.perf_counter() - began_at)
+        except BaseException as error:
+            self._error = error
+            self._alarm.go_off()
+        else:
+            ran, self._running = self._running, []
+            now = trio.current_time()
+            for (asker, _), result in zip(ran, results, strict=True):
+                self._leases.expect(asker.lease, now)
+                asker.tell(outcome.Value(result))
+            self._consider()
+        if not self._is_open:
+            self._is_quiet.set()
+
+    def _results(self, ended: outcome.Maybe[tuple[Token, ...]], seconds: float) -> list[Ran]:
+        """What came of the rows of each whose rows ran, in so many seconds. Raises EngineFailed."""
+        try:
+            tokens = ended.unwrap()
+        except Exception as error:
+            raise EngineFailed(f"the engine failed: {error}") from error
+        rows = [row for _, each in self._running for row in each]
+        wanted = sum(row.draw is not None for row in rows)
+        if len(tokens) != wanted:
+            raise EngineFailed(f"the engine failed: {len(tokens)} tokens drawn where {wanted} were asked for")
+        prefill_rows = sum(len(each) for asker, each in self._running if asker.forward.is_prefill)
+        self._pace.record(len(rows) - prefill_rows, prefill_rows, seconds)
+        self._leases.measure(seconds)
+        self._metrics.forward_duration_seconds.observe(seconds)
+        self._metrics.forward_rows.observe(len(rows))
+        drawn = iter(tokens)
+        return [Ran(len(each), tuple(next(drawn) for row in each if row.draw is not None)) for _, each in self._running]
+
+    async def _close(self) -> None:
+        self._is_open = False
+        if self._running and self._error is None:
+            with trio.CancelScope(shield=True):
+                await self._is_quiet.wait()
+        # Those whose rows failed are told in the step in which the tree begins to end, so that none outruns it with the news.
+        for asker, _ in self._running:
+            asker.tell(outcome.Error(ActorFailed()))
+        for asker in self._waiting:
+            asker.tell(outcome.Error(ActorStopped()))
+        if self._error is not None:
+            raise self._error
 
 
-def _forward_of(envelope: Envelope[Ran]) -> Forward:
-    message = envelope.message
-    assert isinstance(message, Forward)
-    return message
+class Lease:
+    """Held, as a context, by who comes back with its next rows once it has those before: a forward waits for it a while.
+
+    Whose lease is not held asks all the same, and no forward waits for it.
+    """
+
+    def __init__(self, executor: ModelExecutor, leases: Leases, consider: Callable[[], None]) -> None:
+        self._executor = executor
+        self._leases = leases
+        self._consider = consider
+
+    def __enter__(self) -> Self:
+        self._leases.begin(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leases.end(self)
+        self._consider()
+
+    @contextmanager
+    def held_up(self) -> Iterator[None]:
+        """While somebody else holds its holder up no forward waits for it."""
+        self._leases.excuse(self)
+        self._consider()
+        try:
+            yield
+        finally:
+            self._leases.expect(self, trio.current_time())
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its rows run just now."""
+        return self._executor.runs_for(self)
+
+    async def ask(self, forward: Forward) -> Ran:
+        """As `ModelExecutor.ask`."""
+        return await self._executor.ask(forward, self)

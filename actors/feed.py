@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from array import array
 
-from actors.mailbox import ActorFailed, ActorStopped, Mailbox
+from actors.executor import Lease
+from actors.mailbox import ActorFailed, ActorStopped
 from actors.messages import Forward
 from runtime.errors import EngineFailed, InvariantViolation
 from runtime.events import Token
@@ -16,9 +17,9 @@ from runtime.slab import Slab
 class Feed:
     """Asks the executor for the rows that a slab lacks. A part of one session, used by it alone."""
 
-    def __init__(self, slab: Slab, executor: Mailbox) -> None:
+    def __init__(self, slab: Slab, lease: Lease) -> None:
         self._slab = slab
-        self._executor = executor
+        self._lease = lease
         self._length = slab.frontier
 
     @property
@@ -28,8 +29,9 @@ class Feed:
 
     async def read(self, history: array[int]) -> None:
         """Brings the slab up to the history's end. Raises InvariantViolation or EngineFailed."""
-        while self._length < len(history):
-            await self._forward(history, self._length, [], [])
+        with self._lease:
+            while self._length < len(history):
+                await self._forward(history, self._length, [], [])
 
     async def draw(self, history: array[int], proposal: list[int], draws: list[Draw]) -> tuple[tuple[Token, ...], int]:
         """Brings the slab up to the history's end and returns the tokens drawn there, and how many proposed ones it took.
@@ -84,7 +86,7 @@ class Feed:
     async def _run(self, rows: tuple[Row, ...], is_prefill: bool) -> tuple[Token, ...]:
         before = self._slab.frontiers
         try:
-            ran = await self._executor.ask_to_the_end(Forward(rows, is_prefill))
+            ran = await self._lease.ask(Forward(rows, is_prefill))
         except (ActorStopped, ActorFailed):
             raise EngineFailed("the engine has stopped") from None
         self._length = max(self._length, rows[0].position + ran.row_count)

@@ -23,11 +23,6 @@ from runtime.sessions import Appended, Saved, SessionInfo
 from runtime.slab import Slab
 from runtime.text import Text
 
-# Scheduler passes in which a session whose token was taken has its next forward begun. Whatever is done with the token, such
-# as writing it to a socket, is then done while the engine works and not before.
-_PASSES_TO_THE_NEXT_FORWARD = 6
-
-
 R = TypeVar("R")
 
 
@@ -47,11 +42,11 @@ class Events:
             raise StopAsyncIteration
         with as_session_errors():
             event = await self._replies.receive()
-        self._is_done = isinstance(event, Done)
-        if not self._is_done:
-            for _ in range(_PASSES_TO_THE_NEXT_FORWARD):
-                # Whoever is cancelled has this event all the same: it is part of the history.
-                await trio.lowlevel.cancel_shielded_checkpoint()
+        if isinstance(event, Done):
+            self._is_done = True
+            with trio.CancelScope(shield=True), suppress(ActorFailed):
+                # After its last word the session goes to its inbox without a pause: whoever has it may count on that.
+                await self._replies.receive()
         return event
 
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar, cast
+from typing import Any, Generic, Self, TypeVar
 
 import outcome
 import trio
@@ -52,11 +52,6 @@ class Envelope(Generic[R]):
             return False
         self.begun.set()
         return True
-
-    def finish(self, value: R) -> None:
-        """Answers an asker that waits to the end."""
-        with self.replies:
-            self.replies.send_nowait(outcome.Value(value))
 
 
 class Replies(Generic[R]):
@@ -131,10 +126,23 @@ class Mailbox:
         return True
 
 
-class Reply(Protocol[R_contra]):
-    """Sends one reply to the asker, and returns once it has been taken."""
+class Reply(Generic[R_contra]):
+    """Sends replies to the asker."""
 
-    def __call__(self, value: R_contra, /) -> Awaitable[None]: ...
+    def __init__(self, envelope: Envelope[Any]) -> None:
+        self._envelope = envelope
+
+    async def __call__(self, value: R_contra) -> None:
+        """Sends one, and returns once it has been taken."""
+        await _send(self._envelope, outcome.Value(value))
+
+    def offer(self, value: R_contra) -> bool:
+        """Sends one if the asker waits for it just now; says whether it did."""
+        try:
+            self._envelope.replies.send_nowait(outcome.Value(value))
+        except (trio.WouldBlock, trio.BrokenResourceError):
+            return False
+        return True
 
 
 Handler = Callable[[Message[Any], Reply[Any]], Awaitable[None]]
@@ -145,6 +153,8 @@ class Inbox:
 
     def __init__(self, channel: trio.MemoryReceiveChannel[Envelope[Any]]) -> None:
         self._channel = channel
+        self._work: trio.CancelScope | None = None
+        self._idle = trio.Event()
 
     def __enter__(self) -> Self:
         return self
@@ -153,19 +163,23 @@ class Inbox:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._channel.close()
+        self._idle.set()
+
+    @property
+    def is_nearly_idle(self) -> bool:
+        """Whether the actor is on its way here: it was made just now, or whoever asked it last has left."""
+        return not self._idle.is_set() and (self._work is None or self._work.cancel_called)
+
+    async def idleness(self) -> None:
+        """Returns when the actor waits for its next message, or has ended."""
+        await self._idle.wait()
 
     async def take(self) -> Envelope[Any]:
         """The next message, in the order in which askers came."""
-        return await self._channel.receive()
-
-    def take_waiting(self) -> list[Envelope[Any]]:
-        """Every message whose asker waits now."""
-        taken: list[Envelope[Any]] = []
-        try:
-            while True:
-                taken.append(self._channel.receive_nowait())
-        except trio.WouldBlock:
-            return taken
+        self._idle.set()
+        envelope = await self._channel.receive()
+        self._work, self._idle = envelope.scope, trio.Event()
+        return envelope
 
     async def handle(self, envelope: Envelope[Any], handler: Handler) -> None:
         """Runs `handler` in the asker's scope.
@@ -175,12 +189,8 @@ class Inbox:
         if not envelope.begin():
             return
         with envelope.replies, envelope.scope:
-
-            async def reply(value: Any) -> None:
-                await _send(envelope, outcome.Value(value))
-
             try:
-                await handler(envelope.message, cast(Reply[Any], reply))
+                await handler(envelope.message, Reply(envelope))
             except RequestError as error:
                 await _send(envelope, outcome.Error(error))
             except PerennialError as error:

@@ -95,7 +95,7 @@ class Evict(Message[None]):
 
 @dataclass(frozen=True, slots=True)
 class Forward(Message[Ran]):
-    """Rows of one slab for the next forward, or as many of the first of them as fit. Given tokens are a prefill's."""
+    """Rows of one slab for the next forward, or as many of the first of them as fit. `is_prefill`: tokens that were given."""
 
     rows: tuple[Row, ...]
     is_prefill: bool

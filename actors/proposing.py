@@ -10,9 +10,9 @@ from typing import Protocol
 
 import trio
 
-from actors.executor import EngineThread, ModelExecutor
+from actors.engine_thread import EngineThread
+from actors.executor import ModelExecutor
 from actors.feed import Feed
-from actors.mailbox import Mailbox, open_mailbox
 from actors.nursery import open_nursery
 from runtime.engine import EngineFacts, load_engine
 from runtime.errors import ModelUnavailable
@@ -71,10 +71,11 @@ class Drafter:
     The noise is the session's, so under sampling too both draw the same token where they think alike.
     """
 
-    def __init__(self, pool: SlabPool, executor: Mailbox) -> None:
+    def __init__(self, pool: SlabPool, executor: ModelExecutor) -> None:
         self._pool = pool
         self._slab = pool.acquire()
-        self._feed = Feed(self._slab, executor)
+        self._lease = executor.lease()
+        self._feed = Feed(self._slab, self._lease)
         self._begin = 0  # Where in the history the last draft began.
         self._draft: list[int] = []
 
@@ -90,10 +91,11 @@ class Drafter:
         await self._skip_what_is_evicted(history)
         draw = Draw(sampling)
         self._begin, self._draft = len(history), []
-        (first, *_), _ = await self._feed.draw(history, [], [draw])
-        self._draft.append(first.token_id)
-        while len(self._draft) < count:
-            self._draft.append((await self._feed.follow(self._draft[-1], draw)).token_id)
+        with self._lease:
+            (first, *_), _ = await self._feed.draw(history, [], [draw])
+            self._draft.append(first.token_id)
+            while len(self._draft) < count:
+                self._draft.append((await self._feed.follow(self._draft[-1], draw)).token_id)
         return self._draft
 
     def close(self) -> None:
@@ -219,8 +221,8 @@ async def _open_drafting(
             "give a model with the same tokenizer"
         )
     pool = engine.new_pool(settings.capacity + settings.max_concurrent)
-    asking, inbox = open_mailbox()
+    executor = ModelExecutor(engine, thread, Metrics())
     async with open_nursery() as nursery:
-        nursery.start_soon(ModelExecutor(engine, thread, inbox, Metrics()).run)
-        yield lambda: Drafter(pool, asking)
+        nursery.start_soon(executor.run)
+        yield lambda: Drafter(pool, executor)
         nursery.cancel_scope.cancel()

@@ -17,18 +17,16 @@ from dataclasses import dataclass
 
 import trio
 
+from actors.executor import ModelExecutor
 from actors.mailbox import Mailbox, open_mailbox
 from actors.messages import Evict
 from actors.proposing import NewProposals, Proposals
-from actors.session import Ending, Session
+from actors.session import EndReason, Session
 from runtime.durable import Durable, SessionStore, Terms
 from runtime.errors import CapacityExhausted, EngineFailed, InvariantViolation, SessionNotFound
 from runtime.metrics import Metrics
 from runtime.sessions import SessionSummary
 from runtime.slab import Slab, SlabPool
-
-# Scheduler passes in which a session that was made or answered just now comes to its inbox, where it can be evicted.
-_PASSES_TO_INBOX = 2
 
 # At a stop slabs are left on disk for so long; what is not there by then is read again.
 _LEAVING_S = 5.0
@@ -55,7 +53,7 @@ class SessionRegistry:
     def __init__(
         self,
         nursery: trio.Nursery,
-        executor: Mailbox,
+        executor: ModelExecutor,
         metrics: Metrics,
         *,
         vocabulary: int,
@@ -101,12 +99,13 @@ class SessionRegistry:
         For want of one, the session idle longest is evicted, but not the one with the id `beside`. Raises
         CapacityExhausted when all are at work.
         """
-        for passes_left in range(_PASSES_TO_INBOX, -1, -1):
-            await trio.lowlevel.checkpoint()
-            if self._long_lived.in_use < self._long_lived.total or self._evict_one(beside):
-                break
-            if not passes_left:
+        await trio.lowlevel.checkpoint()
+        while self._long_lived.in_use == self._long_lived.total and not self._evict_one(beside):
+            sessions = [entry.session for _, entry in self._by_last_use(beside)]
+            nearly_idle = next((session for session in sessions if session.is_nearly_idle), None)
+            if nearly_idle is None:
                 raise CapacityExhausted(f"all {self._long_lived.total} slabs are at work: try again, or raise capacity")
+            await nearly_idle.idleness()
         with _given_back(self._long_lived) as slab:
             yield slab
 
@@ -160,7 +159,7 @@ class SessionRegistry:
             await trio.sleep(max(left, 1.0))
             count = await trio.to_thread.run_sync(self._store.expire, self._idle_ttl_s)
             self._metrics.session_total.labels("evicted").inc(count)
-            self._metrics.session_evicted_total.labels(Ending.IDLE.value).inc(count)
+            self._metrics.session_evicted_total.labels(EndReason.IDLE.value).inc(count)
 
     def summaries(self) -> list[SessionSummary]:
         """What an operator may know of every long-lived session; ids are for those who made them."""
@@ -239,16 +238,20 @@ class SessionRegistry:
 
         A durable one falls asleep.
         """
+        for session_id, entry in self._by_last_use(beside):
+            if entry.mailbox.offer(Evict()):
+                self._remove(session_id, entry.session.read)
+                return True
+        return False
+
+    def _by_last_use(self, beside: str | None) -> list[tuple[str, Entry]]:
+        """Long-lived sessions, that which was used longest ago first, but not the one with the id `beside`."""
         held = [
             (session_id, entry)
             for session_id, entry in self._entries.items()
             if entry.pool is self._long_lived and session_id != beside
         ]
-        for session_id, entry in sorted(held, key=lambda pair: pair[1].session.last_used):
-            if entry.mailbox.offer(Evict()):
-                self._remove(session_id, entry.session.read)
-                return True
-        return False
+        return sorted(held, key=lambda pair: pair[1].session.last_used)
 
     def _remove(self, session_id: str, read: array[int] | None = None) -> None:
         # A session to be evicted leaves the map, and gives up its slab, before its task has had its turn to end.
@@ -268,9 +271,9 @@ class SessionRegistry:
         try:
             ending = await session.run()
             read = session.read
-            has_ended = durable is None or ending is not Ending.EVICTED
+            has_ended = durable is None or ending is not EndReason.EVICTED
             if has_ended:
-                self._metrics.session_total.labels("closed" if ending is Ending.CLOSED else "evicted").inc()
+                self._metrics.session_total.labels("closed" if ending is EndReason.CLOSED else "evicted").inc()
                 self._metrics.session_evicted_total.labels(ending.value).inc()
         except EngineFailed:
             self._metrics.session_total.labels("failed").inc()

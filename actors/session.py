@@ -6,15 +6,16 @@ import hashlib
 import logging
 import sys
 from array import array
-from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import Enum
 from typing import Any, assert_never, cast
 
 import trio
 
+from actors.executor import ModelExecutor
 from actors.feed import Feed
-from actors.mailbox import Envelope, Inbox, Mailbox, Message, Reply
+from actors.mailbox import Envelope, Inbox, Message, Reply
 from actors.messages import (
     Append,
     Branch,
@@ -30,12 +31,13 @@ from actors.messages import (
 )
 from actors.nursery import open_nursery
 from actors.proposing import Proposals
+from actors.turn import Tally, TurnClock
 from runtime.checks import check_whole
 from runtime.durable import Durable, Terms
 from runtime.errors import HistoryMismatch, InvalidRequest, NotDurable, SlabOverflow, StorageFailed
 from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
 from runtime.grammar import Constraint, Mask
-from runtime.metrics import Metrics, Turn
+from runtime.metrics import Metrics
 from runtime.sampling import Draw
 from runtime.sessions import Appended, Saved, SessionInfo
 from runtime.slab import Slab, common_length
@@ -49,8 +51,8 @@ _LEFT_BEHIND = 1 / 8
 _log = logging.getLogger("perennial.state")
 
 
-class Ending(Enum):
-    """How a session came to its end."""
+class EndReason(Enum):
+    """Why a session came to its end."""
 
     CLOSED = "close"
     IDLE = "ttl"
@@ -64,7 +66,7 @@ class Session:
         self,
         slab: Slab,
         inbox: Inbox,
-        executor: Mailbox,
+        executor: ModelExecutor,
         metrics: Metrics,
         *,
         vocabulary: int,
@@ -77,7 +79,8 @@ class Session:
         """A `history` given is one that goes on: the slab has read it up to its frontier. A `durable` record has it already."""
         self._slab = slab
         self._inbox = inbox
-        self._feed = Feed(slab, executor)
+        self._lease = executor.lease()
+        self._feed = Feed(slab, self._lease)
         self._metrics = metrics
         self._vocabulary = vocabulary
         self._terms = terms
@@ -88,7 +91,7 @@ class Session:
         self._digest = hashlib.blake2b()
         if history is not None:
             self._commit(history)
-        self._ending: Ending | None = None
+        self._ending: EndReason | None = None
         self._last_used = trio.current_time()
         self._turn_began: float | None = None
 
@@ -107,6 +110,15 @@ class Session:
         return self._last_used
 
     @property
+    def is_nearly_idle(self) -> bool:
+        """Whether it will soon wait for a message: it was made or left by its asker just now, and no forward keeps it."""
+        return self._inbox.is_nearly_idle and not self._lease.is_running
+
+    async def idleness(self) -> None:
+        """Returns when it waits for its next message, or has ended."""
+        await self._inbox.idleness()
+
+    @property
     def terms(self) -> Terms:
         return self._terms
 
@@ -115,14 +127,14 @@ class Session:
         """The tokens of the history that the slab has read."""
         return self._history[: self._feed.length]
 
-    async def run(self) -> Ending:
+    async def run(self) -> EndReason:
         """Serves until closed or evicted. Raises InvariantViolation or EngineFailed when the session has failed."""
         with self._inbox:
             while self._ending is None:
                 with trio.CancelScope(deadline=self._last_used + self._idle_ttl_s) as idle:
                     envelope = await (self._take_and_write() if self._is_slab_on_disk_old else self._inbox.take())
                 if idle.cancelled_caught:
-                    return Ending.IDLE
+                    return EndReason.IDLE
                 await self._inbox.handle(envelope, self._handle)
         return self._ending
 
@@ -193,10 +205,10 @@ class Session:
             case Rewind(history):
                 await reply(self._rewind(common_length(self._history, history)))
             case Close():
-                self._ending = Ending.CLOSED
+                self._ending = EndReason.CLOSED
                 await reply(len(self._history))
             case Evict():
-                self._ending = Ending.EVICTED
+                self._ending = EndReason.EVICTED
             case _:
                 assert_never(request)
 
@@ -246,59 +258,53 @@ class Session:
             )
 
     async def _generate(self, request: Generate, reply: Reply[Event]) -> None:
+        self._check_generate(request)
+        self._metrics.generate_prefill_tokens.observe(max(1, len(self._history) - self._feed.length))
+        clock, tally = TurnClock(self._metrics, self._terms.label, self._turn_began), Tally(self._metrics)
+        try:
+            if self.evicted_token_count:
+                await reply(HistoryTruncated(self.evicted_token_count))
+            with self._lease:
+                stop_reason = await self._hand_over_tokens(request, reply, clock, tally)
+            await reply(Done(stop_reason, tally.generated, *clock.seconds(), tally.proposed, tally.accepted))
+        finally:
+            # Tokens that were drawn ahead and not taken are no part of the history.
+            self._feed.retract(len(self._history))
+            self._mark_used()
+
+    def _check_generate(self, request: Generate) -> None:
         if request.top_logprobs is not None:
             check_whole("top_logprobs", request.top_logprobs, 0, self._vocabulary)
         if not self._history:
             raise InvalidRequest("the session has no history: append tokens first")
+
+    async def _hand_over_tokens(
+        self, request: Generate, reply: Reply[Event], clock: TurnClock, tally: Tally
+    ) -> StopReason:
         constraint = request.grammar.follow() if request.grammar else None
-        began = trio.current_time()
-        turn_began = began if self._turn_began is None else self._turn_began
-        self._metrics.generate_prefill_tokens.observe(max(1, len(self._history) - self._feed.length))
-        first: float | None = None
-        count = proposed = accepted = 0
-        drawn: deque[Token] = deque()
-        stop_reason = StopReason.MAX_TOKENS
-        last = began
-        try:
-            if self.evicted_token_count:
-                await reply(HistoryTruncated(self.evicted_token_count))
-            while count < request.max_tokens:
-                if self._terms.overflow is Overflow.ERROR and len(self._history) >= self._slab.spec.visible:
-                    stop_reason = StopReason.TRUNCATED
-                    break
-                if not drawn:
-                    tokens, checked = await self._draw(request, constraint, request.max_tokens - count - 1)
-                    drawn += tokens
-                    proposed += checked
-                token = drawn.popleft()
-                now = trio.current_time()
-                if first is None:
-                    first = now
-                    self._turn_began = None
-                    self._metrics.generate_prefill_duration_seconds.observe(now - began)
-                    self._metrics.record_turn(Turn(self._terms.label, len(self._history), now - turn_began))
-                else:
-                    self._metrics.inter_token_seconds.observe(now - last)
-                last = now
-                await self._hand_over(token, reply)
-                self._metrics.generated_tokens_total.inc()
-                count += 1
+        while tally.generated < request.max_tokens:
+            if self._is_full:
+                return StopReason.TRUNCATED
+            tokens, checked = await self._draw(request, constraint, request.max_tokens - tally.generated - 1)
+            tally.check(checked)
+            for index, token in enumerate(tokens):
+                if self._is_full:
+                    return StopReason.TRUNCATED
+                clock.tick(len(self._history))
+                self._turn_began = None
+                await self._hand_over(token, reply, is_first=index == 0)
                 # Of what one forward draws, all but the last token had been proposed.
-                accepted += bool(drawn)
+                tally.take(was_proposed=index < len(tokens) - 1)
                 if constraint:
                     constraint.accept(token.token_id)
                 if token.token_id in self._terms.eos_token_ids or (constraint and constraint.is_complete):
-                    stop_reason = StopReason.EOS
-                    break
-            ended = trio.current_time()
-            prefill_s = (ended if first is None else first) - began
-            await reply(Done(stop_reason, count, prefill_s, ended - began, proposed, accepted))
-        finally:
-            # Tokens that were drawn ahead and not taken are no part of the history.
-            self._feed.retract(len(self._history))
-            self._metrics.proposed_tokens_total.inc(proposed)
-            self._metrics.accepted_tokens_total.inc(accepted)
-            self._mark_used()
+                    return StopReason.EOS
+        return StopReason.MAX_TOKENS
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether the session is not to forget, and one token more would make it."""
+        return self._terms.overflow is Overflow.ERROR and len(self._history) >= self._slab.spec.visible
 
     def _mark_used(self) -> None:
         self._last_used = trio.current_time()
@@ -318,12 +324,15 @@ class Session:
             history_digest=self._digest.digest(),
         )
 
-    async def _hand_over(self, token: Token, reply: Reply[Event]) -> None:
-        """Gives the token to the asker, and to the history once it was taken."""
+    async def _hand_over(self, token: Token, reply: Reply[Event], *, is_first: bool) -> None:
+        """Gives the token to the asker, and to the history once it was taken; it `is_first` of those that a forward drew."""
         tokens = array("I", (token.token_id,))
         self._record(tokens)
         try:
-            await reply(token)
+            if not reply.offer(token):
+                # The asker had the time of a whole forward to come for the first one, and none to come for the others.
+                with self._lease.held_up() if is_first else nullcontext():
+                    await reply(token)
         except BaseException:
             if self._durable is not None:
                 self._durable.take_back(len(self._history))

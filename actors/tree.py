@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import AsyncIterator, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 
 import trio
 
 from actors.admission import Admission
 from actors.conversations import LABEL, MOST_BYTES, Conversations
-from actors.executor import EngineThread, ModelExecutor
+from actors.engine_thread import EngineThread
+from actors.executor import ModelExecutor
 from actors.handles import Completion, SessionHandle, digest_of
-from actors.mailbox import open_mailbox
 from actors.messages import Load
 from actors.nursery import open_nursery
 from actors.proposing import NewProposals, open_proposing
@@ -53,6 +52,7 @@ class Runtime:
     ) -> None:
         self.settings = settings
         self.facts = facts
+        self.shape = facts.shape
         self.text = text
         self.metrics = metrics
         points = store.open_points(MOST_BYTES) if store else None
@@ -198,8 +198,7 @@ async def open_runtime(settings: Settings, metrics: Metrics | None = None) -> As
     metrics = metrics or Metrics()
     directory = await trio.to_thread.run_sync(find_model, settings.model)
     text = await trio.to_thread.run_sync(Text.load, directory)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine") as pool:
-        thread = EngineThread(pool)
+    with EngineThread() as thread:
         engine = await thread.run(load_engine, settings, directory)
         _log_start(settings, engine.facts)
         with ExitStack() as stack:
@@ -229,13 +228,13 @@ async def open_sessions(
 
     Raises EngineFailed where the engine fails, and what the block raises as it is, in no group.
     """
-    asking, inbox = open_mailbox()
+    executor = ModelExecutor(engine, thread, metrics)
     async with open_nursery() as executor_nursery:
-        executor_nursery.start_soon(ModelExecutor(engine, thread, inbox, metrics).run)
+        executor_nursery.start_soon(executor.run)
         async with open_nursery() as session_nursery:
             registry = SessionRegistry(
                 session_nursery,
-                asking,
+                executor,
                 metrics,
                 vocabulary=engine.facts.vocabulary,
                 idle_ttl_s=settings.idle_ttl_s,

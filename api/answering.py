@@ -173,7 +173,7 @@ class AnswerStream:
             completion=answer.drawn,
             reasoning=answer.reasoning_tokens,
             reused=asked.reused,
-            evicted=max(0, total - asked.runtime.facts.slab.visible),
+            evicted=max(0, total - asked.runtime.shape.visible),
             broke_at=asked.prompt.broke_at,
             because=asked.prompt.because,
         )
@@ -290,7 +290,7 @@ async def _seats(
 
 def _most_tokens(runtime: Runtime, question: Question, prompt_tokens: int, forgets: bool, is_single_shot: bool) -> int:
     """How long an answer may be. Raises SlabOverflow where the prompt leaves no room for one."""
-    visible = runtime.facts.slab.visible
+    visible = runtime.shape.visible
     if prompt_tokens > visible and not forgets:
         raise SlabOverflow(
             f"the prompt has {prompt_tokens} tokens and sink + window = {visible}: send less, or set http_overflow=evict"

@@ -104,7 +104,7 @@ class Server:
 
     def _reading(self, runtime: Runtime) -> AbstractAsyncContextManager[Reader]:
         settings = self.settings
-        visible = runtime.facts.slab.visible
+        visible = runtime.shape.visible
         most = visible if settings.http_overflow == "error" else MAX_APPEND_TOKENS
         return open_reader(runtime.text, Terms(self.label, most), settings.request_timeout_s)
 

@@ -89,11 +89,11 @@ class RuntimeStatus(_Shown):
 
 def status_of(runtime: Runtime, model: str, uptime_s: float) -> RuntimeStatus:
     """How things stand now."""
-    spec, load, metrics = runtime.facts.slab, runtime.load(), runtime.metrics
+    shape, load, metrics = runtime.shape, runtime.load(), runtime.metrics
     sessions = []
     for summary in runtime.list_sessions():
-        live = max(0, summary.kv_live_bytes - spec.kept_bytes) // spec.token_bytes
-        live_sink = min(live, spec.sink)
+        live = max(0, summary.kv_live_bytes - shape.kept_bytes) // shape.token_bytes
+        live_sink = min(live, shape.sink)
         sessions.append(
             SessionStatus(
                 label=summary.label,
@@ -109,9 +109,9 @@ def status_of(runtime: Runtime, model: str, uptime_s: float) -> RuntimeStatus:
         model=model,
         uptime_s=uptime_s,
         slab=SlabStatus(
-            sink=spec.sink,
-            window=spec.window,
-            ceiling_bytes=spec.ceiling_bytes,
+            sink=shape.sink,
+            window=shape.window,
+            ceiling_bytes=shape.ceiling_bytes,
             total=load.slab_total,
             in_use=load.slab_in_use,
         ),

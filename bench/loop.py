@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,7 +11,7 @@ from functools import partial
 import trio
 
 from actors import Runtime, SessionHandle
-from actors.executor import EngineThread
+from actors.engine_thread import EngineThread
 from actors.tree import open_sessions
 from bench.figures import figure, repeats
 from bench.models import QWEN3_06B
@@ -56,8 +55,7 @@ class ClockedEngine:
 async def clocked_runtime(settings: Settings) -> AsyncIterator[tuple[Runtime, ClockedEngine, EngineThread]]:
     """As `open_runtime`, with a clock around the engine."""
     directory = find_model(settings.model)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        thread = EngineThread(pool)
+    with EngineThread() as thread:
         engine = ClockedEngine(await thread.run(load_engine, settings, directory))
         async with open_sessions(settings, engine, thread, Text.load(directory), Metrics()) as runtime:
             yield runtime, engine, thread

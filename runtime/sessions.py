@@ -27,6 +27,27 @@ class SessionInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionShape:
+    """What is the same for every session of an engine, and all that doors need to know of one.
+
+    A token sees the `sink` first tokens and the `window` most recent. Each that is held takes `token_bytes`, and all together
+    `kept_bytes` more, however many they are; `ceiling_bytes` is the most that a session can ever hold.
+    """
+
+    sink: int
+    window: int
+    token_bytes: int
+    kept_bytes: int
+    ceiling_bytes: int
+    is_bit_exact: bool
+
+    @property
+    def visible(self) -> int:
+        """The most tokens that one token sees."""
+        return self.sink + self.window
+
+
+@dataclass(frozen=True, slots=True)
 class SessionSummary:
     """What an operator sees of a session."""
 

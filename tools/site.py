@@ -26,6 +26,7 @@ PAGES = {
     "docs/agents.md": "With agents",
     "docs/recordings.md": "What recorded agents cost",
     "docs/structure.md": "How it is built",
+    "docs/loop.md": "Where a token's time goes",
     "docs/deprecation.md": "What is public",
     "docs/architectures.md": "Architectures",
     "docs/mlx.md": "On Apple silicon",

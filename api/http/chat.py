@@ -9,7 +9,7 @@ from api.dialects.chat.answers import CompletionEvents, whole_answer
 from api.dialects.chat.request import CompletionRequest, read
 from api.dialects.chat.schemas import Chunk, Completion, CountedChunk
 from api.http.connection import held_by, read_question
-from api.http.routes import ANSWER_ERRORS, EVENTS, JSON, Door, Events, Operation
+from api.http.routes import ANSWER_ERRORS, EVENTS, JSON, Door, EventKinds, Operation
 from api.http.standard import json_response
 from api.schemas import ErrorReply
 from api.traces import describe_request
@@ -20,7 +20,7 @@ _COMPLETIONS = Operation(
     {
         200: {
             JSON: Completion,
-            EVENTS: Events((Chunk, CountedChunk, ErrorReply), "[DONE]"),
+            EVENTS: EventKinds((Chunk, CountedChunk, ErrorReply), "[DONE]"),
         }
     },
     ANSWER_ERRORS,

@@ -14,7 +14,7 @@ from api.dialects.messages.events import Event, MessageError, MessageWriter, as_
 from api.dialects.messages.request import MessageRequest, read
 from api.event_stream import EventStream, named_event
 from api.http.connection import held_by, read_question, request_body
-from api.http.routes import ANSWER_ERRORS, EVENTS, JSON, Door, Events, Family, Operation
+from api.http.routes import ANSWER_ERRORS, EVENTS, JSON, Door, EventKinds, Family, Operation
 from api.http.standard import json_response
 from api.reading import ReadBody, Write
 from api.traces import describe_request
@@ -48,7 +48,7 @@ class Greeting(BaseModel):
 
 _CREATE = Operation(
     "Answers a conversation, as JSON or, with `stream`, as server-sent events.",
-    {200: {JSON: MessageObject, EVENTS: Events((MessageEvent,))}},
+    {200: {JSON: MessageObject, EVENTS: EventKinds((MessageEvent,))}},
     ANSWER_ERRORS,
     MessageRequest,
 )

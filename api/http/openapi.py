@@ -13,7 +13,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from api.auth import needs_key
 from api.dialects.chat.request import CompletionRequest
-from api.http.routes import DEPRECATION, JSON, Events, Route
+from api.http.routes import DEPRECATION, JSON, EventKinds, Route
 from api.replies import headers_of, type_of
 from api.schemas import ErrorReply
 from runtime.errors import ForbiddenHost, ForbiddenOrigin, PerennialError, Unauthenticated, UnsupportedMediaType
@@ -87,7 +87,7 @@ def _described(route: Route, schemas: _Schemas, *, is_locked: bool) -> dict[str,
     return described
 
 
-def _answer(status: int, bodies: Mapping[str, type | Events], schemas: _Schemas) -> dict[str, Any]:
+def _answer(status: int, bodies: Mapping[str, type | EventKinds], schemas: _Schemas) -> dict[str, Any]:
     return {
         "description": "As asked." if status < 400 else "The same, from a server that takes no calls now.",
         "headers": {name: _header(value) for name, value in headers_of(status).items()},
@@ -144,19 +144,19 @@ class _Schemas:
                 inputs[operation.takes, "validation"] = TypeAdapter(operation.takes)
             for bodies in operation.answers.values():
                 for body in bodies.values():
-                    for kind in body.kinds if isinstance(body, Events) else (body,):
+                    for kind in body.kinds if isinstance(body, EventKinds) else (body,):
                         inputs[kind, "serialization"] = TypeAdapter(kind)
         self._of, shared = TypeAdapter.json_schemas(
             [(kind, mode, adapter) for (kind, mode), adapter in inputs.items()], ref_template=_REF
         )
         self.components: dict[str, Any] = shared["$defs"]
 
-    def of(self, body: type | Events, mode: JsonSchemaMode = "serialization") -> dict[str, Any]:
-        if not isinstance(body, Events):
+    def of(self, body: type | EventKinds, mode: JsonSchemaMode = "serialization") -> dict[str, Any]:
+        if not isinstance(body, EventKinds):
             return dict(self._of[body, mode])
         data = {"contentMediaType": JSON, "contentSchema": {"anyOf": [self.of(kind) for kind in body.kinds]}}
         return {
-            "description": Events.__doc__,
+            "description": EventKinds.__doc__,
             "type": "object",
             "properties": {"data": {"type": "string", "anyOf": [*([{"const": body.last}] if body.last else ()), data]}},
             "required": ["data"],

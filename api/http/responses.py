@@ -21,7 +21,7 @@ from api.dialects.responses.events import Event, ResponseWriter, as_responses_er
 from api.dialects.responses.request import Frame, ResponseRequest, read, read_frame
 from api.event_stream import EventStream, named_event
 from api.http.connection import MOST_BODY_BYTES, held_by, read_question
-from api.http.routes import ANSWER_ERRORS, EVENTS, JSON, Door, Events, Family, Operation
+from api.http.routes import ANSWER_ERRORS, EVENTS, JSON, Door, EventKinds, Family, Operation
 from api.prompting import Prompt, write_prompt
 from api.question import Question
 from api.reading import ReadBody
@@ -67,7 +67,7 @@ class ResponseEvent(BaseModel):
 _CREATE = Operation(
     "Answers input, or what follows an earlier response, as JSON or, with `stream`, as server-sent events. The same path "
     "takes a WebSocket: `response.create` frames in, events out.",
-    {200: {JSON: ResponseObject, EVENTS: Events((ResponseEvent,))}},
+    {200: {JSON: ResponseObject, EVENTS: EventKinds((ResponseEvent,))}},
     (*ANSWER_ERRORS, PreviousResponseNotFound),
     ResponseRequest,
 )
@@ -218,7 +218,7 @@ def _unanswered(runtime: Runtime, prompt: Prompt) -> Ending:
         completion=0,
         reasoning=0,
         reused=runtime.conversations.held(prompt.point),
-        evicted=max(0, length - runtime.facts.slab.visible),
+        evicted=max(0, length - runtime.shape.visible),
         broke_at=prompt.broke_at,
         because=prompt.because,
     )

@@ -48,7 +48,7 @@ Handler = Callable[..., Awaitable[Response]]
 
 
 @dataclass(frozen=True)
-class Events:
+class EventKinds:
     """Server-sent events, each with the JSON of one of these; a stream without an error ends with `last`, if there is one."""
 
     kinds: tuple[type[BaseModel], ...]
@@ -84,7 +84,7 @@ class Operation:
     """
 
     summary: str
-    answers: Mapping[int, Mapping[str, type | Events]]
+    answers: Mapping[int, Mapping[str, type | EventKinds]]
     errors: tuple[type[Exception], ...] = ()
     takes: type[BaseModel] | None = None
 

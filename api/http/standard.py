@@ -70,7 +70,7 @@ def add_standard_routes(door: Door) -> None:
     @door.route("GET", "/v1/models", _MODELS)
     async def models() -> Response:
         with server.call() as serving:
-            return json_response(ModelList(data=[model_of(serving.facts.slab.visible)]))
+            return json_response(ModelList(data=[model_of(serving.shape.visible)]))
 
     # Names of models may have slashes in them.
     @door.route("GET", "/v1/models/<path:model>", _MODEL)
@@ -78,7 +78,7 @@ def add_standard_routes(door: Door) -> None:
         with server.call() as serving:
             if model != server.label:
                 raise ModelNotFound(f"no model {model!r} here: GET /v1/models names the one there is", "model")
-            return json_response(model_of(serving.facts.slab.visible))
+            return json_response(model_of(serving.shape.visible))
 
     @door.route("GET", "/v1/runtime", _RUNTIME)
     async def runtime() -> Response:

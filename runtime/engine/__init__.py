@@ -16,6 +16,7 @@ from runtime.events import Sampling, Token
 from runtime.model_files import one_line
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
+from runtime.sessions import SessionShape
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
 
@@ -51,6 +52,13 @@ class EngineFacts:
     kernel_class: str
     slab: SlabSpec
     tensors: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> SessionShape:
+        """What doors need to know of this."""
+        slab = self.slab
+        sizes = slab.token_bytes, slab.kept_bytes, slab.ceiling_bytes
+        return SessionShape(slab.sink, slab.window, *sizes, is_bit_exact=self.is_bit_exact)
 
 
 class Engine(Protocol):

@@ -25,7 +25,7 @@ from runtime.engine.configuration import (
     refuse,
     slab_spec,
 )
-from runtime.engine.drawing import DrawingEngine
+from runtime.engine.drawing import draw_tokens
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import found
 from runtime.engine.linears import ROWS_ON_GPU, RowLinear, weights_bytes
@@ -56,7 +56,7 @@ _WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 _REST = Claim("norms, activations, rotation", "torch's kernels, of one shape", Ground.FIXED_ROWS)
 
 
-class GraphEngine(DrawingEngine):
+class GraphEngine:
     """A causal language model on one CUDA device, or on a CPU as its double. All of its slabs are there from the start."""
 
     def __init__(self, loaded: Loaded, spec: SlabSpec, form: Form, slabs: int, *, is_bit_exact: bool) -> None:
@@ -147,7 +147,7 @@ class GraphEngine(DrawingEngine):
         count = self._run(batch)
         if all(draw.is_likeliest for draw in draws):
             return tuple(map(Token, self._model.likeliest.tolist()[:count]))
-        return self.drawn_from(self._model.logits[:count].cpu(), batch)
+        return draw_tokens(self._model.logits[:count].cpu(), batch)
 
     def _run(self, batch: RowBatch) -> int:
         """Runs a step, and returns how many of its rows draw."""

@@ -30,7 +30,7 @@ from runtime.engine.configuration import (
     refuse,
     slab_spec,
 )
-from runtime.engine.drawing import DrawingEngine
+from runtime.engine.drawing import draw_tokens
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import found
 from runtime.engine.machine import features, kernel_class
@@ -39,6 +39,7 @@ from runtime.engine.mlx_slab import as_mlx, mlx_pool, to_torch
 from runtime.engine.probe import is_bit_exact
 from runtime.engine.rotary import ExactRotary
 from runtime.errors import InvalidSetting, ModelUnavailable
+from runtime.events import Token
 from runtime.model_files import one_line
 from runtime.rows import RowBatch
 from runtime.settings import Settings
@@ -62,7 +63,7 @@ class Plugged(NamedTuple):
     rotary: ExactRotary
 
 
-class MlxEngine(DrawingEngine):
+class MlxEngine:
     """A causal language model of one of `ARCHITECTURES` on MLX's default device or the CPU."""
 
     def __init__(self, plugged: Plugged, spec: SlabSpec, form: Form, fixed_rows: int | None) -> None:
@@ -141,6 +142,9 @@ class MlxEngine(DrawingEngine):
 
     def new_pool(self, count: int) -> SlabPool:
         return mlx_pool(self._spec, count)
+
+    def forward(self, batch: RowBatch) -> tuple[Token, ...]:
+        return draw_tokens(self.logits(batch), batch)
 
     def logits(self, batch: RowBatch) -> Tensor:
         """As every engine's; all is evaluated when it returns, so that a forward's time is a forward's time."""

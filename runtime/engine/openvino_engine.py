@@ -29,7 +29,7 @@ from runtime.engine.configuration import (
     refuse,
     slab_spec,
 )
-from runtime.engine.drawing import DrawingEngine
+from runtime.engine.drawing import draw_tokens
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import found
 from runtime.engine.machine import Level, features, hardware_level, kernel_class, level
@@ -40,6 +40,7 @@ from runtime.engine.rotary import ExactRotary
 from runtime.engine.row_attention import CLAIM, RowAttention, row_attention_is_exact
 from runtime.engine.torch_slab import torch_pool
 from runtime.errors import InvalidSetting, ModelUnavailable
+from runtime.events import Token
 from runtime.gguf_file import StoredRows
 from runtime.gguf_model import StoredEmbedding, stored_model
 from runtime.rows import RowBatch
@@ -61,7 +62,7 @@ _TRIED = (
 )
 
 
-class OpenVinoEngine(DrawingEngine):
+class OpenVinoEngine:
     """A causal language model of one of `ARCHITECTURES` on a CPU."""
 
     def __init__(self, model: _Model, spec: SlabSpec, form: Form, *, is_bit_exact: bool) -> None:
@@ -147,6 +148,9 @@ class OpenVinoEngine(DrawingEngine):
 
     def new_pool(self, count: int) -> SlabPool:
         return torch_pool(self._spec, count)
+
+    def forward(self, batch: RowBatch) -> tuple[Token, ...]:
+        return draw_tokens(self.logits(batch), batch)
 
     @torch.inference_mode()
     def logits(self, batch: RowBatch) -> Tensor:

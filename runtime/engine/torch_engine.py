@@ -26,7 +26,7 @@ from runtime.engine.configuration import (
     refuse,
     slab_spec,
 )
-from runtime.engine.drawing import DrawingEngine
+from runtime.engine.drawing import draw_tokens
 from runtime.engine.exact import Claim
 from runtime.engine.findings import found
 from runtime.engine.linears import FixedRowsLinear, RowLinear, weights_bytes
@@ -44,6 +44,7 @@ from runtime.engine.torch_model import (
 )
 from runtime.engine.torch_parts import CLAIMS_OF_PARTS, capped
 from runtime.engine.torch_slab import torch_pool
+from runtime.events import Token
 from runtime.gguf_file import GgufFile
 from runtime.rows import RowBatch
 from runtime.settings import Settings
@@ -54,7 +55,7 @@ _log = logging.getLogger("perennial.engine")
 AttentionInterface.register(ATTENTION_NAME, slab_attention)
 
 
-class TorchEngine(DrawingEngine):
+class TorchEngine:
     """A causal language model of one of `ARCHITECTURES` on one torch device."""
 
     def __init__(self, loaded: Loaded, spec: SlabSpec, form: Form, *, is_bit_exact: bool) -> None:
@@ -142,6 +143,9 @@ class TorchEngine(DrawingEngine):
 
     def new_pool(self, count: int) -> SlabPool:
         return torch_pool(self._spec, count)
+
+    def forward(self, batch: RowBatch) -> tuple[Token, ...]:
+        return draw_tokens(self.logits(batch), batch)
 
     @torch.inference_mode()
     def logits(self, batch: RowBatch) -> Tensor:

@@ -6,7 +6,6 @@ import math
 import threading
 import zlib
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import cache
 from typing import Any
@@ -19,7 +18,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from actors import Runtime, SessionHandle
-from actors.executor import EngineThread
+from actors.engine_thread import EngineThread
 from actors.proposing import NewProposals
 from actors.tree import open_sessions
 from runtime import Sampling, Settings, Token
@@ -209,10 +208,10 @@ async def open_lab(
     **settings: Any,
 ) -> AsyncIterator[Runtime]:
     """A runtime on this engine; a forward that is held goes on when the block ends."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    with EngineThread() as thread:
         chosen = Settings(**settings)
         async with open_sessions(
-            chosen, engine, EngineThread(pool), text or tiny_text(), metrics or Metrics(), new_proposals, store
+            chosen, engine, thread, text or tiny_text(), metrics or Metrics(), new_proposals, store
         ) as runtime:
             try:
                 yield runtime

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
 import trio
 
-from actors.executor import EngineThread, ModelExecutor
-from actors.mailbox import open_mailbox
+from actors.engine_thread import EngineThread
+from actors.executor import ModelExecutor
 from actors.proposing import Drafter, NewProposals
 from runtime import Done, Sampling, Token
 from runtime.metrics import Metrics
@@ -39,11 +38,11 @@ class Draft:
 async def drafting(engine: LedgerEngine, slabs: int = 8) -> AsyncIterator[Draft]:
     """Drafts at full length by a model, in no more than so many sessions."""
     pool = engine.new_pool(slabs)
-    asking, inbox = open_mailbox()
-    with ThreadPoolExecutor(max_workers=1) as threads:
+    with EngineThread() as thread:
+        executor = ModelExecutor(engine, thread, Metrics())
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(ModelExecutor(engine, EngineThread(threads), inbox, Metrics()).run)
-            yield Draft(engine, pool, lambda: Eager(Drafter(pool, asking), BLOCK, VOCABULARY))
+            nursery.start_soon(executor.run)
+            yield Draft(engine, pool, lambda: Eager(Drafter(pool, executor), BLOCK, VOCABULARY))
             nursery.cancel_scope.cancel()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -12,8 +11,9 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from actors.executor import EngineThread, ModelExecutor
-from actors.mailbox import ActorFailed, ActorStopped, Mailbox, open_mailbox
+from actors.engine_thread import EngineThread
+from actors.executor import ModelExecutor
+from actors.mailbox import ActorFailed, ActorStopped
 from actors.messages import Forward, Ran
 from runtime.engine import EngineFacts
 from runtime.errors import EngineFailed
@@ -46,30 +46,30 @@ class Lab:
     """An executor, and a nursery for those who ask it."""
 
     engine: LedgerEngine
-    mailbox: Mailbox
+    executor: ModelExecutor
     askers: trio.Nursery
 
     async def ask_in_order(self, messages: dict[str, Forward], answers: Answers | None = None) -> None:
         for name, message in messages.items():
-            self.askers.start_soon(answer, self.mailbox, message, name, {} if answers is None else answers)
+            self.askers.start_soon(answer, self.executor, message, name, {} if answers is None else answers)
             await wait_all_tasks_blocked()
 
     async def hold_a_forward(self, slab: Slab) -> None:
         self.engine.hold()
-        self.askers.start_soon(self.mailbox.ask_to_the_end, decode(slab))
+        self.askers.start_soon(self.executor.lease().ask, decode(slab))
         await self.engine.begun()
 
 
 @asynccontextmanager
 async def open_lab(engine: LedgerEngine, metrics: Metrics) -> AsyncIterator[Lab]:
     """Lets every forward go on when the block ends, and waits until all askers have their answers."""
-    mailbox, inbox = open_mailbox()
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    with EngineThread() as thread:
+        executor = ModelExecutor(engine, thread, metrics)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(ModelExecutor(engine, EngineThread(pool), inbox, metrics).run)
+            nursery.start_soon(executor.run)
             async with trio.open_nursery() as askers:
                 try:
-                    yield Lab(engine, mailbox, askers)
+                    yield Lab(engine, executor, askers)
                 finally:
                     engine.open()
             nursery.cancel_scope.cancel()
@@ -88,9 +88,9 @@ def prefill(slab: Slab, count: int, start: int = 0) -> Forward:
     return Forward(tuple(Row(slab, position, 1) for position in range(start, start + count)), is_prefill=True)
 
 
-async def answer(mailbox: Mailbox, message: Forward, name: str, answers: Answers) -> None:
+async def answer(executor: ModelExecutor, message: Forward, name: str, answers: Answers) -> None:
     try:
-        answers[name] = await mailbox.ask_to_the_end(message)
+        answers[name] = await executor.lease().ask(message)
     except (ActorStopped, ActorFailed) as error:
         answers[name] = type(error)
 
@@ -223,14 +223,14 @@ async def test_long_prefills_take_turns(engine: LedgerEngine, metrics: Metrics, 
     held = {"a": slabs.acquire(), "b": slabs.acquire()}
     owners: list[str] = []
 
-    async def feed(mailbox: Mailbox, slab: Slab) -> None:
+    async def feed(executor: ModelExecutor, slab: Slab) -> None:
         for start in range(0, 24, 8):
-            await mailbox.ask_to_the_end(prefill(slab, 8, start))
+            await executor.lease().ask(prefill(slab, 8, start))
 
     async with open_lab(engine, metrics) as lab:
         await lab.hold_a_forward(slabs.acquire())
         for slab in held.values():
-            lab.askers.start_soon(feed, lab.mailbox, slab)
+            lab.askers.start_soon(feed, lab.executor, slab)
             await wait_all_tasks_blocked()
         for _ in range(6):
             engine.end()
@@ -241,14 +241,15 @@ async def test_long_prefills_take_turns(engine: LedgerEngine, metrics: Metrics, 
 async def test_sessions_once_in_one_forward_stay_in_one_forward(
     engine: LedgerEngine, metrics: Metrics, slabs: SlabPool
 ) -> None:
-    async def decode_five(mailbox: Mailbox, slab: Slab) -> None:
-        for position in range(5):
-            await mailbox.ask_to_the_end(Forward((Row(slab, position, 1, GREEDY),), is_prefill=False))
+    async def decode_five(executor: ModelExecutor, slab: Slab) -> None:
+        with executor.lease() as lease:
+            for position in range(5):
+                await lease.ask(Forward((Row(slab, position, 1, GREEDY),), is_prefill=False))
 
     async with open_lab(engine, metrics) as lab:
         await lab.hold_a_forward(slabs.acquire())
         for _ in range(2):
-            lab.askers.start_soon(decode_five, lab.mailbox, slabs.acquire())
+            lab.askers.start_soon(decode_five, lab.executor, slabs.acquire())
         await wait_all_tasks_blocked()
     assert [len(batch.rows) for batch in engine.batches] == [1, *[2] * 5]
 
@@ -260,14 +261,14 @@ async def test_an_asker_that_left_is_passed_over(
     held = [slabs.acquire() for _ in range(10)]
     leaving = trio.CancelScope()
 
-    async def ask(mailbox: Mailbox, index: int) -> None:
+    async def ask(executor: ModelExecutor, index: int) -> None:
         with leaving if index == leaver else trio.CancelScope():
-            await mailbox.ask_to_the_end(decode(held[index]))
+            await executor.lease().ask(decode(held[index]))
 
     async with open_lab(engine, metrics) as lab:
         await lab.hold_a_forward(slabs.acquire())
         for index in range(10):
-            lab.askers.start_soon(ask, lab.mailbox, index)
+            lab.askers.start_soon(ask, lab.executor, index)
             await wait_all_tasks_blocked()
         if leaver == 9:
             engine.end()
@@ -283,25 +284,25 @@ async def test_an_executor_whose_only_asker_left_waits_for_others(
 ) -> None:
     leaving = trio.CancelScope()
 
-    async def ask_and_leave(mailbox: Mailbox) -> None:
+    async def ask_and_leave(executor: ModelExecutor) -> None:
         with leaving:
-            await mailbox.ask_to_the_end(decode(slabs.acquire()))
+            await executor.lease().ask(decode(slabs.acquire()))
 
     async with open_lab(engine, metrics) as lab:
         await lab.hold_a_forward(slabs.acquire())
-        lab.askers.start_soon(ask_and_leave, lab.mailbox)
+        lab.askers.start_soon(ask_and_leave, lab.executor)
         await wait_all_tasks_blocked()
         leaving.cancel()
         await wait_all_tasks_blocked()
         engine.open()
-        await lab.mailbox.ask_to_the_end(decode(slabs.acquire()))
+        await lab.executor.lease().ask(decode(slabs.acquire()))
     assert len(engine.batches) == 2
 
 
 async def test_forwards_are_counted_with_their_rows(engine: LedgerEngine, metrics: Metrics, slabs: SlabPool) -> None:
     async with open_lab(engine, metrics) as lab:
-        await lab.mailbox.ask_to_the_end(prefill(slabs.acquire(), 8))
-        await lab.mailbox.ask_to_the_end(decode(slabs.acquire()))
+        await lab.executor.lease().ask(prefill(slabs.acquire(), 8))
+        await lab.executor.lease().ask(decode(slabs.acquire()))
     assert sample(metrics, "forward_rows_count") == 2
     assert sample(metrics, "forward_rows_sum") == 9
     assert sample(metrics, "forward_duration_seconds_count") == 2
@@ -309,13 +310,13 @@ async def test_forwards_are_counted_with_their_rows(engine: LedgerEngine, metric
 
 async def fail(engine: LedgerEngine, metrics: Metrics, slabs: SlabPool, fault: int, answers: Answers) -> None:
     """Has a row fail with others beside it, some that found no room, and one that came during that forward."""
-    mailbox, inbox = open_mailbox()
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    with EngineThread() as thread:
+        executor = ModelExecutor(engine, thread, metrics)
         # Those who ask outlive the executor, as the handlers of a server may.
         async with trio.open_nursery() as askers:
-            lab = Lab(engine, mailbox, askers)
+            lab = Lab(engine, executor, askers)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(ModelExecutor(engine, EngineThread(pool), inbox, metrics).run)
+                nursery.start_soon(executor.run)
                 await lab.hold_a_forward(slabs.acquire())
                 messages = {"fails": decode(slabs.acquire(), fault)}
                 messages |= {f"beside {index}": decode(slabs.acquire()) for index in range(7)}
@@ -331,7 +332,7 @@ async def fail(engine: LedgerEngine, metrics: Metrics, slabs: SlabPool, fault: i
 EVERYONE_IS_TOLD: Answers = {
     "fails": ActorFailed,
     **{f"beside {index}": ActorFailed for index in range(7)},
-    **{f"no room {index}": ActorFailed for index in range(2)},
+    **{f"no room {index}": ActorStopped for index in range(2)},
     "late": ActorStopped,
 }
 
@@ -359,12 +360,12 @@ async def test_an_executor_that_is_cancelled_answers_the_forward_under_way_and_t
     engine: LedgerEngine, metrics: Metrics, slabs: SlabPool
 ) -> None:
     answers: Answers = {}
-    mailbox, inbox = open_mailbox()
     engine.hold()
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    with EngineThread() as thread:
+        executor = ModelExecutor(engine, thread, metrics)
         async with trio.open_nursery() as askers, trio.open_nursery() as nursery:
-            nursery.start_soon(ModelExecutor(engine, EngineThread(pool), inbox, metrics).run)
-            lab = Lab(engine, mailbox, askers)
+            nursery.start_soon(executor.run)
+            lab = Lab(engine, executor, askers)
             await lab.ask_in_order({"under way": decode(slabs.acquire())}, answers)
             await engine.begun()
             await lab.ask_in_order({"waits": decode(slabs.acquire())}, answers)
@@ -381,19 +382,19 @@ async def test_every_call_of_the_engine_runs_on_one_thread_of_its_own(
 ) -> None:
     async with open_lab(engine, metrics) as lab:
         for _ in range(5):
-            await lab.mailbox.ask_to_the_end(decode(slabs.acquire()))
+            await lab.executor.lease().ask(decode(slabs.acquire()))
     assert len(engine.threads) == 1
     assert threading.get_ident() not in engine.threads
 
 
 async def test_the_engine_thread_returns_what_its_function_returns() -> None:
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        assert await EngineThread(pool).run(divmod, 7, 2) == (3, 1)
+    with EngineThread() as thread:
+        assert await thread.run(divmod, 7, 2) == (3, 1)
 
 
 async def test_the_engine_thread_raises_what_its_function_raises() -> None:
-    with ThreadPoolExecutor(max_workers=1) as pool, pytest.raises(ZeroDivisionError):
-        await EngineThread(pool).run(divmod, 1, 0)
+    with EngineThread() as thread, pytest.raises(ZeroDivisionError):
+        await thread.run(divmod, 1, 0)
 
 
 async def test_a_cancelled_caller_of_the_engine_thread_waits_for_its_function() -> None:
@@ -403,9 +404,9 @@ async def test_a_cancelled_caller_of_the_engine_thread_waits_for_its_function() 
     async def call(thread: EngineThread) -> None:
         results.append(await thread.run(may_end.wait))
 
-    with ThreadPoolExecutor(max_workers=1) as pool, trio.CancelScope() as leaving:
+    with EngineThread() as thread, trio.CancelScope() as leaving:
         async with trio.open_nursery() as callers:
-            callers.start_soon(call, EngineThread(pool))
+            callers.start_soon(call, thread)
             await wait_all_tasks_blocked()
             leaving.cancel()
             with trio.CancelScope(shield=True):

@@ -7,11 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import outcome
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from actors.mailbox import ActorFailed, ActorStopped, Inbox, Mailbox, Message, Reply, open_mailbox
+from actors.mailbox import ActorFailed, ActorStopped, Envelope, Inbox, Mailbox, Message, Reply, open_mailbox
 from runtime.errors import InvalidRequest, InvariantViolation
 
 
@@ -99,6 +100,11 @@ async def run_until_it_fails(desk: Desk, error: Exception, ended: trio.Event) ->
         await desk.run()
     assert caught.value is error
     ended.set()
+
+
+def finish(envelope: Envelope[int], value: int) -> None:
+    with envelope.replies:
+        envelope.replies.send_nowait(outcome.Value(value))
 
 
 async def told(ask: Callable[[], Awaitable[object]], into: list[object]) -> None:
@@ -326,7 +332,7 @@ async def test_an_asker_to_the_end_that_is_cancelled_stays_until_its_reply_and_g
             with trio.CancelScope(shield=True):
                 await wait_all_tasks_blocked()
                 assert not answers
-            envelope.finish(2)
+            finish(envelope, 2)
     assert answers == [2]
 
 
@@ -359,20 +365,20 @@ async def test_a_cancelled_asker_to_the_end_is_cancelled_at_its_next_step(mailbo
             envelope = await inbox.take()
             assert envelope.begin()
             leaving.cancel()
-            envelope.finish(2)
+            finish(envelope, 2)
     assert steps == ["first"]
 
 
-async def test_taking_those_who_wait_takes_all_of_them_in_the_order_in_which_they_came(
+async def test_an_offered_reply_is_taken_by_an_asker_that_waits_for_it_just_now(
     mailbox: Mailbox, inbox: Inbox, nursery: trio.Nursery
 ) -> None:
-    for number in range(4):
-        nursery.start_soon(mailbox.ask_to_the_end, Double(number))
-        await wait_all_tasks_blocked()
-    taken = inbox.take_waiting()
-    for envelope in taken:
-        envelope.finish(0)
-    assert [envelope.message for envelope in taken] == [Double(number) for number in range(4)]
+    answers: list[object] = []
+    nursery.start_soon(told, lambda: mailbox.ask(Double(1)), answers)
+    reply: Reply[int] = Reply(await inbox.take())
+    await wait_all_tasks_blocked()
+    assert [reply.offer(2), reply.offer(3)] == [True, False]
+    await wait_all_tasks_blocked()
+    assert answers == [2]
 
 
 async def test_an_offer_is_taken_by_an_actor_that_waits_at_its_inbox(mailbox: Mailbox, desk: Desk) -> None:

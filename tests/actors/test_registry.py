@@ -123,6 +123,16 @@ class TestCapacity:
             await session.info()
             assert await is_alive(await runtime.create_session())
 
+    async def test_a_session_makes_room_the_moment_it_has_said_its_last_word(self, engine: LedgerEngine) -> None:
+        async with open_lab(engine, capacity=1) as runtime:
+            for _ in range(10):
+                session = await runtime.create_session()
+                await session.append([1])
+                async with session.generate(3) as events:
+                    async for event in events:
+                        if isinstance(event, Done):
+                            await runtime.create_session()
+
     async def test_a_closed_session_makes_room_without_an_eviction(self, engine: LedgerEngine) -> None:
         async with open_lab(engine, capacity=2) as runtime:
             neighbour = await runtime.create_session()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
 from typing import Any
@@ -15,7 +14,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from actors import Runtime, SessionHandle, open_runtime
-from actors.executor import EngineThread
+from actors.engine_thread import EngineThread
 from actors.handles import Completion
 from actors.proposing import NewProposals, Proposals
 from actors.tree import open_sessions
@@ -127,8 +126,8 @@ async def test_a_cancelled_runtime_waits_for_its_forward_before_slabs_come_back(
     engine.hold()
 
     async def run() -> None:
-        with ThreadPoolExecutor(max_workers=1) as pool, ending:
-            async with open_sessions(Settings(), engine, EngineThread(pool), tiny_text(), metrics) as runtime:
+        with EngineThread() as thread, ending:
+            async with open_sessions(Settings(), engine, thread, tiny_text(), metrics) as runtime:
                 session = await runtime.create_session()
                 await session.append([1, 2, 3])
         ended.set()
@@ -418,8 +417,7 @@ def expected(seedling: Engine) -> dict[str, list[int]]:
 
 @asynccontextmanager
 async def open_seedling(engine: Engine, new_proposals: NewProposals = lambda: None) -> AsyncIterator[Runtime]:
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        thread = EngineThread(pool)
+    with EngineThread() as thread:
         async with open_sessions(SEEDLING, engine, thread, tiny_text(), Metrics(), new_proposals) as runtime:
             yield runtime
 

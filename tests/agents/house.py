@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,7 +15,7 @@ from hypercorn.config import Config
 from hypercorn.trio import serve as hypercorn_serve
 
 from actors import Runtime
-from actors.executor import EngineThread
+from actors.engine_thread import EngineThread
 from actors.tree import open_sessions
 from api.foreign.hypercorn import Patience, patch
 from api.http import make_app
@@ -227,9 +226,9 @@ async def open_house(
 
     @asynccontextmanager
     async def opening(_: Settings, metrics: Metrics) -> AsyncIterator[Runtime]:
-        with ThreadPoolExecutor(max_workers=1) as pool, ExitStack() as held:
+        with EngineThread() as thread, ExitStack() as held:
             store = held.enter_context(_open_store(state, engine.facts)) if state else None
-            async with open_sessions(chosen, engine, EngineThread(pool), text, metrics, store=store) as runtime:
+            async with open_sessions(chosen, engine, thread, text, metrics, store=store) as runtime:
                 yield runtime
 
     server = Server(chosen, opening)

@@ -1,0 +1,35 @@
+"""An alarm clock for one task."""
+
+from __future__ import annotations
+
+import math
+
+import trio
+
+
+class Alarm:
+    """Wakes the task that waits for it, at a time that others set."""
+
+    def __init__(self) -> None:
+        self._scope = trio.CancelScope()
+
+    @property
+    def is_set(self) -> bool:
+        return self._scope.deadline < math.inf
+
+    def set(self, seconds: float) -> None:
+        """Goes off after so many seconds."""
+        self._scope.deadline = trio.current_time() + seconds
+
+    def clear(self) -> None:
+        """Does not go off any more."""
+        self._scope.deadline = math.inf
+
+    def go_off(self) -> None:
+        self._scope.cancel()
+
+    async def wait(self) -> None:
+        """Returns once it went off, and is not set then. One task at a time may wait."""
+        with self._scope:
+            await trio.sleep_forever()
+        self._scope = trio.CancelScope()
