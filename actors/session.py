@@ -30,9 +30,10 @@ from actors.messages import (
 )
 from actors.nursery import open_nursery
 from actors.proposing import Proposals
+from actors.storing import stored
 from runtime.checks import check_whole
 from runtime.durable import Durable, Terms
-from runtime.errors import HistoryMismatch, InvalidRequest, NotDurable, SlabOverflow, StorageFailed
+from runtime.errors import HistoryMismatch, InvalidRequest, NotDurable, SessionMoved, SlabOverflow, StorageFailed
 from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
 from runtime.grammar import Constraint, Mask
 from runtime.metrics import Metrics, Turn
@@ -55,6 +56,7 @@ class Ending(Enum):
     CLOSED = "close"
     IDLE = "ttl"
     EVICTED = "lru"
+    MOVED = "moved"
 
 
 class Session:
@@ -73,8 +75,12 @@ class Session:
         history: array[int] | None = None,
         durable: Durable | None = None,
         proposals: Proposals | None = None,
+        woken_length: int = 0,
     ) -> None:
-        """A `history` given is one that goes on: the slab has read it up to its frontier. A `durable` record has it already."""
+        """A `history` given is one that goes on: the slab has read it up to its frontier. A `durable` record has it already.
+
+        Of a session that was woken the first `woken_length` tokens were read before, here or by another server.
+        """
         self._slab = slab
         self._inbox = inbox
         self._feed = Feed(slab, executor)
@@ -84,6 +90,7 @@ class Session:
         self._idle_ttl_s = idle_ttl_s
         self._durable = durable
         self._proposals = proposals
+        self._woken_length = woken_length
         self._history = array("I")
         self._digest = hashlib.blake2b()
         if history is not None:
@@ -122,7 +129,7 @@ class Session:
                 with trio.CancelScope(deadline=self._last_used + self._idle_ttl_s) as idle:
                     envelope = await (self._take_and_write() if self._is_slab_on_disk_old else self._inbox.take())
                 if idle.cancelled_caught:
-                    return Ending.IDLE
+                    return await self._end_for_its_age()
                 await self._inbox.handle(envelope, self._handle)
         return self._ending
 
@@ -134,6 +141,10 @@ class Session:
         if self._durable is None or self._feed.length <= self._durable.slab_length:
             return
         lease = self._slab.leases
+        try:
+            await stored(self._durable, self._durable.check)
+        except (StorageFailed, SessionMoved):
+            return
         writer = self._durable.new_writer(self._slab, self._history)
         try:
             while await trio.to_thread.run_sync(writer.step):
@@ -173,8 +184,29 @@ class Session:
         await trio.sleep(_IDLE_BEFORE_WRITING_S)
         await self.leave_slab_on_disk()
 
+    async def _end_for_its_age(self) -> Ending:
+        try:
+            if self._durable is not None:
+                await stored(self._durable, self._durable.end)
+        except SessionMoved:
+            return Ending.MOVED
+        except StorageFailed as error:
+            _log.warning("%s", error)
+            return Ending.EVICTED
+        return Ending.IDLE
+
     async def _handle(self, message: Message[Any], reply: Reply[Any]) -> None:
         request = cast(SessionMessage, message)
+        try:
+            if self._durable is not None and not isinstance(request, Evict):
+                # What is answered from here alone would be an old answer if another server had gone on with the session.
+                await stored(self._durable, self._durable.check)
+            await self._serve(request, reply)
+        except SessionMoved:
+            self._ending = Ending.MOVED
+            raise
+
+    async def _serve(self, request: SessionMessage, reply: Reply[Any]) -> None:
         match request:
             case Append():
                 await reply(await self._append(request))
@@ -191,8 +223,10 @@ class Session:
                 saved = await trio.to_thread.run_sync(self._durable.save, self._slab, self._history)
                 await reply(Saved(saved.snapshot_id, saved.size_bytes, saved.history_length))
             case Rewind(history):
-                await reply(self._rewind(common_length(self._history, history)))
+                await reply(await self._rewind(common_length(self._history, history)))
             case Close():
+                if self._durable is not None:
+                    await stored(self._durable, self._durable.end)
                 self._ending = Ending.CLOSED
                 await reply(len(self._history))
             case Evict():
@@ -207,27 +241,28 @@ class Session:
         if self._turn_began is None:
             self._turn_began = trio.current_time()
         tokens = array("I", request.token_ids)
-        self._record(tokens)
+        before = self._feed.length
+        await self._record(tokens)
         self._commit(tokens)
         try:
             await self._feed.read(self._history)
         finally:
-            self._mark_used()
-        return Appended(len(self._history), self.evicted_token_count, self._digest.digest())
+            await self._mark_used()
+        return Appended(len(self._history), self.evicted_token_count, self._digest.digest(), self._reread(before))
 
-    def _rewind(self, length: int) -> Rewound:
+    async def _rewind(self, length: int) -> Rewound:
         if length == len(self._history):
             return Rewound(length, self._feed.length)
         if self._durable is not None:
             self._durable.take_back(length)
             if self._durable.slab_length > length:
-                self._durable.forget_slab()
+                await stored(self._durable, self._durable.forget_slab)
         del self._history[length:]
         self._digest = hashlib.blake2b(_little_endian(self._history))
         self._feed.retract(length)
         if self._proposals:
             self._proposals.rewind(length)
-        self._mark_used()
+        await self._mark_used()
         return Rewound(length, self._feed.length)
 
     def _check_append(self, request: Append) -> None:
@@ -255,6 +290,7 @@ class Session:
         turn_began = began if self._turn_began is None else self._turn_began
         self._metrics.generate_prefill_tokens.observe(max(1, len(self._history) - self._feed.length))
         first: float | None = None
+        before = self._feed.length
         count = proposed = accepted = 0
         drawn: deque[Token] = deque()
         stop_reason = StopReason.MAX_TOKENS
@@ -292,18 +328,25 @@ class Session:
                     break
             ended = trio.current_time()
             prefill_s = (ended if first is None else first) - began
-            await reply(Done(stop_reason, count, prefill_s, ended - began, proposed, accepted))
+            reread = self._reread(before)
+            await reply(Done(stop_reason, count, prefill_s, ended - began, proposed, accepted, reread))
         finally:
             # Tokens that were drawn ahead and not taken are no part of the history.
             self._feed.retract(len(self._history))
             self._metrics.proposed_tokens_total.inc(proposed)
             self._metrics.accepted_tokens_total.inc(accepted)
-            self._mark_used()
+            await self._mark_used()
 
-    def _mark_used(self) -> None:
+    def _reread(self, before: int) -> int:
+        """How many tokens were read again since the slab had read `before`."""
+        return max(0, min(self._woken_length, self._feed.length) - before)
+
+    async def _mark_used(self) -> None:
         self._last_used = trio.current_time()
         if self._durable is not None:
-            self._durable.used()
+            # What was taken back has to be so before the next message, whoever waits no more for this one.
+            with trio.CancelScope(shield=True):
+                await stored(self._durable, self._durable.used, self._history)
 
     def _info(self) -> SessionInfo:
         spec = self._slab.spec
@@ -321,7 +364,7 @@ class Session:
     async def _hand_over(self, token: Token, reply: Reply[Event]) -> None:
         """Gives the token to the asker, and to the history once it was taken."""
         tokens = array("I", (token.token_id,))
-        self._record(tokens)
+        await self._record(tokens)
         try:
             await reply(token)
         except BaseException:
@@ -330,9 +373,9 @@ class Session:
             raise
         self._commit(tokens)
 
-    def _record(self, tokens: array[int]) -> None:
+    async def _record(self, tokens: array[int]) -> None:
         if self._durable is not None:
-            self._durable.record(len(self._history), tokens)
+            await stored(self._durable, self._durable.record, len(self._history), tokens)
 
     def _commit(self, tokens: array[int]) -> None:
         self._history += tokens

@@ -63,6 +63,7 @@ from runtime.errors import (
     NotSupported,
     PerennialError,
     SessionFailed,
+    SessionMoved,
     SessionNotFound,
     SlabOverflow,
     SnapshotMismatch,
@@ -217,7 +218,7 @@ class ClientSession:
         """Adds to the history, and returns once the model has read it.
 
         With `expected_history_length` a lost reply can be retried: HistoryMismatch says that it had been appended.
-        Raises InvalidRequest, HistoryMismatch, SlabOverflow, SessionNotFound.
+        Raises InvalidRequest, HistoryMismatch, SlabOverflow, SessionNotFound, or SessionMoved where another server holds it.
         """
         request = AppendTokensRequest(self.id, list(token_ids), expected_history_length)
         reply = await self._client.call("AppendTokens", request, AppendTokensResponse)
@@ -298,6 +299,8 @@ def _typed_errors() -> Iterator[None]:
     try:
         yield
     except GRPCError as error:
+        if error.status is Status.ABORTED and (error.message or "").startswith("moved"):
+            raise SessionMoved(error.message) from None
         raise _ERRORS.get(error.status, SessionFailed)(error.message or error.status.name) from None
     except (StreamTerminatedError, OSError) as error:
         raise NotServing(f"no answer from the server: {error}; is it running?") from None
