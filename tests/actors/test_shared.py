@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 import trio
 from obstore.store import LocalStore, MemoryStore, ObjectStore
 
-from actors import Runtime
+from actors import Events, Runtime, SessionHandle
 from runtime.durable import SharedStore, SlabIdentity
 from runtime.durable.objects import Objects
 from runtime.errors import HistoryMismatch, SessionMoved, SessionNotFound, SnapshotNotFound, StorageFailed
@@ -41,6 +41,16 @@ async def open_server(
     store = SharedStore(objects, MODEL, engine, lease_s=lease_s)
     async with open_lab(lab or LedgerEngine(), metrics, store, **settings) as runtime:
         yield runtime
+
+
+def token_of(event: object) -> int:
+    assert isinstance(event, Token)
+    return event.token_id
+
+
+async def hear(events: Events, told: list[int]) -> None:
+    async for event in events:
+        told.append(token_of(event))
 
 
 async def taken_by(runtime: Runtime, session_id: str) -> SessionInfo:
@@ -100,7 +110,7 @@ async def test_a_session_that_another_server_holds_is_refused(bucket: ObjectStor
         await kept.append(PROMPT)
 
         for call in (other.find_session(session.id).info, lambda: other.find_session(session.id).append([1])):
-            with pytest.raises(SessionMoved, match="^moved"):
+            with pytest.raises(SessionMoved, match=r"^moved"):
                 await call()
 
         # No slab was taken from anybody for it.
@@ -111,24 +121,21 @@ async def test_a_session_that_another_server_holds_is_refused(bucket: ObjectStor
 async def test_who_lost_a_session_is_told_so_and_answers_nothing_more_of_it(bucket: ObjectStore) -> None:
     metrics = Metrics()
     async with open_server(bucket, metrics=metrics) as slow, open_server(bucket, lease_s=0) as quick:
-        for call in ("append", "info", "generate", "close", "mismatch"):
+        calls: list[Callable[[SessionHandle], Awaitable[object]]] = [
+            lambda session: session.append([2]),
+            lambda session: session.append([2], expected_history_length=5),
+            lambda session: generated(session, 3),
+            lambda session: session.info(),
+            lambda session: session.close(),
+        ]
+        for call in calls:
             session = await slow.create_session()
             await session.append(PROMPT)
             taken = quick.find_session(session.id)
             await taken.append([1], len(PROMPT))
 
-            with pytest.raises(SessionMoved, match="^moved"):
-                match call:
-                    case "append":
-                        await session.append([2])
-                    case "info":
-                        await session.info()
-                    case "generate":
-                        await generated(session, 3)
-                    case "close":
-                        await session.close()
-                    case _:
-                        await session.append([2], 5)
+            with pytest.raises(SessionMoved, match=r"^moved"):
+                await call(session)
 
             assert await generated(taken, 5) == LedgerEngine().continued([*PROMPT, 1], 5)
         assert sample(metrics, "session_moved_away_total") == 5
@@ -140,13 +147,12 @@ async def test_a_stream_ends_where_its_server_lost_the_session_and_what_it_gave_
         session = await slow.create_session()
         await session.append(PROMPT[:3])
         told: list[int] = []
-        with pytest.raises(SessionMoved):
-            async with session.generate(12) as events:
-                async for event in events:
-                    assert isinstance(event, Token)
-                    told.append(event.token_id)
-                    if len(told) == 3:
-                        taken = await taken_by(quick, session.id)
+        async with session.generate(12) as events:
+            while len(told) < 3:
+                told.append(token_of(await anext(events)))
+            taken = await taken_by(quick, session.id)
+            with pytest.raises(SessionMoved):
+                await hear(events, told)
 
         # The token on its way when the session was taken had been recorded, and was told.
         assert taken.history_length - 3 >= 3

@@ -82,7 +82,7 @@ def test_who_lost_the_lease_can_do_nothing_more(bucket: ObjectStore, write: str)
 
     writes = {"record": lambda: log.record(1, tokens(9)), "release": log.release, "end": log.end, "check": log.check}
     for _ in range(2):
-        with pytest.raises(SessionMoved, match="^moved"):
+        with pytest.raises(SessionMoved, match=r"^moved"):
             writes[write]()
 
     assert read_log(two, ID, MODEL).history.tolist() == [1, 2]
