@@ -108,7 +108,8 @@ def open_objects(url: str) -> Objects:
         else:
             store = from_url(
                 url,
-                client_options={"timeout": _LONGEST_TRY},
+                # Who names an endpoint without TLS, as of a server beside this one, means it: none is without being named so.
+                client_options={"timeout": _LONGEST_TRY, "allow_http": True},
                 retry_config={"max_retries": _TRIES, "retry_timeout": _LONGEST_CALL},
             )
     except Exception as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import trio
-from obstore.store import LocalStore, MemoryStore, ObjectStore
+from obstore.store import MemoryStore, ObjectStore
 
 from actors import Events, Runtime, SessionHandle
 from runtime.durable import SharedStore, SlabIdentity
@@ -21,7 +21,7 @@ from runtime.metrics import Metrics
 from runtime.sessions import SessionInfo
 from tests.actors.engines import LedgerEngine, generated, open_lab, sample
 from tests.actors.test_durable import ENGINE, MODEL, OTHER_ENGINE, PROMPT
-from tests.runtime.durable.buckets import Fault, FaultyObjects
+from tests.runtime.durable.buckets import BUCKETS, Fault, FaultyObjects, opened
 
 FOR_EVER = 1e9
 
@@ -62,9 +62,9 @@ async def taken_by(runtime: Runtime, session_id: str) -> SessionInfo:
             continue
 
 
-@pytest.fixture(params=["memory", "local"])
+@pytest.fixture(params=BUCKETS)
 def bucket(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    return MemoryStore() if request.param == "memory" else LocalStore(tmp_path, automatic_cleanup=True)
+    return opened(request.param, tmp_path)
 
 
 async def test_a_session_goes_on_at_another_server_after_a_stop_and_reads_nothing_again(bucket: ObjectStore) -> None:

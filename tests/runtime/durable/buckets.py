@@ -1,14 +1,32 @@
-"""Object stores that fail when a test wants them to, and the operations in which they do."""
+"""Object stores for tests, and operations on them that fail when a test wants them to.
+
+Tests run on obstore's own two, and on a bucket besides if PERENNIAL_TEST_BUCKET names one, such as `s3://bucket/folder`.
+"""
 
 from __future__ import annotations
 
 import errno
+import os
+import secrets
 from collections.abc import Callable, Sequence
 from enum import Enum
+from pathlib import Path
 
-from obstore.store import MemoryStore, ObjectStore
+from obstore.store import LocalStore, MemoryStore, ObjectStore, from_url
 
 from runtime.durable.objects import Listed, Objects
+
+GIVEN = os.environ.get("PERENNIAL_TEST_BUCKET")
+BUCKETS = ("memory", "local", *((GIVEN,) if GIVEN else ()))
+
+
+def opened(bucket: str, folder: Path) -> ObjectStore:
+    """An empty store of this kind, one of BUCKETS."""
+    if bucket == "memory":
+        return MemoryStore()
+    if bucket == "local":
+        return LocalStore(folder, automatic_cleanup=True)
+    return from_url(f"{bucket}/{secrets.token_hex(8)}", client_options={"allow_http": True})
 
 
 class Fault(Enum):

@@ -44,7 +44,6 @@ def test_a_bound_of_a_bucket_is_refused() -> None:
 def test_a_bucket_that_does_not_answer_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
-        "AWS_ALLOW_HTTP": "true",
         "AWS_ACCESS_KEY_ID": "nobody",
         "AWS_SECRET_ACCESS_KEY": "nothing",
     }.items():

@@ -6,22 +6,22 @@ from array import array
 from pathlib import Path
 
 import pytest
-from obstore.store import LocalStore, MemoryStore, ObjectStore
+from obstore.store import ObjectStore
 
 from runtime.durable import HistoryIdentity, Terms
 from runtime.durable.framing import Damaged, Unknown
 from runtime.durable.session_log import MOST_SEGMENTS, Lease, SessionLog, read_log
 from runtime.errors import SessionMoved, SessionNotFound
-from tests.runtime.durable.buckets import Fault, FaultyObjects
+from tests.runtime.durable.buckets import BUCKETS, Fault, FaultyObjects, opened
 
 MODEL = HistoryIdentity("a model", 100)
 TERMS = Terms(frozenset({2}), label="kept")
 ID = "an-id-that-nobody-guesses"
 
 
-@pytest.fixture(params=["memory", "local"])
+@pytest.fixture(params=BUCKETS)
 def bucket(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    return MemoryStore() if request.param == "memory" else LocalStore(tmp_path, automatic_cleanup=True)
+    return opened(request.param, tmp_path)
 
 
 def tokens(*token_ids: int) -> array[int]:
