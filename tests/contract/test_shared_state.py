@@ -7,7 +7,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.contract.servers import complaints, fails_to_start, started, until
+from tests.contract.servers import started, until
 from tests.contract.stubs import PROMPT, Stock, Stubs, digest_of, refused, stock
 
 pytestmark = pytest.mark.door
@@ -58,11 +58,3 @@ def is_free(client: Stock, session_id: str) -> bool:
             return False
         raise
     return True
-
-
-def test_a_url_that_is_none_of_ours_stops_the_start_in_one_line() -> None:
-    failed = fails_to_start("perennial", state_dir="ftp://example/state")
-
-    assert complaints(failed.stderr) == [
-        "perennial: state_dir=ftp://example/state is neither a directory nor at one of s3://, gs://, az://, memory://, file://"
-    ]
