@@ -24,6 +24,7 @@ PAGES = {
     "README.md": "Perennial",
     "docs/guide.md": "Using it",
     "docs/agents.md": "With agents",
+    "docs/sharing.md": "More than one server",
     "docs/recordings.md": "What recorded agents cost",
     "docs/structure.md": "How it is built",
     "docs/deprecation.md": "What is public",

@@ -1,4 +1,7 @@
-"""The operations on an object store, and no other ones: a test that makes one of them fail or wait stands in this place."""
+"""The operations on an object store, and no other ones: a test that makes one of them fail or wait stands in this place.
+
+obstore comes with an extra, so it is imported where it is called.
+"""
 
 from __future__ import annotations
 

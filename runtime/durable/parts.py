@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from runtime.durable.files import Files
 from runtime.durable.framing import Damaged
@@ -139,8 +139,8 @@ def _ahead(pool: ThreadPoolExecutor, objects: Objects, keys: list[str]) -> Itera
 
 
 def _key(path: Path) -> str:
-    return str(PurePosixPath(path))
+    return path.as_posix()
 
 
 def _parts_of(path: Path) -> str:
-    return f"{PurePosixPath(path).parent}/parts/"
+    return f"{path.parent.as_posix()}/parts/"
