@@ -7,7 +7,7 @@ import logging
 import sys
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any, assert_never, cast
 
@@ -293,6 +293,7 @@ class Session:
         before = self._feed.length
         count = proposed = accepted = 0
         drawn: deque[Token] = deque()
+        recorded = len(self._history)
         stop_reason = StopReason.MAX_TOKENS
         last = began
         try:
@@ -306,6 +307,10 @@ class Session:
                     tokens, checked = await self._draw(request, constraint, request.max_tokens - count - 1)
                     drawn += tokens
                     proposed += checked
+                    if first is not None:
+                        await self._draw_on(request, drawn, request.max_tokens - count)
+                    await self._record(_ids_of(drawn))
+                    recorded += len(drawn)
                 token = drawn.popleft()
                 now = trio.current_time()
                 if first is None:
@@ -316,11 +321,12 @@ class Session:
                 else:
                     self._metrics.inter_token_seconds.observe(now - last)
                 last = now
-                await self._hand_over(token, reply)
+                await reply(token)
+                self._commit(_ids_of((token,)))
                 self._metrics.generated_tokens_total.inc()
                 count += 1
                 # Of what one forward draws, all but the last token had been proposed.
-                accepted += bool(drawn)
+                accepted += bool(drawn and self._proposals)
                 if constraint:
                     constraint.accept(token.token_id)
                 if token.token_id in self._terms.eos_token_ids or (constraint and constraint.is_complete):
@@ -333,6 +339,8 @@ class Session:
         finally:
             # Tokens that were drawn ahead and not taken are no part of the history.
             self._feed.retract(len(self._history))
+            if self._durable is not None and recorded > len(self._history):
+                self._durable.take_back(len(self._history))
             self._metrics.proposed_tokens_total.inc(proposed)
             self._metrics.accepted_tokens_total.inc(accepted)
             await self._mark_used()
@@ -361,18 +369,6 @@ class Session:
             history_digest=self._digest.digest(),
         )
 
-    async def _hand_over(self, token: Token, reply: Reply[Event]) -> None:
-        """Gives the token to the asker, and to the history once it was taken."""
-        tokens = array("I", (token.token_id,))
-        await self._record(tokens)
-        try:
-            await reply(token)
-        except BaseException:
-            if self._durable is not None:
-                self._durable.take_back(len(self._history))
-            raise
-        self._commit(tokens)
-
     async def _record(self, tokens: array[int]) -> None:
         if self._durable is not None:
             await stored(self._durable, self._durable.record, len(self._history), tokens)
@@ -382,6 +378,27 @@ class Session:
         if self._proposals:
             self._proposals.extend(tokens)
         self._digest.update(_little_endian(tokens))
+
+    async def _draw_on(self, request: Generate, drawn: deque[Token], most: int) -> None:
+        """Draws so many tokens, `drawn` included, as the store has wait for one write: a write for each would cost too much.
+
+        A proposer's come several at once as it is, and a grammar has to follow what was taken.
+        """
+        if self._durable is None or self._proposals or request.grammar or not self._durable.group_s:
+            return
+        # Further ahead than a tile they could not be taken back.
+        most = min(most, self._slab.spec.row_tile)
+        if self._terms.overflow is Overflow.ERROR:
+            most = min(most, self._slab.spec.visible - len(self._history))
+        until = trio.current_time() + self._durable.group_s
+        history = self._history + _ids_of(drawn)
+        draw = Draw(request.sampling, None, request.top_logprobs)
+        while len(drawn) < most and drawn[-1].token_id not in self._terms.eos_token_ids:
+            if trio.current_time() >= until:
+                return
+            tokens, _ = await self._feed.draw(history, [], [draw])
+            drawn += tokens
+            history += _ids_of(tokens)
 
     async def _draw(self, request: Generate, constraint: Constraint | None, most: int) -> tuple[tuple[Token, ...], int]:
         """The tokens that follow the history, at least one, and how many proposed ones were checked for it, at `most`."""
@@ -396,6 +413,10 @@ class Session:
         if self._proposals and is_decode:
             self._proposals.learn(checked, len(tokens) - 1, trio.current_time() - began)
         return tokens, checked
+
+
+def _ids_of(tokens: Iterable[Token]) -> array[int]:
+    return array("I", [token.token_id for token in tokens])
 
 
 def _little_endian(tokens: array[int]) -> bytes:

@@ -409,6 +409,7 @@ class DirectoryDurable:
     """An open session's record: what its actor writes. Closing it has the session sleep."""
 
     is_remote = False
+    group_s = 0.0
     has_moved_here = False
 
     def __init__(self, store: DirectoryStore, record: Record, journal: Journal) -> None:

@@ -63,6 +63,11 @@ class Durable(Protocol):
     def is_remote(self) -> bool: ...
 
     @property
+    def group_s(self) -> float:
+        """For how long tokens of a generation are to wait for each other, so that one call of `record` has several."""
+        ...
+
+    @property
     def has_moved_here(self) -> bool:
         """Whether another server had it last."""
         ...

@@ -16,7 +16,7 @@ from actors import Events, Runtime, SessionHandle
 from runtime.durable import SharedStore, SlabIdentity
 from runtime.durable.objects import Objects
 from runtime.errors import HistoryMismatch, SessionMoved, SessionNotFound, SnapshotNotFound, StorageFailed
-from runtime.events import Done, Token
+from runtime.events import Done, Overflow, StopReason, Token
 from runtime.metrics import Metrics
 from runtime.sessions import SessionInfo
 from tests.actors.engines import LedgerEngine, generated, open_lab, sample
@@ -32,13 +32,14 @@ async def open_server(
     engine: SlabIdentity = ENGINE,
     *,
     lease_s: float = FOR_EVER,
+    group_s: float = 0.0,
     metrics: Metrics | None = None,
     lab: LedgerEngine | None = None,
     **settings: Any,
 ) -> AsyncIterator[Runtime]:
     """A runtime on a ledger engine that shares a bucket."""
     objects = bucket if isinstance(bucket, Objects) else Objects(bucket)
-    store = SharedStore(objects, MODEL, engine, lease_s=lease_s)
+    store = SharedStore(objects, MODEL, engine, lease_s=lease_s, group_s=group_s)
     async with open_lab(lab or LedgerEngine(), metrics, store, **settings) as runtime:
         yield runtime
 
@@ -332,3 +333,74 @@ async def test_two_askers_of_a_session_that_has_to_be_taken_have_it_taken_once(b
             nursery.start_soon(two.find_session(session.id).append, [token])
     async with open_server(bucket) as three:
         assert (await three.find_session(session.id).info()).history_length == len(PROMPT) + 8
+
+
+async def test_tokens_that_are_drawn_within_a_while_are_written_together_but_the_first() -> None:
+    objects = FaultyObjects()
+    async with open_server(objects, group_s=FOR_EVER) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+        before = objects.count("create")
+        tokens = await generated(session, 1 + 3 * 8)
+
+        assert tokens == LedgerEngine().continued(PROMPT, 25)
+        # The engine's tile is 8 rows: no more tokens than that can be taken back.
+        assert objects.count("create") - before == 1 + 3
+    async with open_server(objects.store) as runtime:
+        assert await generated(runtime.find_session(session.id), 3) == LedgerEngine().continued([*PROMPT, *tokens], 3)
+
+
+@pytest.mark.parametrize("taken", range(1, 11))
+async def test_of_tokens_written_together_those_that_were_not_taken_are_taken_back(taken: int) -> None:
+    bucket = MemoryStore()
+    async with open_server(bucket, group_s=FOR_EVER) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT[:3])
+        async with session.generate(12) as events:
+            told = [token_of(await anext(events)) for _ in range(taken)]
+
+        assert (await session.info()).history_length == 3 + taken
+        after = await generated(session, 5)
+        assert told + after == LedgerEngine().continued(PROMPT[:3], taken + 5)
+    async with open_server(bucket) as other:
+        assert (await other.find_session(session.id).info()).history_length == 3 + taken + 5
+
+
+@pytest.mark.parametrize("at", range(6))
+async def test_a_group_ends_with_what_ends_the_generation(at: int) -> None:
+    expected = LedgerEngine().continued(PROMPT[:3], 7)
+    async with open_server(MemoryStore(), group_s=FOR_EVER) as runtime:
+        session = await runtime.create_session([expected[at]])
+        await session.append(PROMPT[:3])
+
+        tokens = await generated(session, 30)
+
+        assert tokens == expected[: expected.index(expected[at]) + 1]
+        assert (await session.info()).history_length == 3 + len(tokens)
+
+
+async def test_a_group_that_cannot_be_written_is_told_to_nobody() -> None:
+    objects = FaultyObjects()
+    async with open_server(objects, group_s=FOR_EVER) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT[:3])
+        async with session.generate(12) as events:
+            told = [token_of(await anext(events))]
+            objects.fail_next(Fault.UNHEARD)
+            with pytest.raises(StorageFailed):
+                told.append(token_of(await anext(events)))
+
+        assert (await session.info()).history_length == 4
+        assert told + await generated(session, 5) == LedgerEngine().continued(PROMPT[:3], 6)
+
+
+async def test_a_group_never_passes_what_a_session_may_hold() -> None:
+    async with open_server(MemoryStore(), group_s=FOR_EVER) as runtime:
+        session = await runtime.create_session(overflow=Overflow.ERROR)
+        await session.append(PROMPT[:3])
+        async with session.generate(40) as events:
+            seen = [event async for event in events]
+
+        assert isinstance(seen[-1], Done)
+        assert seen[-1].stop_reason is StopReason.TRUNCATED
+        assert (await session.info()).history_length == LedgerEngine().spec.visible

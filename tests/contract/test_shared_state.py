@@ -12,7 +12,7 @@ from tests.contract.stubs import PROMPT, Stock, Stubs, digest_of, refused, stock
 
 pytestmark = pytest.mark.door
 
-COUNT = 40
+COUNT = 120
 
 
 def test_a_killed_servers_session_goes_on_at_the_other_with_the_same_tokens(tmp_path: Path, stubs: Stubs) -> None:
@@ -31,7 +31,7 @@ def test_a_killed_servers_session_goes_on_at_the_other_with_the_same_tokens(tmp_
 
         told: list[int] = []
         stream = killed.stream(session_id, 10_000)
-        while len(told) < COUNT // 2:
+        while len(told) < 20:
             told.append(next(stream).token_id)
         one.process.kill()
         with refused(grpc.StatusCode.UNAVAILABLE):
@@ -40,8 +40,8 @@ def test_a_killed_servers_session_goes_on_at_the_other_with_the_same_tokens(tmp_
 
         info = other.info(session_id)
         kept = info.history_length - len(PROMPT)
-        # The token on its way may have been recorded and not heard of.
-        assert len(told) <= kept <= len(told) + 1 <= COUNT
+        # Tokens on their way may have been recorded and not heard of.
+        assert len(told) <= kept <= COUNT
         assert told == undisturbed[: len(told)]
         assert info.history_digest == digest_of([*PROMPT, *undisturbed[:kept]])
         assert other.generated(session_id, COUNT - kept) == undisturbed[kept:]

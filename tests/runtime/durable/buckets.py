@@ -66,6 +66,10 @@ class FaultyObjects(Objects):
     def heal(self) -> None:
         self.fault = lambda name, key: None
 
+    def count(self, name: str) -> int:
+        """How many operations of this name there were."""
+        return sum(named == name for named, _ in self.operations)
+
     def arrive(self) -> None:
         """What lies in the network arrives. Nobody hears the answers."""
         late, self._late = self._late, []
