@@ -57,11 +57,11 @@ recordings:
 
 # Minutes of load: kills, chaos, 200 streams.
 soak:
-    pytest -q -s -m soak tests/soak tests/api
+    pytest -q -s -m soak --timeout 0 tests/soak tests/api
 
 # Agents from npm and PyPI against a model with a script, and what each turn cost them; skipped where no registry is reached.
 agents:
-    pytest -q -s -m agents tests/agents
+    pytest -q -s -m agents --timeout 0 tests/agents
 
 # The fast tests on each Python, and on 3.11 with the oldest versions that pyproject.toml allows; wants the extra `habits`.
 matrix *pythons="3.11 3.12 3.13 3.14":

@@ -123,8 +123,11 @@ class Peer:
     async def first_data(self, number: int) -> None:
         await self.until(lambda got: isinstance(got, DataFrame) and got.stream_id == number)
 
-    async def is_reset(self, number: int) -> None:
-        await self.until(lambda got: isinstance(got, RstStreamFrame) and got.stream_id == number)
+    async def is_reset(self, *numbers: int) -> None:
+        """Returns once each of these streams has been reset, in whichever order."""
+        left = {*numbers}
+        while left:
+            left.discard((await self.until(lambda got: isinstance(got, RstStreamFrame))).stream_id)
 
     async def is_answered(self) -> None:
         """Returns once the server has taken all that was sent before, and said that it goes on."""

@@ -378,8 +378,7 @@ async def test_streams_that_are_not_read_give_their_sessions_back() -> None:
     async with open_house(capacity=2, reader_timeout_s=READ) as house, hostile(house, unread) as peer:
         ids = [await session_in(house) for _ in range(2)]
         numbers = [await peer.open(f"{SERVICE}/Generate", generate(one)) for one in ids]
-        for number in numbers:
-            await peer.is_reset(number)
+        await peer.is_reset(*numbers)
 
         async with connect(house.grpc) as client:
             # As after a client that has left, the session answers.

@@ -591,11 +591,12 @@ def test_fields_of_another_type_or_of_a_later_version_are_left_aside(client: Sto
     assert len(frames) == 4
 
 
-@pytest.mark.parametrize("count", [10, 1000, 200_000])
+# The last are more bytes than a stream's window holds.
+@pytest.mark.parametrize("count", [10, 1000, 40_000])
 def test_a_client_may_gzip_what_it_sends(stubs: Stubs, plain: ServerProcess, client: Stock, count: int) -> None:
     session_id = client.create()
     with stock(stubs, plain.grpc, compression=grpc.Compression.Gzip) as compressing:
-        assert compressing.append(session_id, [5] * count).history_length == count
+        assert compressing.append(session_id, [2000] * count).history_length == count
 
 
 def test_a_compression_that_is_unknown_is_unimplemented_and_the_server_lives(

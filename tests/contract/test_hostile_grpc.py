@@ -113,8 +113,7 @@ async def test_streams_that_are_not_read_give_their_sessions_back(besieged: Serv
             await session.append([1, 2, 3])
             request = GenerateRequest(session_id=session.id, max_tokens=10**6)
             numbers.append(await peer.open(f"{SERVICE}/Generate", message(bytes(request))))
-        for number in numbers:
-            await peer.is_reset(number)
+        await peer.is_reset(*numbers)
 
     assert await serves_all(besieged)
 
