@@ -254,6 +254,8 @@ class Fleet:
         """A branch, which lives for some turns; its own id may belong to another server."""
         child = Session(self.chance.getrandbits(62), session.history, session.history, turns_left=5)
         self.take(child, server)
+        # Nobody holds one that was not used.
+        child.is_released = True
         self.seen.counts["forks"] += 1
         self.env.process(self.live(child, self.chance.lognormvariate(1.0, 0.8)))
 

@@ -1,6 +1,7 @@
 """A session's history in an object store, and the lease on it, which is a part of the same log.
 
-Who holds a session is who wrote its last segment, for so long as that is young; a RELEASE gives it up. Another one takes it
+Who holds a session is who wrote its last segment, for so long as that is young; a RELEASE gives it up, and a CREATE alone holds
+nothing. Another one takes it
 by a CLAIM, which is the next segment and opens the next epoch. The earlier holder's next write would have that same number,
 so it fails: the log itself fences. The clock only says when a holder may be taken for gone; where it lies, a session
 moves too early or too late, and nothing else happens.
@@ -32,11 +33,15 @@ _READ_AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Whose turn it is to write a session: `holder` has it in this epoch, unless it was given up, and since when."""
+    """Whose turn it is to write a session: `holder` has it in this epoch, unless it was given up, and since when.
+
+    Nobody has one that was made and never written: who makes a session need not be who is asked for it.
+    """
 
     holder: str
     epoch: int
     is_released: bool
+    is_unused: bool
     written_at: float
 
 
@@ -119,7 +124,7 @@ class SessionLog:
         is_token: Callable[[array[int]], bool],
         has_lapsed: Callable[[Lease], bool],
     ) -> tuple[SessionLog, array[int]]:
-        """Takes a session that is free, whose holder's lease `has_lapsed`, or that this holder has already; and its history.
+        """Takes a session that is free or was never used, or whose holder has it no more or is this one; and its history.
 
         Raises SessionNotFound, SessionMoved where another holds it, OSError, Damaged or Unknown.
         """
@@ -129,7 +134,7 @@ class SessionLog:
         if not is_token(found.history):
             raise Damaged("it holds tokens that the model does not have")
         lease = found.lease
-        if not (lease.is_released or lease.holder == holder or has_lapsed(lease)):
+        if not (lease.is_released or lease.is_unused or lease.holder == holder or has_lapsed(lease)):
             raise SessionMoved(
                 "moved: another server holds the session; ask that one, or try again when its lease has lapsed"
             )
@@ -319,7 +324,7 @@ def _read_listed(objects: Objects, session_id: str, identity: HistoryIdentity, l
     if last is None or terms is None:
         raise Damaged("its first segment is missing")
     written_at = (log[numbers[-1]] if numbers else bases[base]).modified
-    lease = Lease(last.holder, last.epoch, last.kind is Kind.RELEASE, written_at)
+    lease = Lease(last.holder, last.epoch, last.kind is Kind.RELEASE, last.kind is Kind.CREATE, written_at)
     return Found(
         terms,
         history,

@@ -107,6 +107,7 @@ async def test_a_server_that_is_gone_is_found_out_by_its_lease_and_nothing_that_
 async def test_a_session_that_another_server_holds_is_refused(bucket: ObjectStore) -> None:
     async with open_server(bucket) as holder, open_server(bucket, capacity=1) as other:
         session = await holder.create_session()
+        await session.append(PROMPT)
         kept = await other.create_session()
         await kept.append(PROMPT)
 
@@ -116,7 +117,19 @@ async def test_a_session_that_another_server_holds_is_refused(bucket: ObjectStor
 
         # No slab was taken from anybody for it.
         assert sample(other.metrics, "session_active") == 1
-        await session.append(PROMPT)
+        assert await generated(session, 3) == LedgerEngine().continued(PROMPT, 3)
+
+
+async def test_a_session_or_a_fork_that_was_made_at_one_server_may_begin_at_another(bucket: ObjectStore) -> None:
+    async with open_server(bucket) as maker, open_server(bucket) as other:
+        made = await maker.create_session()
+        await other.find_session(made.id).append(PROMPT)
+        fork = await other.fork_session(made.id)
+
+        assert await generated(maker.find_session(fork.id), 5) == LedgerEngine().continued(PROMPT, 5)
+        assert await generated(other.find_session(made.id), 5) == LedgerEngine().continued(PROMPT, 5)
+        with pytest.raises(SessionMoved):
+            await made.append([1])
 
 
 async def test_who_lost_a_session_is_told_so_and_answers_nothing_more_of_it(bucket: ObjectStore) -> None:

@@ -52,7 +52,7 @@ def test_what_was_recorded_is_read_by_the_next_holder(bucket: ObjectStore) -> No
 
 def test_a_session_that_is_held_is_refused_until_its_lease_has_lapsed(bucket: ObjectStore) -> None:
     one, two = FaultyObjects(bucket), FaultyObjects(bucket)
-    created(one, 1)
+    created(one).record(0, tokens(1))
 
     with pytest.raises(SessionMoved, match="another server holds"):
         claimed(two, "two")
@@ -62,7 +62,8 @@ def test_a_session_that_is_held_is_refused_until_its_lease_has_lapsed(bucket: Ob
 
 def test_the_lease_says_who_holds_a_session_since_when(bucket: ObjectStore) -> None:
     one = FaultyObjects(bucket)
-    log = created(one, 1)
+    log = created(one)
+    log.record(0, tokens(1))
     seen: list[Lease] = []
 
     with pytest.raises(SessionMoved):
@@ -71,6 +72,23 @@ def test_the_lease_says_who_holds_a_session_since_when(bucket: ObjectStore) -> N
 
     assert [(lease.holder, lease.epoch, lease.is_released) for lease in seen] == [("one", 1, False)]
     assert read_log(one, ID, MODEL).lease.is_released
+
+
+def test_a_session_that_was_made_and_not_used_is_anybodys_and_its_makers_late_write_is_kept_out() -> None:
+    one = FaultyObjects()
+    two = FaultyObjects(one.store)
+    maker = created(one, 1, 2)
+    history = tokens(1, 2)
+
+    log, found = claimed(two, "two")
+    for _ in range(MOST_SEGMENTS):
+        log.record(len(history), tokens(3))
+        history.append(3)
+    log.gather(history)
+
+    assert found == [1, 2]
+    with pytest.raises(SessionMoved):
+        maker.record(2, tokens(9))
 
 
 @pytest.mark.parametrize("write", ["record", "release", "end", "check"])
