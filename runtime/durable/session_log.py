@@ -346,7 +346,9 @@ def _read_all(objects: Objects, keys: list[str]) -> list[bytes]:
 
 
 def _numbered(listed: list[Listed], prefix: str) -> dict[int, Listed]:
-    return {int(one.key.removeprefix(prefix)): one for one in listed if one.key.startswith(prefix)}
+    names = ((one.key.removeprefix(prefix), one) for one in listed if one.key.startswith(prefix))
+    # What others left there is none of ours.
+    return {int(name): one for name, one in names if name.isdecimal()}
 
 
 def _folder(session_id: str) -> str:

@@ -60,6 +60,14 @@ def test_a_session_that_is_held_is_refused_until_its_lease_has_lapsed(bucket: Ob
     assert claimed(two, "two", has_lapsed=True)[1] == [1]
 
 
+def test_what_others_left_beside_a_session_is_no_part_of_it(bucket: ObjectStore) -> None:
+    objects = FaultyObjects(bucket)
+    created(objects, 1).release()
+    objects.put(f"sessions/{ID}/log/notes.txt", b"mine")
+
+    assert claimed(objects, "two")[1] == [1]
+
+
 def test_the_lease_says_who_holds_a_session_since_when(bucket: ObjectStore) -> None:
     one = FaultyObjects(bucket)
     log = created(one)
