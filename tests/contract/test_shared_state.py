@@ -7,6 +7,8 @@ from pathlib import Path
 import grpc
 import pytest
 
+from api.client_sync import connect_sync
+from runtime.errors import SessionMoved
 from tests.contract.servers import started, until
 from tests.contract.stubs import PROMPT, Stock, Stubs, digest_of, refused, stock
 
@@ -28,6 +30,8 @@ def test_a_killed_servers_session_goes_on_at_the_other_with_the_same_tokens(tmp_
         with refused(grpc.StatusCode.ABORTED) as words:
             other.info(session_id)
         assert words[0].startswith("moved: another server holds the session")
+        with connect_sync(two.grpc) as ours, pytest.raises(SessionMoved, match="another server"):
+            ours.find_session(session_id).info()
 
         told: list[int] = []
         stream = killed.stream(session_id, 10_000)
