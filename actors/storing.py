@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 import trio
@@ -12,6 +13,10 @@ from runtime.durable import Durable, SessionStore
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# Threads for calls of a store: one that does not answer must not take those that others need.
+_MOST_CALLS = 64
+_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("calls of a store")
+
 
 async def stored(place: SessionStore | Durable, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """What `call`, a method of `place`, returns. One that is remote is called beside the event loop.
@@ -20,4 +25,9 @@ async def stored(place: SessionStore | Durable, call: Callable[P, T], /, *args: 
     """
     if not place.is_remote:
         return call(*args, **kwargs)
-    return await trio.to_thread.run_sync(lambda: call(*args, **kwargs))
+    try:
+        limiter = _limiter.get()
+    except LookupError:
+        limiter = trio.CapacityLimiter(_MOST_CALLS)
+        _limiter.set(limiter)
+    return await trio.to_thread.run_sync(partial(call, *args, **kwargs), limiter=limiter)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from obstore.store import MemoryStore, ObjectStore
 
 from actors import Events, Runtime, SessionHandle
@@ -276,6 +277,7 @@ async def test_a_token_that_was_not_taken_is_not_there_at_the_next_server() -> N
         await session.append(PROMPT[:3])
         async with session.generate(10) as events:
             taken = [(await anext(events)) for _ in range(2)]
+        assert (await session.info()).history_length == 3 + len(taken)
         async with open_server(bucket, lease_s=0) as other:
             assert (await other.find_session(session.id).info()).history_length == 3 + len(taken)
 
@@ -417,3 +419,20 @@ async def test_a_group_never_passes_what_a_session_may_hold() -> None:
         assert isinstance(seen[-1], Done)
         assert seen[-1].stop_reason is StopReason.TRUNCATED
         assert (await session.info()).history_length == LedgerEngine().spec.visible
+
+
+async def test_a_store_that_does_not_answer_keeps_nobody_waiting_who_asks_it_nothing() -> None:
+    answers = threading.Event()
+    objects = FaultyObjects()
+    threads = trio.to_thread.current_default_thread_limiter().total_tokens
+    async with open_server(objects, capacity=2 * int(threads)) as runtime, trio.open_nursery() as nursery:
+        objects.fault = lambda name, key: Fault.REFUSED if not answers.wait(60) else None
+        try:
+            for _ in range(2 * int(threads)):
+                nursery.start_soon(runtime.create_session)
+            await trio.testing.wait_all_tasks_blocked()
+
+            with trio.fail_after(30):
+                assert await trio.to_thread.run_sync(lambda: "done") == "done"
+        finally:
+            answers.set()
