@@ -21,7 +21,7 @@ from actors.mailbox import Mailbox, open_mailbox
 from actors.messages import Evict
 from actors.proposing import NewProposals, Proposals
 from actors.session import Ending, Session
-from actors.storing import stored
+from actors.storing import beside, stored
 from runtime.durable import Durable, SessionStore, Terms
 from runtime.errors import CapacityExhausted, EngineFailed, InvariantViolation, SessionNotFound
 from runtime.metrics import Metrics
@@ -166,7 +166,7 @@ class SessionRegistry:
             asleep = self._store.sleeping()
             left = asleep[0].used_at + self._idle_ttl_s - time.time() if asleep else self._idle_ttl_s
             await trio.sleep(max(left, 1.0))
-            count = await trio.to_thread.run_sync(self._store.expire, self._idle_ttl_s)
+            count = await beside(self._store.expire, self._idle_ttl_s)
             self._metrics.session_total.labels("evicted").inc(count)
             self._metrics.session_evicted_total.labels(Ending.IDLE.value).inc(count)
 
@@ -227,10 +227,10 @@ class SessionRegistry:
 
     async def _wake(self, store: SessionStore, session_id: str) -> None:
         with self._unseen(session_id):
-            durable, history = await trio.to_thread.run_sync(store.wake, session_id)
+            durable, history = await beside(store.wake, session_id)
             try:
                 async with self.free_slab() as slab:
-                    kept = await trio.to_thread.run_sync(durable.read_slab, slab, history)
+                    kept = await beside(durable.read_slab, slab, history)
                     self._metrics.reread_tokens_total.labels(kept.value).inc(len(history) - slab.frontier)
                     if durable.has_moved_here:
                         self._metrics.session_moved_here_total.labels(kept.value).inc()

@@ -30,7 +30,7 @@ from actors.messages import (
 )
 from actors.nursery import open_nursery
 from actors.proposing import Proposals
-from actors.storing import stored
+from actors.storing import beside, stored
 from runtime.checks import check_whole
 from runtime.durable import Durable, Terms
 from runtime.errors import HistoryMismatch, InvalidRequest, NotDurable, SessionMoved, SlabOverflow, StorageFailed
@@ -147,10 +147,10 @@ class Session:
             return
         writer = self._durable.new_writer(self._slab, self._history)
         try:
-            while await trio.to_thread.run_sync(writer.step):
+            while await beside(writer.step):
                 pass
             if self._slab.leases == lease:
-                await trio.to_thread.run_sync(writer.finish)
+                await beside(writer.finish)
                 self._durable.wrote(writer)
         except StorageFailed as error:
             _log.warning("%s", error)
@@ -220,7 +220,7 @@ class Session:
             case Save():
                 if self._durable is None:
                     raise NotDurable("this session is not kept on disk: start the server with state_dir")
-                saved = await trio.to_thread.run_sync(self._durable.save, self._slab, self._history)
+                saved = await beside(self._durable.save, self._slab, self._history)
                 await reply(Saved(saved.snapshot_id, saved.size_bytes, saved.history_length))
             case Rewind(history):
                 await reply(await self._rewind(common_length(self._history, history)))

@@ -21,10 +21,15 @@ _limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("cal
 async def stored(place: SessionStore | Durable, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """What `call`, a method of `place`, returns. One that is remote is called beside the event loop.
 
-    A directory answers in some ten microseconds, within which there is no checkpoint. A call that has begun is not given up.
+    A directory answers in some ten microseconds, within which there is no checkpoint.
     """
-    if not place.is_remote:
-        return call(*args, **kwargs)
+    if place.is_remote:
+        return await beside(call, *args, **kwargs)
+    return call(*args, **kwargs)
+
+
+async def beside(call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """What a method of a store returns that takes its time in every one. A call that has begun is not given up."""
     try:
         limiter = _limiter.get()
     except LookupError:

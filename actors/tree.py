@@ -19,6 +19,7 @@ from actors.messages import Load
 from actors.nursery import open_nursery
 from actors.proposing import NewProposals, open_proposing
 from actors.registry import SessionRegistry
+from actors.storing import beside
 from runtime.checks import check_whole, shown
 from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity, Terms, fingerprint, open_store
 from runtime.engine import Engine, EngineFacts, load_engine
@@ -102,7 +103,7 @@ class Runtime:
         """
         store = self._durable()
         async with self._registry.free_slab() as slab:
-            terms, history = await trio.to_thread.run_sync(store.load, snapshot_id, slab)
+            terms, history = await beside(store.load, snapshot_id, slab)
             return await self._opened(slab, terms, history)
 
     def list_snapshots(self) -> list[Snapshot]:
@@ -111,7 +112,7 @@ class Runtime:
 
     async def delete_snapshot(self, snapshot_id: str) -> int:
         """Deletes a snapshot; returns the bytes that it took. Raises NotDurable, SnapshotNotFound, StorageFailed."""
-        return await trio.to_thread.run_sync(self._durable().delete_snapshot, snapshot_id)
+        return await beside(self._durable().delete_snapshot, snapshot_id)
 
     async def model_info(self) -> ModelInfo:
         """What is to be known to make tokens for the model that runs."""
