@@ -105,6 +105,7 @@ class SharedStore:
             store._find_snapshots()
         except OSError as error:
             raise InvalidSetting(f"state_dir={url} cannot be read: {error.strerror}") from error
+        _log.info("sessions are shared lease_s=%g snapshots=%d", lease_s, len(store._saved))
         yield store
 
     def open_points(self, most_bytes: int) -> PointTree | None:
