@@ -48,7 +48,7 @@ class Machine:
     """Whether it reads a history again where that is quicker than to fetch its slab. Ours does not, as yet."""
 
 
-# Slabs of 64 GB on a card, and 25 Gbit/s to the store; the same with keys and values in 8 bits; and the first one, choosing.
+# Slabs of 64 GB on a card, and 20 Gbit/s to the store; the same with keys and values in 8 bits; and the first one, choosing.
 BF16 = Machine("bf16", slabs=64, streams=48, prefill_tokens_s=20_000, token_s=0.015, link_bytes_s=2.5e9)
 MACHINES = {
     "bf16": BF16,
