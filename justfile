@@ -29,6 +29,14 @@ openvino:
     pytest -q -n 2 --dist loadfile tests/runtime/engine -k openvino
     PERENNIAL_BACKEND=openvino pytest -q -n 2 --dist loadfile tests/contract
 
+# The CUDA engine's kernels by Triton's interpreter, on a machine without a GPU; wants triton, which torch for CUDA brings along.
+kernels:
+    TRITON_INTERPRET=1 pytest -q tests/runtime/engine/test_step_kernels.py
+
+# The CUDA engine on the card of this machine: its exactness, its speed and its profile, as a table and as JSON.
+gpu-check *options:
+    python -m tools.gpu_check {{options}}
+
 # Regenerates proto/ from runtime.proto.
 proto:
     python -m grpc_tools.protoc -Iproto --python_betterproto2_out=proto --python_betterproto2_opt=client_generation=async,server_generation=async --descriptor_set_out=proto/kakeya/v1/runtime.binpb kakeya/v1/runtime.proto

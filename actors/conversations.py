@@ -165,8 +165,13 @@ class Conversations:
                         if length < _WORTH_A_COPY:
                             return await self._new_stand()
                         return await self._stand_of(await self._sessions.fork_session(session_id), history)
-                del self._standing[session_id]
-                return await self._stand_of(self._sessions.find_session(session_id), history)
+                stood = self._standing.pop(session_id)
+                try:
+                    return await self._stand_of(self._sessions.find_session(session_id), history)
+                except CapacityExhausted:
+                    # It sleeps on, and nothing of it has changed.
+                    self._standing[session_id] = stood
+                    raise
             except (SessionNotFound, SessionFailed):
                 self._standing.pop(session_id, None)
                 self.points.forget(_SESSION + session_id)
@@ -205,6 +210,8 @@ class Conversations:
     async def _stand_of(self, session: SessionHandle, history: array[int]) -> Stand:
         try:
             rewound = await session.rewind(history)
+        except CapacityExhausted:
+            raise
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._give_back(Stand(session, 0, 0))

@@ -13,10 +13,11 @@ def main() -> int:
         from api import cli
 
         return cli.main()
-    except ImportError:
+    except ImportError as error:
         found = intruders()
         if not found:
             raise
         for intruder in found:
             print(f"perennial: {intruder}", file=sys.stderr)
+        print(f"perennial: what failed: {error}", file=sys.stderr)
         return 1

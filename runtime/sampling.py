@@ -24,6 +24,11 @@ class Draw:
     allowed: NDArray[np.int32] | None = None
     top_logprobs: int | None = None
 
+    @property
+    def is_likeliest(self) -> bool:
+        """Whether it is the likeliest of all tokens, and nothing more is told of it."""
+        return self.sampling.temperature == 0.0 and self.allowed is None and self.top_logprobs is None
+
 
 def drawn(logits: Tensor, wanted: Draw, position: int) -> Token:
     """The token for `position` from its `logits` [vocabulary], float32, as it is `wanted`."""

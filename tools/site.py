@@ -31,6 +31,7 @@ PAGES = {
     "docs/deprecation.md": "What is public",
     "docs/architectures.md": "Architectures",
     "docs/mlx.md": "On Apple silicon",
+    "docs/cuda.md": "On an NVIDIA card",
     "docs/endurance.md": "What was tried against it",
     "bench/RESULTS.md": "Results",
     "runtime/seedling/README.md": "seedling",

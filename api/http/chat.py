@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 from quart import Response, request
-from werkzeug.exceptions import RequestTimeout
 
 from api.answering import open_answers
 from api.dialects.chat.answers import CompletionEvents, whole_answer
 from api.dialects.chat.request import CompletionRequest, read
 from api.dialects.chat.schemas import Chunk, Completion, CountedChunk
 from api.http.connection import held_by, read_question
-from api.http.routes import EVENTS, JSON, Door, Events, Operation
+from api.http.routes import ANSWER_ERRORS, EVENTS, JSON, Door, Events, Operation
 from api.http.standard import json_response
 from api.schemas import ErrorReply
 from api.traces import describe_request
-from runtime.errors import (
-    CapacityExhausted,
-    DeadlineExceeded,
-    EngineFailed,
-    InvalidRequest,
-    MalformedRequest,
-    ModelNotFound,
-    NotServing,
-    PayloadTooLarge,
-    Saturated,
-    SessionFailed,
-    SlabOverflow,
-)
 
-ANSWER_ERRORS: tuple[type[Exception], ...] = (
-    *(MalformedRequest, SlabOverflow, ModelNotFound, RequestTimeout, PayloadTooLarge, InvalidRequest),
-    *(CapacityExhausted, Saturated, EngineFailed, SessionFailed, NotServing, DeadlineExceeded),
-)
 _COMPLETIONS = Operation(
     "Answers a conversation, as JSON or, with `stream`, as server-sent events. An error that comes when events have "
     "been sent is the last event.",

@@ -13,9 +13,8 @@ from api.answering import Answers, Ending, open_answers
 from api.dialects.messages.events import Event, MessageError, MessageWriter, as_messages_error
 from api.dialects.messages.request import MessageRequest, read
 from api.event_stream import EventStream, named_event
-from api.http.chat import ANSWER_ERRORS
 from api.http.connection import held_by, read_question, request_body
-from api.http.routes import EVENTS, JSON, Door, Events, Family, Operation
+from api.http.routes import ANSWER_ERRORS, EVENTS, JSON, Door, Events, Family, Operation
 from api.http.standard import json_response
 from api.reading import ReadBody, Write
 from api.traces import describe_request

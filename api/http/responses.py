@@ -20,9 +20,8 @@ from api.answering import Answers, Ending, Usage, open_answers
 from api.dialects.responses.events import Event, ResponseWriter, as_responses_error, error_event
 from api.dialects.responses.request import Frame, ResponseRequest, read, read_frame
 from api.event_stream import EventStream, named_event
-from api.http.chat import ANSWER_ERRORS
 from api.http.connection import MOST_BODY_BYTES, held_by, read_question
-from api.http.routes import EVENTS, JSON, Door, Events, Family, Operation
+from api.http.routes import ANSWER_ERRORS, EVENTS, JSON, Door, Events, Family, Operation
 from api.prompting import Prompt, write_prompt
 from api.question import Question
 from api.reading import ReadBody

@@ -8,10 +8,24 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 from quart import Response
 from quart_trio import QuartTrio
+from werkzeug.exceptions import RequestTimeout
 
 from api.replies import as_http
 from api.schemas import ErrorReply
 from api.server import Server
+from runtime.errors import (
+    CapacityExhausted,
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    MalformedRequest,
+    ModelNotFound,
+    NotServing,
+    PayloadTooLarge,
+    Saturated,
+    SessionFailed,
+    SlabOverflow,
+)
 
 MIGRATION_PAGE = "0008-session-bound-runtime-and-grpc-protocol.md"
 MIGRATION_PATH = f"/docs/adr/{MIGRATION_PAGE}"
@@ -23,6 +37,12 @@ DEPRECATION = {
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
+
+# What every route that asks the model something may answer with.
+ANSWER_ERRORS: tuple[type[Exception], ...] = (
+    *(MalformedRequest, SlabOverflow, ModelNotFound, RequestTimeout, PayloadTooLarge, InvalidRequest),
+    *(CapacityExhausted, Saturated, EngineFailed, SessionFailed, NotServing, DeadlineExceeded),
+)
 
 Handler = Callable[..., Awaitable[Response]]
 

@@ -34,9 +34,11 @@ class ServerKind:
 
 
 async def _llama_cpp(interpreter: str, directory: str, port: int, threads: int) -> list[str]:
-    path = await made_gguf(interpreter, directory, "F32")
-    # A context of 0 is the model's own.
-    flags = {"model": path, "n_ctx": 0, "n_threads": threads, "n_threads_batch": threads, "host": HOST, "port": port}
+    dtype = json.loads((Path(directory) / "config.json").read_text())["dtype"]
+    path = await made_gguf(interpreter, directory, "BF16" if dtype == "bfloat16" else "F32")
+    # A context of 0 is the model's own. Its own default keeps the logits of every token of a prompt.
+    flags = {"model": path, "n_ctx": 0, "logits_all": False, "n_threads": threads, "n_threads_batch": threads}
+    flags |= {"host": HOST, "port": port}
     words = (word for name, value in flags.items() for word in (f"--{name}", str(value)))
     return [interpreter, "-m", "llama_cpp.server", *words]
 

@@ -107,6 +107,8 @@ def _chosen_engine(settings: Settings, directory: Path, beside: EngineFacts | No
         return OpenVinoEngine.load(settings, directory, beside)
     if settings.backend == "auto" and (engine := _on_openvino(settings, directory, beside)):
         return engine
+    if engine := _on_cuda(settings, directory, beside):
+        return engine
     from runtime.engine.torch_engine import TorchEngine
 
     return TorchEngine.load(settings, directory, beside)
@@ -126,6 +128,24 @@ def _on_openvino(settings: Settings, directory: Path, beside: EngineFacts | None
         return OpenVinoEngine.load(settings, directory, beside)
     except NotExact as error:
         _log.warning("%s; torch runs the model", error)
+        return None
+
+
+def _on_cuda(settings: Settings, directory: Path, beside: EngineFacts | None) -> Engine | None:
+    """The engine of one captured step, where there is a CUDA device, and it has code for the model."""
+    from runtime.engine.architectures import missing_parts
+    from runtime.engine.configuration import read_config
+    from runtime.engine.torch_model import choose_device
+
+    device = choose_device(settings)
+    if device.type != "cuda" or missing_parts(read_config(directory), "cuda"):
+        return None
+    from runtime.engine.graph_engine import GraphEngine
+
+    try:
+        return GraphEngine.load(settings, directory, device, beside)
+    except NotExact as error:
+        _log.warning("%s; each row runs alone", error)
         return None
 
 

@@ -67,6 +67,7 @@ _RECURRENT = ("conv", "linear_attention")
 
 ENGINES: Mapping[str, frozenset[Part]] = {
     "torch": frozenset(Part),
+    "cuda": frozenset({Part.BIASES, Part.HEAD_NORMS}),
     "openvino": frozenset({Part.BIASES, Part.HEAD_NORMS}),
     "mlx": frozenset({Part.BIASES, Part.HEAD_NORMS}),
 }

@@ -32,7 +32,8 @@ def found(subject: str, probe: Callable[[], bool]) -> bool:
 
 def _key(subject: str) -> str:
     """A digest of all on which the choice of a kernel may depend."""
-    machine = (platform.node(), cpu_flags(), kernel_class(), torch.__version__, torch.__config__.show())
+    gpu = kernel_class(torch.device("cuda")) if torch.cuda.is_available() else ""
+    machine = (platform.node(), cpu_flags(), kernel_class(), gpu, torch.__version__, torch.__config__.show())
     return hashlib.sha256(repr((_PROBE_VERSION, machine, subject)).encode()).hexdigest()
 
 

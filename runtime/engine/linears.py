@@ -24,7 +24,9 @@ MOST_ROWS = 128
 HEAD_MOST_ROWS = 32
 
 # A product in 16 bits on AMX costs for one row what it costs for so many; elsewhere few rows cost less.
-_FIXED_ROWS_ON_AMX, _FIXED_ROWS_ON_CPU, _FIXED_ROWS_ELSEWHERE = 32, 4, 32
+_FIXED_ROWS_ON_AMX, _FIXED_ROWS_ON_CPU = 32, 4
+# A GPU waits for the weights of a product, and so many rows take no longer than one.
+ROWS_ON_GPU = 64
 
 # FBGEMM's kernels for AVX2 sum the rows of a block of 3 to 6 in one order, and those of a smaller one in another.
 _BLOCK_ROWS = 6
@@ -235,7 +237,7 @@ class Int4Linear(RowLinear):
         zeros = (low + 8 * scales.float()).bfloat16()
         steps = (groups - zeros.float().unsqueeze(2)) / scales.float().unsqueeze(2) + 8
         whole = steps.round().clamp(0, 15).to(torch.int32).view(outputs, inputs)
-        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), persistent=False)  # noqa: SLF001
+        self.register_buffer("packed", self._pack(whole), persistent=False)
         together = torch.stack((scales, zeros), dim=-1).transpose(0, 1).contiguous()  # [groups, outputs, 2]
         self.register_buffer("scales_and_zeros", together, persistent=False)
 
@@ -243,6 +245,35 @@ class Int4Linear(RowLinear):
         mm = torch.ops.aten._weight_int4pack_mm_for_cpu  # noqa: SLF001
         result: Tensor = mm(flat.bfloat16(), self.packed, INT4_GROUP, self.scales_and_zeros)
         return result
+
+    def _pack(self, whole: Tensor) -> Tensor:
+        """Steps [outputs, inputs] from 0 to 15, as the kernel reads them."""
+        packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)  # noqa: SLF001
+        return packed
+
+
+class Int4OnGpuLinear(Int4Linear):
+    """As Int4Linear, for CUDA's kernel, which keeps weights in tiles of its tensor cores."""
+
+    ground = Ground.FIXED_ROWS
+
+    def multiply(self, flat: Tensor) -> Tensor:
+        missing = self.most_rows - len(flat)
+        rows = nn.functional.pad(flat.bfloat16(), (0, 0, 0, missing)) if missing else flat.bfloat16()
+        mm = torch.ops.aten._weight_int4pack_mm  # noqa: SLF001
+        result: Tensor = mm(rows, self.packed, INT4_GROUP, self.scales_and_zeros)
+        return result[: len(flat)]
+
+    def _pack(self, whole: Tensor) -> Tensor:
+        # Of two steps in a byte, the first lies in the upper half.
+        pairs = (whole[:, ::2] << 4 | whole[:, 1::2]).to(torch.uint8)
+        packed: Tensor = torch.ops.aten._convert_weight_to_int4pack(pairs, _inner_tiles(self.inputs))  # noqa: SLF001
+        return packed
+
+
+def _inner_tiles(inputs: int) -> int:
+    """How many tiles of 16 columns CUDA's kernel takes at once: 8, or as many as divide the inputs."""
+    return next(tiles for tiles in (8, 4, 2) if inputs % (16 * tiles) == 0)
 
 
 def replace_linears(
@@ -253,8 +284,10 @@ def replace_linears(
     The `head` is kept in 8 bits under int4 too: it decides between tokens. Unless `is_strict`, linears that would be given
     a fixed number of rows stay torch's own. Raises InvalidSetting.
     """
-    if weights != "none" and device.type != "cpu":
-        raise InvalidSetting(f"weights={weights} runs on device=cpu only: set weights to none, or device to cpu")
+    if weights != "none" and device.type not in ("cpu", "cuda"):
+        raise InvalidSetting(
+            f"weights={weights} does not run on device={device.type}: set weights to none, or device to cpu"
+        )
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
@@ -270,6 +303,8 @@ def _form_of(
     if linear.out_features < _INT4_OUTPUTS:
         # Gates of a column or a few, which fewer bits make no faster.
         weights = "none"
+    if weights != "none" and device.type == "cuda":
+        return partial(Int8Linear if is_head or weights == "int8" else Int4OnGpuLinear, most_rows=ROWS_ON_GPU)
     if weights == "int4" and not is_head:
         return partial(Int4Linear, most_rows=most_rows)
     if weights in ("int8", "int4"):
@@ -279,7 +314,7 @@ def _form_of(
     if dtype == torch.float32 and device.type == "cpu" and has_fbgemm():
         return partial(HalfLinear if HalfLinear.holds(linear) else TwoHalvesLinear, most_rows=most_rows)
     if device.type != "cpu":
-        return partial(FixedRowsLinear, rows=_FIXED_ROWS_ELSEWHERE)
+        return partial(FixedRowsLinear, rows=ROWS_ON_GPU)
     is_on_amx = dtype == torch.bfloat16 and level() == Level.AMX
     return partial(FixedRowsLinear, rows=_FIXED_ROWS_ON_AMX if is_on_amx else _FIXED_ROWS_ON_CPU)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+_CPU = torch.device("cpu")
 _VENDORS = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
 # What ONEDNN_MAX_CPU_ISA may name begins with one of these, the longest first.
 _ONEDNN_LIMITS = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX512", "AVX2", "AVX", "SSE41")
@@ -50,8 +51,11 @@ def features() -> str:
     return used.name if own == used else f"{used.name} (the CPU has {own.name}; the environment limits it)"
 
 
-def kernel_class() -> str:
+def kernel_class(device: torch.device = _CPU) -> str:
     """Names the machines whose kernels give the same bits as this one's: for a session that moves, or a file of digests."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"cuda {torch.cuda.get_device_name(device)}, sm {major}.{minor}, toolkit {torch.version.cuda}"
     own, used = hardware_level(), level()
     limited = "" if own == used else f" of {own.name.lower()}"
     # Libraries choose blocks by the sizes of caches, which differ between models.

@@ -27,6 +27,7 @@ _ROWS_A_COUNT = 128
 # Rows computed again, by other counts, for each that is computed for reference.
 _TRIED_FOR_EACH = 4
 
+_CPU = torch.device("cpu")
 _SMALL_TILE = 32
 # Of a small tile; a larger one is cut into as many parts, each so many times as large.
 _UNEVEN_CUTS = ((7, 7, 7, 7, 4), (13, 13, 6))
@@ -39,8 +40,14 @@ class LogitsEngine(Protocol):
     def logits(self, batch: RowBatch) -> Tensor: ...
 
 
-def is_exact_function(function: Callable[[Tensor], Tensor], columns: int, dtype: torch.dtype, most_rows: int) -> bool:
-    """Whether `function` of rows [N, columns] gives a row `torch.equal` results in every company that is tried.
+def is_exact_function(
+    function: Callable[[Tensor], Tensor],
+    columns: int,
+    dtype: torch.dtype,
+    most_rows: int,
+    device: torch.device = _CPU,
+) -> bool:
+    """Whether `function` of rows [N, columns] on a device gives a row `torch.equal` results in every company that is tried.
 
     Tried: every N up to `most_rows`, each at several places, at least `PROBED_ROWS` rows of `hard_rows` in all.
     """
@@ -50,7 +57,7 @@ def is_exact_function(function: Callable[[Tensor], Tensor], columns: int, dtype:
     counts = [count for count in range(1, most_rows + 1) for _ in range(max(2, each // count))]
     choice.shuffle(counts)
     while counts:
-        rows = hard_rows(2 * most_rows, columns, dtype, generator)
+        rows = hard_rows(2 * most_rows, columns, dtype, generator).to(device)
         reference = torch.cat([function(part) for part in rows.split(most_rows)])
         tried = 0
         while counts and tried < _TRIED_FOR_EACH * len(rows):

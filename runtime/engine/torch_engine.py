@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig
 
-from runtime.checkpoints import load_weights
 from runtime.engine import EngineFacts
 from runtime.engine.architectures import ARCHITECTURES, Part, attending_kinds, layer_kinds
 from runtime.engine.attention import ATTENTION_NAME, CLAIMS, slab_attention
@@ -26,7 +22,6 @@ from runtime.engine.configuration import (
     check_memory,
     count_weights,
     is_small,
-    named_dtype,
     read_config,
     refuse,
     slab_spec,
@@ -34,13 +29,21 @@ from runtime.engine.configuration import (
 from runtime.engine.drawing import DrawingEngine
 from runtime.engine.exact import Claim
 from runtime.engine.findings import found
-from runtime.engine.linears import FixedRowsLinear, RowLinear, replace_linears, weights_bytes
-from runtime.engine.machine import Level, features, kernel_class, level
-from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
-from runtime.engine.rotary import ExactRotary
-from runtime.engine.torch_parts import CLAIMS_OF_PARTS, capped, take_over
+from runtime.engine.linears import FixedRowsLinear, RowLinear, weights_bytes
+from runtime.engine.machine import features, kernel_class
+from runtime.engine.probe import PROBED_ROWS, is_bit_exact
+from runtime.engine.torch_model import (
+    Loaded,
+    choose_device,
+    first_layers,
+    forms_of,
+    free_memory,
+    held_weights,
+    linears_are_exact,
+    load_model,
+)
+from runtime.engine.torch_parts import CLAIMS_OF_PARTS, capped
 from runtime.engine.torch_slab import torch_pool
-from runtime.errors import InvalidSetting
 from runtime.gguf_file import GgufFile
 from runtime.rows import RowBatch
 from runtime.settings import Settings
@@ -49,13 +52,6 @@ from runtime.slab import SlabPool, SlabSpec
 _log = logging.getLogger("perennial.engine")
 
 AttentionInterface.register(ATTENTION_NAME, slab_attention)
-
-
-class Loaded(NamedTuple):
-    """A model whose parts are ours where they must be, and the rotary embeddings that turn its layers."""
-
-    model: Any
-    rotaries: Mapping[str, ExactRotary]
 
 
 class TorchEngine(DrawingEngine):
@@ -84,21 +80,19 @@ class TorchEngine(DrawingEngine):
         Raises InvalidSetting, ModelUnavailable or NotEnoughMemory.
         """
         config = read_config(directory)
-        device = _choose_device(settings)
+        device = choose_device(settings)
         count = count_weights(config, directory)
-        forms = _forms(settings, device, count, GgufFile.read(directory).kinds() if directory.is_file() else {})
+        forms = forms_of(settings, device, count, GgufFile.read(directory).kinds() if directory.is_file() else {})
         widest = max(form.dtype.itemsize for form in forms)
-        # Beside the form that the head gets, the embedding that it shares its weights with stays as it is.
-        held = count + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
-        free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
-        check_memory(held * widest, free, settings, slab_spec(config, settings, forms[0].dtype, device), beside)
+        needed, free = held_weights(config, count) * widest, free_memory(device)
+        check_memory(needed, free, settings, slab_spec(config, settings, forms[0].dtype, device), beside)
         if device.type == "cpu" and beside is None:
             torch.set_num_threads(1 if is_small(count) else psutil.cpu_count(logical=False) or 1)
         is_strict = settings.determinism == "strict"
         failed: list[Form] = []
         for form in forms:
             spec = slab_spec(config, settings, form.dtype, device)
-            loaded = _load_model(directory, form, device, is_strict=is_strict)
+            loaded = load_model(directory, form, device, ATTENTION_NAME, is_strict=is_strict)
             if not is_strict or _is_proven(loaded, spec, form):
                 return cls(loaded, spec, form.after(failed), is_bit_exact=is_strict)
             failed.append(form)
@@ -125,7 +119,7 @@ class TorchEngine(DrawingEngine):
             claims=self._claims() if self._is_bit_exact else (),
             tried=self._tried(),
             cpu_features=features(),
-            kernel_class=kernel_class(),
+            kernel_class=kernel_class(self._spec.device),
             slab=self._spec,
         )
 
@@ -175,24 +169,10 @@ def _is_proven(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
     # In the order of layers, so that what is tried is called the same in every process.
     manners = dict.fromkeys(Manner(kind, cap, has_sinks) for kind in attending_kinds(config))
     return (
-        _linears_are_exact(loaded.model, form)
+        linears_are_exact(loaded.model, form, spec.device)
         and attention_is_exact(spec, config.num_attention_heads, loaded.rotaries, manners)
         and _layers_are_exact(loaded, spec, form)
     )
-
-
-@torch.inference_mode()
-def _linears_are_exact(model: Any, form: Form) -> bool:
-    distinct: dict[str, tuple[str, RowLinear]] = {}
-    for name, part in model.named_modules():
-        if isinstance(part, RowLinear):
-            kind = f"{type(part).__name__} {part.inputs} x {part.outputs} {form.dtype}, at most {part.most_rows} rows"
-            distinct.setdefault(kind, (name, part))
-    for kind, (name, part) in distinct.items():
-        if not found(kind, partial(is_exact_function, part, part.inputs, form.dtype, part.most_rows)):
-            _log.warning("a row gets other bits in other batches of %s (%s)", name, kind)
-            return False
-    return True
 
 
 def _layers_are_exact(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
@@ -208,72 +188,10 @@ def _layers_are_exact(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
     )
 
     def probe() -> bool:
-        short = _first_layers(loaded.model, count)
+        short = first_layers(loaded.model, count)
         # The head was tried by itself, and a large one takes longest.
         short.set_output_embeddings(nn.Identity())
         engine = TorchEngine(Loaded(short, loaded.rotaries), tried, form, is_bit_exact=False)
         return is_bit_exact(engine, tried, config.vocab_size)
 
     return found(f"{config} {form} {tried}", probe)
-
-
-def _load_model(directory: Path, form: Form, device: torch.device, *, is_strict: bool) -> Loaded:
-    refusal = f"the weights in {directory} cannot be loaded"
-    model = load_weights(AutoModelForCausalLM, directory, form.dtype, refusal, attn_implementation=ATTENTION_NAME)
-    rotaries = take_over(model)
-    model = model.to(device)
-    replace_linears(model, model.get_output_embeddings(), form.weights, form.dtype, device, is_strict=is_strict)
-    return Loaded(model.eval(), rotaries)
-
-
-def _first_layers(model: Any, count: int) -> Any:
-    """The model with its first `count` layers alone, on the same weights."""
-    weights = {id(weight): weight for weight in (*model.parameters(), *model.buffers())}
-    shallow = copy.deepcopy(model, weights)
-    decoder = shallow.get_decoder()
-    decoder.layers = decoder.layers[:count]
-    return shallow
-
-
-def _choose_device(settings: Settings) -> torch.device:
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = settings.device
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
-    if not has[name]:
-        raise InvalidSetting(f"device={name} is not available here: this machine has {[k for k in has if has[k]]}")
-    return torch.device(name)
-
-
-def _forms(settings: Settings, device: torch.device, weights: int, kinds: Mapping[str, int]) -> list[Form]:
-    """The forms that the settings leave for a model of so many `weights`, the one to be tried first before the others.
-
-    `kinds` are those of its tensors in a GGUF file, which an explicit setting alone rounds once more.
-    """
-    is_dtype_auto, is_weights_auto = settings.dtype == "auto", settings.weights == "auto"
-    if device.type != "cpu":
-        dtype = torch.bfloat16 if is_dtype_auto else named_dtype(settings.dtype)
-        return [Form(dtype, "none" if is_weights_auto else settings.weights, _dequantised(kinds))]
-    here = level()
-    if not is_dtype_auto:
-        dtypes = [named_dtype(settings.dtype)]
-    elif here == Level.AMX:
-        dtypes = [torch.bfloat16, torch.float32]
-    else:
-        # Elsewhere few rows are multiplied faster in float32, from weights of 16 bits too.
-        dtypes = [torch.float32]
-    if not is_weights_auto:
-        return [Form(dtype, settings.weights) for dtype in dtypes]
-    if kinds:
-        choices = {"none": _dequantised(kinds)}
-    elif is_small(weights):
-        choices = {"none": "so small a model stays in the CPU's cache", "int8": ""}
-    elif here >= Level.AVX512_BF16:
-        choices = {"none": "this CPU reads 16 bits a weight at its memory's speed", "int8": ""}
-    else:
-        choices = {"int8": "this CPU multiplies no numbers of 16 bits", "none": ""}
-    return [Form(dtype, name, reason) for dtype in dtypes for name, reason in choices.items()]
-
-
-def _dequantised(kinds: Mapping[str, int]) -> str:
-    return f"dequantised: {', '.join(f'{count} of {kind}' for kind, count in kinds.items())}" if kinds else ""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import mmap
+import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from runtime.errors import CapacityExhausted
 from runtime.slab import Slab, SlabPool, SlabSpec
 
 
@@ -86,18 +88,37 @@ def as_torch(slab: Slab) -> TorchSlab:
     return slab
 
 
+class SlabArena:
+    """Slabs of one store, which never moves, to make pools of. A slab that nobody holds any more may be had again."""
+
+    def __init__(self, spec: SlabSpec, count: int) -> None:
+        shape = (spec.layers, count, spec.kv_heads, spec.slots, spec.width)
+        given = states = None
+        if recurrent := spec.recurrent:
+            given = _lazy_zeros((recurrent.layers, count, spec.given, recurrent.columns), spec.dtype, spec.device)
+            if recurrent.state:
+                shape_of_all = (recurrent.layers, count, spec.states, *recurrent.state)
+                states = _lazy_zeros(shape_of_all, torch.float32, spec.device)
+        keys, values = (_lazy_zeros(shape, spec.dtype, spec.device) for _ in range(2))
+        self.spec = spec
+        self.store = SlabStore(keys, values, given, states)
+        self._free = [*range(count)][::-1]
+
+    def pool(self, count: int) -> SlabPool:
+        """A pool of `count` slabs. Raises CapacityExhausted where fewer are left."""
+        if count > len(self._free):
+            raise CapacityExhausted(f"{len(self._free)} slabs are left to make a pool of {count}: raise capacity")
+        return SlabPool(self.spec, [self._slab(self._free.pop()) for _ in range(count)])
+
+    def _slab(self, index: int) -> TorchSlab:
+        slab = TorchSlab(self.spec, self.store, index)
+        weakref.finalize(slab, self._free.append, index)
+        return slab
+
+
 def torch_pool(spec: SlabSpec, count: int) -> SlabPool:
-    """`count` slabs in one store."""
-    shape = (spec.layers, count, spec.kv_heads, spec.slots, spec.width)
-    given = states = None
-    if recurrent := spec.recurrent:
-        given = _lazy_zeros((recurrent.layers, count, spec.given, recurrent.columns), spec.dtype, spec.device)
-        if recurrent.state:
-            shape_of_all = (recurrent.layers, count, spec.states, *recurrent.state)
-            states = _lazy_zeros(shape_of_all, torch.float32, spec.device)
-    keys, values = (_lazy_zeros(shape, spec.dtype, spec.device) for _ in range(2))
-    store = SlabStore(keys, values, given, states)
-    return SlabPool(spec, (TorchSlab(spec, store, index) for index in range(count)))
+    """`count` slabs in a store of their own."""
+    return SlabArena(spec, count).pool(count)
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

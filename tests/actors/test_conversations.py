@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import trio
@@ -15,6 +16,7 @@ from runtime.items import Message
 from runtime.points import Point
 from runtime.script import Head
 from tests.actors.engines import LedgerEngine, generated, open_lab, sample
+from tests.actors.test_durable import open_durable
 
 CUE = array("I", [88])
 LONG = [*range(10, 60)]
@@ -169,3 +171,20 @@ async def test_where_every_slab_is_at_work_there_is_none_for_a_conversation(engi
             await anext(events)
             with pytest.raises(CapacityExhausted):
                 await turn(runtime, point_after(runtime, LONG))
+
+
+async def test_a_session_that_could_not_be_woken_still_stands_where_it_stood(
+    engine: LedgerEngine, tmp_path: Path
+) -> None:
+    async with open_durable(tmp_path, lab=engine, capacity=1) as runtime:
+        point = point_after(runtime, LONG)
+        await turn(runtime, point)
+        session = await runtime.create_session()
+        await session.append([1])
+        async with session.generate(1000) as events:
+            await anext(events)
+            with pytest.raises(CapacityExhausted):
+                await turn(runtime, point)
+
+        async with runtime.conversations.stand(point, CUE) as stand:
+            assert stand.length == len(LONG)

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import count, repeat
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from runtime.engine import Engine, load_engine
+from runtime.engine.graph_engine import GraphEngine
 from runtime.events import Sampling
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
@@ -20,6 +21,10 @@ from runtime.slab import Slab
 
 GREEDY = Draw(Sampling())
 BACKENDS = ("torch", "mlx", "openvino")
+# With the double of the CUDA engine, which no setting chooses.
+ENGINES = (*BACKENDS, "step")
+# An engine of one step has all of its slabs from the start.
+MOST_SLABS = 24
 
 
 class LogitsEngine(Engine, Protocol):
@@ -44,19 +49,20 @@ def load(
     kv_dtype: str = "auto",
 ) -> LogitsEngine:
     """The engine of a model, loaded once for all tests that ask for the same."""
-    engine: Any = load_engine(
-        Settings(
-            dtype=dtype,
-            device="auto" if backend == "mlx" else "cpu",
-            sink=sink,
-            window=window,
-            determinism=determinism,
-            weights=weights,
-            backend=backend,
-            kv_dtype=kv_dtype,
-        ),
-        directory,
+    settings = Settings(
+        dtype=dtype,
+        device="auto" if backend == "mlx" else "cpu",
+        sink=sink,
+        window=window,
+        determinism=determinism,
+        weights=weights,
+        backend="torch" if backend == "step" else backend,
+        kv_dtype=kv_dtype,
+        capacity=MOST_SLABS,
     )
+    # The CUDA engine's double: the same step, which nothing captures.
+    load_double = partial(GraphEngine.load, device=torch.device("cpu"))
+    engine: Any = (load_double if backend == "step" else load_engine)(settings, directory)
     return cast(LogitsEngine, engine)
 
 

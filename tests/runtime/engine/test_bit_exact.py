@@ -1,6 +1,9 @@
 """Bit-exactness: a row's logits, and so its token, depend on its session alone, never on how forwards were cut."""
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import repeat
@@ -29,7 +32,11 @@ from tests.runtime.engine.feeding import (
     random_tokens,
     threads,
 )
+from tests.runtime.engine.golden import AVX2_ALONE
 
+# What else shows a kernel's order of sums.
+_SUITES = ("test_bit_exact.py", "test_linears.py", "test_attention.py", "test_probe.py", "test_golden.py")
+_MOST_S = 900
 NEIGHBOURS = 7
 # Engines of small models choose one thread; with several, kernels have more ways to sum.
 THREADS = 2
@@ -117,6 +124,9 @@ _CASES = (
     ),
     *(("mlx", "small", *kind) for kind in KINDS),
     ("mlx", "seedling", "float32", "none"),
+    ("step", "seedling", "float32", "none"),
+    ("step", "widths of SmolLM2", "float32", "int8"),
+    *((("step", "heads of 0.6B", "bfloat16", "none"),) if IS_BFLOAT16_NATIVE else ()),
     *(("openvino", GGUF, dtype, "auto") for dtype in ("float32", "bfloat16") if level() >= Level.AVX512),
 )
 CASES = (
@@ -259,3 +269,21 @@ def test_logits_are_the_same_bits_across_a_buckets_edge(
     assert torch.equal(fed(repeat(1)), whole)
     assert torch.equal(fed(repeat(7)), whole)
     assert torch.equal(fed(random_cut(25), BusyNeighbours(engine, NEIGHBOURS)), whole)
+
+
+# In this file, the largest, because files are handed to processes by their size, and this takes longest.
+@pytest.mark.skipif(level() <= Level.AVX2, reason="this CPU knows no more than AVX2: the suites ran so already")
+@pytest.mark.timeout(_MOST_S)
+def test_the_exactness_suite_passes_on_a_cpu_limited_to_avx2() -> None:
+    """Where the CPU knows more than AVX2, the suite also runs as a machine with AVX2 alone would run it."""
+    suites = [str(Path(__file__).with_name(name)) for name in _SUITES]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not mlx", *suites],
+        env=os.environ | AVX2_ALONE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    print(run.stdout[-4000:])
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

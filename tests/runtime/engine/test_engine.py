@@ -228,11 +228,11 @@ def test_a_reused_slab_leaves_no_trace_of_the_session_before(small_models: Mappi
     assert torch.equal(logits, expected)
 
 
-def test_facts_tell_what_was_loaded(small_models: Mapping[str, Path], load: Load, backend: str) -> None:
+def test_facts_tell_what_was_loaded(small_models: Mapping[str, Path], load: Load, engine_name: str) -> None:
     facts = load(small_models["mistral"], "bfloat16", sink=2, window=100).facts
 
     model = AutoModelForCausalLM.from_pretrained(small_models["mistral"])
-    assert (facts.backend, facts.dtype) == (backend, "bfloat16")
+    assert (facts.backend, facts.dtype) == ("torch" if engine_name == "step" else engine_name, "bfloat16")
     assert (facts.architecture, facts.vocabulary, facts.is_bit_exact) == ("mistral", 2048, True)
     assert facts.weights_bytes == 2 * sum(weight.numel() for weight in model.parameters())
     assert (facts.slab.sink, facts.slab.window, facts.slab.row_tile) == (2, 100, facts.row_tile)

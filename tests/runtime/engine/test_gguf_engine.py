@@ -31,8 +31,8 @@ def fed(load: Load, file: Path, tokens: list[int], **settings: str) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def reads_gguf(backend: str) -> None:
-    if backend == "mlx":
+def reads_gguf(engine_name: str) -> None:
+    if engine_name == "mlx":
         pytest.skip("MLX reads no GGUF files")
 
 
@@ -108,7 +108,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ten
 
 
 def test_logits_of_quantised_weights_are_near_those_of_transformers_on_what_they_stand_for(
-    mixed: tuple[Path, dict[str, Tensor]], load: Load, backend: str
+    mixed: tuple[Path, dict[str, Tensor]], load: Load, engine_name: str
 ) -> None:
     directory, weights = mixed
     tokens = random_tokens(FITS, 2048)
@@ -117,18 +117,18 @@ def test_logits_of_quantised_weights_are_near_those_of_transformers_on_what_they
     logits = fed(load, directory / "model.gguf", tokens)
 
     # OpenVINO rounds the rows that it multiplies to 8 bits, which is a matter of a few in a thousand each time.
-    most = 0.03 if backend == "openvino" else 1e-5
+    most = 0.03 if engine_name == "openvino" else 1e-5
     assert (logits - expected).square().mean().sqrt() < most * expected.std()
 
 
 def test_each_kind_of_tensor_is_told_with_what_became_of_it(
-    mixed: tuple[Path, dict[str, Tensor]], load: Load, backend: str
+    mixed: tuple[Path, dict[str, Tensor]], load: Load, engine_name: str
 ) -> None:
     directory, _ = mixed
 
     facts = load(directory / "model.gguf", weights="auto").facts
 
-    if backend == "openvino":
+    if engine_name == "openvino":
         told = {line.split(":")[0].split(" of ")[1]: line for line in facts.tensors}
         kinds = (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.Q5_0, Kind.Q5_1, Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.Q3_K)
         assert facts.weights == "kept"

@@ -182,10 +182,10 @@ def test_in_a_type_of_16_bits_torchs_own_linears_get_a_fixed_number_of_rows_unle
     assert forms(fast) == [nn.Linear] * 3
 
 
-def test_quantised_weights_elsewhere_than_on_a_cpu_are_refused() -> None:
+def test_quantised_weights_where_torch_has_no_kernels_for_them_are_refused() -> None:
     model = Model()
-    with pytest.raises(InvalidSetting, match="weights=int8 runs on device=cpu only"):
-        replace_linears(model, model.head, "int8", torch.float16, torch.device("cuda"))
+    with pytest.raises(InvalidSetting, match="weights=int8 does not run on device=mps"):
+        replace_linears(model, model.head, "int8", torch.float16, torch.device("mps"))
 
 
 def test_a_layer_that_does_not_divide_into_groups_is_refused_under_int4() -> None:

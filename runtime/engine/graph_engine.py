@@ -1,0 +1,172 @@
+"""The engine for CUDA: one step of fixed shape, captured once as a graph and replayed for every forward.
+
+A kernel chooses its order of sums by the shape of its input. Here each has one shape: a step always has `ROWS_ON_GPU` rows, and
+rows that a batch does not bring run along unread. What a row costs beyond one does not show on a GPU, which waits for the
+weights. On a CPU the same step runs without being captured, which is how it is tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runtime.engine import EngineFacts
+from runtime.engine.configuration import (
+    Form,
+    check_covered,
+    check_memory,
+    count_weights,
+    read_config,
+    refuse,
+    slab_spec,
+)
+from runtime.engine.drawing import DrawingEngine
+from runtime.engine.exact import Claim, Ground
+from runtime.engine.findings import found
+from runtime.engine.linears import ROWS_ON_GPU, RowLinear, weights_bytes
+from runtime.engine.machine import features, kernel_class
+from runtime.engine.probe import PROBED_ROWS, is_bit_exact
+from runtime.engine.step_attention import STEP_ATTENTION_NAME
+from runtime.engine.step_model import StepModel, captured, kernels_for
+from runtime.engine.torch_model import (
+    Loaded,
+    first_layers,
+    forms_of,
+    free_memory,
+    held_weights,
+    linears_are_exact,
+    load_model,
+)
+from runtime.engine.torch_slab import SlabArena
+from runtime.events import Token
+from runtime.gguf_file import GgufFile
+from runtime.rows import RowBatch
+from runtime.settings import Settings
+from runtime.slab import SlabPool, SlabSpec
+
+_PROBED_SLABS = 2
+# With a workspace of fixed size cuBLAS chooses the same kernels in every stream.
+_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+_REST = Claim("norms, activations, rotation", "torch's kernels, of one shape", Ground.FIXED_ROWS)
+
+
+class GraphEngine(DrawingEngine):
+    """A causal language model on one CUDA device, or on a CPU as its double. All of its slabs are there from the start."""
+
+    def __init__(self, loaded: Loaded, spec: SlabSpec, form: Form, slabs: int, *, is_bit_exact: bool) -> None:
+        """Pools of `slabs` slabs in all can be had at once. `form` says what the model's linears are."""
+        self._config = loaded.model.config
+        self._spec, self._form = spec, form
+        self._is_bit_exact = is_bit_exact
+        self._linears = [part for part in loaded.model.modules() if isinstance(part, RowLinear)]
+        self._weights_bytes = weights_bytes(loaded.model)
+        # One more is the step's own.
+        self._arena = SlabArena(spec, slabs + 1)
+        self._kernels = kernels_for(spec.device, self._config.num_attention_heads // spec.kv_heads)
+        self._model = StepModel(loaded, self._arena, self._kernels)
+        self._body = captured(self._model.body, spec.device)
+        self._head = captured(self._model.head, spec.device)
+
+    @classmethod
+    def load(
+        cls, settings: Settings, directory: Path, device: torch.device, beside: EngineFacts | None = None
+    ) -> GraphEngine:
+        """The engine for the model in `directory` on `device`, which under `strict` a probe has found exact.
+
+        Raises InvalidSetting, ModelUnavailable, NotEnoughMemory or NotExact.
+        """
+        os.environ.setdefault(*_WORKSPACE)
+        config = read_config(directory)
+        check_covered(config, "cuda")
+        count = count_weights(config, directory)
+        forms = forms_of(settings, device, count, GgufFile.read(directory).kinds() if directory.is_file() else {})
+        is_strict = settings.determinism == "strict"
+        slabs = max(settings.capacity + settings.max_concurrent, _PROBED_SLABS)
+        for form in forms:
+            spec = slab_spec(config, settings, form.dtype, device, row_tile=ROWS_ON_GPU)
+            needed = held_weights(config, count) * form.dtype.itemsize
+            check_memory(needed, free_memory(device), settings, spec, beside)
+            loaded = load_model(directory, form, device, STEP_ATTENTION_NAME, is_strict=is_strict)
+            if not is_strict or _is_proven(loaded, spec, form):
+                return cls(loaded, spec, form, slabs, is_bit_exact=is_strict)
+        raise refuse(forms)
+
+    @cached_property
+    def facts(self) -> EngineFacts:
+        return EngineFacts(
+            backend="torch",
+            device=self._spec.device.type,
+            dtype=str(self._spec.dtype).removeprefix("torch."),
+            weights=self._form.weights,
+            form_reason=self._form.reason,
+            architecture=self._config.model_type,
+            vocabulary=self._config.vocab_size,
+            weights_bytes=self._weights_bytes,
+            row_tile=self._spec.row_tile,
+            row_step=self._spec.row_tile,
+            is_bit_exact=self._is_bit_exact,
+            claims=self._claims() if self._is_bit_exact else (),
+            tried=f"each linear on {PROBED_ROWS} rows or more, a layer in batches of two sessions"
+            if self._is_bit_exact
+            else "",
+            cpu_features=features(),
+            kernel_class=kernel_class(self._spec.device),
+            slab=self._spec,
+        )
+
+    def _claims(self) -> tuple[str, ...]:
+        kinds = {type(one): one for one in self._linears}
+        linears = (Claim("linears", kind.__name__, kind.ground) for kind in kinds)
+        return tuple(f"{claim.part} ({claim.form}): {claim.ground}" for claim in (*linears, self._kernels.claim, _REST))
+
+    def new_pool(self, count: int) -> SlabPool:
+        """Raises CapacityExhausted where fewer slabs are left."""
+        return self._arena.pool(count)
+
+    @torch.inference_mode()
+    def logits(self, batch: RowBatch) -> Tensor:
+        return self._model.logits[: self._run(batch)].clone()
+
+    @torch.inference_mode()
+    def forward(self, batch: RowBatch) -> tuple[Token, ...]:
+        """As the protocol has it. The device is waited for once: for the tokens, where all are the likeliest, or for logits.
+
+        Other tokens are drawn on the CPU, since its logarithms make the noise that a position is promised.
+        """
+        draws = [row.draw for row in batch.rows if row.draw is not None]
+        count = self._run(batch)
+        if all(draw.is_likeliest for draw in draws):
+            return tuple(map(Token, self._model.likeliest.tolist()[:count]))
+        return self.drawn_from(self._model.logits[:count].cpu(), batch)
+
+    def _run(self, batch: RowBatch) -> int:
+        """Runs a step, and returns how many of its rows draw."""
+        rows = batch.rows
+        assert 0 < len(rows) <= self._spec.row_tile
+        self._model.inputs.fill(batch)
+        self._body()
+        count = sum(row.draw is not None for row in rows)
+        if count:
+            self._head()
+        for row in rows:
+            row.slab.advance_all(row.position + 1)
+        return count
+
+
+def _is_proven(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
+    """Whether the model's linears, and its first layer as a whole, give rows the same bits in every batch here."""
+    config = loaded.model.config
+    tried = replace(spec, layers=1)
+
+    def probe() -> bool:
+        short = first_layers(loaded.model, 1)
+        engine = GraphEngine(Loaded(short, loaded.rotaries), tried, form, _PROBED_SLABS, is_bit_exact=False)
+        return is_bit_exact(engine, tried, config.vocab_size)
+
+    return linears_are_exact(loaded.model, form, spec.device) and found(f"a step of {config} {form} {tried}", probe)
