@@ -32,7 +32,9 @@ _WORTH_A_COPY = 32
 class Sessions(Protocol):
     """Where sessions come from."""
 
-    async def create_session(self, eos_token_ids: Iterable[int] = (), *, label: str = "") -> SessionHandle: ...
+    async def create_session(
+        self, eos_token_ids: Iterable[int] = (), *, label: str = "", is_kept: bool = True
+    ) -> SessionHandle: ...
 
     async def fork_session(self, session_id: str) -> SessionHandle: ...
 
@@ -85,13 +87,23 @@ class Conversations:
     """The tree of conversations, and the sessions that stand at its points. A session is lent to one turn at a time."""
 
     def __init__(
-        self, sessions: Sessions, spec: SlabSpec, eos_token_ids: frozenset[int], points: PointTree | None = None
+        self,
+        sessions: Sessions,
+        spec: SlabSpec,
+        eos_token_ids: frozenset[int],
+        points: PointTree | None = None,
+        *,
+        are_kept: bool = False,
     ) -> None:
-        """`points` are those of an earlier server, whose sessions stand where it left them."""
+        """`points` are those of an earlier server, whose sessions stand where it left them.
+
+        Where points are not kept, sessions need not be: nobody would know where they stand.
+        """
         self.points = points or PointTree(MOST_BYTES)
         self._sessions = sessions
         self._spec = spec
         self._eos_token_ids = eos_token_ids
+        self._are_kept = are_kept
         # The one that was used last stands last.
         self._standing = {
             name.removeprefix(_SESSION): point
@@ -192,7 +204,8 @@ class Conversations:
         return session_id in self._standing
 
     async def _new_stand(self) -> Stand:
-        return Stand(await self._sessions.create_session(self._eos_token_ids, label=LABEL), 0, 0)
+        session = await self._sessions.create_session(self._eos_token_ids, label=LABEL, is_kept=self._are_kept)
+        return Stand(session, 0, 0)
 
     async def _stand_of(self, session: SessionHandle, history: array[int]) -> Stand:
         try:

@@ -22,14 +22,12 @@ from actors.mailbox import Mailbox, open_mailbox
 from actors.messages import Evict
 from actors.proposing import NewProposals, Proposals
 from actors.session import EndReason, Session
+from actors.storing import beside, stored
 from runtime.durable import Durable, SessionStore, Terms
 from runtime.errors import CapacityExhausted, EngineFailed, InvariantViolation, SessionNotFound
 from runtime.metrics import Metrics
 from runtime.sessions import SessionSummary
 from runtime.slab import Slab, SlabPool
-
-# At a stop slabs are left on disk for so long; what is not there by then is read again.
-_LEAVING_S = 5.0
 
 # The same words whenever the session ended, so that they say nothing about ids.
 NO_SESSION = "no session has this id: it was never made, was closed, or was evicted"
@@ -115,9 +113,13 @@ class SessionRegistry:
         with _given_back(self._completions, history) as slab:
             yield slab
 
-    def open(self, slab: Slab, terms: Terms, history: array[int] | None = None) -> str:
-        """The id of a new long-lived session on a slab that has read `history` up to its frontier. Raises StorageFailed."""
-        durable = self._store.create(terms, history) if self._store else None
+    async def open(self, slab: Slab, terms: Terms, history: array[int] | None = None, *, is_kept: bool = True) -> str:
+        """The id of a new long-lived session on a slab that has read `history` up to its frontier. Raises StorageFailed.
+
+        One that is not kept ends with the server, or when its slab is wanted.
+        """
+        store = self._store if is_kept else None
+        durable = await stored(store, store.create, terms, history) if store else None
         session_id = durable.id if durable else secrets.token_urlsafe(24)
         self._start(session_id, self._long_lived, slab, terms, self._idle_ttl_s, history, durable)
         return session_id
@@ -129,24 +131,30 @@ class SessionRegistry:
         return session_id
 
     def check(self, session_id: str) -> None:
-        """Raises SessionNotFound where no session of this id lives or sleeps."""
+        """Raises SessionNotFound where no session of this id lives, or may sleep."""
         if not isinstance(session_id, str):
             raise SessionNotFound(NO_SESSION)
-        is_asleep = self._store is not None and self._store.sleeps(session_id)
+        is_asleep = self._store is not None and self._store.may_wake(session_id)
         if not is_asleep and session_id not in self._entries and session_id not in self._passing:
             raise SessionNotFound(NO_SESSION)
+
+    def is_kept(self, session_id: str) -> bool:
+        """Whether a session that lives here outlives the server."""
+        entry = self._entries.get(session_id)
+        return entry is not None and entry.durable is not None
 
     async def mailbox(self, session_id: str) -> Mailbox:
         """The mailbox of a session, which is woken where it sleeps.
 
-        Raises SessionNotFound, CapacityExhausted where no slab can be had for it, or StorageFailed.
+        Raises SessionNotFound, SessionMoved where another server holds it, CapacityExhausted where no slab can be had for it,
+        or StorageFailed.
         """
         while True:
             if (entry := self._entries.get(session_id)) is not None:
                 return entry.mailbox
             if (passed := self._passing.get(session_id)) is not None:
                 await passed.wait()
-            elif self._store is None or not self._store.sleeps(session_id):
+            elif self._store is None or not self._store.may_wake(session_id):
                 raise SessionNotFound(NO_SESSION)
             else:
                 await self._wake(self._store, session_id)
@@ -157,7 +165,7 @@ class SessionRegistry:
             asleep = self._store.sleeping()
             left = asleep[0].used_at + self._idle_ttl_s - time.time() if asleep else self._idle_ttl_s
             await trio.sleep(max(left, 1.0))
-            count = await trio.to_thread.run_sync(self._store.expire, self._idle_ttl_s)
+            count = await beside(self._store.expire, self._idle_ttl_s)
             self._metrics.session_total.labels("evicted").inc(count)
             self._metrics.session_evicted_total.labels(EndReason.IDLE.value).inc(count)
 
@@ -196,6 +204,7 @@ class SessionRegistry:
         idle_ttl_s: float,
         history: array[int] | None = None,
         durable: Durable | None = None,
+        woken_length: int = 0,
     ) -> None:
         mailbox, inbox = open_mailbox()
         proposals = self._new_proposals()
@@ -210,15 +219,34 @@ class SessionRegistry:
             history=history,
             durable=durable,
             proposals=proposals,
+            woken_length=woken_length,
         )
         self._entries[session_id] = Entry(session, mailbox, slab, pool, proposals, durable)
         self._nursery.start_soon(self._supervise, session_id, session, durable)
 
     async def _wake(self, store: SessionStore, session_id: str) -> None:
         with self._unseen(session_id):
-            async with self.free_slab() as slab:
-                durable, history = await trio.to_thread.run_sync(store.wake, session_id, slab)
-                self._start(session_id, self._long_lived, slab, durable.terms, self._idle_ttl_s, history, durable)
+            durable, history = await beside(store.wake, session_id)
+            try:
+                async with self.free_slab() as slab:
+                    kept = await beside(durable.read_slab, slab, history)
+                    self._metrics.reread_tokens_total.labels(kept.value).inc(len(history) - slab.frontier)
+                    if durable.has_moved_here:
+                        self._metrics.session_moved_here_total.labels(kept.value).inc()
+                    self._start(
+                        session_id,
+                        self._long_lived,
+                        slab,
+                        durable.terms,
+                        self._idle_ttl_s,
+                        history,
+                        durable,
+                        woken_length=len(history),
+                    )
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await stored(durable, durable.close)
+                raise
 
     @contextmanager
     def _unseen(self, session_id: str) -> Iterator[None]:
@@ -271,7 +299,9 @@ class SessionRegistry:
         try:
             ending = await session.run()
             read = session.read
-            has_ended = durable is None or ending is not EndReason.EVICTED
+            has_ended = durable is None or ending in (EndReason.CLOSED, EndReason.IDLE)
+            if ending is EndReason.MOVED:
+                self._metrics.session_moved_away_total.inc()
             if has_ended:
                 self._metrics.session_total.labels("closed" if ending is EndReason.CLOSED else "evicted").inc()
                 self._metrics.session_evicted_total.labels(ending.value).inc()
@@ -283,16 +313,19 @@ class SessionRegistry:
             self._metrics.session_total.labels("failed").inc()
             _log.error("session failed", exc_info=error)
             if durable is not None:
-                durable.forget_slab()
+                with trio.CancelScope(shield=True):
+                    await stored(durable, durable.forget_slab)
         except BaseException:
             # The tree ends.
-            with trio.CancelScope(deadline=trio.current_time() + _LEAVING_S, shield=True):
-                await session.leave_slab_on_disk()
+            if self._store is not None:
+                with trio.CancelScope(deadline=trio.current_time() + self._store.leaving_s, shield=True):
+                    await session.leave_slab_on_disk()
             raise
         finally:
             self._remove(session_id, read)
             if durable is not None:
-                durable.delete() if has_ended else durable.close()
+                with trio.CancelScope(shield=True):
+                    await stored(durable, durable.delete if has_ended else durable.close)
                 self._settled(session_id)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from enum import Enum
 from typing import Any, assert_never, cast
@@ -31,10 +31,11 @@ from actors.messages import (
 )
 from actors.nursery import open_nursery
 from actors.proposing import Proposals
+from actors.storing import beside, stored
 from actors.turn import Tally, TurnClock
 from runtime.checks import check_whole
 from runtime.durable import Durable, Terms
-from runtime.errors import HistoryMismatch, InvalidRequest, NotDurable, SlabOverflow, StorageFailed
+from runtime.errors import HistoryMismatch, InvalidRequest, NotDurable, SessionMoved, SlabOverflow, StorageFailed
 from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
 from runtime.grammar import Constraint, Mask
 from runtime.metrics import Metrics
@@ -57,6 +58,7 @@ class EndReason(Enum):
     CLOSED = "close"
     IDLE = "ttl"
     EVICTED = "lru"
+    MOVED = "moved"
 
 
 class Session:
@@ -75,8 +77,12 @@ class Session:
         history: array[int] | None = None,
         durable: Durable | None = None,
         proposals: Proposals | None = None,
+        woken_length: int = 0,
     ) -> None:
-        """A `history` given is one that goes on: the slab has read it up to its frontier. A `durable` record has it already."""
+        """A `history` given is one that goes on: the slab has read it up to its frontier. A `durable` record has it already.
+
+        Of a session that was woken the first `woken_length` tokens were read before, here or by another server.
+        """
         self._slab = slab
         self._inbox = inbox
         self._lease = executor.lease()
@@ -87,6 +93,7 @@ class Session:
         self._idle_ttl_s = idle_ttl_s
         self._durable = durable
         self._proposals = proposals
+        self._woken_length = woken_length
         self._history = array("I")
         self._digest = hashlib.blake2b()
         if history is not None:
@@ -134,7 +141,7 @@ class Session:
                 with trio.CancelScope(deadline=self._last_used + self._idle_ttl_s) as idle:
                     envelope = await (self._take_and_write() if self._is_slab_on_disk_old else self._inbox.take())
                 if idle.cancelled_caught:
-                    return EndReason.IDLE
+                    return await self._end_for_its_age()
                 await self._inbox.handle(envelope, self._handle)
         return self._ending
 
@@ -146,12 +153,16 @@ class Session:
         if self._durable is None or self._feed.length <= self._durable.slab_length:
             return
         lease = self._slab.leases
+        try:
+            await stored(self._durable, self._durable.check)
+        except (StorageFailed, SessionMoved):
+            return
         writer = self._durable.new_writer(self._slab, self._history)
         try:
-            while await trio.to_thread.run_sync(writer.step):
+            while await beside(writer.step):
                 pass
             if self._slab.leases == lease:
-                await trio.to_thread.run_sync(writer.finish)
+                await beside(writer.finish)
                 self._durable.wrote(writer)
         except StorageFailed as error:
             _log.warning("%s", error)
@@ -185,8 +196,29 @@ class Session:
         await trio.sleep(_IDLE_BEFORE_WRITING_S)
         await self.leave_slab_on_disk()
 
+    async def _end_for_its_age(self) -> EndReason:
+        try:
+            if self._durable is not None:
+                await stored(self._durable, self._durable.end)
+        except SessionMoved:
+            return EndReason.MOVED
+        except StorageFailed as error:
+            _log.warning("%s", error)
+            return EndReason.EVICTED
+        return EndReason.IDLE
+
     async def _handle(self, message: Message[Any], reply: Reply[Any]) -> None:
         request = cast(SessionMessage, message)
+        try:
+            if self._durable is not None and not isinstance(request, Evict):
+                # What is answered from here alone would be an old answer if another server had gone on with the session.
+                await stored(self._durable, self._durable.check)
+            await self._serve(request, reply)
+        except SessionMoved:
+            self._ending = EndReason.MOVED
+            raise
+
+    async def _serve(self, request: SessionMessage, reply: Reply[Any]) -> None:
         match request:
             case Append():
                 await reply(await self._append(request))
@@ -200,11 +232,13 @@ class Session:
             case Save():
                 if self._durable is None:
                     raise NotDurable("this session is not kept on disk: start the server with state_dir")
-                saved = await trio.to_thread.run_sync(self._durable.save, self._slab, self._history)
+                saved = await beside(self._durable.save, self._slab, self._history)
                 await reply(Saved(saved.snapshot_id, saved.size_bytes, saved.history_length))
             case Rewind(history):
-                await reply(self._rewind(common_length(self._history, history)))
+                await reply(await self._rewind(common_length(self._history, history)))
             case Close():
+                if self._durable is not None:
+                    await stored(self._durable, self._durable.end)
                 self._ending = EndReason.CLOSED
                 await reply(len(self._history))
             case Evict():
@@ -219,27 +253,28 @@ class Session:
         if self._turn_began is None:
             self._turn_began = trio.current_time()
         tokens = array("I", request.token_ids)
-        self._record(tokens)
+        before = self._feed.length
+        await self._record(tokens)
         self._commit(tokens)
         try:
             await self._feed.read(self._history)
         finally:
-            self._mark_used()
-        return Appended(len(self._history), self.evicted_token_count, self._digest.digest())
+            await self._mark_used()
+        return Appended(len(self._history), self.evicted_token_count, self._digest.digest(), self._reread(before))
 
-    def _rewind(self, length: int) -> Rewound:
+    async def _rewind(self, length: int) -> Rewound:
         if length == len(self._history):
             return Rewound(length, self._feed.length)
         if self._durable is not None:
             self._durable.take_back(length)
             if self._durable.slab_length > length:
-                self._durable.forget_slab()
+                await stored(self._durable, self._durable.forget_slab)
         del self._history[length:]
         self._digest = hashlib.blake2b(_little_endian(self._history))
         self._feed.retract(length)
         if self._proposals:
             self._proposals.rewind(length)
-        self._mark_used()
+        await self._mark_used()
         return Rewound(length, self._feed.length)
 
     def _check_append(self, request: Append) -> None:
@@ -261,16 +296,18 @@ class Session:
         self._check_generate(request)
         self._metrics.generate_prefill_tokens.observe(max(1, len(self._history) - self._feed.length))
         clock, tally = TurnClock(self._metrics, self._terms.label, self._turn_began), Tally(self._metrics)
+        before = self._feed.length
         try:
             if self.evicted_token_count:
                 await reply(HistoryTruncated(self.evicted_token_count))
             with self._lease:
                 stop_reason = await self._hand_over_tokens(request, reply, clock, tally)
-            await reply(Done(stop_reason, tally.generated, *clock.seconds(), tally.proposed, tally.accepted))
+            counts = (tally.proposed, tally.accepted, self._reread(before))
+            await reply(Done(stop_reason, tally.generated, *clock.seconds(), *counts))
         finally:
             # Tokens that were drawn ahead and not taken are no part of the history.
             self._feed.retract(len(self._history))
-            self._mark_used()
+            await self._mark_used()
 
     def _check_generate(self, request: Generate) -> None:
         if request.top_logprobs is not None:
@@ -282,34 +319,50 @@ class Session:
         self, request: Generate, reply: Reply[Event], clock: TurnClock, tally: Tally
     ) -> StopReason:
         constraint = request.grammar.follow() if request.grammar else None
-        while tally.generated < request.max_tokens:
-            if self._is_full:
-                return StopReason.TRUNCATED
-            tokens, checked = await self._draw(request, constraint, request.max_tokens - tally.generated - 1)
-            tally.check(checked)
-            for index, token in enumerate(tokens):
+        recorded = len(self._history)
+        try:
+            while tally.generated < request.max_tokens:
                 if self._is_full:
                     return StopReason.TRUNCATED
-                clock.tick(len(self._history))
-                self._turn_began = None
-                await self._hand_over(token, reply, is_first=index == 0)
-                # Of what one forward draws, all but the last token had been proposed.
-                tally.take(was_proposed=index < len(tokens) - 1)
-                if constraint:
-                    constraint.accept(token.token_id)
-                if token.token_id in self._terms.eos_token_ids or (constraint and constraint.is_complete):
-                    return StopReason.EOS
-        return StopReason.MAX_TOKENS
+                tokens, checked = await self._draw(request, constraint, request.max_tokens - tally.generated - 1)
+                tally.check(checked)
+                drawn = [*tokens]
+                if tally.generated:
+                    await self._draw_on(request, drawn, request.max_tokens - tally.generated)
+                await self._record(_ids_of(drawn))
+                recorded += len(drawn)
+                for index, token in enumerate(drawn):
+                    if self._is_full:
+                        return StopReason.TRUNCATED
+                    clock.tick(len(self._history))
+                    self._turn_began = None
+                    await self._hand_over(token, reply, is_first=index == 0)
+                    # Of what one forward draws, all but the last token had been proposed.
+                    tally.take(was_proposed=index < len(tokens) - 1)
+                    if constraint:
+                        constraint.accept(token.token_id)
+                    if token.token_id in self._terms.eos_token_ids or (constraint and constraint.is_complete):
+                        return StopReason.EOS
+            return StopReason.MAX_TOKENS
+        finally:
+            if self._durable is not None and recorded > len(self._history):
+                self._durable.take_back(len(self._history))
 
     @property
     def _is_full(self) -> bool:
         """Whether the session is not to forget, and one token more would make it."""
         return self._terms.overflow is Overflow.ERROR and len(self._history) >= self._slab.spec.visible
 
-    def _mark_used(self) -> None:
+    def _reread(self, before: int) -> int:
+        """How many tokens were read again since the slab had read `before`."""
+        return max(0, min(self._woken_length, self._feed.length) - before)
+
+    async def _mark_used(self) -> None:
         self._last_used = trio.current_time()
         if self._durable is not None:
-            self._durable.used()
+            # What was taken back has to be so before the next message, whoever waits no more for this one.
+            with trio.CancelScope(shield=True):
+                await stored(self._durable, self._durable.used, self._history)
 
     def _info(self) -> SessionInfo:
         spec = self._slab.spec
@@ -326,28 +379,42 @@ class Session:
 
     async def _hand_over(self, token: Token, reply: Reply[Event], *, is_first: bool) -> None:
         """Gives the token to the asker, and to the history once it was taken; it `is_first` of those that a forward drew."""
-        tokens = array("I", (token.token_id,))
-        self._record(tokens)
-        try:
-            if not reply.offer(token):
-                # The asker had the time of a whole forward to come for the first one, and none to come for the others.
-                with self._lease.held_up() if is_first else nullcontext():
-                    await reply(token)
-        except BaseException:
-            if self._durable is not None:
-                self._durable.take_back(len(self._history))
-            raise
-        self._commit(tokens)
+        if not reply.offer(token):
+            # The asker had the time of a whole forward to come for the first one, and none to come for the others.
+            with self._lease.held_up() if is_first else nullcontext():
+                await reply(token)
+        self._commit(_ids_of((token,)))
 
-    def _record(self, tokens: array[int]) -> None:
+    async def _record(self, tokens: array[int]) -> None:
         if self._durable is not None:
-            self._durable.record(len(self._history), tokens)
+            await stored(self._durable, self._durable.record, len(self._history), tokens)
 
     def _commit(self, tokens: array[int]) -> None:
         self._history += tokens
         if self._proposals:
             self._proposals.extend(tokens)
         self._digest.update(_little_endian(tokens))
+
+    async def _draw_on(self, request: Generate, drawn: list[Token], most: int) -> None:
+        """Draws so many tokens, `drawn` included, as the store has wait for one write: a write for each would cost too much.
+
+        A proposer's come several at once as it is, and a grammar has to follow what was taken.
+        """
+        if self._durable is None or self._proposals or request.grammar or not self._durable.group_s:
+            return
+        # Further ahead than a tile they could not be taken back.
+        most = min(most, self._slab.spec.row_tile)
+        if self._terms.overflow is Overflow.ERROR:
+            most = min(most, self._slab.spec.visible - len(self._history))
+        until = trio.current_time() + self._durable.group_s
+        history = self._history + _ids_of(drawn)
+        draw = Draw(request.sampling, None, request.top_logprobs)
+        while len(drawn) < most and drawn[-1].token_id not in self._terms.eos_token_ids:
+            if trio.current_time() >= until:
+                return
+            tokens, _ = await self._feed.draw(history, [], [draw])
+            drawn += tokens
+            history += _ids_of(tokens)
 
     async def _draw(self, request: Generate, constraint: Constraint | None, most: int) -> tuple[tuple[Token, ...], int]:
         """The tokens that follow the history, at least one, and how many proposed ones were checked for it, at `most`."""
@@ -362,6 +429,10 @@ class Session:
         if self._proposals and is_decode:
             self._proposals.learn(checked, len(tokens) - 1, trio.current_time() - began)
         return tokens, checked
+
+
+def _ids_of(tokens: Iterable[Token]) -> array[int]:
+    return array("I", [token.token_id for token in tokens])
 
 
 def _little_endian(tokens: array[int]) -> bytes:

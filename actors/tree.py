@@ -18,8 +18,9 @@ from actors.messages import Load
 from actors.nursery import open_nursery
 from actors.proposing import NewProposals, open_proposing
 from actors.registry import SessionRegistry
+from actors.storing import beside
 from runtime.checks import check_whole, shown
-from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity, Terms, fingerprint
+from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity, Terms, fingerprint, open_store
 from runtime.engine import Engine, EngineFacts, load_engine
 from runtime.errors import InvalidRequest, NotDurable
 from runtime.events import Overflow
@@ -56,25 +57,30 @@ class Runtime:
         self.text = text
         self.metrics = metrics
         points = store.open_points(MOST_BYTES) if store else None
-        self.conversations = Conversations(self, facts.slab, text.eos_token_ids, points)
+        self.conversations = Conversations(self, facts.slab, text.eos_token_ids, points, are_kept=points is not None)
         self._registry = registry
         self._admission = admission
         self._store = store
 
     async def create_session(
-        self, eos_token_ids: Iterable[int] = (), *, overflow: Overflow = Overflow.EVICT, label: str = ""
+        self,
+        eos_token_ids: Iterable[int] = (),
+        *,
+        overflow: Overflow = Overflow.EVICT,
+        label: str = "",
+        is_kept: bool = True,
     ) -> SessionHandle:
-        """A new long-lived session.
+        """A new long-lived session. One that is not kept is no part of `state_dir`, and ends with the server.
 
         Raises CapacityExhausted when every slab is held by a session at work, StorageFailed where it cannot be recorded, and
         InvalidRequest for more than 64 different eos ids, a label of more than 256 bytes, or what is none of these.
         """
         terms = _terms(eos_token_ids, overflow, label)
         async with self._registry.free_slab() as slab:
-            return self._opened(slab, terms)
+            return await self._opened(slab, terms, is_kept=is_kept)
 
     async def fork_session(self, session_id: str) -> SessionHandle:
-        """A new session that goes on where this one stands, on a copy of its slab; no forward runs for it.
+        """A new session that goes on where this one stands, on a copy of its slab; no forward runs for it. Kept as this one.
 
         Raises SessionNotFound, CapacityExhausted, StorageFailed.
         """
@@ -82,7 +88,8 @@ class Runtime:
         await self._registry.mailbox(session_id)
         async with self._registry.free_slab(beside=session_id) as target:
             branch = await session.fork_into(target)
-            return self._opened(target, branch.terms, branch.history)
+            is_kept = self._registry.is_kept(session_id)
+            return await self._opened(target, branch.terms, branch.history, is_kept=is_kept)
 
     async def save_session(self, session_id: str) -> Saved:
         """Writes a snapshot of the session under `state_dir`. Raises SessionNotFound, NotDurable, StorageFailed."""
@@ -96,8 +103,8 @@ class Runtime:
         """
         store = self._durable()
         async with self._registry.free_slab() as slab:
-            terms, history = await trio.to_thread.run_sync(store.load, snapshot_id, slab)
-            return self._opened(slab, terms, history)
+            terms, history = await beside(store.load, snapshot_id, slab)
+            return await self._opened(slab, terms, history)
 
     def list_snapshots(self) -> list[Snapshot]:
         """Every snapshot, the oldest first. Raises NotDurable."""
@@ -105,13 +112,13 @@ class Runtime:
 
     async def delete_snapshot(self, snapshot_id: str) -> int:
         """Deletes a snapshot; returns the bytes that it took. Raises NotDurable, SnapshotNotFound, StorageFailed."""
-        return await trio.to_thread.run_sync(self._durable().delete_snapshot, snapshot_id)
+        return await beside(self._durable().delete_snapshot, snapshot_id)
 
     async def model_info(self) -> ModelInfo:
         """What is to be known to make tokens for the model that runs."""
         digest = await trio.to_thread.run_sync(digest_of, self.text)
         name = self.settings.model_label or self.settings.model
-        return ModelInfo(name, self.facts.vocabulary, digest, self.text.eos_token_ids)
+        return ModelInfo(name, self.facts.vocabulary, digest, self.text.eos_token_ids, self.facts.kernel_class)
 
     def list_sessions(self) -> list[SessionSummary]:
         """What an operator may know of the long-lived sessions."""
@@ -127,11 +134,13 @@ class Runtime:
             raise NotDurable("the server keeps no sessions on disk: start it with state_dir")
         return self._store
 
-    def _opened(self, slab: Slab, terms: Terms, history: array[int] | None = None) -> SessionHandle:
-        return self.find_session(self._registry.open(slab, terms, history))
+    async def _opened(
+        self, slab: Slab, terms: Terms, history: array[int] | None = None, *, is_kept: bool = True
+    ) -> SessionHandle:
+        return self.find_session(await self._registry.open(slab, terms, history, is_kept=is_kept))
 
     def find_session(self, session_id: str) -> SessionHandle:
-        """The session with this id. Raises SessionNotFound."""
+        """The session with this id. Raises SessionNotFound; of a store that servers share, its first call does."""
         self._registry.check(session_id)
         return SessionHandle(session_id, self._registry, self.text)
 
@@ -205,7 +214,12 @@ async def open_runtime(settings: Settings, metrics: Metrics | None = None) -> As
             store = None
             if settings.state_dir:
                 identities = _identities(engine.facts, await trio.to_thread.run_sync(fingerprint, directory))
-                opened = SessionStore.open(settings.state_dir, *identities, most_bytes=settings.state_max_bytes)
+                opened = open_store(
+                    settings.state_dir,
+                    *identities,
+                    most_bytes=settings.state_max_bytes,
+                    lease_s=settings.state_lease_s,
+                )
                 store = await trio.to_thread.run_sync(stack.enter_context, opened)
             async with (
                 open_proposing(settings, engine.facts, thread) as new_proposals,

@@ -12,6 +12,7 @@ Events and errors are those of an embedded runtime.
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -63,6 +64,7 @@ from runtime.errors import (
     NotSupported,
     PerennialError,
     SessionFailed,
+    SessionMoved,
     SessionNotFound,
     SlabOverflow,
     SnapshotMismatch,
@@ -78,6 +80,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
+
+# What else is called an id cannot be a header.
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+SESSION_HEADER = "x-session-id"
+"""The metadata of a call on a session."""
 
 _ERRORS: dict[Status, type[PerennialError]] = {
     Status.INVALID_ARGUMENT: InvalidRequest,
@@ -112,6 +119,11 @@ class Client:
         self._channel = channel
         self._from_asyncio = from_asyncio
         self._metadata = {"authorization": f"Bearer {key}"} if key else {}
+
+    def _metadata_of(self, request: Message) -> dict[str, str]:
+        """What comes with a call: a proxy before several servers can send a session's calls to one of them by its id."""
+        session_id = getattr(request, "session_id", "")
+        return self._metadata | ({SESSION_HEADER: session_id} if _ID.fullmatch(session_id) else {})
 
     async def create_session(
         self,
@@ -175,7 +187,7 @@ class Client:
         """The response of a unary method."""
         wire: UnaryUnaryMethod[Q, A] = UnaryUnaryMethod(self._channel, f"/{SERVICE}/{method}", type(request), answered)
         with _typed_errors():
-            return await self._from_asyncio(wire)(request, metadata=self._metadata)
+            return await self._from_asyncio(wire)(request, metadata=self._metadata_of(request))
 
     @asynccontextmanager
     async def stream(
@@ -185,7 +197,7 @@ class Client:
         wire: UnaryStreamMethod[Q, A] = UnaryStreamMethod(
             self._channel, f"/{SERVICE}/{method}", type(request), answered
         )
-        stream = wire.open(metadata=self._metadata)
+        stream = wire.open(metadata=self._metadata_of(request))
         here = self._from_asyncio
         with _typed_errors():
             await here(stream.__aenter__)()
@@ -217,7 +229,7 @@ class ClientSession:
         """Adds to the history, and returns once the model has read it.
 
         With `expected_history_length` a lost reply can be retried: HistoryMismatch says that it had been appended.
-        Raises InvalidRequest, HistoryMismatch, SlabOverflow, SessionNotFound.
+        Raises InvalidRequest, HistoryMismatch, SlabOverflow, SessionNotFound, or SessionMoved where another server holds it.
         """
         request = AppendTokensRequest(self.id, list(token_ids), expected_history_length)
         reply = await self._client.call("AppendTokens", request, AppendTokensResponse)
@@ -298,6 +310,8 @@ def _typed_errors() -> Iterator[None]:
     try:
         yield
     except GRPCError as error:
+        if error.status is Status.ABORTED and (error.message or "").startswith("moved"):
+            raise SessionMoved(error.message) from None
         raise _ERRORS.get(error.status, SessionFailed)(error.message or error.status.name) from None
     except (StreamTerminatedError, OSError) as error:
         raise NotServing(f"no answer from the server: {error}; is it running?") from None

@@ -37,7 +37,7 @@ def frame_of(event: events.Event) -> GenerateResponse:
             return GenerateResponse(token_id=token_id)
         case events.HistoryTruncated(count):
             return GenerateResponse(truncated=HistoryTruncated(dropped_token_count=count))
-        case events.Done(stop_reason, count, prefill_duration_s, total_duration_s, proposed, accepted):
+        case events.Done(stop_reason, count, prefill_duration_s, total_duration_s, proposed, accepted, reread):
             done = GenerateDone(
                 stop_reason=_STOP_REASONS[stop_reason],
                 generated_token_count=count,
@@ -45,6 +45,7 @@ def frame_of(event: events.Event) -> GenerateResponse:
                 total_duration_seconds=total_duration_s,
                 proposed_token_count=proposed,
                 accepted_token_count=accepted,
+                reread_token_count=reread,
             )
             return GenerateResponse(done=done)
 
@@ -64,6 +65,7 @@ def event_of(frame: GenerateResponse) -> events.Event:
                 done.total_duration_seconds,
                 done.proposed_token_count,
                 done.accepted_token_count,
+                done.reread_token_count,
             )
         case _:
             raise SessionFailed("the server sent an event that this client does not know: use a newer client")
@@ -74,11 +76,12 @@ def appended_on_wire(appended: Appended) -> AppendTokensResponse:
         history_length=appended.history_length,
         evicted_token_count=appended.evicted_token_count,
         history_digest=appended.history_digest,
+        reread_token_count=appended.reread_token_count,
     )
 
 
 def appended_of(reply: AppendTokensResponse) -> Appended:
-    return Appended(reply.history_length, reply.evicted_token_count, reply.history_digest)
+    return Appended(reply.history_length, reply.evicted_token_count, reply.history_digest, reply.reread_token_count)
 
 
 # Fields of the same name and meaning on both sides. The invariants' counts are left at 0: a session with a broken one has
@@ -109,11 +112,13 @@ def model_on_wire(info: ModelInfo) -> GetModelInfoResponse:
         vocabulary=info.vocabulary,
         tokenizer_digest=info.tokenizer_digest,
         eos_token_ids=sorted(info.eos_token_ids),
+        kernel_class=info.kernel_class,
     )
 
 
 def model_of(reply: GetModelInfoResponse) -> ModelInfo:
-    return ModelInfo(reply.model, reply.vocabulary, reply.tokenizer_digest, frozenset(reply.eos_token_ids))
+    eos_token_ids = frozenset(reply.eos_token_ids)
+    return ModelInfo(reply.model, reply.vocabulary, reply.tokenizer_digest, eos_token_ids, reply.kernel_class)
 
 
 def summary_on_wire(summary: SessionSummary) -> ListSessionsResponseSession:

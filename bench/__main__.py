@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import trio
 
-from bench import agents, gguf, loop, marathon, quality, recall, report, results, scheduling, speed
+from bench import agents, gguf, loop, marathon, moves, quality, recall, report, results, scheduling, speed
 from bench.machine import describe_machine, our_versions
 from bench.models import MODELS, QWEN3_06B, SMALL, SMOLLM2, bench_model
 from bench.results import Record
@@ -34,6 +34,7 @@ SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
     "loop": loop.run,
     "marathon": marathon.run,
     "agents": agents.run,
+    "moves": moves.run,
 }
 ALL = (
     ("speed", QWEN3_06B),
@@ -45,6 +46,7 @@ ALL = (
     ("scheduling", QWEN3_06B),
     ("loop", QWEN3_06B),
     ("agents", QWEN3_06B),
+    ("moves", QWEN3_06B),
     ("marathon", SMALL),
     ("scheduling", SMALL),
     ("marathon", SEEDLING),

@@ -123,6 +123,12 @@ class HistoryMismatch(RequestError):
     grpc, http = "ABORTED", 409
 
 
+class SessionMoved(RequestError):
+    """Another server holds the session, or has taken it; the message begins with "moved". What this call had told is kept."""
+
+    grpc, http, code = "ABORTED", 409, "session_moved"
+
+
 class SlabOverflow(RequestError):
     """The tokens do not fit beside those held, and the session is to refuse rather than to forget."""
 

@@ -72,7 +72,8 @@ class Token:
 class Done:
     """The last word of every generation. Durations in seconds; the prefill's runs up to the first token.
 
-    Of the tokens, `accepted_token_count` were among the `proposed_token_count` that a proposer suggested.
+    Of the tokens, `accepted_token_count` were among the `proposed_token_count` that a proposer suggested. For them
+    `reread_token_count` were read that were in the history when the session came here without a slab.
     """
 
     stop_reason: StopReason
@@ -81,6 +82,7 @@ class Done:
     total_duration_s: float
     proposed_token_count: int = 0
     accepted_token_count: int = 0
+    reread_token_count: int = 0
 
 
 Event = HistoryTruncated | Token | Done

@@ -43,6 +43,13 @@ class Metrics:
         self.session_active = gauge("session_active", "Sessions held, long-lived and HTTP")
         self.session_total = counter("session_total", "Sessions ended, by how", "outcome")
         self.session_evicted_total = counter("session_evicted_total", "Slabs taken back, by why", "reason")
+        self.session_moved_here_total = counter(
+            "session_moved_here_total", "Sessions taken over from another server, by what was kept of the slab", "slab"
+        )
+        self.session_moved_away_total = counter("session_moved_away_total", "Sessions that another server has taken")
+        self.reread_tokens_total = counter(
+            "reread_tokens_total", "Tokens of woken sessions to be read again, by what was kept of the slab", "slab"
+        )
         self.session_kv_live_bytes = gauge("session_kv_live_bytes", "Bytes of live keys and values in all slabs")
         self.session_history_tokens = gauge("session_history_tokens", "Tokens in all histories")
         self.slab_in_use = gauge("slab_in_use", "Slabs held by sessions")

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Appended:
+    """`reread_token_count` tokens were in the history when the session came here without a slab, and were read for this call."""
+
     history_length: int
     evicted_token_count: int
     history_digest: bytes
+    reread_token_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +83,13 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What is to be known to make tokens for a model. `tokenizer_digest` is that of `runtime.text.Text`."""
+    """What is to be known to make tokens for a model. `tokenizer_digest` is that of `runtime.text.Text`.
+
+    Servers of one `kernel_class` give each other's bits.
+    """
 
     model: str
     vocabulary: int
     tokenizer_digest: bytes
     eos_token_ids: frozenset[int]
+    kernel_class: str = ""

@@ -148,7 +148,16 @@ class Settings:
     determinism: str = _setting(
         "strict", "strict: bit-exact; fast: larger kernels for prefill", one_of("strict", "fast")
     )
-    state_dir: str = _setting("", "directory of durable sessions; empty = memory only", ANYTHING)
+    state_dir: str = _setting(
+        "",
+        "directory of durable sessions, or a URL that servers share: s3, gs, az, file, memory; empty = memory only",
+        ANYTHING,
+    )
+    state_lease_s: float = _setting(
+        10.0,
+        "with a URL: a session to which its server has written nothing for so long may be taken by another",
+        at_least(0),
+    )
     state_max_bytes: int = _setting(0, "most bytes in state_dir; 0 = no bound", between(0, 2**62))
     log_level: str = _setting("info", "least severe log line on stderr", one_of("debug", "info", "warning", "error"))
 

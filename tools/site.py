@@ -24,6 +24,8 @@ PAGES = {
     "README.md": "Perennial",
     "docs/guide.md": "Using it",
     "docs/agents.md": "With agents",
+    "docs/sharing.md": "More than one server",
+    "docs/simulation.md": "A thousand servers, simulated",
     "docs/recordings.md": "What recorded agents cost",
     "docs/structure.md": "How it is built",
     "docs/loop.md": "Where a token's time goes",

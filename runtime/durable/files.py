@@ -11,7 +11,9 @@ from pathlib import Path
 from runtime.errors import StorageFailed, StorageFull
 
 # What making room, or waiting, mends.
-_PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.EFBIG})
+_PASSING = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.EFBIG, errno.ETIMEDOUT}
+)
 # Whatever the umask is, nobody else reads what was said.
 FILE_MODE, FOLDER_MODE = 0o600, 0o700
 

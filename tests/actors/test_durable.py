@@ -17,7 +17,7 @@ from trio.testing import MockClock
 
 from actors import Runtime, open_runtime
 from runtime import Overflow, Settings, Token
-from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity
+from runtime.durable import DirectoryStore, HistoryIdentity, SlabIdentity
 from runtime.durable.files import Files
 from runtime.errors import (
     CapacityExhausted,
@@ -62,7 +62,7 @@ async def open_durable(
 ) -> AsyncIterator[Runtime]:
     """A runtime on a ledger engine that keeps its sessions in `path`."""
     with ExitStack() as stack:
-        store = stack.enter_context(SessionStore.open(str(path), model, engine, files=files, most_bytes=most_bytes))
+        store = stack.enter_context(DirectoryStore.open(str(path), model, engine, files=files, most_bytes=most_bytes))
         async with open_lab(lab or LedgerEngine(), store=store, **settings) as runtime:
             yield runtime
 
@@ -348,7 +348,7 @@ async def test_the_session_used_longest_ago_falls_asleep_first_before_and_after_
         await runtime.create_session(label="new")
         await trio.testing.wait_all_tasks_blocked()
         assert [one.label for one in runtime.list_sessions()] == ["used", "old", "new"]
-    with SessionStore.open(str(tmp_path), MODEL, ENGINE) as store:
+    with DirectoryStore.open(str(tmp_path), MODEL, ENGINE) as store:
         assert [one.terms.label for one in store.sleeping()] == ["used", "old", "new"]
 
 
@@ -449,7 +449,7 @@ async def test_sessions_that_slept_too_long_are_deleted(tmp_path: Path, autojump
     for path in (tmp_path / "sessions").iterdir():
         os.utime(path, (0, 0))
     moment = time.time() + 3600
-    with SessionStore.open(str(tmp_path), MODEL, ENGINE, now=lambda: moment) as store:
+    with DirectoryStore.open(str(tmp_path), MODEL, ENGINE, now=lambda: moment) as store:
         assert store.expire(7200) == 0
         assert store.expire(1800) == 2
     assert list((tmp_path / "sessions").iterdir()) == []

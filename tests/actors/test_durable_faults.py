@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors import Runtime, SessionHandle
-from runtime.durable import SessionStore, Terms
+from runtime.durable import DirectoryStore, Terms
 from runtime.durable.files import Files
 from runtime.durable.framing import CHECKSUM_BYTES, checksum
 from runtime.errors import (
@@ -280,7 +280,7 @@ async def test_tokens_that_the_model_does_not_have_cost_their_session_and_their_
 ) -> None:
     history = array("I", [1, 2, 5_000_000])
     slab = LedgerEngine().new_pool(1).acquire()
-    with SessionStore.open(str(tmp_path), MODEL, ENGINE) as store:
+    with DirectoryStore.open(str(tmp_path), MODEL, ENGINE) as store:
         session_id = store.create(Terms(), history).id
         snapshot_id = store.save(Terms(), history, slab).snapshot_id
     for _ in range(2):

@@ -21,7 +21,7 @@ from api.foreign.hypercorn import Patience, patch
 from api.http import make_app
 from api.server import Server
 from runtime import Settings
-from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity
+from runtime.durable import DirectoryStore, HistoryIdentity, SessionStore, SlabIdentity
 from runtime.engine import EngineFacts
 from runtime.metrics import Metrics
 from tests.actors.engines import sample
@@ -252,7 +252,7 @@ async def open_house(
 def _open_store(state: Path, facts: EngineFacts) -> AbstractContextManager[SessionStore]:
     slab, name = facts.slab, facts.backend
     of_slab = SlabIdentity(name, name, name, "none", "float64", "float64", slab.sink, slab.window, slab.slots)
-    return SessionStore.open(str(state), HistoryIdentity(name, facts.vocabulary), of_slab)
+    return DirectoryStore.open(str(state), HistoryIdentity(name, facts.vocabulary), of_slab)
 
 
 def check_turns(answers: Sequence[Exchange]) -> None:

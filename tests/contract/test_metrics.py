@@ -22,6 +22,7 @@ CAPACITY = 2
 COUNTERS = """
 session_total session_evicted_total generated_tokens_total cache_invariant_violations_total admission_total
 http_requests_total grpc_requests_total completions_total proposed_tokens_total accepted_tokens_total
+session_moved_here_total session_moved_away_total reread_tokens_total
 """.split()
 GAUGES = """
 session_active session_kv_live_bytes session_history_tokens slab_in_use slab_total admission_pending

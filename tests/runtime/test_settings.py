@@ -52,6 +52,7 @@ GIVEN: dict[str, tuple[str, object]] = {
     "num_diffusion_steps": ("4", 4),
     "determinism": ("fast", "fast"),
     "state_dir": ("/tmp/state", "/tmp/state"),
+    "state_lease_s": ("2.5", 2.5),
     "state_max_bytes": ("1000000", 1_000_000),
     "log_level": ("debug", "debug"),
 }
@@ -124,6 +125,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "num_diffusion_steps": 2,
         "determinism": "strict",
         "state_dir": "",
+        "state_lease_s": 10,
         "state_max_bytes": 0,
         "log_level": "info",
     }

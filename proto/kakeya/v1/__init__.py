@@ -134,6 +134,11 @@ class AppendTokensResponse(betterproto2.Message):
     BLAKE2b of all token ids so far, as little-endian uint32.
     """
 
+    reread_token_count: "int" = betterproto2.field(4, betterproto2.TYPE_UINT64)
+    """
+    Tokens of the history that were read again for this call, because the session came to this server without its slab.
+    """
+
 
 default_message_pool.register_message("kakeya.v1", "AppendTokensResponse", AppendTokensResponse)
 
@@ -231,6 +236,11 @@ class GenerateDone(betterproto2.Message):
 
     accepted_token_count: "int" = betterproto2.field(6, betterproto2.TYPE_UINT32)
 
+    reread_token_count: "int" = betterproto2.field(7, betterproto2.TYPE_UINT64)
+    """
+    Tokens of the history that were read again for this call, because the session came to this server without its slab.
+    """
+
 
 default_message_pool.register_message("kakeya.v1", "GenerateDone", GenerateDone)
 
@@ -311,6 +321,11 @@ class GetModelInfoResponse(betterproto2.Message):
     eos_token_ids: "list[int]" = betterproto2.field(4, betterproto2.TYPE_UINT32, repeated=True)
     """
     Tokens that end a turn.
+    """
+
+    kernel_class: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
+    """
+    Servers of one class give each other's bits: a session goes on there from its slab, elsewhere its history is read again.
     """
 
 
