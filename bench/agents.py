@@ -35,6 +35,7 @@ from runtime.text import Text
 WINDOW = 20_476
 TURNS, GENERATED = 40, 1
 HEAD_TOKENS = 8_000
+_PAUSE_S = 30
 # What tools gave back in turn, about.
 NEW_TOKENS = (37, 150, 60, 600)
 LATENCY = "seconds to the first token"
@@ -111,6 +112,8 @@ async def run(setup: Setup) -> Result:
             result.remarks.append(f"sent again whole: {told}")
             forked, *_, told = await first_token(url, words_of(text, 60, 99), half_way)
             result.remarks.append(f"from the middle: {told}")
+            # Sessions that are idle leave their slabs on disk.
+            await trio.sleep(_PAUSE_S)
         async with our_server(settings, state) as url:
             restarted, *_, told = await first_token(url, talk.messages, None)
             result.remarks.append(f"after a restart: {told}")
