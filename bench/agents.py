@@ -4,17 +4,18 @@ Each answer is one token long, and a turn is timed until it is there: tokens of 
 
 Ours is asked through `/v1/responses`, each turn by the id of the one before. Then it is asked once more with everything sent
 again, as after a reconnect; after a restart of the server; and from a point half-way, a fork. A peer's server is sent the
-whole conversation with each turn, of which the second and the last are timed, the last behind the one before it.
+whole conversation with each turn, of which the second and the last are timed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import socket
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +24,7 @@ from typing import Any
 import psutil
 import trio
 
-from bench.figures import figure
+from bench.figures import Figure, figure
 from bench.peers.processes import PeerFailed, installed
 from bench.peers.servers import SERVERS, ServerKind, peer_server
 from bench.scenario import Result, Setup
@@ -117,7 +118,6 @@ async def run(setup: Setup) -> Result:
         async with our_server(settings, state) as url:
             restarted, *_, told = await first_token(url, talk.messages, None)
             result.remarks.append(f"after a restart: {told}")
-    result.series[LATENCY] = {OURS: seconds}
     result.figures |= {
         "turn 1": figure("s", seconds[:1]),
         "turn 2": figure("s", seconds[1:2]),
@@ -127,7 +127,21 @@ async def run(setup: Setup) -> Result:
         "after a restart": figure("s", [restarted]),
     }
     await _measure_peers(setup, talk, result)
+    result.series[LATENCY] = {OURS: seconds} | marks(result.figures)
     return result
+
+
+def marks(figures: Mapping[str, Figure]) -> dict[str, list[float]]:
+    """What was measured of single turns, as lines with gaps: ours behind the last turn, and each peer's."""
+    lines: dict[str, list[float]] = {}
+    for name, found in figures.items():
+        who, _, turn = name.rpartition(": ")
+        if who:
+            line = lines.setdefault(who, [math.nan] * TURNS)
+            line[int(turn.removeprefix("turn ")) - 1] = found.median
+        elif not name.startswith("turn "):
+            lines[f"{OURS}, {name}"] = [math.nan] * TURNS + [found.median]
+    return lines
 
 
 async def _converse(url: str, text: Text, talk: Talk) -> tuple[list[float], str]:
@@ -167,11 +181,11 @@ async def _peer_turns(kind: ServerKind, setup: Setup, talk: Talk) -> dict[str, f
     turns: dict[str, float] = {}
     threads = psutil.cpu_count(logical=False) or 1
     async with peer_server(kind, setup.peers, str(find_model(setup.settings.model)), threads) as server:
-        # A head, then each turn a question and its answer.
-        for number in (1, 2, TURNS - 1, TURNS):
+        # A head, then each turn a question and its answer. Who remembers has been sent the turn before the last, too.
+        for number in (1, 2, *([TURNS - 1] if kind.remembers else []), TURNS):
             began = trio.current_time()
             await server.answer(talk.messages[: 2 * number], GENERATED)
             turns[f"turn {number}"] = trio.current_time() - began
     # What was not sent turn by turn is no turn's time.
-    del turns[f"turn {TURNS - 1}"]
+    turns.pop(f"turn {TURNS - 1}", None)
     return turns

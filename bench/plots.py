@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isnan
 from pathlib import Path
 
 from bench.results import Record
@@ -29,8 +30,10 @@ def _draw(title: str, kind: str, lines: Mapping[str, list[float]], path: Path) -
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for label, values in lines.items():
-        axes.plot(range(1, len(values) + 1), values, label=label, linewidth=1)
-    highest = [max(values) for values in lines.values()]
+        # A line with gaps is a point here and there.
+        marker = "o" if any(map(isnan, values)) else None
+        axes.plot(range(1, len(values) + 1), values, label=label, linewidth=1, marker=marker)
+    highest = [max(value for value in values if not isnan(value)) for values in lines.values()]
     if max(highest) > _LOGARITHMIC * min(highest):
         axes.set_yscale("log")
     else:

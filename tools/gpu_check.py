@@ -296,12 +296,12 @@ def transformers_static(on: Bench, report: Report) -> None:
     for name in ("eager", "compiled") if on.device.type == "cuda" else ("eager",):
         run = torch.compile(model, mode="reduce-overhead", fullgraph=True) if name == "compiled" else model
         cache = StaticCache(config=model.config, max_cache_len=2 * PROMPT)
-        model(torch.full((1, PROMPT), 7, device=on.device), past_key_values=cache)
+        model(torch.full((1, PROMPT), 7, device=on.device), cache=cache)
 
         def step(position: int, run: Any = run, cache: StaticCache = cache) -> None:
             token = torch.full((1, 1), 7, device=on.device)
             at = torch.tensor([[position]], device=on.device)
-            int(run(token, past_key_values=cache, position_ids=at).logits[0, -1].argmax())
+            int(run(token, cache=cache, position_ids=at).logits[0, -1].argmax())
 
         for position in range(3):
             step(PROMPT + position)

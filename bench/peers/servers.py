@@ -26,11 +26,15 @@ HOST = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class ServerKind:
-    """How a peer's server is started: `command(interpreter, model's directory, port, threads)`."""
+    """How a peer's server is started: `command(interpreter, model's directory, port, threads)`.
+
+    One that `remembers` goes on from the conversation that it answered last; another reads each one whole.
+    """
 
     label: str
     package: str
     command: Callable[[str, str, int, int], Awaitable[list[str]]]
+    remembers: bool = True
 
 
 async def _llama_cpp(interpreter: str, directory: str, port: int, threads: int) -> list[str]:
@@ -53,7 +57,7 @@ async def _mlx(interpreter: str, directory: str, port: int, threads: int) -> lis
 
 SERVERS = (
     ServerKind("llama_cpp.server", "llama-cpp-python", _llama_cpp),
-    ServerKind("transformers serve", "transformers", _transformers),
+    ServerKind("transformers serve", "transformers", _transformers, remembers=False),
     ServerKind("mlx_lm.server", "mlx-lm", _mlx),
 )
 
