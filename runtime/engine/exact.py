@@ -41,6 +41,9 @@ class Claim:
     form: str
     ground: Ground
 
+    def __str__(self) -> str:
+        return f"{self.part} ({self.form}): {self.ground}"
+
 
 def row_by_row(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     """An elementwise `function` of `rows` [..., columns], such that a value's bits depend on it and its column alone.

@@ -39,6 +39,7 @@ from runtime.engine.torch_model import (
     forms_of,
     free_memory,
     held_weights,
+    linear_claims,
     linears_are_exact,
     load_model,
 )
@@ -121,9 +122,7 @@ class GraphEngine:
         )
 
     def _claims(self) -> tuple[str, ...]:
-        kinds = {type(one): one for one in self._linears}
-        linears = (Claim("linears", kind.__name__, kind.ground) for kind in kinds)
-        return tuple(f"{claim.part} ({claim.form}): {claim.ground}" for claim in (*linears, self._kernels.claim, _REST))
+        return tuple(map(str, (*linear_claims(self._linears), self._kernels.claim, _REST)))
 
     def new_pool(self, count: int) -> SlabPool:
         """Raises CapacityExhausted where fewer slabs are left."""

@@ -138,7 +138,7 @@ class MlxEngine:
         if self._fixed_rows is None:
             return ()
         claim = Claim("whole forwards", f"{self._fixed_rows} rows", Ground.FIXED_ROWS)
-        return (f"{claim.part} ({claim.form}): {claim.ground}",)
+        return (str(claim),)
 
     def new_pool(self, count: int) -> SlabPool:
         return mlx_pool(self._spec, count)

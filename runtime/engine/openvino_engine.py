@@ -144,7 +144,7 @@ class OpenVinoEngine:
             Claim(part, "OpenVINO's vectors, a row at a time", Ground.ROW_BY_ROW)
             for part in ("norms", "activations, rotation")
         )
-        return tuple(f"{claim.part} ({claim.form}): {claim.ground}" for claim in (linears, *rest, CLAIM))
+        return tuple(map(str, (linears, *rest, CLAIM)))
 
     def new_pool(self, count: int) -> SlabPool:
         return torch_pool(self._spec, count)

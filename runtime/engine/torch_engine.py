@@ -27,7 +27,6 @@ from runtime.engine.configuration import (
     slab_spec,
 )
 from runtime.engine.drawing import draw_tokens
-from runtime.engine.exact import Claim
 from runtime.engine.findings import found
 from runtime.engine.linears import FixedRowsLinear, RowLinear, weights_bytes
 from runtime.engine.machine import features, kernel_class
@@ -39,6 +38,7 @@ from runtime.engine.torch_model import (
     forms_of,
     free_memory,
     held_weights,
+    linear_claims,
     linears_are_exact,
     load_model,
 )
@@ -125,10 +125,8 @@ class TorchEngine:
         )
 
     def _claims(self) -> tuple[str, ...]:
-        kinds = {type(one): one for one in self._linears}
-        linears = tuple(Claim("linears", kind.__name__, kind.ground) for kind in kinds)
-        of_parts = tuple(CLAIMS_OF_PARTS[part] for part in sorted(self._parts & CLAIMS_OF_PARTS.keys()))
-        return tuple(f"{claim.part} ({claim.form}): {claim.ground}" for claim in (*linears, *CLAIMS, *of_parts))
+        of_parts = (CLAIMS_OF_PARTS[part] for part in sorted(self._parts & CLAIMS_OF_PARTS.keys()))
+        return tuple(map(str, (*linear_claims(self._linears), *CLAIMS, *of_parts)))
 
     def _tried(self) -> str:
         if not self._is_bit_exact:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import load_weights
 from runtime.engine.configuration import Form, is_small, named_dtype
+from runtime.engine.exact import Claim
 from runtime.engine.findings import found
 from runtime.engine.linears import RowLinear, replace_linears
 from runtime.engine.machine import Level, level
@@ -109,6 +110,12 @@ def forms_of(settings: Settings, device: torch.device, weights: int, kinds: Mapp
 
 def _dequantised(kinds: Mapping[str, int]) -> str:
     return f"dequantised: {', '.join(f'{count} of {kind}' for kind, count in kinds.items())}" if kinds else ""
+
+
+def linear_claims(linears: Iterable[RowLinear]) -> list[Claim]:
+    """One claim for each form that a model's linears have."""
+    kinds = {type(one): one for one in linears}
+    return [Claim("linears", kind.__name__, kind.ground) for kind in kinds]
 
 
 @torch.inference_mode()
