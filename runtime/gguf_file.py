@@ -146,6 +146,11 @@ class GgufFile:
         """The tensors that a model is made of."""
         return {name: stored for name, stored in self.tensors.items() if name != _ROPE_FACTORS}
 
+    @property
+    def embedding(self) -> StoredTensor:
+        """Raises LookupError where it has none, and is no model."""
+        return self.tensors[_EMBEDDING]
+
     def kinds(self) -> Mapping[str, int]:
         """How many tensors there are of each kind, by its name."""
         return Counter(stored.kind.name for stored in self.weights().values())

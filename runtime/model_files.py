@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,6 +126,15 @@ def check_weights(directory: Path, config: Mapping[str, Any]) -> None:
                         raise ModelUnavailable(f"{file}: {name} is of type {dtype}, which no engine here computes with")
         except (OSError, SafetensorError) as error:
             raise ModelUnavailable(f"{file} is no whole file of weights: get it again ({error})") from error
+
+
+def count_stored(directory: Path) -> int:
+    """How many weights the files in a directory hold. Raises ModelUnavailable, OSError or SafetensorError."""
+    count = 0
+    for file in _weight_files(directory):
+        with safe_open(file, "pt") as held:
+            count += sum(math.prod(held.get_slice(name).get_shape()) for name in held.keys())  # noqa: SIM118 (It is no mapping.)
+    return count
 
 
 def _weight_files(directory: Path) -> Iterator[Path]:

@@ -9,14 +9,12 @@ from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
 
 import psutil
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from runtime.checkpoints import load_weights
 from runtime.engine import EngineFacts
 from runtime.engine.configuration import (
     KEPT,
@@ -33,16 +31,14 @@ from runtime.engine.drawing import draw_tokens
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import found
 from runtime.engine.machine import Level, features, hardware_level, kernel_class, level
+from runtime.engine.openvino_bundle import bundled_bytes, find_parts
+from runtime.engine.openvino_compiling import Compiling
 from runtime.engine.openvino_fit import can_build
-from runtime.engine.openvino_graphs import Compiling, build
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
-from runtime.engine.rotary import ExactRotary
 from runtime.engine.row_attention import CLAIM, RowAttention, row_attention_is_exact
 from runtime.engine.torch_slab import torch_pool
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.events import Token
-from runtime.gguf_file import StoredRows
-from runtime.gguf_model import StoredEmbedding, stored_model
 from runtime.rows import RowBatch
 from runtime.settings import Settings
 from runtime.slab import SlabPool, SlabSpec
@@ -88,16 +84,12 @@ class OpenVinoEngine:
                 "multiples of 32 or heads of no multiple of 16: set backend to torch"
             )
         forms = _forms(settings, is_file=directory.is_file())
-        count = count_weights(config, directory)
 
         def spec_of(form: Form) -> SlabSpec:
             return slab_spec(config, settings, form.dtype, cpu, row_tile=_ROW_TILE, others=_held_types())
 
-        # The embedding stays beside a head that shares its weights. What is rounded is read in 16 bits first, and what is not
-        # is kept twice: as it was, and as OpenVINO's kernels read it.
-        held = count + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
-        bytes_each = max(2 * form.dtype.itemsize if form.weights == "none" else 2 for form in forms)
-        check_memory(held * bytes_each, psutil.virtual_memory().available, settings, spec_of(forms[0]), beside)
+        needed = _needed_bytes(config, directory, forms)
+        check_memory(needed, psutil.virtual_memory().available, settings, spec_of(forms[0]), beside)
         if beside is None:
             torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
         is_strict = settings.determinism == "strict"
@@ -164,16 +156,12 @@ class _Model:
 
     def __init__(self, config: PreTrainedConfig, directory: Path, form: Form, spec: SlabSpec) -> None:
         """Raises ModelUnavailable."""
-        model = stored_model(directory) if directory.is_file() else _loaded(directory, form)
+        parts = find_parts(directory, _compiling(form))
         self.config = config
         self._form, self._spec = form, spec
-        decoder = model.get_decoder()
-        self._rotary = ExactRotary(decoder.rotary_emb)
+        self._graphs, self._embedding, self._rotary = parts.graphs, parts.embedding, parts.rotary
         self._attend = RowAttention(spec, config.num_attention_heads, self._rotary)
-        self._embedding = _embedding_of(decoder)
-        self._graphs = build(model, Compiling(form.dtype, form.weights, torch.get_num_threads()))
-        self.tensors = self._graphs.tensors
-        self.weights_bytes = self._graphs.weights_bytes + self._embedding.nbytes
+        self.tensors, self.weights_bytes = parts.tensors, parts.weights_bytes
         self._no_logits = torch.empty(0, config.vocab_size)
 
     def is_exact(self) -> bool:
@@ -183,9 +171,11 @@ class _Model:
         kinds = {"first": graphs.first, "last": graphs.last, "head": graphs.head}
         kinds |= {f"between {' '.join(graph.forms)}".strip(): graph for graph in graphs.between}
         for kind, graph in kinds.items():
+            # What is imported might be called otherwise than what was compiled here.
+            way = f"{kind}, imported" if graph.is_imported else kind
             most = _HEAD_MOST_ROWS if graph is graphs.head else self._spec.row_tile
             probe = partial(is_exact_function, graph.of_rows, sum(graph.widths), torch.float32, most)
-            if not found(f"{described} graph {kind}, at most {most} rows", probe):
+            if not found(f"{described} graph {way}, at most {most} rows", probe):
                 _log.warning("a row gets other bits in other batches of the graph %s of %s", kind, self._form)
                 return False
         layer = _FirstLayer(self, replace(self._spec, layers=1))
@@ -216,29 +206,6 @@ class _Model:
         return torch.cat([self._graphs.head(part)[0].clone() for part in parts if len(part)] or [self._no_logits])
 
 
-class _DenseRows:
-    """Rows of an embedding, in a copy, so that the file it was mapped from is let go."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight.detach().clone()
-        self.nbytes = self._weight.nbytes
-
-    def rows(self, indices: Sequence[int]) -> Tensor:
-        """[indices, hidden] float32."""
-        return self._weight[indices].float()
-
-
-def _embedding_of(decoder: Any) -> _DenseRows | StoredRows:
-    embedding = decoder.embed_tokens
-    return StoredRows(embedding.stored) if isinstance(embedding, StoredEmbedding) else _DenseRows(embedding.weight)
-
-
-def _loaded(directory: Path, form: Form) -> Any:
-    # What is rounded to fewer bits is rounded from the checkpoint's own.
-    dtype: torch.dtype | Literal["auto"] = form.dtype if form.weights == "none" else "auto"
-    return load_weights(AutoModelForCausalLM, directory, dtype, f"the weights in {directory} cannot be loaded")
-
-
 class _FirstLayer:
     """The model's first layer, over slabs of `spec`: the head was tried by itself, and a large one takes longest."""
 
@@ -251,6 +218,21 @@ class _FirstLayer:
     @torch.inference_mode()
     def logits(self, batch: RowBatch) -> Tensor:
         return self._model.hidden(batch, self.spec.layers)
+
+
+def _compiling(form: Form) -> Compiling:
+    return Compiling(form.dtype, form.weights, torch.get_num_threads())
+
+
+def _needed_bytes(config: PreTrainedConfig, directory: Path, forms: Sequence[Form]) -> int:
+    """What a load takes for weights, in the first form that will do. Raises ModelUnavailable."""
+    if (bundled := bundled_bytes(directory, _compiling(forms[0]))) is not None:
+        return bundled
+    # The embedding stays beside a head that shares its weights. What is rounded is read in 16 bits first, and what is not
+    # is kept twice: as it was, and as OpenVINO's kernels read it.
+    held = count_weights(config, directory)
+    held += config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+    return held * max(2 * form.dtype.itemsize if form.weights == "none" else 2 for form in forms)
 
 
 def _held_types() -> tuple[str, ...]:

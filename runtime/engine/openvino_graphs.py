@@ -9,9 +9,11 @@ sums whole numbers inside a group, and adds the groups in order, which is what Q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.engine.configuration import KEPT, attention_shape
+from runtime.engine.openvino_compiling import Compiling, Draft, Graph, Graphs, Realise, Shape, graph_names
 from runtime.engine.openvino_fit import GROUP
 from runtime.engine.stored import Matrix, Tally, form_of, join, matrix_of, quantised
 from runtime.foreign.openvino import ops, ov
@@ -27,79 +30,10 @@ from runtime.foreign.pages import page_out
 _FLOAT = ov.Type.f32
 # So many weights and what is made of them stay in a core's cache.
 _ROUNDED_AT_ONCE = 2**18
+# So many layers at once are held twice.
+MOST_AT_ONCE = 4
 _TURN = ("cosines", "sines")
 _OV_TYPES = {torch.bfloat16: ov.Type.bf16, torch.float16: ov.Type.f16, torch.float32: ov.Type.f32}
-
-
-@dataclass(frozen=True, slots=True)
-class Compiling:
-    """How graphs are compiled: the type that they compute in, how they hold weights, and on how many threads."""
-
-    dtype: torch.dtype
-    weights: str
-    threads: int
-
-    def graph(
-        self,
-        outputs: Sequence[ov.Output],
-        inputs: Sequence[ov.Output],
-        widths: Sequence[int],
-        groups: Mapping[str, int],
-    ) -> Graph:
-        """Compiles what leads from `inputs` to `outputs`; `groups` are those of its weights by their forms."""
-        # Rows that are rounded in larger groups than the weights have are not rounded at all.
-        group = min(groups.values(), default=GROUP)
-        properties = {
-            "INFERENCE_PRECISION_HINT": "bf16" if self.dtype == torch.bfloat16 and self.weights == "none" else "f32",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group if self.weights != "none" else 0),
-            "INFERENCE_NUM_THREADS": self.threads,
-            "NUM_STREAMS": 1,
-            # Threads that are tied to a core stand in the way of torch's own.
-            "ENABLE_CPU_PINNING": False,
-        }
-        model = ov.Model(list(outputs), [one.get_node() for one in inputs])
-        return Graph(ov.Core().compile_model(model, "CPU", properties), widths, tuple(groups))
-
-
-class Graph:
-    """A compiled graph. Takes rows of these `widths` and returns rows, in float32; its next call overwrites what it returned.
-
-    `forms` are those of its weights that come from a GGUF file.
-    """
-
-    def __init__(self, compiled: ov.CompiledModel, widths: Sequence[int], forms: tuple[str, ...]) -> None:
-        self.widths, self.forms = tuple(widths), forms
-        self._request = compiled.create_infer_request()
-        self._outputs = len(compiled.outputs)
-        self._given: list[ov.Tensor] = []
-
-    def __call__(self, *rows: Tensor) -> list[Tensor]:
-        # What is shared has to outlive the call.
-        self._given = [ov.Tensor(one.numpy(), shared_memory=True) for one in rows]
-        for place, tensor in enumerate(self._given):
-            self._request.set_input_tensor(place, tensor)
-        self._request.infer()
-        return [torch.from_numpy(self._request.get_output_tensor(place).data) for place in range(self._outputs)]
-
-    def of_rows(self, rows: Tensor) -> Tensor:
-        """All that it returns for `rows` that hold all that it takes, one beside the other."""
-        taken = [part.contiguous() for part in rows.split(self.widths, dim=1)]
-        return torch.cat([one.flatten(1) for one in self(*taken)], dim=1)
-
-
-@dataclass(frozen=True, slots=True)
-class Graphs:
-    """`first` takes hidden rows; each of `between`, and `last`, what a layer attended to and the hidden rows before it.
-
-    `tensors` says of each kind in a GGUF file what became of it.
-    """
-
-    first: Graph
-    between: tuple[Graph, ...]
-    last: Graph
-    head: Graph
-    weights_bytes: int
-    tensors: tuple[str, ...]
 
 
 @contextmanager
@@ -112,29 +46,54 @@ def _on_one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-# In parts that stay in its cache one core rounds weights as fast as memory gives them; several would wait for each other after
-# each of a dozen small steps.
-@_on_one_thread()
-def build(model: Any, compiling: Compiling) -> Graphs:
-    """The graphs of a model of transformers, whose layers are taken from it one by one, so that memory holds one twice."""
-    decoder, config = model.get_decoder(), model.config
-    builder = _Builder(config, compiling)
+@dataclass(frozen=True, slots=True)
+class Built:
+    """The graphs of a model, the bytes of their weights, and of each kind in a GGUF file what became of it."""
+
+    graphs: Graphs
+    weights_bytes: int
+    tensors: tuple[str, ...]
+
+
+def build(model: Any, compiling: Compiling, realise: Realise) -> Built:
+    """The graphs of a model of transformers, whose layers are taken from it one by one, so that memory holds a few twice."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
     layers = list(decoder.layers)
     decoder.layers = nn.ModuleList()
-    first = builder.first(layers[0])
-    between = []
-    for number in range(1, len(layers)):
-        between.append(builder.between(layers[number - 1], layers[number]))
-        page_out(layers[number - 1].parameters())
-        layers[number - 1] = None
-    last = builder.last(layers[-1], decoder.norm)
-    page_out(layers[-1].parameters())
-    head = builder.head(model.get_output_embeddings())
-    return Graphs(first, tuple(between), last, head, builder.weights_bytes, builder.tally.lines())
+    makers: list[Callable[[_Builder], Draft]] = [
+        lambda builder: builder.head(head),
+        lambda builder: builder.first(layers[0]),
+        *(partial(_between, layers, number) for number in range(len(layers) - 1)),
+        lambda builder: builder.last(layers[-1], decoder.norm),
+    ]
+
+    def made(name: str, make: Callable[[_Builder], Draft]) -> tuple[Graph, _Builder]:
+        builder = _Builder(model.config, compiling)
+        return realise(name, make(builder)), builder
+
+    graphs: dict[str, Graph] = {}
+    weights_bytes, tally = 0, Tally()
+    names = list(graph_names(len(layers)))
+    # In parts that stay in its cache one core rounds weights as fast as memory gives them; several would wait for each other
+    # after each of a dozen small steps.
+    with _on_one_thread(), ThreadPoolExecutor(min(compiling.threads, MOST_AT_ONCE)) as pool:
+        for number, (graph, builder) in enumerate(pool.map(made, names, makers)):
+            graphs[names[number]] = graph
+            weights_bytes += builder.weights_bytes
+            tally.add_all(builder.tally)
+            if number > 1:
+                # The second graph of each layer, and its last.
+                page_out(layers[number - 2].parameters())
+                layers[number - 2] = None
+    return Built(Graphs.of(graphs), weights_bytes, tally.lines())
+
+
+def _between(layers: Sequence[Any], number: int, builder: _Builder) -> Draft:
+    return builder.between(layers[number], layers[number + 1])
 
 
 class _Builder:
-    """Makes the graphs of one model, and counts the bytes of the weights that go into them."""
+    """Drafts one graph of a model, and counts the bytes of the weights that go into it."""
 
     def __init__(self, config: Any, compiling: Compiling) -> None:
         self._compiling = compiling
@@ -148,36 +107,35 @@ class _Builder:
         self.weights_bytes = 0
         self.tally = Tally()
 
-    def first(self, layer: Any) -> Graph:
+    def first(self, layer: Any) -> Draft:
         def make(hidden: ov.Output, *turn: ov.Output) -> list[ov.Output]:
             return self._projected(layer, hidden, turn)
 
         return self._graph(make, ["hidden", *_TURN])
 
-    def between(self, before: Any, after: Any) -> Graph:
+    def between(self, before: Any, after: Any) -> Draft:
         def make(attended: ov.Output, hidden: ov.Output, *turn: ov.Output) -> list[ov.Output]:
             hidden = self._mixed(before, attended, hidden)
             return [hidden, *self._projected(after, hidden, turn)]
 
         return self._graph(make, ["attended", "hidden", *_TURN])
 
-    def last(self, layer: Any, norm: Any) -> Graph:
+    def last(self, layer: Any, norm: Any) -> Draft:
         def make(attended: ov.Output, hidden: ov.Output) -> list[ov.Output]:
             return [self._norm(norm, self._mixed(layer, attended, hidden))]
 
         return self._graph(make, ["attended", "hidden"])
 
-    def head(self, linear: nn.Linear) -> Graph:
+    def head(self, linear: nn.Linear) -> Draft:
         """In 8 bits where the layers have 4: it decides between tokens."""
         weights = "int8" if self._compiling.weights == "int4" else self._compiling.weights
         return self._graph(lambda hidden: [self._times([linear], hidden, weights)], ["hidden"])
 
-    def _graph(self, make: Callable[..., list[ov.Output]], names: Sequence[str]) -> Graph:
+    def _graph(self, make: Callable[..., list[ov.Output]], names: Sequence[str]) -> Draft:
         widths = [self._widths[name] for name in names]
         inputs = [_out(ops.parameter(ov.PartialShape([-1, width]), _FLOAT)) for width in widths]
-        self._groups = {}
         outputs = make(*inputs)
-        return self._compiling.graph(outputs, inputs, widths, self._groups)
+        return Draft(ov.Model(outputs, [one.get_node() for one in inputs]), Shape(tuple(widths), self._groups))
 
     def _projected(self, layer: Any, hidden: ov.Output, turn: Sequence[ov.Output]) -> list[ov.Output]:
         """Queries, keys and values [rows, heads, D] of a layer, queries and keys turned."""

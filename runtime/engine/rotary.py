@@ -27,6 +27,7 @@ class ExactRotary(nn.Module):
     """
 
     frequencies: Tensor
+    scaling: float
 
     def __init__(self, original: nn.Module, kind: str = "", *, has_half_angles: bool = False) -> None:
         """The embedding of one `kind` of layer, where the original has several.
@@ -45,8 +46,8 @@ class ExactRotary(nn.Module):
         frequencies = original.get_buffer(f"{prefix}inv_freq")
         self.register_buffer("frequencies", frequencies.double(), persistent=False)
         self._columns = len(frequencies) * (1 if has_half_angles else 2)
-        self._scaling = getattr(original, f"{prefix}attention_scaling", 1.0)
-        is_scaled = is_number(self._scaling) and math.isfinite(self._scaling)
+        self.scaling = getattr(original, f"{prefix}attention_scaling", 1.0)
+        is_scaled = is_number(self.scaling) and math.isfinite(self.scaling)
         if not is_scaled or not (self.frequencies.isfinite() & (self.frequencies > 0)).all():
             raise ModelUnavailable(
                 "rotary embedding: the configuration's rope_parameters make angles that are no numbers"
@@ -60,7 +61,7 @@ class ExactRotary(nn.Module):
         if position_ids.dim() == _DIMENSIONS_WITH_PLACES:
             # A token of text has the same place in time, height and width.
             position_ids = position_ids[0]
-        cosines, sines = (part[..., : self._columns] * self._scaling for part in self.turn(position_ids))
+        cosines, sines = (part[..., : self._columns] * self.scaling for part in self.turn(position_ids))
         return cosines.to(hidden.dtype), sines.to(hidden.dtype)
 
     def turn(self, distance: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,6 +69,17 @@ class ExactRotary(nn.Module):
         angles = distance.unsqueeze(-1).double() * self.frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return row_by_row(torch.cos, angles), row_by_row(torch.sin, angles)
+
+
+class KnownRotary(nn.Module):
+    """Stands for a rotary embedding of transformers whose frequencies are known, so that none has to be made."""
+
+    rope_type = "default"
+
+    def __init__(self, frequencies: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", frequencies, persistent=False)
+        self.attention_scaling = scaling
 
 
 class RotaryByLayer(nn.Module):

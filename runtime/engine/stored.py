@@ -77,6 +77,15 @@ class Tally:
         became.held_bytes += held_bytes
         became.error = max(became.error, error)
 
+    def add_all(self, other: Tally) -> None:
+        """What another has counted too."""
+        for key, one in other._kinds.items():
+            became = self._kinds.setdefault(key, _Became(one.form))
+            became.count += one.count
+            became.stored_bytes += one.stored_bytes
+            became.held_bytes += one.held_bytes
+            became.error = max(became.error, one.error)
+
     def lines(self) -> tuple[str, ...]:
         """A line for each kind."""
         return tuple(

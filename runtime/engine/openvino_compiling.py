@@ -1,0 +1,131 @@
+"""OpenVINO's graphs from a draft to what is called: compiled here, or imported from what one was exported to."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.bundles import let_go
+from runtime.engine.openvino_fit import GROUP
+from runtime.foreign.openvino import ov
+
+
+@dataclass(frozen=True, slots=True)
+class Compiling:
+    """How graphs are compiled: the type that they compute in, how they hold weights, and on how many threads."""
+
+    dtype: torch.dtype
+    weights: str
+    threads: int
+
+    def properties(self, group: int) -> dict[str, Any]:
+        """For OpenVINO, of a graph whose weights have a scale for each `group` of them, or larger groups."""
+        return {
+            "INFERENCE_PRECISION_HINT": "bf16" if self.dtype == torch.bfloat16 and self.weights == "none" else "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group if self.weights != "none" else 0),
+            "INFERENCE_NUM_THREADS": self.threads,
+            "NUM_STREAMS": 1,
+            # Threads that are tied to a core stand in the way of torch's own.
+            "ENABLE_CPU_PINNING": False,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a graph: how wide the rows are that it takes, and the groups of its weights by their forms in a GGUF file."""
+
+    widths: tuple[int, ...]
+    groups: Mapping[str, int]
+
+    @property
+    def group(self) -> int:
+        """Rows that are rounded in larger groups than the weights have are not rounded at all."""
+        return min(self.groups.values(), default=GROUP)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A graph that is still to be compiled."""
+
+    model: ov.Model
+    shape: Shape
+
+    def compiled(self, compiling: Compiling) -> ov.CompiledModel:
+        return ov.Core().compile_model(self.model, "CPU", compiling.properties(self.shape.group))
+
+
+class Graph:
+    """A compiled graph. Takes rows of these `widths` and returns rows, in float32; its next call overwrites what it returned.
+
+    `forms` are those of its weights that come from a GGUF file.
+    """
+
+    def __init__(self, compiled: ov.CompiledModel, shape: Shape, mapped: mmap.mmap | None = None) -> None:
+        """`mapped` is what its constants lie in."""
+        self.widths, self.forms = shape.widths, tuple(shape.groups)
+        self._mapped = mapped
+        self._request = compiled.create_infer_request()
+        self._outputs = len(compiled.outputs)
+        self._given: list[ov.Tensor] = []
+
+    @classmethod
+    def imported(cls, mapped: mmap.mmap, shape: Shape, compiling: Compiling) -> Graph:
+        """The graph that was exported to `mapped`, of which what its kernels pack stays in memory alone.
+
+        They pack weights at their first product, and read them no more. Raises RuntimeError where it is no such graph.
+        """
+        exported = ov.Tensor(np.frombuffer(mapped, np.uint8), shared_memory=True)
+        graph = cls(ov.Core().import_model(exported, "CPU", compiling.properties(shape.group)), shape, mapped)
+        graph.of_rows(torch.zeros(1, sum(shape.widths)))
+        let_go(mapped)
+        return graph
+
+    @property
+    def is_imported(self) -> bool:
+        return self._mapped is not None
+
+    def __call__(self, *rows: Tensor) -> list[Tensor]:
+        # What is shared has to outlive the call.
+        self._given = [ov.Tensor(one.numpy(), shared_memory=True) for one in rows]
+        for place, tensor in enumerate(self._given):
+            self._request.set_input_tensor(place, tensor)
+        self._request.infer()
+        return [torch.from_numpy(self._request.get_output_tensor(place).data) for place in range(self._outputs)]
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """All that it returns for `rows` that hold all that it takes, one beside the other."""
+        taken = [part.contiguous() for part in rows.split(self.widths, dim=1)]
+        return torch.cat([one.flatten(1) for one in self(*taken)], dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Graphs:
+    """`first` takes hidden rows; each of `between`, and `last`, what a layer attended to and the hidden rows before it."""
+
+    first: Graph
+    between: tuple[Graph, ...]
+    last: Graph
+    head: Graph
+
+    @classmethod
+    def of(cls, named: Mapping[str, Graph]) -> Graphs:
+        """Of those that `names` names."""
+        between = tuple(named[f"between-{number}"] for number in range(len(named) - 3))
+        return cls(named["first"], between, named["last"], named["head"])
+
+
+def graph_names(layers: int) -> Iterator[str]:
+    """What the graphs of a model of so many layers are called, the head first, which takes longest."""
+    yield from ("head", "first", *(f"between-{number}" for number in range(layers - 1)), "last")
+
+
+class Realise(Protocol):
+    """Makes of a draft what is called. Threads call it side by side."""
+
+    def __call__(self, name: str, draft: Draft) -> Graph: ...
