@@ -17,9 +17,10 @@ import json
 import mmap
 import os
 import shutil
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -29,6 +30,9 @@ _INDEX = "index.json"
 _SCRATCH = "."
 # Of the disk that they lie on: what all bundles may take, and what they leave free.
 _MOST_SHARE, _FREE_SHARE = 1 / 4, 1 / 20
+
+# Linux holds what is written at once as one piece, and maps all of it where a number of it is read.
+_WRITTEN_AT_ONCE = 2**16
 
 
 class BundleDamaged(Exception):
@@ -53,9 +57,8 @@ class BundleName:
 class Bundle:
     """One that is there. For as long as it is held, nobody clears it away."""
 
-    def __init__(self, folder: Path, lock: IO[bytes], content: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, content: Mapping[str, Any]) -> None:
         self.facts: Mapping[str, Any] = content["facts"]
-        self._lock = lock
         self._checks: Mapping[str, tuple[int, int]] = {name: tuple(one) for name, one in content["parts"].items()}
         self._mapped = {name: _map(folder / name) for name in self._checks}
         for name, (length, _) in self._checks.items():
@@ -65,27 +68,24 @@ class Bundle:
     @classmethod
     def open(cls, folder: Path) -> Bundle | None:
         """The bundle in a folder, or None where there is none. Raises BundleDamaged."""
-        try:
-            lock = (folder / _INDEX).open("rb")
-        except OSError:
-            return None
-        try:
+        with ExitStack() as stack:
+            try:
+                lock = stack.enter_context((folder / _INDEX).open("rb"))
+            except OSError:
+                return None
             if not _has_locked(lock, fcntl.LOCK_SH):
                 return None
-            content = _content(lock.read())
+            try:
+                bundle = cls(folder, _content(lock.read()))
+            except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+                if not (folder / _INDEX).exists():
+                    # Whoever has cleared it away was there before the lock.
+                    return None
+                raise BundleDamaged(f"{folder} is damaged") from error
             with suppress(OSError):
                 os.utime(lock.fileno())
-            return cls(folder, lock, content)
-        except FileNotFoundError:
-            # Whoever has cleared it away was there before the lock.
-            return None
-        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-            raise BundleDamaged(f"{folder} is damaged") from error
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Of its parts."""
-        return frozenset(self._checks)
+            weakref.finalize(bundle, stack.pop_all().close)
+            return bundle
 
     def part(self, name: str) -> mmap.mmap:
         """A part, all of whose bytes are read once. What is written to it stays in memory. Raises BundleDamaged."""
@@ -103,12 +103,14 @@ class BundleWriter:
         self._checks: dict[str, tuple[int, int]] = {}
 
     def add(self, name: str, content: memoryview) -> mmap.mmap:
-        """Writes a part, not an empty one, and maps it. Raises OSError, also where the disk would be all but full."""
+        """Writes a part of bytes, not an empty one, and maps it. Raises OSError, also where the disk would be all but full."""
         usage = shutil.disk_usage(self._scratch)
         if usage.free - content.nbytes < usage.total * _FREE_SHARE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         path = self._scratch / name
-        path.write_bytes(content)
+        with path.open("xb") as file:
+            for at in range(0, content.nbytes, _WRITTEN_AT_ONCE):
+                file.write(content[at : at + _WRITTEN_AT_ONCE])
         self._checks[name] = content.nbytes, zlib.crc32(content)
         return _map(path)
 
@@ -160,26 +162,27 @@ def let_go(mapped: mmap.mmap) -> None:
 
 def _make_room(folder: Path, most_bytes: int, is_of_use: Callable[[Mapping[str, Any]], bool]) -> None:
     """Raises OSError where there is none to be had."""
+    most = shutil.disk_usage(folder).total * _MOST_SHARE
+    if most_bytes > most:
+        raise _no_room(most_bytes)
     sizes: dict[Path, int] = {}
     for one in sorted(_bundles(folder), key=_last_use):
         if one.name.startswith(_SCRATCH) or not is_of_use(_facts(one)):
             _clear(one)
         if one.exists():
             sizes[one] = _size(one)
-    usage = shutil.disk_usage(folder)
-    most = usage.total * _MOST_SHARE
-    for one in list(sizes):
-        if sum(sizes.values()) + most_bytes <= most and _is_room(folder, most_bytes):
+    for one in [*sizes, None]:
+        usage = shutil.disk_usage(folder)
+        is_free = usage.free - most_bytes >= usage.total * _FREE_SHARE
+        if is_free and sum(sizes.values()) + most_bytes <= most:
             return
-        if _clear(one):
+        if one and _clear(one):
             del sizes[one]
-    if sum(sizes.values()) + most_bytes > most or not _is_room(folder, most_bytes):
-        raise OSError(errno.ENOSPC, f"{most_bytes / 2**30:.1f} GiB are needed and may not be taken")
+    raise _no_room(most_bytes)
 
 
-def _is_room(folder: Path, most_bytes: int) -> bool:
-    usage = shutil.disk_usage(folder)
-    return usage.free - most_bytes >= usage.total * _FREE_SHARE
+def _no_room(most_bytes: int) -> OSError:
+    return OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for {most_bytes / 2**30:.1f} GiB more")
 
 
 def _bundles(folder: Path) -> list[Path]:

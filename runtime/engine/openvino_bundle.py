@@ -108,7 +108,7 @@ class _InBundle:
     def embedding(self, weight: Tensor) -> Tensor:
         weight = weight.detach().contiguous()
         try:
-            mapped = self._writer.add(_EMBEDDING, memoryview(weight.view(torch.uint8).numpy()))
+            mapped = self._writer.add(_EMBEDDING, weight.view(torch.uint8).flatten().numpy().data)
         except OSError as error:
             self._failure = error
             return self._memory.embedding(weight)
