@@ -70,6 +70,7 @@ class Graph:
         """`mapped` is what its constants lie in."""
         self.widths, self.forms = shape.widths, tuple(shape.groups)
         self._mapped = mapped
+        self._compiled = compiled
         self._request = compiled.create_infer_request()
         self._outputs = len(compiled.outputs)
         self._given: list[ov.Tensor] = []
@@ -98,6 +99,10 @@ class Graph:
         self._request.infer()
         return [torch.from_numpy(self._request.get_output_tensor(place).data) for place in range(self._outputs)]
 
+    def release(self) -> None:
+        """Frees what its calls have taken beside its weights, and with it what they returned."""
+        self._compiled.release_memory()
+
     def of_rows(self, rows: Tensor) -> Tensor:
         """All that it returns for `rows` that hold all that it takes, one beside the other."""
         taken = [part.contiguous() for part in rows.split(self.widths, dim=1)]
@@ -118,6 +123,11 @@ class Graphs:
         """Of those that `names` names."""
         between = tuple(named[f"between-{number}"] for number in range(len(named) - 3))
         return cls(named["first"], between, named["last"], named["head"])
+
+    def release(self) -> None:
+        """Frees what graphs have taken beside their weights, and with it what they returned."""
+        for graph in (self.first, *self.between, self.last, self.head):
+            graph.release()
 
 
 def graph_names(layers: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Memory under tensors that will not be read again, handed back to the system before their owner is gone."""
+"""Memory that will not be read again, handed back to the system before its owner is gone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from torch import Tensor
 
 # Of Linux since 5.4; Python knows no name for it.
 _MADV_PAGEOUT = 21
+
+
+def trim() -> None:
+    """Hands back memory that was freed and that malloc keeps for later, where it is glibc's."""
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def page_out(tensors: Iterable[Tensor]) -> None:
