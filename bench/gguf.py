@@ -34,7 +34,9 @@ async def run(setup: Setup) -> Result:
         result.remarks.append(
             f"{LABEL} {kind}: {facts.backend}, {facts.dtype}, weights {facts.weights}; {'; '.join(facts.tensors)}"
         )
-        everyone = {LABEL: figures | await measured(sys.executable, Peer(LABEL, LABEL, "gguf_load", (file,)))}
+        for how in ("first", "again"):
+            figures |= await measured(sys.executable, Peer(LABEL, LABEL, "gguf_load", (file, how)))
+        everyone = {LABEL: figures}
         try:
             everyone[THEIRS] = await measured(setup.peers, Peer(THEIRS, THEIRS, "llama_cpp_decode", (file, threads)))
             result.peers |= {name: version for name, version in versions.items() if name == "llama-cpp-python"}

@@ -3,6 +3,7 @@
     GROUP-STATE-KIND/index.json   what is in it, with the length and the check of each part; locked by whoever has it open
     GROUP-STATE-KIND/NAME         a part
     .RANDOM/                      one that is being written
+    turn                          locked by who makes room and begins one
 
 A bundle appears whole or not at all. Bundles of one group and another state than a new one's are of a time that is gone. A
 part is mapped for this process alone: pages that were handed back are read again from the file where somebody asks for them.
@@ -27,7 +28,7 @@ from tempfile import mkdtemp
 from typing import IO, Any
 
 _INDEX = "index.json"
-_SCRATCH = "."
+_SCRATCH, _TURN = ".", "turn"
 # Of the disk that they lie on: what all bundles may take, and what they leave free.
 _MOST_SHARE, _FREE_SHARE = 1 / 4, 1 / 20
 
@@ -59,6 +60,7 @@ class Bundle:
 
     def __init__(self, folder: Path, content: Mapping[str, Any]) -> None:
         self.facts: Mapping[str, Any] = content["facts"]
+        self._folder = folder
         self._checks: Mapping[str, tuple[int, int]] = {name: tuple(one) for name, one in content["parts"].items()}
         self._mapped = {name: _map(folder / name) for name in self._checks}
         for name, (length, _) in self._checks.items():
@@ -91,7 +93,7 @@ class Bundle:
         """A part, all of whose bytes are read once. What is written to it stays in memory. Raises BundleDamaged."""
         mapped = self._mapped[name]
         if zlib.crc32(mapped) != self._checks[name][1]:
-            raise BundleDamaged(f"its part {name} is damaged")
+            raise BundleDamaged(f"{self._folder / name} is damaged")
         return mapped
 
 
@@ -138,15 +140,18 @@ def new_bundle(folder: Path, most_bytes: int, is_of_use: Callable[[Mapping[str, 
     Raises OSError where it cannot be written, or would not fit.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _make_room(folder, most_bytes, is_of_use)
-    scratch = Path(mkdtemp(prefix=_SCRATCH, dir=folder))
-    try:
-        with (scratch / _INDEX).open("xb") as lock:
+    with ExitStack() as stack:
+        with (folder / _TURN).open("ab") as turn:
+            # One that has been begun and is not locked yet looks like one that was left.
+            with suppress(OSError):
+                fcntl.flock(turn, fcntl.LOCK_EX)
+            _make_room(folder, most_bytes, is_of_use)
+            scratch = Path(mkdtemp(prefix=_SCRATCH, dir=folder))
+            # Whoever has mapped a part keeps it.
+            stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+            lock = stack.enter_context((scratch / _INDEX).open("xb"))
             _has_locked(lock, fcntl.LOCK_EX)
-            yield BundleWriter(scratch, lock)
-    finally:
-        # Whoever has mapped a part keeps it.
-        shutil.rmtree(scratch, ignore_errors=True)
+        yield BundleWriter(scratch, lock)
 
 
 def remove_bundle(folder: Path) -> None:
@@ -171,13 +176,13 @@ def _make_room(folder: Path, most_bytes: int, is_of_use: Callable[[Mapping[str, 
             _clear(one)
         if one.exists():
             sizes[one] = _size(one)
-    for one in [*sizes, None]:
+    for oldest in [*sizes, None]:
         usage = shutil.disk_usage(folder)
         is_free = usage.free - most_bytes >= usage.total * _FREE_SHARE
         if is_free and sum(sizes.values()) + most_bytes <= most:
             return
-        if one and _clear(one):
-            del sizes[one]
+        if oldest and _clear(oldest):
+            del sizes[oldest]
     raise _no_room(most_bytes)
 
 

@@ -12,6 +12,7 @@ from bench.figures import Figure, figure, repeats
 BUDGET_S = 8
 PREFILL = "prefill"
 LOAD, MEMORY = "load", "memory of a load and a first forward"
+FIRST_LOAD, ON_DISK = "the first load, which keeps graphs", "kept on disk"
 PERPLEXITY = "perplexity"
 PREFILL_TOKENS = 512
 PROMPT_TOKENS, GENERATED_TOKENS = 8, 8

@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +34,8 @@ _EMBEDDING = "embedding"
 # Graphs of one version of each of these are not another's.
 _LIBRARIES = ("openvino", "torch", "transformers", "gguf", "numpy")
 _SOURCES = (
-    *("gguf_file.py", "gguf_model.py", "checkpoints.py", "engine/rotary.py", "engine/stored.py", "engine/blocks.py"),
+    *("checkpoints.py", "gguf_file.py", "gguf_model.py", "foreign/gguf.py"),
+    *(f"engine/{name}.py" for name in ("blocks", "configuration", "rotary", "stored")),
     *(f"engine/openvino_{name}.py" for name in ("bundle", "compiling", "graphs", "parts")),
 )
 _MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -46,37 +47,43 @@ _log = logging.getLogger("perennial.engine")
 
 def bundled_bytes(directory: Path, compiling: Compiling) -> int | None:
     """What weights take in memory that come from a bundle, or None where there is none for this model."""
-    place = _place(directory, compiling)
     try:
-        bundle = place and Bundle.open(place)
-    except BundleDamaged:
+        bundle = (folder := _folder()) and Bundle.open(folder / str(_name(directory, compiling)))
+    except (OSError, BundleDamaged):
         return None
     return int(bundle.facts["held_bytes"]) if bundle else None
 
 
 def find_parts(directory: Path, compiling: Compiling) -> Parts:
     """The parts of a model from its bundle, or made of its files and kept in one. Raises ModelUnavailable."""
-    place = _place(directory, compiling)
-    if place is None:
+    folder = _folder()
+    try:
+        # What is read later may be of a newer state, which is looked for under another name.
+        name = _name(directory, compiling)
+    except OSError:
+        # What it lacks is for who reads it to say.
+        folder = None
+    if folder is None:
         return make_parts(directory, compiling, InMemory(compiling))
     try:
-        if bundle := Bundle.open(place):
+        if bundle := Bundle.open(folder / str(name)):
             return _read(bundle, directory, compiling)
     except BundleDamaged as error:
         _log.warning("%s: it is made anew", error)
-        remove_bundle(place)
+        remove_bundle(folder / str(name))
     parts: Parts | None = None
     try:
         most_bytes = _MOST_TIMES * sum(file.stat().st_size for file in _model_files(directory))
-        with new_bundle(place.parent, most_bytes, _is_of_use) as writer:
+        with new_bundle(folder, most_bytes, _is_of_use) as writer:
             keeper = _InBundle(writer, compiling)
             parts = make_parts(directory, compiling, keeper)
-            keeper.finish(_name(directory, compiling), parts, directory)
-    except OSError as error:
+            keeper.finish(name, parts, directory)
+        parts = replace(parts, held=Bundle.open(folder / str(name)))
+    except (OSError, BundleDamaged) as error:
         _log.warning(
             "no compiled graphs are kept in %s (%s): each load makes them again, and memory holds weights twice",
-            place.parent,
-            error.strerror or error,
+            folder,
+            one_line(error),
         )
     return parts or make_parts(directory, compiling, InMemory(compiling))
 
@@ -103,6 +110,8 @@ class _InBundle:
             return Graph(compiled, draft.shape)
         shape = draft.shape
         self._graphs[name] = {"widths": shape.widths, "groups": shape.groups, "bytes": exported.nbytes}
+        # Otherwise a head would be in memory three times.
+        del compiled, exported
         return Graph.imported(mapped, shape, self._compiling)
 
     def embedding(self, weight: Tensor) -> Tensor:
@@ -147,7 +156,7 @@ def _read(bundle: Bundle, directory: Path, compiling: Compiling) -> Parts:
         graphs = _graphs(bundle, compiling)
         embedding = _embedding(bundle, directory)
         rotary = ExactRotary(KnownRotary(torch.tensor(facts["frequencies"], dtype=torch.float64), facts["scaling"]))
-        return Parts(graphs, embedding, rotary, facts["weights_bytes"], tuple(facts["tensors"]))
+        return Parts(graphs, embedding, rotary, facts["weights_bytes"], tuple(facts["tensors"]), held=bundle)
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise BundleDamaged(f"what is kept of {directory} cannot be read ({one_line(error)})") from error
 
@@ -176,15 +185,14 @@ def _is_of_use(facts: Mapping[str, Any]) -> bool:
     return Path(str(facts.get("model"))).exists()
 
 
-def _place(directory: Path, compiling: Compiling) -> Path | None:
-    """Where the bundle is, or would be; a user without a home has none, nor has a model that lacks a file."""
+def _folder() -> Path | None:
+    """Where bundles are, or would be; a user without a home has none."""
     folder = cache_folder()
-    with suppress(OSError):
-        return folder and folder / "graphs" / str(_name(directory, compiling))
-    return None
+    return folder and folder / "graphs"
 
 
 def _name(directory: Path, compiling: Compiling) -> BundleName:
+    """Raises OSError where the model lacks a file."""
     form = compiling.weights if compiling.weights != "none" else str(compiling.dtype).removeprefix("torch.")
     return BundleName(
         _digest(directory.resolve()),

@@ -163,7 +163,7 @@ class _Model:
         """Raises ModelUnavailable."""
         parts = find_parts(directory, _compiling(form))
         self.config = config
-        self._form, self._spec = form, spec
+        self._form, self._spec, self._parts = form, spec, parts
         self._graphs, self._embedding, self._rotary = parts.graphs, parts.embedding, parts.rotary
         self._attend = RowAttention(spec, config.num_attention_heads, self._rotary)
         self.tensors, self.weights_bytes = parts.tensors, parts.weights_bytes

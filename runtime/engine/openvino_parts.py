@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from runtime.bundles import Bundle
 from runtime.checkpoints import load_weights
 from runtime.engine.openvino_compiling import Compiling, Draft, Graph, Graphs
 from runtime.engine.openvino_graphs import build
@@ -46,13 +47,17 @@ class DenseRows:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """All that a model is on OpenVINO. `tensors` says of each kind in a GGUF file what became of it."""
+    """All that a model is on OpenVINO. `tensors` says of each kind in a GGUF file what became of it.
+
+    For as long as `held` is, files that parts lie in are not cleared away.
+    """
 
     graphs: Graphs
     embedding: Rows
     rotary: ExactRotary
     weights_bytes: int
     tensors: tuple[str, ...]
+    held: Bundle | None = None
 
 
 class Keeper(Protocol):

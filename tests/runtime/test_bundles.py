@@ -42,6 +42,10 @@ def opened(place: Path) -> Bundle:
     return bundle
 
 
+def folders(of: Path) -> set[Path]:
+    return {one for one in of.iterdir() if one.is_dir()}
+
+
 def held(bundle: Bundle) -> dict[str, bytes]:
     return {name: bundle.part(name)[:] for name in PARTS}
 
@@ -76,7 +80,7 @@ def test_one_that_was_not_finished_leaves_nothing(tmp_path: Path) -> None:
         writer.add("head", memoryview(PARTS["head"]))
         raise KeyboardInterrupt
 
-    assert not list(tmp_path.iterdir())
+    assert not folders(tmp_path)
 
 
 @settings(max_examples=25)
@@ -111,7 +115,7 @@ def test_of_two_that_are_written_at_once_one_stays(tmp_path: Path) -> None:
 
     assert held(opened(place)) == PARTS
     assert mapped[:] == PARTS["head"]
-    assert list(tmp_path.iterdir()) == [place]
+    assert folders(tmp_path) == {place}
 
 
 def test_those_of_another_state_are_cleared_away_unless_they_are_open(tmp_path: Path) -> None:
@@ -119,19 +123,19 @@ def test_those_of_another_state_are_cleared_away_unless_they_are_open(tmp_path: 
     bundle = opened(old)
     kinds = ("other", "before", "int8"), ("model", "state", "int4"), ("model", "state", "int8")
     others = {written(tmp_path, BundleName(*kind)) for kind in kinds}
-    assert set(tmp_path.iterdir()) == {old, *others}
+    assert folders(tmp_path) == {old, *others}
 
     del bundle
     remove_bundle(tmp_path / str(NAME))
     written(tmp_path)
-    assert set(tmp_path.iterdir()) == others
+    assert folders(tmp_path) == others
 
 
 def test_those_of_no_use_go_when_another_is_written(tmp_path: Path) -> None:
     written(tmp_path, facts={"use": False})
     other = written(tmp_path, BundleName("other", "state", "int8"))
 
-    assert list(tmp_path.iterdir()) == [other]
+    assert folders(tmp_path) == {other}
 
 
 def test_room_is_made_by_those_not_opened_for_longest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +148,7 @@ def test_room_is_made_by_those_not_opened_for_longest(tmp_path: Path, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(14 * size, 0, 14 * size))
     new = written(tmp_path, most_bytes=size)
 
-    assert set(tmp_path.iterdir()) == {places[0], places[2], new}
+    assert folders(tmp_path) == {places[0], places[2], new}
 
 
 def test_what_would_fill_the_disk_is_refused_and_clears_nothing(tmp_path: Path) -> None:
@@ -152,14 +156,14 @@ def test_what_would_fill_the_disk_is_refused_and_clears_nothing(tmp_path: Path) 
 
     with pytest.raises(OSError, match="No space left"):
         written(tmp_path, BundleName("other", "state", "int8"), most_bytes=shutil.disk_usage(tmp_path).total)
-    assert list(tmp_path.iterdir()) == [place]
+    assert folders(tmp_path) == {place}
 
 
 def test_a_part_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     with small_files(1000), pytest.raises(OSError, match="File too large"):
         written(tmp_path)
 
-    assert not list(tmp_path.iterdir())
+    assert not folders(tmp_path)
 
 
 @contextmanager

@@ -57,11 +57,11 @@ def loaded(model: Path, dtype: str = "bfloat16", weights: str = "int8") -> Logit
 
 def logits(engine: LogitsEngine) -> Tensor:
     """Of forwards of few and of many rows."""
-    return feed(engine, engine.new_pool(1).acquire(), random_tokens(70, SMALL["vocab_size"]), [1, 2, 32, 35])
+    return feed(engine, engine.new_pool(1).acquire(), random_tokens(70, 2048), [1, 2, 32, 35])
 
 
 def bundle_of(cache: Path) -> Path:
-    (bundle,) = cache.iterdir()
+    (bundle,) = (one for one in cache.iterdir() if one.is_dir())
     return bundle
 
 
@@ -141,7 +141,7 @@ def test_where_none_can_be_written_the_log_says_so_and_bits_are_the_same(
     assert torch.equal(logits(engine), alone)
     (line,) = caplog.messages
     assert "memory holds weights twice" in line
-    assert not cache.is_dir() or not list(cache.iterdir())
+    assert not cache.is_dir() or not any(one.is_dir() for one in cache.iterdir())
 
 
 @contextmanager
