@@ -46,6 +46,7 @@ async def run(setup: Setup) -> Result:
             f"{who}, {kind}: {name}": one for who, theirs in everyone.items() for name, one in theirs.items()
         }
         result.figures |= compared(kind, everyone)
+        result.figures[f"{kind}, {MEMORY}, over the file"] = figure("x", [figures[MEMORY].median / (size / 2**20)])
     return result
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from bench.figures import Figure
 from bench.models import QWEN3_06B, SMALL, SMOLLM2
-from bench.peers.speeds import PREFILL, decoding
+from bench.peers.speeds import LOAD, MEMORY, PREFILL, decoding
 from runtime.models import SEEDLING
+from runtime.smollm2 import SMOLLM2 as SMOLLM2_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,16 @@ _MINUTES_APART = (
     "tenths, turn beside turn. A machine that nobody shares."
 )
 
+_LOAD = (
+    "A load imports a graph a layer from disk (7 ms each), has its weights packed (10 ms a layer of the 0.6B shape in 8 bits, four times "
+    "that in 4: oneDNN packs those one by one) and loads numba, 0.2 s whatever the model: layers that share a graph, or weights on disk "
+    "as kernels read them, which OpenVINO does not hand out."
+)
+_MEMORY = (
+    "What comes beside the weights is libraries (OpenVINO's plugin and numba's compiler, 110 MiB, however large the model), one or two MiB a "
+    "graph, and the slots that were written; scales of Q4_K, and offsets, are wider than in the file."
+)
+
 # By the scenario and model that a result is of, and the figure's name in it.
 TARGETS: Mapping[tuple[str, str], Mapping[str, Target]] = {
     ("speed", QWEN3_06B): {
@@ -84,6 +95,13 @@ TARGETS: Mapping[tuple[str, str], Mapping[str, Target]] = {
             ),
         }
         for model in (QWEN3_06B, SMALL)
+    },
+    **{
+        ("gguf", model): {
+            **{f"{kind}, {LOAD}, over llama.cpp's": at_most(2, _LOAD) for kind in kinds},
+            **{f"{kind}, {MEMORY}, over the file": at_most(1.2, _MEMORY) for kind in kinds},
+        }
+        for model, kinds in ((QWEN3_06B, ("Q8_0", "Q4_0", "Q4_K_M")), (SMOLLM2_FILE, ("Q4_1",)))
     },
     ("quality", SMOLLM2): {"perplexity, int8 above 16 bits": at_most(0.5, _EIGHT_BITS)},
     ("loop", QWEN3_06B): {"share of a token that is not its forward": at_most(3)},
