@@ -59,13 +59,13 @@ _MINUTES_APART = (
 )
 
 _LOAD = (
-    "A load imports a graph a layer from disk (7 ms each), has its weights packed (10 ms a layer of the 0.6B shape in 8 bits, four times "
-    "that in 4: oneDNN packs those one by one) and loads numba, 0.2 s whatever the model: layers that share a graph, or weights on disk "
-    "as kernels read them, which OpenVINO does not hand out."
+    "A load imports a graph a layer from disk (7 ms each) and has its weights packed (some 10 ms a layer of the 0.6B shape in 8 "
+    "bits, four times that in 4, which oneDNN packs one by one); numba takes 0.2 s, whatever the model. Layers that share a "
+    "graph, or weights on disk as kernels read them, which OpenVINO does not hand out."
 )
 _MEMORY = (
-    "What comes beside the weights is libraries (OpenVINO's plugin and numba's compiler, 110 MiB, however large the model), one or two MiB a "
-    "graph, and the slots that were written; scales of Q4_K, and offsets, are wider than in the file."
+    "What comes beside the weights is libraries (OpenVINO's plugin and numba's compiler, 110 MiB, however large the model), a "
+    "MiB or two a graph, and the slots that were written; scales of Q4_K, and offsets, are wider than in the file."
 )
 
 # By the scenario and model that a result is of, and the figure's name in it.
