@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import runtime
-from runtime.bundles import Bundle, BundleDamaged, BundleName, BundleWriter, new_bundle, remove_bundle
+from runtime.bundles import Bundle, BundleDamaged, BundleName, BundleWriter, let_go, new_bundle, remove_bundle
 from runtime.caches import cache_folder
 from runtime.engine.machine import cpu_flags, features
 from runtime.engine.openvino_compiling import Compiling, Draft, Graph, Graphs, Shape
@@ -177,7 +177,10 @@ def _embedding(bundle: Bundle, directory: Path) -> Rows:
     kept = bundle.facts["embedding"]
     if kept is None:
         return StoredRows(GgufFile.read(directory).embedding)
-    return DenseRows(torch.frombuffer(bundle.part(_EMBEDDING), dtype=getattr(torch, kept["dtype"])).view(kept["shape"]))
+    mapped = bundle.part(_EMBEDDING)
+    # Rows are read one by one from now on.
+    let_go(mapped)
+    return DenseRows(torch.frombuffer(mapped, dtype=getattr(torch, kept["dtype"])).view(kept["shape"]))
 
 
 def _is_of_use(facts: Mapping[str, Any]) -> bool:
