@@ -73,7 +73,9 @@ class Bundle:
         with ExitStack() as stack:
             try:
                 lock = stack.enter_context((folder / _INDEX).open("rb"))
-            except OSError:
+            except OSError as error:
+                if folder.exists():
+                    raise BundleDamaged(f"{folder} cannot be read") from error
                 return None
             if not _has_locked(lock, fcntl.LOCK_SH):
                 return None

@@ -100,8 +100,9 @@ def test_a_flipped_bit_or_a_lost_end_is_found(part: str, at: float, bit: int, cu
             held(opened(file.parent))
 
 
-def test_one_that_lacks_a_part_is_damaged(tmp_path: Path) -> None:
-    (written(tmp_path) / "head").unlink()
+@pytest.mark.parametrize("part", ["head", "index.json"])
+def test_one_that_lacks_a_part_is_damaged(tmp_path: Path, part: str) -> None:
+    (written(tmp_path) / part).unlink()
 
     with pytest.raises(BundleDamaged):
         Bundle.open(tmp_path / str(NAME))
