@@ -105,8 +105,10 @@ def test_a_model_that_was_replaced_is_read_anew(model: Path, tmp_path: Path, cac
     bundle_of(cache)
 
 
-@pytest.mark.parametrize("part", ["head", "between-0", "embedding", "index.json"])
-@pytest.mark.parametrize("damage", ["a flipped bit", "the end is lost", "gone"])
+@pytest.mark.parametrize(
+    ("part", "damage"),
+    [("head", "a flipped bit"), ("between-0", "the end is lost"), ("embedding", "gone"), ("index.json", "gone")],
+)
 def test_a_damaged_bundle_is_told_of_in_a_line_and_written_anew(
     model: Path, cache: Path, part: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
