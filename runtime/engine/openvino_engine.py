@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -36,7 +35,7 @@ from runtime.engine.openvino_bundle import bundled_bytes, find_parts
 from runtime.engine.openvino_compiling import Compiling
 from runtime.engine.openvino_fit import can_build
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
-from runtime.engine.row_attention import CLAIM, RowAttention, load_kernels, row_attention_is_exact
+from runtime.engine.row_attention import CLAIM, RowAttention, row_attention_is_exact
 from runtime.engine.torch_slab import torch_pool
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.events import Token
@@ -162,11 +161,7 @@ class _Model:
 
     def __init__(self, config: PreTrainedConfig, directory: Path, form: Form, spec: SlabSpec) -> None:
         """Raises ModelUnavailable."""
-        # One of the two is Python's work, the other is not.
-        with ThreadPoolExecutor(1, "kernels") as other:
-            kernels = other.submit(load_kernels, spec, config.num_attention_heads)
-            parts = find_parts(directory, _compiling(form))
-            kernels.result()
+        parts = find_parts(directory, _compiling(form))
         self.config = config
         self._form, self._spec, self._parts = form, spec, parts
         self._graphs, self._embedding, self._rotary = parts.graphs, parts.embedding, parts.rotary

@@ -19,7 +19,7 @@ from torch import Tensor
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import found
 from runtime.engine.probe import hard_rows, is_exact_at_every_count
-from runtime.engine.rotary import ExactRotary, KnownRotary, rotate
+from runtime.engine.rotary import ExactRotary, rotate
 from runtime.engine.row_kernel import MOST_QUERIES, attend_rows, write_rows
 from runtime.engine.torch_slab import SlabStore, as_torch, torch_pool
 from runtime.rows import Row, RowBatch
@@ -174,17 +174,6 @@ class RowAttentionAlone:
         )
         attended = self._attend(0, query, key, value, self._attend.plan(batch))
         return attended[[index for index, row in enumerate(batch.rows) if row.draw is not None]]
-
-
-def load_kernels(spec: SlabSpec, heads: int) -> None:
-    """Has numba load the kernels that attention of `heads` over such slabs calls first of all, or compile them once."""
-    alone = RowAttentionAlone(
-        replace(spec, layers=1),
-        heads,
-        ExactRotary(KnownRotary(torch.ones(spec.head_dim // 2), 1.0)),
-        torch.zeros(1, heads + 2 * spec.kv_heads, spec.head_dim),
-    )
-    alone.logits(RowBatch((Row(alone.new_pool(1).acquire(), 0, 0),)))
 
 
 def row_attention_is_exact(spec: SlabSpec, heads: int, rotary: ExactRotary) -> bool:
