@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import load_weights
+from runtime.dtypes import dtype_named, name_of
 from runtime.engine import EngineFacts
 from runtime.engine.configuration import (
     KEPT,
@@ -24,7 +25,6 @@ from runtime.engine.configuration import (
     check_covered,
     check_memory,
     count_weights,
-    named_dtype,
     read_config,
     refuse,
     slab_spec,
@@ -45,7 +45,8 @@ from runtime.gguf_file import StoredRows
 from runtime.gguf_model import StoredEmbedding, stored_model
 from runtime.rows import RowBatch
 from runtime.settings import Settings
-from runtime.slab import SlabPool, SlabSpec
+from runtime.slab import SlabPool
+from runtime.slab_spec import SlabSpec
 
 _log = logging.getLogger("perennial.engine")
 
@@ -80,7 +81,6 @@ class OpenVinoEngine:
         config = read_config(directory)
         if settings.device not in ("auto", "cpu"):
             raise InvalidSetting(f"backend=openvino runs on a CPU: set backend to torch for device={settings.device}")
-        cpu = torch.device("cpu")
         check_covered(config, "openvino")
         if not can_build(config):
             raise ModelUnavailable(
@@ -91,7 +91,7 @@ class OpenVinoEngine:
         count = count_weights(config, directory)
 
         def spec_of(form: Form) -> SlabSpec:
-            return slab_spec(config, settings, form.dtype, cpu, row_tile=_ROW_TILE, others=_held_types())
+            return slab_spec(config, settings, form.dtype, row_tile=_ROW_TILE, others=_held_types())
 
         # The embedding stays beside a head that shares its weights. What is rounded is read in 16 bits first, and what is not
         # is kept twice: as it was, and as OpenVINO's kernels read it.
@@ -115,7 +115,7 @@ class OpenVinoEngine:
         return EngineFacts(
             backend="openvino",
             device="cpu",
-            dtype=str(self._form.dtype).removeprefix("torch."),
+            dtype=name_of(self._form.dtype),
             weights=self._form.weights,
             form_reason=self._form.reason,
             architecture=self._model.config.model_type,
@@ -134,7 +134,7 @@ class OpenVinoEngine:
 
     def _claims(self) -> tuple[str, ...]:
         is_whole = self._form.weights != "none"
-        dtype = str(self._form.dtype).removeprefix("torch.")
+        dtype = name_of(self._form.dtype)
         linears = Claim(
             "linears",
             "OpenVINO, rows in 8 bits, groups of 32 added in order" if is_whole else f"OpenVINO, in {dtype}",
@@ -266,7 +266,7 @@ def _forms(settings: Settings, *, is_file: bool) -> list[Form]:
     """
     multiplies_halves = level() >= Level.AVX512_BF16
     if settings.dtype != "auto":
-        dtype = named_dtype(settings.dtype)
+        dtype = dtype_named(settings.dtype)
     else:
         # Linears of whole numbers compute in float32; the type is that of slabs.
         is_emulated = settings.weights == "none" and not multiplies_halves
