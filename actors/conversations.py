@@ -14,7 +14,7 @@ import trio
 from actors.handles import SessionHandle
 from runtime.errors import CapacityExhausted, SessionFailed, SessionNotFound
 from runtime.points import Point, PointTree, common_history
-from runtime.slab import SlabSpec
+from runtime.slab_spec import SlabSpec
 
 LABEL = "conversation"
 # Tokens, items and answers of all conversations together; those used longest ago are forgotten beyond it.

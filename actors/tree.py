@@ -277,7 +277,7 @@ def _identities(facts: EngineFacts, model: str) -> tuple[HistoryIdentity, SlabId
     slab = facts.slab
     kernels = f"{facts.kernel_class}, {'strict' if facts.is_bit_exact else 'fast'}"
     of_slab = SlabIdentity(
-        model, facts.backend, kernels, facts.weights, facts.dtype, slab.holds, slab.sink, slab.window, slab.slots
+        model, facts.backend, kernels, facts.weights, facts.dtype, slab.dtype, slab.sink, slab.window, slab.slots
     )
     return HistoryIdentity(model, facts.vocabulary), of_slab
 
@@ -292,7 +292,7 @@ def _log_start(settings: Settings, facts: EngineFacts) -> None:
             facts.architecture,
             facts.device,
             facts.dtype,
-            facts.slab.holds,
+            facts.slab.dtype,
             facts.weights,
             facts.form_reason,
             facts.row_tile,

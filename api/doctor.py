@@ -54,7 +54,7 @@ def _report(runtime: Runtime) -> list[tuple[str, str]]:
         ("memory", f"{_size(memory.available)} available of {_size(memory.total)}"),
         ("model", f"{settings.model} ({facts.architecture}, vocabulary {facts.vocabulary})"),
         ("backend", f"{facts.backend} on {facts.device}"),
-        ("dtype", f"{facts.dtype}, keys and values in {slab.holds}"),
+        ("dtype", f"{facts.dtype}, keys and values in {slab.dtype}"),
         ("weights", f"{facts.weights}, {_size(facts.weights_bytes)}{chosen}"),
         *(("", line) for line in facts.tensors),
         ("sink, window", f"{slab.sink}, {slab.window} tokens"),

@@ -34,7 +34,7 @@ def tokens_a_second(linears: Sequence[tuple[int, nn.Module]], rows: int, dtype: 
 def memory_floor(facts: EngineFacts, model: str) -> Figure:
     """Tokens a second of a stream whose step reads all weights but the embedding, keys and values, at the memory's pace."""
     hidden = AutoConfig.from_pretrained(find_model(model)).hidden_size
-    embedding = facts.vocabulary * hidden * facts.slab.dtype.itemsize
+    embedding = facts.vocabulary * hidden * facts.slab.item_bytes
     read = facts.weights_bytes - embedding + (PROMPT_TOKENS + GENERATED_TOKENS) * facts.slab.token_bytes
     # Larger than caches that neighbours share.
     memory = torch.ones(_READ_BYTES // 4)

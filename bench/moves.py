@@ -79,7 +79,7 @@ async def server(
 ) -> AsyncIterator[Runtime]:
     """One of several servers, as far as the store can tell, on one engine."""
     facts = engine.facts
-    of_slab = (facts.slab.holds, facts.slab.sink, facts.slab.window, facts.slab.slots)
+    of_slab = (facts.slab.dtype, facts.slab.sink, facts.slab.window, facts.slab.slots)
     identity = SlabIdentity("bench", facts.backend, kernels, facts.weights, facts.dtype, *of_slab)
     store = SharedStore(objects, HistoryIdentity("bench", facts.vocabulary), identity)
     async with open_sessions(settings, engine, thread, text, Metrics(), store=store) as runtime:

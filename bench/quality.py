@@ -55,7 +55,7 @@ def perplexity(settings: Settings, tokens: Sequence[int]) -> tuple[float, str]:
         rows = tuple(Row(slab, start + n, token, _DRAWING) for n, token in enumerate(given[: len(expected)]))
         shares = torch.log_softmax(engine.logits(RowBatch(rows)).double(), dim=1)
         lost -= float(shares[torch.arange(len(expected)), torch.tensor(expected)].sum())
-    described = f"{facts.backend}, {facts.dtype}, weights {facts.weights}, slabs in {facts.slab.holds}"
+    described = f"{facts.backend}, {facts.dtype}, weights {facts.weights}, slabs in {facts.slab.dtype}"
     return math.exp(lost / (len(tokens) - 1)), described
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers.utils import logging as transformers_logging
 
+from runtime.dtypes import name_of
 from runtime.errors import ModelUnavailable
 from runtime.gguf_model import dense_model
 from runtime.model_files import check_weights, one_line, quiet_transformers, read_checked_config
@@ -71,5 +72,5 @@ def load_weights(kind: Any, directory: Path, dtype: torch.dtype | Literal["auto"
 def _check_numbers(model: Any, directory: Path) -> None:
     for name, weight in chain(model.named_parameters(), model.named_buffers()):
         if weight.is_floating_point() and weight.numel() and not all(map(torch.isfinite, weight.aminmax())):
-            dtype = str(weight.dtype).removeprefix("torch.")
+            dtype = name_of(weight.dtype)
             raise ModelUnavailable(f"the weights in {directory} are damaged: {name} holds what is no number in {dtype}")

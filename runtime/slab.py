@@ -3,179 +3,54 @@
 Letters for shapes, here and in the engines: L layers, B slabs, G kv heads, Q query heads a kv head, S slots, D head
 dimension, W what a slot holds of a head, N rows. W is D; where slabs are int8 it is D whole numbers and their scale's bytes.
 
-The first `sink` slots hold the first tokens for ever; the others are a ring, so that a position's slot is a function of
-the position alone. What lies in a slot, seen from a query at position q, follows from q too, and the mask needs no
-record of what was written when.
-
-A recurrent layer keeps two rings of the same nature: what it was given for each of the last tokens, and the state before
-each of the last chunks of positions. A row's output follows from the state before its chunk and what was given inside it,
-so a position that is written anew, as after a proposal that failed, needs nothing to be undone.
+A recurrent layer keeps two rings: what it was given for each of the last tokens, and the state before each of the last
+chunks of positions. A row's output follows from the state before its chunk and what was given inside it, so a position
+that is written anew, as after a proposal that failed, needs nothing to be undone.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.dtypes import dtype_named, name_of
 from runtime.errors import CapacityExhausted
+from runtime.slab_spec import SlabSpec
 
-# Attention covers whole buckets of slots, so that a long window costs nothing while the history is short.
-BUCKET_SLOTS = 256
-# So many slots are whole lines of 64 bytes, whatever the head dimension.
-_LINE_SLOTS = 32
-# Behind the whole numbers of an int8 row comes what they count, in float32.
-_SCALE_BYTES = torch.float32.itemsize
 _LARGEST_INT8 = 127
-# A state is kept before each so many positions: fewer cost memory, more cost a lone row the work of a longer chunk.
-CHUNK = 16
 
 
-@dataclass(frozen=True, slots=True)
-class RecurrentSpec:
-    """What each of some recurrent `layers` keeps: for a token `columns` that it is given, of which it reads `reach` back.
+def visible_slots(spec: SlabSpec, positions: Tensor, extent: int, window: int | None = None) -> Tensor:
+    """Whether the query at each of `positions` [N] attends to each of the first `extent` slots, bool [N, extent].
 
-    `state` is the shape of what it remembers of all tokens before a chunk, in float32; none where it reads tokens alone.
+    A layer with a `window` of its own sees of them what is nearer than that. A sink is as far away as the model is told.
     """
-
-    layers: int
-    columns: int
-    reach: int
-    state: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class SlabSpec:
-    """The shape of every slab of one engine; `row_tile` is the most rows that one forward brings, `bucket` counts slots.
-
-    `layers` are those that attend.
-    """
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    sink: int
-    window: int
-    row_tile: int
-    dtype: torch.dtype
-    device: torch.device
-    bucket: int = BUCKET_SLOTS
-    recurrent: RecurrentSpec | None = None
-
-    @property
-    def given(self) -> int:
-        """Tokens whose input a recurrent layer keeps: a tile is taken back, another is read, and a chunk begins before both."""
-        assert self.recurrent is not None
-        needed = 2 * self.row_tile + CHUNK + self.recurrent.reach
-        return -(-needed // _LINE_SLOTS) * _LINE_SLOTS
-
-    @property
-    def states(self) -> int:
-        """Chunks before which a recurrent layer keeps its state: those that a tile touches which is taken back."""
-        return -(-self.row_tile // CHUNK) + 1
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes that recurrent layers keep, however long the session."""
-        if self.recurrent is None:
-            return 0
-        state = math.prod(self.recurrent.state) * torch.float32.itemsize if self.recurrent.state else 0
-        return self.recurrent.layers * (self.given * self.recurrent.columns * self.dtype.itemsize + self.states * state)
-
-    @property
-    def ring(self) -> int:
-        return self.slots - self.sink
-
-    @property
-    def slots(self) -> int:
-        # Room for a whole tile besides the window: its first row still needs the window - 1 tokens before it. Each head's
-        # slots begin at a whole line of memory, for kernels choose their order of sums by that too.
-        needed = self.sink + self.window + self.row_tile
-        return -(-needed // _LINE_SLOTS) * _LINE_SLOTS
-
-    @property
-    def visible(self) -> int:
-        """The most tokens that one token attends to."""
-        return self.sink + self.window
-
-    @property
-    def holds(self) -> str:
-        """The name of the type that slots hold."""
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def width(self) -> int:
-        """Values that a slot holds of a head's keys."""
-        return self.head_dim + (_SCALE_BYTES if self.dtype == torch.int8 else 0)
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes that one token holds: keys and values of all layers that attend."""
-        return 2 * self.layers * self.kv_heads * self.width * self.dtype.itemsize
-
-    @property
-    def ceiling_bytes(self) -> int:
-        """Bytes that one slab can ever hold."""
-        return self.slots * self.token_bytes + self.kept_bytes
-
-    def slot(self, position: int) -> int:
-        """Where the token at `position` lies."""
-        return position if position < self.sink else self.sink + (position - self.sink) % self.ring
-
-    def extent(self, position: int) -> int:
-        """How many of the first slots a query at `position` attends over: a function of the position alone."""
-        needed = min(position + 1, self.slots)
-        return min(-(-needed // self.bucket) * self.bucket, self.slots)
-
-    def is_whole(self, written: int, frontier: int) -> bool:
-        """Whether a slab that was written up to `written` still holds all that a token at `frontier` needs."""
-        oldest = max(self.sink, frontier - self.window + 1)
-        if frontier >= written:
-            return True
-        if self.recurrent is None or not frontier:
-            return written - self.ring <= oldest
-        chunk = frontier // CHUNK
-        first = max(0, chunk * CHUNK - self.recurrent.reach)
-        # Before the first chunk there is no state to be kept.
-        has_state = not chunk or written // CHUNK - chunk < self.states
-        return written - self.ring <= oldest and written - self.given <= first and has_state
-
-    def visible_slots(self, positions: Tensor, extent: int, window: int | None = None) -> Tensor:
-        """Whether the query at each of `positions` [N] attends to each of the first `extent` slots, bool [N, extent].
-
-        A layer with a `window` of its own sees of them what is nearer than that. A sink is as far away as the model is told.
-        """
-        query = positions.unsqueeze(1)  # [N, 1]
-        slot = torch.arange(extent, device=positions.device).unsqueeze(0)  # [1, extent]
-        is_sink = slot < self.sink
-        age = torch.where(is_sink, query - slot, (query - slot) % self.ring)
-        held = query - age
-        in_window = (age < self.window) & (held >= self.sink)
-        seen = torch.where(is_sink, age >= 0, in_window)
-        if window is None:
-            return seen
-        distance = torch.where(is_sink, query.clamp(max=self.visible - 1) - slot, age)
-        return seen & (distance < window)
-
-    def lasting_sinks(self, window: int | None) -> slice:
-        """The slots of the first tokens that a query past the window sees in a layer with a `window` of its own, or without."""
-        return slice(0 if window is None else min(self.sink, max(0, self.visible - window)), self.sink)
+    query = positions.unsqueeze(1)  # [N, 1]
+    slot = torch.arange(extent, device=positions.device).unsqueeze(0)  # [1, extent]
+    is_sink = slot < spec.sink
+    age = torch.where(is_sink, query - slot, (query - slot) % spec.ring)
+    held = query - age
+    in_window = (age < spec.window) & (held >= spec.sink)
+    seen = torch.where(is_sink, age >= 0, in_window)
+    if window is None:
+        return seen
+    distance = torch.where(is_sink, query.clamp(max=spec.visible - 1) - slot, age)
+    return seen & (distance < window)
 
 
-def as_held(rows: Tensor, dtype: torch.dtype) -> Tensor:
+def as_held(rows: Tensor, dtype: str) -> Tensor:
     """Rows [..., D] as slabs of this type hold them, [..., W]; int8 rounds them to 127ths of their largest value."""
-    if dtype != torch.int8:
-        return rows.to(dtype)
+    if dtype != "int8":
+        return rows.to(dtype_named(dtype))
     rows = rows.float()
     largest = rows.abs().amax(dim=-1, keepdim=True)
     shrunk = torch.where(largest > 0, _LARGEST_INT8 / largest, 0)
-    return torch.cat(((rows * shrunk).round().to(dtype), (largest / _LARGEST_INT8).view(dtype)), dim=-1)
+    return torch.cat(((rows * shrunk).round().to(torch.int8), (largest / _LARGEST_INT8).view(torch.int8)), dim=-1)
 
 
 class Slab(ABC):
@@ -242,8 +117,10 @@ class Slab(ABC):
         spec = self.spec
         shape = (spec.layers, spec.kv_heads, min(frontier, spec.slots), spec.width)
         for given in (keys, values):
-            if given.shape != shape or given.dtype != spec.dtype:
-                raise ValueError(f"keys and values are {given.dtype} {tuple(given.shape)}, not {spec.dtype} {shape}")
+            if given.shape != shape or name_of(given.dtype) != spec.dtype:
+                raise ValueError(
+                    f"keys and values are {name_of(given.dtype)} {tuple(given.shape)}, not {spec.dtype} {shape}"
+                )
         for layer in range(spec.layers):
             self.put(layer, keys[layer], values[layer])
         self.advance_all(frontier)

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.dtypes import dtype_named
 from runtime.durable.files import Files, storage_errors
 from runtime.durable.framing import CHECKSUM_BYTES, Damaged, Unknown, checksum, read_header, write_header
 from runtime.durable.identity import SlabIdentity
 from runtime.errors import StorageFailed
-from runtime.slab import Slab, SlabSpec
+from runtime.slab import Slab
+from runtime.slab_spec import SlabSpec
 
 MAGIC = b"PERSLAB\n"
 # The formats of slabs of layers that attend alone, and of those with recurrent layers too.
@@ -146,7 +148,7 @@ def read_slab(files: Files, path: Path, identity: SlabIdentity, slab: Slab, hist
             return _tensor_of(content, dtype)
 
         for layer, side, head, slots in _pieces(spec, used):
-            whole.append(read((slots.stop - slots.start) * spec.width, spec.dtype).view(-1, spec.width))
+            whole.append(read((slots.stop - slots.start) * spec.width, dtype_named(spec.dtype)).view(-1, spec.width))
             if (side, head, slots.stop) == (1, spec.kv_heads - 1, used):
                 keys, values = torch.cat(whole).view(2, spec.kv_heads, used, spec.width)
                 slab.put(layer, keys, values)
@@ -162,7 +164,7 @@ def digest_of(history: array[int]) -> str:
 
 def _pieces(spec: SlabSpec, used: int) -> Iterator[tuple[int, int, int, slice]]:
     """Layer, keys (0) or values (1), kv head, and slots, of each piece in the order in which they lie."""
-    at_once = max(1, MOST_PIECE_BYTES // (spec.width * spec.dtype.itemsize))
+    at_once = max(1, MOST_PIECE_BYTES // (spec.width * spec.item_bytes))
     for layer in range(spec.layers):
         for side in (0, 1):
             for head in range(spec.kv_heads):

@@ -21,7 +21,8 @@ from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
 from runtime.sessions import SessionShape
 from runtime.settings import Settings
-from runtime.slab import SlabPool, SlabSpec
+from runtime.slab import SlabPool
+from runtime.slab_spec import SlabSpec
 
 __all__ = ["Engine", "EngineFacts", "load_engine"]
 

@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from transformers import PreTrainedConfig
 
-from runtime.slab import RecurrentSpec
+from runtime.slab_spec import RecurrentSpec
 
 
 class Part(StrEnum):

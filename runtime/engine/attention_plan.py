@@ -12,7 +12,8 @@ from runtime.engine.architectures import LayerKind
 from runtime.engine.rotary import ExactRotary
 from runtime.engine.torch_slab import SlabStore, as_torch
 from runtime.rows import Piece, RowBatch
-from runtime.slab import SlabSpec
+from runtime.slab import visible_slots
+from runtime.slab_spec import SlabSpec
 
 _LINE_BYTES = 64
 # Fewer queries in a block cost a lone row nothing less.
@@ -69,7 +70,7 @@ def block_shape(spec: SlabSpec, heads: int, threads: int) -> tuple[int, int]:
     """
     heads_a_group = heads // spec.kv_heads
     rows = max(1, _LEAST_QUERIES // heads_a_group)
-    block_bytes = rows * heads_a_group * spec.head_dim * spec.dtype.itemsize
+    block_bytes = rows * heads_a_group * spec.head_dim * spec.item_bytes
     if spec.kv_heads % threads == 0 and block_bytes % _LINE_BYTES == 0:
         return rows, rows * heads_a_group
     rows = max(1, _QUERY_STEP // heads_a_group)
@@ -82,14 +83,15 @@ def plan_forward(
     """The plan of a batch, for a model of that many query `heads` with layers of these `kinds`."""
     pieces = batch.pieces()
     spec = batch.rows[0].slab.spec
+    keys = as_torch(batch.rows[0].slab).store.keys
     size, queries = block_shape(spec, heads, torch.get_num_threads())
-    positions = torch.tensor([row.position for row in batch.rows], device=spec.device)
+    positions = torch.tensor([row.position for row in batch.rows], device=keys.device)
     # Other devices than CPUs take a mask of the queries' own type alone.
-    dtype = torch.float32 if spec.device.type == "cpu" else spec.dtype
+    dtype = torch.float32 if keys.device.type == "cpu" else keys.dtype
     extent = max(piece.extent for piece in pieces)
     hidden = {
-        window: torch.zeros(len(positions), extent, dtype=dtype, device=spec.device).masked_fill_(
-            ~spec.visible_slots(positions, extent, window), float("-inf")
+        window: torch.zeros(len(positions), extent, dtype=dtype, device=keys.device).masked_fill_(
+            ~visible_slots(spec, positions, extent, window), float("-inf")
         )
         for window in {kind.window for kind in kinds}
     }
@@ -121,8 +123,8 @@ def plan_forward(
                 is_past_window=first.is_past_window,
             )
         )
-    rows = torch.tensor(row_of, device=spec.device)
-    slots = torch.tensor([spec.slot(row.position) for row in batch.rows], device=spec.device)
+    rows = torch.tensor(row_of, device=keys.device)
+    slots = torch.tensor([spec.slot(row.position) for row in batch.rows], device=keys.device)
     sink_turns: dict[str | None, tuple[Tensor, Tensor]] = {}
     if spec.sink and any(piece.is_past_window for piece in pieces):
         too_far = (spec.visible - 1 - positions.index_select(0, rows)).clamp(max=0)
@@ -141,7 +143,7 @@ def plan_forward(
         ),
         stacks=tuple(stacks),
         rows=rows,
-        places=torch.tensor(place_of, device=spec.device),
+        places=torch.tensor(place_of, device=keys.device),
         kinds=kinds,
         sink_turns=sink_turns,
         lasting_sinks={window: spec.lasting_sinks(window) for window in hidden},

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from runtime.dtypes import dtype_named
 from runtime.engine.architectures import ONE_ROTARY, LayerKind
 from runtime.engine.attention import attend
 from runtime.engine.attention_plan import plan_forward
@@ -20,7 +21,8 @@ from runtime.engine.rotary import ExactRotary
 from runtime.engine.softmax import Scoring
 from runtime.engine.torch_slab import torch_pool
 from runtime.rows import RowBatch
-from runtime.slab import SlabPool, SlabSpec
+from runtime.slab import SlabPool
+from runtime.slab_spec import SlabSpec
 
 # Attention is tried over no longer windows: more runs of slots are the same product again.
 _PROBED_WINDOW = 1020
@@ -46,12 +48,12 @@ class AttentionAlone:
     def __init__(
         self, spec: SlabSpec, heads: int, rotaries: Mapping[str, ExactRotary], table: Tensor, manner: Manner = PLAIN
     ) -> None:
-        """`table` is [tokens, heads + 2 G, D]."""
+        """`table` is [tokens, heads + 2 G, D], on the device that attends."""
         self._spec, self._heads, self._rotaries, self._manner = spec, heads, rotaries, manner
-        self._table = table.to(spec.device, spec.dtype)
+        self._table = table
 
     def new_pool(self, count: int) -> SlabPool:
-        return torch_pool(self._spec, count)
+        return torch_pool(self._spec, count, self._table.device)
 
     @torch.inference_mode()
     def logits(self, batch: RowBatch) -> Tensor:
@@ -60,22 +62,23 @@ class AttentionAlone:
         plan = plan_forward(batch, self._rotaries, self._heads, (kind,))
         parts = self._table[[row.token_id for row in batch.rows]].transpose(0, 1)
         query, key, value = parts.split((self._heads, self._spec.kv_heads, self._spec.kv_heads))
-        sinks = torch.linspace(-2, 2, self._heads, device=self._spec.device) if has_sinks else None
+        sinks = torch.linspace(-2, 2, self._heads, device=self._table.device) if has_sinks else None
         attended = attend(0, query, key, value, scoring=Scoring(self._spec.head_dim**-0.5, cap, sinks), plan=plan)
         return attended.flatten(1)[[index for index, row in enumerate(batch.rows) if row.draw is not None]]
 
 
 def attention_is_exact(
-    spec: SlabSpec, heads: int, rotaries: Mapping[str, ExactRotary], manners: Iterable[Manner] = (PLAIN,)
+    spec: SlabSpec, heads: int, rotaries: Mapping[str, ExactRotary], manners: Iterable[Manner], device: torch.device
 ) -> bool:
-    """Whether attention of `heads` over slabs of this shape, in each manner, gives a row the same bits in every batch here."""
+    """Whether attention of `heads` over such slabs, in each manner, gives a row the same bits in every batch on `device`."""
     tried = replace(spec, layers=1, window=min(spec.window, _PROBED_WINDOW))
     parts = heads + 2 * spec.kv_heads
     generator = torch.Generator().manual_seed(1)
-    table = hard_rows(_PROBED_TOKENS * parts, spec.head_dim, spec.dtype, generator).view(_PROBED_TOKENS, parts, -1)
+    rows = hard_rows(_PROBED_TOKENS * parts, spec.head_dim, dtype_named(spec.dtype), generator)
+    table = rows.view(_PROBED_TOKENS, parts, -1).to(device)
     for manner in manners:
         alone = AttentionAlone(tried, heads, rotaries, table, manner)
-        described = f"attention of {heads} heads over {tried}{'' if manner == PLAIN else f' {manner}'}"
+        described = f"attention of {heads} heads over {tried} on {device}{'' if manner == PLAIN else f' {manner}'}"
         if not found(described, partial(is_exact_at_every_count, alone, tried, _PROBED_TOKENS)):
             _log.warning("a row gets other bits in other batches of %s", described)
             return False

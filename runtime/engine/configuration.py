@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import AS_DATA, FILE_ERRORS
+from runtime.dtypes import name_of
 from runtime.engine import EngineFacts
 from runtime.engine.architectures import (
     ARCHITECTURES,
@@ -23,7 +24,7 @@ from runtime.gguf_model import gguf_config
 from runtime.model_files import one_line, quiet_transformers, read_checked_config
 from runtime.proposers.ngram import PromptLookup
 from runtime.settings import Settings
-from runtime.slab import BUCKET_SLOTS, SlabSpec
+from runtime.slab_spec import BUCKET_SLOTS, SlabSpec
 
 # How weights are held that stay as a GGUF file has them.
 KEPT = "kept"
@@ -112,7 +113,6 @@ def slab_spec(
     config: PreTrainedConfig,
     settings: Settings,
     dtype: torch.dtype,
-    device: torch.device,
     *,
     row_tile: int = ROW_TILE,
     bucket: int = BUCKET_SLOTS,
@@ -122,7 +122,7 @@ def slab_spec(
 
     The window is cut down to what the model can see. Raises InvalidSetting.
     """
-    own = str(dtype).removeprefix("torch.")
+    own = name_of(dtype)
     if settings.kv_dtype not in ("auto", own, *others):
         raise InvalidSetting(
             f"kv_dtype={settings.kv_dtype} cannot be had beside dtype={own} here: set kv_dtype to auto, or backend to openvino"
@@ -142,18 +142,10 @@ def slab_spec(
         sink=settings.sink,
         window=min(settings.window, longest - settings.sink),
         row_tile=min(row_tile, _RECURRENT_TILE) if recurrent else row_tile,
-        dtype=dtype if settings.kv_dtype == "auto" else named_dtype(settings.kv_dtype),
-        device=device,
+        dtype=own if settings.kv_dtype == "auto" else settings.kv_dtype,
         bucket=bucket,
         recurrent=recurrent,
     )
-
-
-def named_dtype(name: str) -> torch.dtype:
-    """The type that the setting `dtype` or `kv_dtype` names, unless it says auto."""
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 def check_memory(weights: int, free: int, settings: Settings, spec: SlabSpec, beside: EngineFacts | None) -> None:

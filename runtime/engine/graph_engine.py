@@ -48,7 +48,8 @@ from runtime.events import Token
 from runtime.gguf_file import GgufFile
 from runtime.rows import RowBatch
 from runtime.settings import Settings
-from runtime.slab import SlabPool, SlabSpec
+from runtime.slab import SlabPool
+from runtime.slab_spec import SlabSpec
 
 _PROBED_SLABS = 2
 # With a workspace of fixed size cuBLAS chooses the same kernels in every stream.
@@ -64,15 +65,16 @@ class GraphEngine:
         """Pools of `slabs` slabs in all can be had at once. `form` says what the model's linears are."""
         self._config = loaded.model.config
         self._spec, self._form = spec, form
+        self._device: torch.device = loaded.model.device
         self._is_bit_exact = is_bit_exact
         self._linears = [part for part in loaded.model.modules() if isinstance(part, RowLinear)]
         self._weights_bytes = weights_bytes(loaded.model)
         # One more is the step's own.
-        self._arena = SlabArena(spec, slabs + 1)
-        self._kernels = kernels_for(spec.device, self._config.num_attention_heads // spec.kv_heads)
+        self._arena = SlabArena(spec, slabs + 1, self._device)
+        self._kernels = kernels_for(self._device, self._config.num_attention_heads // spec.kv_heads)
         self._model = StepModel(loaded, self._arena, self._kernels)
-        self._body = captured(self._model.body, spec.device)
-        self._head = captured(self._model.head, spec.device)
+        self._body = captured(self._model.body, self._device)
+        self._head = captured(self._model.head, self._device)
 
     @classmethod
     def load(
@@ -90,7 +92,7 @@ class GraphEngine:
         is_strict = settings.determinism == "strict"
         slabs = max(settings.capacity + settings.max_concurrent, _PROBED_SLABS)
         for form in forms:
-            spec = slab_spec(config, settings, form.dtype, device, row_tile=ROWS_ON_GPU)
+            spec = slab_spec(config, settings, form.dtype, row_tile=ROWS_ON_GPU)
             needed = held_weights(config, count) * form.dtype.itemsize
             check_memory(needed, free_memory(device), settings, spec, beside)
             loaded = load_model(directory, form, device, STEP_ATTENTION_NAME, is_strict=is_strict)
@@ -102,8 +104,8 @@ class GraphEngine:
     def facts(self) -> EngineFacts:
         return EngineFacts(
             backend="torch",
-            device=self._spec.device.type,
-            dtype=str(self._spec.dtype).removeprefix("torch."),
+            device=self._device.type,
+            dtype=self._spec.dtype,
             weights=self._form.weights,
             form_reason=self._form.reason,
             architecture=self._config.model_type,
@@ -117,7 +119,7 @@ class GraphEngine:
             if self._is_bit_exact
             else "",
             cpu_features=features(),
-            kernel_class=kernel_class(self._spec.device),
+            kernel_class=kernel_class(self._device),
             slab=self._spec,
         )
 
@@ -131,9 +133,9 @@ class GraphEngine:
     @torch.inference_mode()
     def logits(self, batch: RowBatch) -> Tensor:
         logits = self._model.logits[: self._run(batch)].clone()
-        if self._spec.device.type == "cuda":
+        if self._device.type == "cuda":
             # The inputs may be filled again once the step has read them.
-            torch.cuda.synchronize(self._spec.device)
+            torch.cuda.synchronize(self._device)
         return logits
 
     @torch.inference_mode()
@@ -172,4 +174,6 @@ def _is_proven(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
         engine = GraphEngine(Loaded(short, loaded.rotaries), tried, form, _PROBED_SLABS, is_bit_exact=False)
         return is_bit_exact(engine, tried, config.vocab_size)
 
-    return linears_are_exact(loaded.model, form, spec.device) and found(f"a step of {config} {form} {tried}", probe)
+    return linears_are_exact(loaded.model, form, loaded.model.device) and found(
+        f"a step of {config} {form} {tried}", probe
+    )

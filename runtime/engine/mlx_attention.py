@@ -16,10 +16,12 @@ import mlx.core as mx
 import torch
 from torch import Tensor
 
+from runtime.dtypes import dtype_named
 from runtime.engine.mlx_slab import MlxSlab, Run, to_mlx
 from runtime.engine.rotary import ExactRotary
 from runtime.rows import Piece, Row, RowBatch
-from runtime.slab import SlabSpec
+from runtime.slab import visible_slots
+from runtime.slab_spec import SlabSpec
 
 Turn = tuple[mx.array, mx.array]  # cosines and sines [N, D]
 
@@ -53,7 +55,9 @@ def plan_forward(batch: RowBatch, rows: int, rotary: ExactRotary) -> ForwardPlan
     spec = batch.rows[0].slab.spec
     filler = rows - len(batch.rows)
     positions = torch.tensor([row.position for row in batch.rows])
-    cosines, sines = rotary(torch.empty(0, dtype=spec.dtype), torch.nn.functional.pad(positions, (0, filler)))
+    cosines, sines = rotary(
+        torch.empty(0, dtype=dtype_named(spec.dtype)), torch.nn.functional.pad(positions, (0, filler))
+    )
     return ForwardPlan(
         tuple(_plan_piece(piece, batch.rows, positions, rows, rotary, spec) for piece in batch.pieces()),
         (to_mlx(cosines), to_mlx(sines)),
@@ -68,12 +72,13 @@ def _plan_piece(
     count = piece.stop - piece.start
     filler = size - count
     at = positions[[*range(piece.start, piece.stop), *[piece.stop - 1] * filler]]
-    hidden = torch.zeros(len(at), piece.extent, dtype=spec.dtype)
-    hidden.masked_fill_(~spec.visible_slots(at, piece.extent), float("-inf"))
+    dtype = dtype_named(spec.dtype)
+    hidden = torch.zeros(len(at), piece.extent, dtype=dtype)
+    hidden.masked_fill_(~visible_slots(spec, at, piece.extent), float("-inf"))
     sink_turn = None
     if spec.sink and piece.is_past_window:
         cosines, sines = rotary.turn((spec.visible - 1 - at).clamp(max=0))
-        sink_turn = to_mlx(cosines.to(spec.dtype)), to_mlx(sines.to(spec.dtype))
+        sink_turn = to_mlx(cosines.to(dtype)), to_mlx(sines.to(dtype))
     mine = rows[piece.start : piece.stop]
     return PiecePlan(
         slab=piece.slab,

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import FILE_ERRORS
+from runtime.dtypes import dtype_named, name_of
 from runtime.engine import EngineFacts
 from runtime.engine.configuration import (
     ROW_TILE,
     Form,
     check_covered,
     check_memory,
-    named_dtype,
     read_config,
     refuse,
     slab_spec,
@@ -43,7 +43,8 @@ from runtime.events import Token
 from runtime.model_files import one_line
 from runtime.rows import RowBatch
 from runtime.settings import Settings
-from runtime.slab import SlabPool, SlabSpec
+from runtime.slab import SlabPool
+from runtime.slab_spec import SlabSpec
 
 # On a CPU MLX's products take as long for each row of many as for one alone. On a GPU one row costs what so many cost.
 _FIXED_ROWS_ON_CPU, _FIXED_ROWS_ON_GPU = 1, 32
@@ -86,7 +87,7 @@ class MlxEngine:
         is_strict = settings.determinism == "strict"
         tile = _ROW_TILE_ON_CPU if is_strict and _is_on_cpu() else ROW_TILE
         # Its arrays are MLX's own; what torch computes for it, it computes on the CPU.
-        spec = slab_spec(config, settings, dtype, torch.device("cpu"), row_tile=tile, bucket=_BUCKET_SLOTS)
+        spec = slab_spec(config, settings, dtype, row_tile=tile, bucket=_BUCKET_SLOTS)
         # A checkpoint that is quantised says so itself.
         form = Form(dtype, "none" if settings.weights == "auto" else settings.weights)
         model = _load_model(directory, form)
@@ -118,7 +119,7 @@ class MlxEngine:
         return EngineFacts(
             backend="mlx",
             device=mx.default_device().type.name,
-            dtype=str(self._spec.dtype).removeprefix("torch."),
+            dtype=self._spec.dtype,
             weights=self._form.weights,
             form_reason=self._form.reason,
             architecture=self._config.model_type,
@@ -195,7 +196,7 @@ def _choose_device(settings: Settings) -> mx.Device:
 
 def _choose_dtype(settings: Settings) -> torch.dtype:
     if settings.dtype != "auto":
-        return named_dtype(settings.dtype)
+        return dtype_named(settings.dtype)
     # On a CPU bfloat16 saves one row nothing, and float32 is what the torch engine computes in there.
     return torch.float32 if _is_on_cpu() else torch.bfloat16
 
@@ -206,7 +207,7 @@ def _load_model(directory: Path, form: Form) -> Any:
         model, config = load_model(directory, lazy=True)
     except FILE_ERRORS as error:
         raise ModelUnavailable(f"the weights in {directory} cannot be loaded by mlx-lm: {one_line(error)}") from error
-    model.set_dtype(as_mlx(form.dtype))
+    model.set_dtype(as_mlx(name_of(form.dtype)))
     if form.weights != "none" and not config.get("quantization"):
         _quantise(model, form.weights)
     return model

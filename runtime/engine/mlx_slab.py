@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.slab import Slab, SlabPool, SlabSpec
+from runtime.dtypes import dtype_named
+from runtime.slab import Slab, SlabPool
+from runtime.slab_spec import SlabSpec
 
 
 class Run(NamedTuple):
@@ -69,7 +71,7 @@ class MlxSlab(Slab):
     def held(self, layer: int) -> tuple[Tensor, Tensor]:
         spec = self.spec
         if not self._arrays:  # There are none before the first token.
-            nothing = torch.empty(spec.kv_heads, 0, spec.head_dim, dtype=spec.dtype)
+            nothing = torch.empty(spec.kv_heads, 0, spec.head_dim, dtype=dtype_named(spec.dtype))
             return nothing, nothing
         keys, values = (to_torch(array)[:, : self.used] for array in self.seen(layer, self.used))
         return keys, values
@@ -99,9 +101,9 @@ def mlx_pool(spec: SlabSpec, count: int) -> SlabPool:
     return SlabPool(spec, (MlxSlab(spec) for _ in range(count)))
 
 
-def as_mlx(dtype: torch.dtype) -> mx.Dtype:
-    """MLX's name for a type."""
-    found = getattr(mx, str(dtype).removeprefix("torch."))
+def as_mlx(name: str) -> mx.Dtype:
+    """MLX's type of this name, such as float32."""
+    found = getattr(mx, name)
     assert isinstance(found, mx.Dtype)
     return found
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from runtime.dtypes import dtype_named, name_of
 from runtime.engine import EngineFacts
 from runtime.engine.configuration import (
     KEPT,
@@ -22,7 +23,6 @@ from runtime.engine.configuration import (
     check_covered,
     check_memory,
     count_weights,
-    named_dtype,
     read_config,
     refuse,
     slab_spec,
@@ -42,7 +42,8 @@ from runtime.events import Token
 from runtime.foreign.pages import trim
 from runtime.rows import RowBatch
 from runtime.settings import Settings
-from runtime.slab import SlabPool, SlabSpec
+from runtime.slab import SlabPool
+from runtime.slab_spec import SlabSpec
 
 _log = logging.getLogger("perennial.engine")
 
@@ -80,7 +81,6 @@ class OpenVinoEngine:
         config = read_config(directory)
         if settings.device not in ("auto", "cpu"):
             raise InvalidSetting(f"backend=openvino runs on a CPU: set backend to torch for device={settings.device}")
-        cpu = torch.device("cpu")
         check_covered(config, "openvino")
         if not can_build(config):
             raise ModelUnavailable(
@@ -90,7 +90,7 @@ class OpenVinoEngine:
         forms = _forms(settings, is_file=directory.is_file())
 
         def spec_of(form: Form) -> SlabSpec:
-            return slab_spec(config, settings, form.dtype, cpu, row_tile=_ROW_TILE, others=_held_types())
+            return slab_spec(config, settings, form.dtype, row_tile=_ROW_TILE, others=_held_types())
 
         needed = _needed_bytes(config, directory, forms)
         check_memory(needed, psutil.virtual_memory().available, settings, spec_of(forms[0]), beside)
@@ -112,7 +112,7 @@ class OpenVinoEngine:
         return EngineFacts(
             backend="openvino",
             device="cpu",
-            dtype=str(self._form.dtype).removeprefix("torch."),
+            dtype=name_of(self._form.dtype),
             weights=self._form.weights,
             form_reason=self._form.reason,
             architecture=self._model.config.model_type,
@@ -131,7 +131,7 @@ class OpenVinoEngine:
 
     def _claims(self) -> tuple[str, ...]:
         is_whole = self._form.weights != "none"
-        dtype = str(self._form.dtype).removeprefix("torch.")
+        dtype = name_of(self._form.dtype)
         linears = Claim(
             "linears",
             "OpenVINO, rows in 8 bits, groups of 32 added in order" if is_whole else f"OpenVINO, in {dtype}",
@@ -269,7 +269,7 @@ def _forms(settings: Settings, *, is_file: bool) -> list[Form]:
     """
     multiplies_halves = level() >= Level.AVX512_BF16
     if settings.dtype != "auto":
-        dtype = named_dtype(settings.dtype)
+        dtype = dtype_named(settings.dtype)
     else:
         # Linears of whole numbers compute in float32; the type is that of slabs.
         is_emulated = settings.weights == "none" and not multiplies_halves

@@ -17,7 +17,8 @@ from runtime.errors import ModelUnavailable
 from runtime.events import Sampling
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
-from runtime.slab import BUCKET_SLOTS, Slab, SlabPool, SlabSpec, as_held
+from runtime.slab import Slab, SlabPool, as_held
+from runtime.slab_spec import BUCKET_SLOTS, SlabSpec
 
 NO_NUMBERS = "the model computes no numbers: its weights or its config.json are damaged"
 

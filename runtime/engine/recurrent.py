@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from runtime.engine.attention_plan import ForwardPlan
 from runtime.engine.exact import RowByRowCalls
 from runtime.engine.torch_slab import TorchSlab, as_torch
-from runtime.slab import CHUNK
+from runtime.slab_spec import CHUNK
 
 # As in transformers, and in the library that the models were trained with.
 _LEAST_SQUARE = 1e-6

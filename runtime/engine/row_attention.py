@@ -23,7 +23,8 @@ from runtime.engine.rotary import ExactRotary, rotate
 from runtime.engine.row_kernel import MOST_QUERIES, attend_rows, write_rows
 from runtime.engine.torch_slab import SlabStore, as_torch, torch_pool
 from runtime.rows import Row, RowBatch
-from runtime.slab import Slab, SlabPool, SlabSpec
+from runtime.slab import Slab, SlabPool
+from runtime.slab_spec import SlabSpec
 
 CLAIM = Claim("attention", "a kernel of ours in float32, slots in order", Ground.ROW_BY_ROW)
 

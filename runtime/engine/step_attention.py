@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from runtime.engine.rotary import ExactRotary, rotate
 from runtime.engine.step_inputs import StepInputs, write
 from runtime.engine.torch_slab import SlabStore
-from runtime.slab import SlabSpec
+from runtime.slab import visible_slots
+from runtime.slab_spec import SlabSpec
 
 STEP_ATTENTION_NAME = "perennial_step"
 
@@ -39,7 +40,7 @@ class Step:
     def of(cls, spec: SlabSpec, store: SlabStore, inputs: StepInputs, attend: Attend, rotary: ExactRotary) -> Step:
         """What follows from the inputs as they are now."""
         cosines, sines = rotary.turn((spec.visible - 1 - inputs.positions).clamp(max=0))
-        seen = spec.visible_slots(inputs.positions, spec.slots)
+        seen = visible_slots(spec, inputs.positions, spec.slots)
         return cls(spec, store, inputs, attend, (cosines.float(), sines.float()), seen)
 
 

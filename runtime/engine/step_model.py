@@ -46,7 +46,7 @@ class StepModel:
 
     def __init__(self, loaded: Loaded, arena: SlabArena, kernels: StepKernels) -> None:
         model, config = loaded.model, loaded.model.config
-        spec, device = arena.spec, arena.spec.device
+        spec, device = arena.spec, arena.device
         self._decoder, self._head = model.get_decoder(), model.get_output_embeddings()
         (self._rotary,) = loaded.rotaries.values()
         self._arena, self._attend = arena, kernels.attend

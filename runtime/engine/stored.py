@@ -8,6 +8,7 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
+from runtime.dtypes import name_of
 from runtime.engine.blocks import Blocks, unpack
 from runtime.engine.openvino_fit import GROUP
 from runtime.gguf_file import StoredTensor
@@ -34,9 +35,9 @@ def matrix_of(stored: StoredTensor, tally: Tally) -> Matrix:
 def form_of(matrix: Matrix) -> str:
     """How a matrix is held, in words. Those of one form can be held as one."""
     if isinstance(matrix, Tensor):
-        return str(matrix.dtype).removeprefix("torch.")
+        return name_of(matrix.dtype)
     offsets = "" if matrix.offsets is None else " and an offset"
-    scales = str(matrix.scales.dtype).removeprefix("torch.")
+    scales = name_of(matrix.scales.dtype)
     return f"{matrix.bits} bits with a scale in {scales}{offsets} for each {matrix.group}"
 
 

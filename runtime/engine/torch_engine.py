@@ -48,7 +48,8 @@ from runtime.events import Token
 from runtime.gguf_file import GgufFile
 from runtime.rows import RowBatch
 from runtime.settings import Settings
-from runtime.slab import SlabPool, SlabSpec
+from runtime.slab import SlabPool
+from runtime.slab_spec import SlabSpec
 
 _log = logging.getLogger("perennial.engine")
 
@@ -67,6 +68,7 @@ class TorchEngine:
         self._config: PreTrainedConfig = model.config
         self._parts = ARCHITECTURES[model.config.model_type].parts
         self._spec = spec
+        self._device: torch.device = self._decoder.device
         self._form = form
         self._linears = [part for part in model.modules() if isinstance(part, RowLinear)]
         self._is_bit_exact = is_bit_exact
@@ -86,13 +88,13 @@ class TorchEngine:
         forms = forms_of(settings, device, count, GgufFile.read(directory).kinds() if directory.is_file() else {})
         widest = max(form.dtype.itemsize for form in forms)
         needed, free = held_weights(config, count) * widest, free_memory(device)
-        check_memory(needed, free, settings, slab_spec(config, settings, forms[0].dtype, device), beside)
+        check_memory(needed, free, settings, slab_spec(config, settings, forms[0].dtype), beside)
         if device.type == "cpu" and beside is None:
             torch.set_num_threads(1 if is_small(count) else psutil.cpu_count(logical=False) or 1)
         is_strict = settings.determinism == "strict"
         failed: list[Form] = []
         for form in forms:
-            spec = slab_spec(config, settings, form.dtype, device)
+            spec = slab_spec(config, settings, form.dtype)
             loaded = load_model(directory, form, device, ATTENTION_NAME, is_strict=is_strict)
             if not is_strict or _is_proven(loaded, spec, form):
                 return cls(loaded, spec, form.after(failed), is_bit_exact=is_strict)
@@ -100,15 +102,15 @@ class TorchEngine:
         if (settings.dtype, settings.weights) != ("auto", "auto"):
             raise refuse(failed)
         # A row that is always alone has no company that its bits could depend on.
-        spec = slab_spec(config, settings, form.dtype, device, row_tile=1)
+        spec = slab_spec(config, settings, form.dtype, row_tile=1)
         return cls(loaded, spec, replace(form, reason="one row a forward").after(failed), is_bit_exact=True)
 
     @cached_property
     def facts(self) -> EngineFacts:
         return EngineFacts(
             backend="torch",
-            device=self._spec.device.type,
-            dtype=str(self._spec.dtype).removeprefix("torch."),
+            device=self._device.type,
+            dtype=self._spec.dtype,
             weights=self._form.weights,
             form_reason=self._form.reason,
             architecture=self._config.model_type,
@@ -120,7 +122,7 @@ class TorchEngine:
             claims=self._claims() if self._is_bit_exact else (),
             tried=self._tried(),
             cpu_features=features(),
-            kernel_class=kernel_class(self._spec.device),
+            kernel_class=kernel_class(self._device),
             slab=self._spec,
         )
 
@@ -140,7 +142,7 @@ class TorchEngine:
         )
 
     def new_pool(self, count: int) -> SlabPool:
-        return torch_pool(self._spec, count)
+        return torch_pool(self._spec, count, self._device)
 
     def forward(self, batch: RowBatch) -> tuple[Token, ...]:
         return draw_tokens(self.logits(batch), batch)
@@ -149,7 +151,7 @@ class TorchEngine:
     def logits(self, batch: RowBatch) -> Tensor:
         rows = batch.rows
         assert 0 < len(rows) <= self._spec.row_tile
-        device = self._spec.device
+        device = self._device
         hidden: Tensor = self._decoder(
             input_ids=torch.tensor([[row.token_id for row in rows]], device=device),
             position_ids=torch.tensor([[row.position for row in rows]], device=device),
@@ -165,14 +167,14 @@ class TorchEngine:
 
 def _is_proven(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
     """Whether each part of the model, and its first layers as a whole, give rows the same bits in every batch here."""
-    config = loaded.model.config
+    config, device = loaded.model.config, loaded.model.device
     cap = getattr(config, "attn_logit_softcapping", None)
     has_sinks = Part.SOFTMAX_SINKS in ARCHITECTURES[config.model_type].parts
     # In the order of layers, so that what is tried is called the same in every process.
     manners = dict.fromkeys(Manner(kind, cap, has_sinks) for kind in attending_kinds(config))
     return (
-        linears_are_exact(loaded.model, form, spec.device)
-        and attention_is_exact(spec, config.num_attention_heads, loaded.rotaries, manners)
+        linears_are_exact(loaded.model, form, device)
+        and attention_is_exact(spec, config.num_attention_heads, loaded.rotaries, manners, device)
         and _layers_are_exact(loaded, spec, form)
     )
 

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import load_weights
-from runtime.engine.configuration import Form, is_small, named_dtype
+from runtime.dtypes import dtype_named
+from runtime.engine.configuration import Form, is_small
 from runtime.engine.exact import Claim
 from runtime.engine.findings import found
 from runtime.engine.linears import RowLinear, replace_linears
@@ -85,11 +86,11 @@ def forms_of(settings: Settings, device: torch.device, weights: int, kinds: Mapp
     """
     is_dtype_auto, is_weights_auto = settings.dtype == "auto", settings.weights == "auto"
     if device.type != "cpu":
-        dtype = torch.bfloat16 if is_dtype_auto else named_dtype(settings.dtype)
+        dtype = torch.bfloat16 if is_dtype_auto else dtype_named(settings.dtype)
         return [Form(dtype, "none" if is_weights_auto else settings.weights, _dequantised(kinds))]
     here = level()
     if not is_dtype_auto:
-        dtypes = [named_dtype(settings.dtype)]
+        dtypes = [dtype_named(settings.dtype)]
     elif here == Level.AMX:
         dtypes = [torch.bfloat16, torch.float32]
     else:

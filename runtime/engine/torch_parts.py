@@ -14,7 +14,7 @@ from runtime.engine.architectures import ARCHITECTURES, ONE_ROTARY, Part, layer_
 from runtime.engine.exact import Claim, Ground, RowByRow, RowByRowCalls, row_by_row
 from runtime.engine.recurrent import DeltaRule, ShortConvolution
 from runtime.engine.rotary import ExactRotary, RotaryByLayer
-from runtime.slab import CHUNK
+from runtime.slab_spec import CHUNK
 
 CLAIMS_OF_PARTS = {
     Part.SOFT_CAPS: Claim("capped attention", "torch's products, of one block of queries each", Ground.FIXED_ROWS),

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from runtime.dtypes import dtype_named
 from runtime.errors import CapacityExhausted
-from runtime.slab import Slab, SlabPool, SlabSpec
+from runtime.slab import Slab, SlabPool
+from runtime.slab_spec import SlabSpec
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,16 +95,17 @@ def as_torch(slab: Slab) -> TorchSlab:
 class SlabArena:
     """Slabs of one store, which never moves, to make pools of. A slab that nobody holds any more may be had again."""
 
-    def __init__(self, spec: SlabSpec, count: int) -> None:
+    def __init__(self, spec: SlabSpec, count: int, device: torch.device = _CPU) -> None:
+        dtype = dtype_named(spec.dtype)
         shape = (spec.layers, count, spec.kv_heads, spec.slots, spec.width)
         given = states = None
         if recurrent := spec.recurrent:
-            given = _lazy_zeros((recurrent.layers, count, spec.given, recurrent.columns), spec.dtype, spec.device)
+            given = _lazy_zeros((recurrent.layers, count, spec.given, recurrent.columns), dtype, device)
             if recurrent.state:
                 shape_of_all = (recurrent.layers, count, spec.states, *recurrent.state)
-                states = _lazy_zeros(shape_of_all, torch.float32, spec.device)
-        keys, values = (_lazy_zeros(shape, spec.dtype, spec.device) for _ in range(2))
-        self.spec = spec
+                states = _lazy_zeros(shape_of_all, torch.float32, device)
+        keys, values = (_lazy_zeros(shape, dtype, device) for _ in range(2))
+        self.spec, self.device = spec, device
         self.store = SlabStore(keys, values, given, states)
         self._free = [*range(count)][::-1]
 
@@ -116,9 +121,9 @@ class SlabArena:
         return slab
 
 
-def torch_pool(spec: SlabSpec, count: int) -> SlabPool:
+def torch_pool(spec: SlabSpec, count: int, device: torch.device = _CPU) -> SlabPool:
     """`count` slabs in a store of their own."""
-    return SlabArena(spec, count).pool(count)
+    return SlabArena(spec, count, device).pool(count)
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -28,7 +28,8 @@ from runtime.engine.torch_slab import as_torch, torch_pool
 from runtime.metrics import Metrics
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
-from runtime.slab import Slab, SlabPool, SlabSpec
+from runtime.slab import Slab, SlabPool, visible_slots
+from runtime.slab_spec import SlabSpec
 from runtime.text import Text
 
 VOCABULARY = 100
@@ -65,8 +66,7 @@ class LedgerEngine:
             sink=sink,
             window=window,
             row_tile=row_tile,
-            dtype=torch.float64,
-            device=torch.device("cpu"),
+            dtype="float64",
         )
         self.batches: list[RowBatch] = []
         self.threads: set[int] = set()
@@ -164,15 +164,15 @@ class LedgerEngine:
             row.slab.clear()
             return
         slot = torch.tensor([self.spec.slot(row.position)])
-        key = torch.full((1, 1, 1), float(row.token_id), dtype=self.spec.dtype)
-        value = torch.full((1, 1, 1), float(row.position), dtype=self.spec.dtype)
+        key = torch.full((1, 1, 1), float(row.token_id), dtype=torch.float64)
+        value = torch.full((1, 1, 1), float(row.position), dtype=torch.float64)
         for layer in range(self.spec.layers - (row.token_id == SKIPS_A_LAYER)):
             as_torch(row.slab).write(layer, slot, row.position + 1, key, value)
 
     def _draw(self, slab: Slab, position: int, sampling: Sampling) -> int:
         held = as_torch(slab)
         extent = self.spec.extent(position)
-        visible = self.spec.visible_slots(torch.tensor([position]), extent)[0]
+        visible = visible_slots(self.spec, torch.tensor([position]), extent)[0]
         tokens = held.keys[-1, 0, :extent, 0][visible].tolist()
         positions = held.values[-1, 0, :extent, 0][visible].tolist()
         return _drawn(sorted(zip(positions, tokens, strict=True)), sampling)

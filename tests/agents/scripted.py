@@ -101,8 +101,8 @@ class ScriptedEngine(LedgerEngine):
 
     def _write_all(self, rows: Sequence[Row]) -> None:
         slots = torch.tensor([self.spec.slot(row.position) for row in rows])
-        keys = torch.tensor([[[float(row.token_id)] for row in rows]], dtype=self.spec.dtype)
-        values = torch.tensor([[[float(row.position)] for row in rows]], dtype=self.spec.dtype)
+        keys = torch.tensor([[[float(row.token_id)] for row in rows]], dtype=torch.float64)
+        values = torch.tensor([[[float(row.position)] for row in rows]], dtype=torch.float64)
         as_torch(rows[0].slab).write(0, slots, rows[-1].position + 1, keys, values)
 
     def _drawn(self, slab: Slab, position: int) -> int:

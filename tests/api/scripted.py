@@ -110,8 +110,8 @@ class ScriptedEngine(LedgerEngine):
     def _put(self, rows: Sequence[Row]) -> None:
         slab, first, last = as_torch(rows[0].slab), rows[0].position, rows[-1].position
         slots = torch.tensor([self.spec.slot(row.position) for row in rows])
-        keys = torch.tensor([float(row.token_id) for row in rows], dtype=self.spec.dtype).view(1, -1, 1)
-        positions = torch.arange(first, last + 1, dtype=self.spec.dtype).view(1, -1, 1)
+        keys = torch.tensor([float(row.token_id) for row in rows], dtype=torch.float64).view(1, -1, 1)
+        positions = torch.arange(first, last + 1, dtype=torch.float64).view(1, -1, 1)
         slab.write(0, slots, last + 1, keys, positions)
 
     def _next(self, row: Row, draw: Draw) -> Token:

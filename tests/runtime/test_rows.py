@@ -2,13 +2,12 @@
 
 from itertools import pairwise
 
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.engine.torch_slab import torch_pool
 from runtime.rows import Row, RowBatch
-from runtime.slab import SlabSpec
+from runtime.slab_spec import SlabSpec
 
 SPEC = SlabSpec(
     layers=1,
@@ -17,8 +16,7 @@ SPEC = SlabSpec(
     sink=4,
     window=600,
     row_tile=32,
-    dtype=torch.float32,
-    device=torch.device("cpu"),
+    dtype="float32",
 )
 # Bucket edges, the window's edge, and where extents end.
 STARTS = st.sampled_from([0, 240, 250, 256, 500, 590, 603, 604, 620, 5_000])

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from runtime.engine.torch_slab import TorchSlab, as_torch, torch_pool
 from runtime.errors import CapacityExhausted
-from runtime.slab import BUCKET_SLOTS, CHUNK, RecurrentSpec, Slab, SlabPool, SlabSpec, as_held
+from runtime.slab import Slab, SlabPool, as_held, visible_slots
+from runtime.slab_spec import BUCKET_SLOTS, CHUNK, RecurrentSpec, SlabSpec
 from tests.reference.window import positions_seen
 
 
@@ -26,8 +27,7 @@ def spec_of(
         sink=sink,
         window=window,
         row_tile=row_tile,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        dtype="float32",
     )
 
 
@@ -52,7 +52,7 @@ def tiles(draw: st.DrawFn) -> tuple[SlabSpec, list[tuple[int, int]]]:
 def seen_by(spec: SlabSpec, position: int, held: dict[int, int]) -> list[int | None]:
     """The positions that lie in the slots that a query at `position` attends to."""
     extent = spec.extent(position)
-    visible = spec.visible_slots(torch.tensor([position]), extent)[0]
+    visible = visible_slots(spec, torch.tensor([position]), extent)[0]
     return [held.get(slot) for slot in visible.nonzero().flatten().tolist()]
 
 
@@ -79,7 +79,7 @@ def test_a_layer_with_a_window_of_its_own_sees_of_that_what_is_nearer(
     spec: SlabSpec, position: int, own_window: int
 ) -> None:
     held = {spec.slot(before): before for before in range(position + 1)}
-    visible = spec.visible_slots(torch.tensor([position]), spec.extent(position), own_window)[0]
+    visible = visible_slots(spec, torch.tensor([position]), spec.extent(position), own_window)[0]
 
     seen = {held[slot] for slot in visible.nonzero().flatten().tolist()}
 
@@ -94,7 +94,7 @@ def test_a_layer_with_a_window_of_its_own_sees_of_that_what_is_nearer(
 def test_a_query_sees_as_many_slots_far_out_as_the_window_has(spec: SlabSpec, beyond: int) -> None:
     position = spec.visible + beyond
 
-    visible = spec.visible_slots(torch.tensor([position]), spec.extent(position))
+    visible = visible_slots(spec, torch.tensor([position]), spec.extent(position))
 
     expected = {spec.slot(seen) for seen in range(spec.sink)}
     expected |= {spec.slot(seen) for seen in range(position - spec.window + 1, position + 1)}
@@ -249,9 +249,9 @@ def test_a_row_of_8_bits_is_off_by_half_a_step_of_its_own_scale(seed: int, size:
     rows = size * torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(seed))
     rows[0] = 0
 
-    held = as_held(rows, torch.int8)
+    held = as_held(rows, "int8")
 
-    assert held.shape == (3, 2, replace(spec_of(1, 1, 1, head_dim=40), dtype=torch.int8).width)
+    assert held.shape == (3, 2, replace(spec_of(1, 1, 1, head_dim=40), dtype="int8").width)
     scales = held[..., 40:].contiguous().view(torch.float32)
     assert torch.all((held[..., :40] * scales - rows).abs() <= 0.501 * scales)
     torch.testing.assert_close(127 * scales, rows.abs().amax(dim=-1, keepdim=True))

@@ -15,7 +15,8 @@ from runtime.durable.shared import fill
 from runtime.durable.slab_file import SlabWriter, write_slab
 from runtime.durable.store import Kept
 from runtime.engine.torch_slab import torch_pool
-from runtime.slab import Slab, SlabSpec
+from runtime.slab import Slab
+from runtime.slab_spec import SlabSpec
 from tests.actors.test_durable import ENGINE, OTHER_ENGINE
 from tests.runtime.durable.buckets import Fault, FaultyObjects
 from tests.runtime.durable.test_slab_file import RECURRENT, SPEC, filled

@@ -13,11 +13,12 @@ from runtime.durable.files import Files
 from runtime.durable.framing import CHECKSUM_BYTES, Damaged, Unknown
 from runtime.durable.slab_file import PARTIAL, SlabWriter, read_slab, write_slab
 from runtime.engine.torch_slab import torch_pool
-from runtime.slab import RecurrentSpec, Slab, SlabSpec
+from runtime.slab import Slab
+from runtime.slab_spec import RecurrentSpec, SlabSpec
 from tests.actors.test_durable import ENGINE
 
 RECURRENT = RecurrentSpec(layers=2, columns=6, reach=2, state=(3, 4, 4))
-SPEC = SlabSpec(2, 2, 8, sink=4, window=60, row_tile=8, dtype=torch.float32, device=torch.device("cpu"))
+SPEC = SlabSpec(2, 2, 8, sink=4, window=60, row_tile=8, dtype="float32")
 
 
 def filled(length: int, spec: SlabSpec = SPEC) -> tuple[Slab, array[int]]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from runtime.dtypes import dtype_named
 from runtime.engine.architectures import ONE_ROTARY
 from runtime.engine.attention import slab_attention
 from runtime.engine.attention_plan import block_shape, plan_forward
@@ -15,7 +16,8 @@ from runtime.engine.probe import is_exact_at_every_count
 from runtime.engine.rotary import ExactRotary, rotate
 from runtime.engine.torch_slab import as_torch, torch_pool
 from runtime.rows import Row, RowBatch
-from runtime.slab import Slab, SlabSpec
+from runtime.slab import Slab
+from runtime.slab_spec import SlabSpec
 from tests.reference.window import positions_seen
 from tests.runtime.engine.feeding import threads
 
@@ -27,8 +29,7 @@ SPEC = SlabSpec(
     sink=2,
     window=13,
     row_tile=16,
-    dtype=torch.float32,
-    device=torch.device("cpu"),
+    dtype="float32",
 )
 
 
@@ -178,7 +179,7 @@ def test_blocks_lie_alike_in_memory_for_whichever_thread_computes_them(
     rows, queries = block_shape(spec, 4 * heads_a_group, count)
 
     assert rows * heads_a_group <= queries < rows * heads_a_group + 8
-    assert queries * head_dim * spec.dtype.itemsize % 64 == 0
+    assert queries * head_dim * spec.item_bytes % 64 == 0
     # Buffers of as many rows as queries, for a run of 512 slots, two sums and a result.
     assert 4 % count == 0 or queries * (512 + 2 + head_dim) * 4 % 64 == 0
 
@@ -186,13 +187,14 @@ def test_blocks_lie_alike_in_memory_for_whichever_thread_computes_them(
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"), [(9, 3, 64), (5, 1, 64), (12, 4, 80), (6, 3, 30), (6, 2, 30)]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bits_do_not_depend_on_the_thread_that_computes_a_block(
-    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+    heads: int, kv_heads: int, head_dim: int, dtype: str
 ) -> None:
     """A block's thread follows from how many there are; each thread writes to a place of its own in memory."""
     spec = replace(SPEC, kv_heads=kv_heads, head_dim=head_dim, window=600, row_tile=64, dtype=dtype)
     table = torch.randn(64, heads + 2 * kv_heads, head_dim, generator=torch.Generator().manual_seed(0))
+    table = table.to(dtype_named(dtype))
     engine = AttentionAlone(spec, heads, {ONE_ROTARY: a_rotary(head_dim)}, table)
 
     with threads(2):

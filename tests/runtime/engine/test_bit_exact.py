@@ -18,7 +18,7 @@ from runtime.engine.machine import Level, level
 from runtime.events import Sampling
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
-from runtime.slab import BUCKET_SLOTS
+from runtime.slab_spec import BUCKET_SLOTS
 from tests.conftest import save_random_model
 from tests.gguf_files import every_kind, write_gguf
 from tests.runtime.engine.feeding import (

@@ -38,7 +38,7 @@ def engine(seedling: Path) -> LogitsEngine:
 @pytest.fixture
 def arena(seedling: Path) -> SlabArena:
     config = read_config(seedling)
-    return SlabArena(slab_spec(config, SHORT, torch.float32, CPU, row_tile=ROWS_ON_GPU), SLABS + 1)
+    return SlabArena(slab_spec(config, SHORT, torch.float32, row_tile=ROWS_ON_GPU), SLABS + 1)
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_more_slabs_than_there_are_cannot_be_had(arena: SlabArena) -> None:
 @pytest.fixture(scope="module")
 def inputs(seedling: Path) -> tuple[StepInputs, SlabArena]:
     config = read_config(seedling)
-    spec = slab_spec(config, SHORT, torch.float32, CPU, row_tile=ROWS_ON_GPU)
+    spec = slab_spec(config, SHORT, torch.float32, row_tile=ROWS_ON_GPU)
     return StepInputs(ROWS_ON_GPU, 5, SLABS, CPU), SlabArena(spec, SLABS + 1)
 
 

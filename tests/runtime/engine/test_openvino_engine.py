@@ -83,7 +83,7 @@ def test_slabs_hold_the_type_that_was_asked_for(large_model: Path, kv_dtype: str
     facts = load_engine(settings, large_model).facts
 
     assert facts.is_bit_exact
-    assert facts.slab.holds == ("bfloat16" if kv_dtype == "auto" else kv_dtype)
+    assert facts.slab.dtype == ("bfloat16" if kv_dtype == "auto" else kv_dtype)
     assert facts.slab.token_bytes == token_bytes
 
 

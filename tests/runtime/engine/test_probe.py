@@ -18,7 +18,8 @@ from runtime.engine.probe import (
 )
 from runtime.engine.torch_slab import as_torch, torch_pool
 from runtime.rows import Row, RowBatch
-from runtime.slab import SlabPool, SlabSpec
+from runtime.slab import SlabPool, visible_slots
+from runtime.slab_spec import SlabSpec
 from tests.runtime.engine.feeding import threads
 
 VOCABULARY = 50
@@ -29,8 +30,7 @@ SPEC = SlabSpec(
     sink=4,
     window=300,
     row_tile=32,
-    dtype=torch.float32,
-    device=torch.device("cpu"),
+    dtype="float32",
 )
 Error = Callable[[RowBatch, int], float]
 
@@ -55,7 +55,7 @@ class OneLayerEngine:
 
     def _line(self, row: Row) -> Tensor:
         extent = row.slab.spec.extent(row.position)
-        visible = row.slab.spec.visible_slots(torch.tensor([row.position]), extent)[0]
+        visible = visible_slots(row.slab.spec, torch.tensor([row.position]), extent)[0]
         return (as_torch(row.slab).keys[0, 0, :extent, 0] * visible).sum() + torch.arange(VOCABULARY)
 
 
@@ -154,8 +154,7 @@ def test_slabs_of_any_size_can_be_probed(sink: int, window: int) -> None:
         sink=sink,
         window=window,
         row_tile=32,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        dtype="float32",
     )
 
     assert is_bit_exact(OneLayerEngine(spec=spec), spec, VOCABULARY)

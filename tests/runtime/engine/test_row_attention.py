@@ -18,7 +18,8 @@ from runtime.engine.rotary import rotate
 from runtime.engine.row_attention import RowAttention, RowAttentionAlone
 from runtime.engine.torch_slab import as_torch, torch_pool
 from runtime.rows import Row, RowBatch
-from runtime.slab import Slab, SlabSpec, as_held
+from runtime.slab import Slab, as_held
+from runtime.slab_spec import SlabSpec
 from tests.reference.window import positions_seen
 from tests.runtime.engine.feeding import GREEDY, threads
 from tests.runtime.engine.test_attention import a_rotary
@@ -31,10 +32,9 @@ SPEC = SlabSpec(
     sink=2,
     window=45,
     row_tile=16,
-    dtype=torch.float32,
-    device=torch.device("cpu"),
+    dtype="float32",
 )
-HELD = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+HELD = ("float32", "bfloat16", "float16", "int8")
 LENGTH = 150
 # Of `digests`.
 EVERYWHERE = {
@@ -55,7 +55,7 @@ class History:
         self.keys = rotate(torch.randn(LENGTH, KV_HEADS, HEAD_DIM, generator=generator), *turn)
         self.values = torch.randn(LENGTH, KV_HEADS, HEAD_DIM, generator=generator)
 
-    def expected(self, position: int, dtype: torch.dtype) -> Tensor:
+    def expected(self, position: int, dtype: str) -> Tensor:
         """What `position` attends to, [HEADS * HEAD_DIM] float64, by a loop over what it sees, as slabs of `dtype` hold it."""
         keys, values = (read(as_held(held, dtype)) for held in (self.keys, self.values))
         output = torch.zeros(HEADS, HEAD_DIM, dtype=torch.float64)
@@ -93,8 +93,8 @@ def rows_of(slab: Slab, start: int, stop: int) -> tuple[Row, ...]:
 
 
 @pytest.mark.parametrize("tile", [1, 7, 16])
-@pytest.mark.parametrize("dtype", HELD, ids=str)
-def test_every_position_gets_what_a_loop_over_its_window_gives(tile: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", HELD)
+def test_every_position_gets_what_a_loop_over_its_window_gives(tile: int, dtype: str) -> None:
     history = History(seed=0)
     slab = torch_pool(replace(SPEC, dtype=dtype), 1).acquire()
 
@@ -142,8 +142,8 @@ def test_layers_keep_keys_and_values_of_their_own() -> None:
     assert slab.frontiers == (10, 9)
 
 
-@pytest.mark.parametrize("dtype", HELD, ids=str)
-def test_a_slab_holds_rows_rounded_as_torch_rounds_them(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", HELD)
+def test_a_slab_holds_rows_rounded_as_torch_rounds_them(dtype: str) -> None:
     """Among them zeros, subnormal numbers, and ones between two of the slab's."""
     spec = replace(SPEC, dtype=dtype, layers=1, row_tile=64)
     rows = hard_rows(64 * KV_HEADS, HEAD_DIM, torch.float32, torch.Generator().manual_seed(0))
@@ -159,10 +159,10 @@ def test_a_slab_holds_rows_rounded_as_torch_rounds_them(dtype: torch.dtype) -> N
     assert torch.equal(values, as_held(-rows, dtype).transpose(0, 1))
 
 
-@pytest.mark.parametrize("dtype", HELD, ids=str)
+@pytest.mark.parametrize("dtype", HELD)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 8, 128), (9, 3, 64), (4, 1, 16), (80, 1, 32)])
 def test_a_row_gets_the_same_bits_whatever_is_computed_beside_it(
-    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+    heads: int, kv_heads: int, head_dim: int, dtype: str
 ) -> None:
     spec = replace(SPEC, layers=1, kv_heads=kv_heads, head_dim=head_dim, window=600, row_tile=48, dtype=dtype)
     table = hard_rows(64 * (heads + 2 * kv_heads), head_dim, torch.float32, torch.Generator().manual_seed(2))
@@ -198,7 +198,7 @@ def digests() -> dict[str, str]:
         for start in range(0, LENGTH - 15, 16):
             rows = tuple(Row(slab, start + n, (7 * start + n) % 64, GREEDY) for n in range(16))
             digest.update(engine.logits(RowBatch(rows)).numpy().tobytes())
-        found[spec.holds] = digest.hexdigest()
+        found[spec.dtype] = digest.hexdigest()
     return found
 
 

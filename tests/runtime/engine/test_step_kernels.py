@@ -10,12 +10,13 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from runtime.dtypes import name_of
 from runtime.engine.rotary import ExactRotary
 from runtime.engine.step_attention import Step, attend_by_products
 from runtime.engine.step_inputs import StepInputs
 from runtime.engine.torch_slab import SlabArena
 from runtime.rows import Row, RowBatch
-from runtime.slab import SlabSpec
+from runtime.slab_spec import SlabSpec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
@@ -40,8 +41,8 @@ class Attending:
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         heads, groups, width = shape
-        self.spec = SlabSpec(1, groups, width, sink=4, window=300, row_tile=ROWS, dtype=dtype, device=DEVICE)
-        self.arena = SlabArena(self.spec, 3)
+        self.spec = SlabSpec(1, groups, width, sink=4, window=300, row_tile=ROWS, dtype=name_of(dtype))
+        self.arena = SlabArena(self.spec, 3, DEVICE)
         self.slabs = [self.arena.pool(1).acquire() for _ in range(2)]
         self.inputs = StepInputs(ROWS, kernels.block_rows(heads // groups), 2, DEVICE)
         config = LlamaConfig(hidden_size=heads * width, num_attention_heads=heads, head_dim=width)

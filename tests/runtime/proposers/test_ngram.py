@@ -8,7 +8,6 @@ import tracemalloc
 from array import array
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +16,7 @@ from runtime.engine.configuration import check_memory
 from runtime.errors import NotEnoughMemory
 from runtime.proposers.ngram import PromptLookup
 from runtime.settings import Settings
-from runtime.slab import SlabSpec
+from runtime.slab_spec import SlabSpec
 
 FEW_TOKENS = st.lists(st.integers(0, 3), max_size=60)
 
@@ -84,7 +83,7 @@ def test_the_longest_append_takes_no_more_memory_than_is_told(parts: int) -> Non
 @pytest.mark.parametrize("proposer", ["none", "ngram"])
 def test_what_proposers_hold_counts_when_the_memory_is_checked(proposer: str) -> None:
     chosen = Settings(proposer=proposer, capacity=3, max_concurrent=2)
-    spec = SlabSpec(2, 2, 32, 4, 60, 8, torch.float32, torch.device("cpu"))
+    spec = SlabSpec(2, 2, 32, 4, 60, 8, "float32")
     enough = 1000 + 5 * (spec.ceiling_bytes + (PromptLookup.ceiling_bytes() if proposer == "ngram" else 0))
 
     check_memory(1000, enough, chosen, spec, None)
