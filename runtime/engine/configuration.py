@@ -45,7 +45,7 @@ class Form:
     reason: str = ""
 
     def __str__(self) -> str:
-        return f"dtype={str(self.dtype).removeprefix('torch.')} weights={self.weights}"
+        return f"dtype={name_of(self.dtype)} weights={self.weights}"
 
     def after(self, failed: Sequence[Form]) -> Form:
         """This form, its reason being that those before it `failed` too."""

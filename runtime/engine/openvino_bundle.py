@@ -22,6 +22,7 @@ from torch import Tensor
 import runtime
 from runtime.bundles import Bundle, BundleDamaged, BundleName, BundleWriter, let_go, new_bundle, remove_bundle
 from runtime.caches import cache_folder
+from runtime.dtypes import name_of
 from runtime.engine.machine import cpu_flags, features
 from runtime.engine.openvino_compiling import Compiling, Draft, Graph, Graphs, Shape
 from runtime.engine.openvino_graphs import MOST_AT_ONCE
@@ -121,7 +122,7 @@ class _InBundle:
         except OSError as error:
             self._failure = error
             return self._memory.embedding(weight)
-        self._embedding = {"dtype": str(weight.dtype).removeprefix("torch."), "shape": weight.shape}
+        self._embedding = {"dtype": name_of(weight.dtype), "shape": weight.shape}
         return torch.frombuffer(mapped, dtype=weight.dtype).view(weight.shape)
 
     def finish(self, name: BundleName, parts: Parts, directory: Path) -> None:
@@ -196,7 +197,7 @@ def _folder() -> Path | None:
 
 def _name(directory: Path, compiling: Compiling) -> BundleName:
     """Raises OSError where the model lacks a file."""
-    form = compiling.weights if compiling.weights != "none" else str(compiling.dtype).removeprefix("torch.")
+    form = compiling.weights if compiling.weights != "none" else name_of(compiling.dtype)
     return BundleName(
         _digest(directory.resolve()),
         _digest(_identities(directory), _makers()),

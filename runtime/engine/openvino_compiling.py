@@ -73,7 +73,6 @@ class Graph:
         self._compiled = compiled
         self._request = compiled.create_infer_request()
         self._outputs = len(compiled.outputs)
-        self._given: list[ov.Tensor] = []
 
     @classmethod
     def imported(cls, mapped: mmap.mmap, shape: Shape, compiling: Compiling) -> Graph:
@@ -92,12 +91,14 @@ class Graph:
         return self._mapped is not None
 
     def __call__(self, *rows: Tensor) -> list[Tensor]:
-        # What is shared has to outlive the call.
-        self._given = [ov.Tensor(one.numpy(), shared_memory=True) for one in rows]
-        for place, tensor in enumerate(self._given):
+        return [as_rows(one) for one in self.run(*map(as_given, rows))]
+
+    def run(self, *given: ov.Tensor) -> list[ov.Tensor]:
+        """As calling it, for what is given to several graphs, or goes from one to the next."""
+        for place, tensor in enumerate(given):
             self._request.set_input_tensor(place, tensor)
         self._request.infer()
-        return [torch.from_numpy(self._request.get_output_tensor(place).data) for place in range(self._outputs)]
+        return [self._request.get_output_tensor(place) for place in range(self._outputs)]
 
     def release(self) -> None:
         """Frees what its calls have taken beside its weights, and with it what they returned."""
@@ -107,6 +108,16 @@ class Graph:
         """All that it returns for `rows` that hold all that it takes, one beside the other."""
         taken = [part.contiguous() for part in rows.split(self.widths, dim=1)]
         return torch.cat([one.flatten(1) for one in self(*taken)], dim=1)
+
+
+def as_given(rows: Tensor) -> ov.Tensor:
+    """Rows as graphs take them, in their own memory, which has to outlive the call."""
+    return ov.Tensor(rows.numpy(), shared_memory=True)
+
+
+def as_rows(returned: ov.Tensor) -> Tensor:
+    """What a graph returned, where it lies."""
+    return torch.from_numpy(returned.data)
 
 
 @dataclass(frozen=True, slots=True)

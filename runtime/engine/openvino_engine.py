@@ -32,7 +32,7 @@ from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import found
 from runtime.engine.machine import Level, features, hardware_level, kernel_class, level
 from runtime.engine.openvino_bundle import bundled_bytes, find_parts
-from runtime.engine.openvino_compiling import Compiling
+from runtime.engine.openvino_compiling import Compiling, as_given, as_rows
 from runtime.engine.openvino_fit import can_build
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
 from runtime.engine.row_attention import CLAIM, RowAttention, row_attention_is_exact
@@ -207,19 +207,20 @@ class _Model:
         """What the head is given, of the rows with `draw`, after so many of the first layers and the last one's MLP."""
         rows = batch.rows
         self._release_in_time(len(rows))
-        hidden = self._embedding.rows([row.token_id for row in rows])
-        turn = self._rotary(hidden, torch.tensor([row.position for row in rows]))
+        embedded = self._embedding.rows([row.token_id for row in rows])
+        angles = self._rotary(embedded, torch.tensor([row.position for row in rows]))
         plan = self._attend.plan(batch)
         graphs = self._graphs
-        projected = graphs.first(hidden, *turn)
+        hidden, turn = as_given(embedded), [as_given(one) for one in angles]
+        projected = graphs.first.run(hidden, *turn)
         for layer in range(layers):
-            query, key, value = projected
+            query, key, value = map(as_rows, projected)
             attended = self._attend(layer, query, key, value, plan)
             if layer == layers - 1:
-                (hidden,) = graphs.last(attended, hidden)
+                (hidden,) = graphs.last.run(as_given(attended), hidden)
             else:
-                hidden, *projected = graphs.between[layer](attended, hidden, *turn)
-        return hidden[[index for index, row in enumerate(rows) if row.draw is not None]]
+                hidden, *projected = graphs.between[layer].run(as_given(attended), hidden, *turn)
+        return as_rows(hidden)[[index for index, row in enumerate(rows) if row.draw is not None]]
 
     def logits(self, batch: RowBatch) -> Tensor:
         """Of the rows with `draw`, [rows, vocabulary] float32."""

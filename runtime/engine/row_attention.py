@@ -28,8 +28,8 @@ from runtime.slab_spec import SlabSpec
 
 CLAIM = Claim("attention", "a kernel of ours in float32, slots in order", Ground.ROW_BY_ROW)
 
-# What a thread does with fewer slots takes less time than to wake it.
-_LEAST_SLOTS = 4096
+# What a thread does with fewer slots takes less time than to wake it, above all where other programs run.
+_LEAST_SLOTS = 2**14
 # Attention is tried over no longer windows: more slots are the same sums again.
 _PROBED_WINDOW = 1020
 _PROBED_TOKENS = 64
