@@ -51,9 +51,6 @@ _log = logging.getLogger("perennial.engine")
 _ROW_TILE = 128
 # Attention reads slabs of these types, whatever the graphs compute in.
 _HELD = ("float32", "bfloat16", "int8")
-# What graphs take beside their weights for no more rows is next to nothing. What they took for more is handed back after so
-# many calls of few: it takes some milliseconds, too long for the first token of each turn.
-_FEW_ROWS, _CALLS_OF_FEW = 32, 64
 # A head draws for one row of each session, and its probe takes longest.
 _HEAD_MOST_ROWS = 32
 
@@ -168,7 +165,6 @@ class _Model:
         self._attend = RowAttention(spec, config.num_attention_heads, self._rotary)
         self.tensors, self.weights_bytes = parts.tensors, parts.weights_bytes
         self._no_logits = torch.empty(0, config.vocab_size)
-        self._few_since_many: int | None = None
 
     def is_exact(self) -> bool:
         """Whether each kind of graph, attention, and a layer as a whole, give rows the same bits in every batch here."""
@@ -190,23 +186,13 @@ class _Model:
         )
 
     def release(self) -> None:
-        """Hands back what graphs took for many rows at once, megabytes each, which they would keep beside their weights."""
+        """Hands back what graphs took for many rows at once, megabytes each, which they keep beside their weights."""
         self._graphs.release()
         trim()
-        self._few_since_many = None
-
-    def _release_in_time(self, rows: int) -> None:
-        if rows > _FEW_ROWS:
-            self._few_since_many = 0
-        elif self._few_since_many is not None:
-            self._few_since_many += 1
-            if self._few_since_many == _CALLS_OF_FEW:
-                self.release()
 
     def hidden(self, batch: RowBatch, layers: int) -> Tensor:
         """What the head is given, of the rows with `draw`, after so many of the first layers and the last one's MLP."""
         rows = batch.rows
-        self._release_in_time(len(rows))
         embedded = self._embedding.rows([row.token_id for row in rows])
         angles = self._rotary(embedded, torch.tensor([row.position for row in rows]))
         plan = self._attend.plan(batch)

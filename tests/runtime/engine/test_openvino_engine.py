@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from runtime.engine.machine import Level, level
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.settings import Settings
 from tests.conftest import SMALL, save_random_model
-from tests.runtime.engine.feeding import feed, load, random_tokens
 
 pytestmark = pytest.mark.skipif(level() < Level.AVX512, reason="OpenVINO is not taken below AVX-512")
 
@@ -50,15 +48,6 @@ def test_where_it_is_not_exact_torch_runs_the_model_and_the_log_says_why(
 
     assert (facts.backend, facts.is_bit_exact) == ("torch", True)
     assert any("torch runs the model" in record.getMessage() for record in caplog.records)
-
-
-def test_bits_are_the_same_after_what_a_prompt_took_was_handed_back(large_model: Path) -> None:
-    engine = load(large_model, "bfloat16", window=64, determinism="fast", weights="int8", backend="openvino")
-    tokens = random_tokens(140, 4096)
-    # A prompt, and more tokens after it than the engine waits for.
-    after_prompt = feed(engine, engine.new_pool(1).acquire(), tokens, chain([60], repeat(1)))
-
-    assert torch.equal(after_prompt, feed(engine, engine.new_pool(1).acquire(), tokens, repeat(1)))
 
 
 @pytest.mark.parametrize("changes", [{"hidden_act": "gelu"}, {"head_dim": 24}], ids=str)
