@@ -13,12 +13,12 @@ from h2.connection import H2Connection
 from h2.events import UnknownFrameReceived
 from h2.exceptions import FrameTooLargeError, ProtocolError
 from h2.utilities import SizeLimitDict
-from hypercorn.protocol.ws_stream import server_extensions_handshake
 from hyperframe.frame import ExtensionFrame
-from wsproto import Connection as WebSocket
 from wsproto import ConnectionType
+from wsproto.connection import Connection as WebSocket
 from wsproto.events import BytesMessage, CloseConnection
 from wsproto.extensions import PerMessageDeflate
+from wsproto.handshake import server_extensions_handshake
 
 from api.foreign import require
 from api.foreign.grpclib.connection import GuardedProcessor

@@ -205,10 +205,10 @@ def test_a_schema_given_as_a_class_comes_back_as_its_instance(plain: ServerProce
     with openai.OpenAI(**options(plain, "none")) as client:
         answer = client.chat.completions.parse(
             model=SEEDLING,
-            messages=TALK,
+            messages=[{"role": "user", "content": "Tell me about the sea."}],
             response_format=Pet,
             max_tokens=100,
-            temperature=0,  # type: ignore[arg-type]
+            temperature=0,
         )
 
     assert isinstance(answer.choices[0].message.parsed, Pet)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from runtime.errors import InvalidRequest, MalformedRequest
 from runtime.events import Sampling
 from runtime.grammar import Grammar
+from runtime.items import Call
 from runtime.sampling import Draw, drawn
 from runtime.text import Text
-from runtime.tools import Call, CallForm
+from runtime.tools import CallForm
 from tests.templates import HERMES, LLAMA, PLAIN, text_with
 
 EOS = 2

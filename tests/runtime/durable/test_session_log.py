@@ -74,8 +74,12 @@ def test_the_lease_says_who_holds_a_session_since_when(bucket: ObjectStore) -> N
     log.record(0, tokens(1))
     seen: list[Lease] = []
 
+    def has_lapsed(lease: Lease) -> bool:
+        seen.append(lease)
+        return False
+
     with pytest.raises(SessionMoved):
-        SessionLog.claim(one, ID, MODEL, "two", lambda _: True, lambda lease: bool(seen.append(lease)))
+        SessionLog.claim(one, ID, MODEL, "two", lambda _: True, has_lapsed)
     log.release()
 
     assert [(lease.holder, lease.epoch, lease.is_released) for lease in seen] == [("one", 1, False)]

@@ -53,7 +53,8 @@ ROPES: Mapping[str, PreTrainedConfig] = {
 def transformers_logits(directory: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
     with torch.inference_mode():
-        return model(input_ids=torch.tensor([tokens])).logits[0].float()
+        logits: Tensor = model(input_ids=torch.tensor([tokens])).logits[0].float()
+    return logits
 
 
 def fed(load: Load, directory: Path, tokens: list[int], **settings: int | str) -> Tensor:
@@ -290,7 +291,7 @@ def without_config(directory: Path) -> None:
     (directory / "config.json").unlink()
 
 
-DEFECTS: Mapping[str, Callable[[Path], None]] = {
+DEFECTS: Mapping[str, Callable[[Path], object]] = {
     "no config.json": without_config,
     "a config.json that is no JSON": with_a_broken_config,
     "a config.json that is no object": lambda directory: (directory / "config.json").write_text("[]") and None,

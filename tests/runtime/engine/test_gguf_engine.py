@@ -22,7 +22,8 @@ def transformers_logits(directory: Path, weights: Mapping[str, Tensor], tokens: 
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     model.load_state_dict(weights, strict=False)
     with torch.inference_mode():
-        return model.eval()(input_ids=torch.tensor([tokens])).logits[0]
+        logits: Tensor = model.eval()(input_ids=torch.tensor([tokens])).logits[0]
+    return logits
 
 
 def opened(load: Load, file: Path, **settings: str) -> LogitsEngine:
