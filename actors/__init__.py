@@ -14,8 +14,8 @@ waits in a circle.
 
 import os
 
-# Threads of OpenMP that spin while they wait take the cores of whatever else runs here, our own event loop among it, and a
-# forward beside another busy program takes many times as long. It has to be said before torch is imported.
+# OpenMP's threads spin while they wait, which takes cores from every other program here and from our own event loop: a
+# forward beside another busy program takes many times as long. The variable must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from actors.handles import Events, SessionHandle

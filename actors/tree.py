@@ -1,4 +1,4 @@
-"""The tree of actors: start and stop order read as indentation. And the runtime that stands on it."""
+"""The tree of actors, whose start and stop order can be read as indentation, and the runtime built on it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from runtime.text import Text
 
 _log = logging.getLogger("perennial")
 
-# A session keeps both for as long as it lives.
+# Bounds on what a session keeps for as long as it lives.
 _MOST_EOS_IDS = 64
 _MOST_LABEL_BYTES = 256
 
@@ -70,17 +70,19 @@ class Runtime:
         label: str = "",
         is_kept: bool = True,
     ) -> SessionHandle:
-        """A new long-lived session. One that is not kept is no part of `state_dir`, and ends with the server.
+        """A new long-lived session. One that is not kept is not written to `state_dir`, and ends with the server.
 
         Raises CapacityExhausted when every slab is held by a session at work, StorageFailed where it cannot be recorded, and
-        InvalidRequest for more than 64 different eos ids, a label of more than 256 bytes, or what is none of these.
+        InvalidRequest for more than 64 different eos ids, a label of more than 256 bytes, or arguments of the wrong type.
         """
         terms = _terms(eos_token_ids, overflow, label)
         async with self._registry.free_slab() as slab:
             return await self._opened(slab, terms, is_kept=is_kept)
 
     async def fork_session(self, session_id: str) -> SessionHandle:
-        """A new session that goes on where this one stands, on a copy of its slab; no forward runs for it. Kept as this one.
+        """A new session that continues from where this one stands, on a copy of its slab; no forward runs.
+
+        It is kept if this one is.
 
         Raises SessionNotFound, CapacityExhausted, StorageFailed.
         """
@@ -97,7 +99,7 @@ class Runtime:
         return await self.find_session(session_id).save()
 
     async def restore_session(self, snapshot_id: str) -> SessionHandle:
-        """A new session that goes on where the saved one stood.
+        """A new session that continues from where the saved one stood.
 
         Raises NotDurable, SnapshotNotFound, SnapshotMismatch, SnapshotUnreadable, CapacityExhausted, StorageFailed.
         """
@@ -115,13 +117,13 @@ class Runtime:
         return await beside(self._durable().delete_snapshot, snapshot_id)
 
     async def model_info(self) -> ModelInfo:
-        """What is to be known to make tokens for the model that runs."""
+        """What a client needs to know to make tokens for the model that runs."""
         digest = await trio.to_thread.run_sync(digest_of, self.text)
         name = self.settings.model_label or self.settings.model
         return ModelInfo(name, self.facts.vocabulary, digest, self.text.eos_token_ids, self.facts.kernel_class)
 
     def list_sessions(self) -> list[SessionSummary]:
-        """What an operator may know of the long-lived sessions."""
+        """A summary of each long-lived session, without its id."""
         return self._registry.summaries()
 
     def load(self) -> Load:
@@ -140,13 +142,16 @@ class Runtime:
         return self.find_session(await self._registry.open(slab, terms, history, is_kept=is_kept))
 
     def find_session(self, session_id: str) -> SessionHandle:
-        """The session with this id. Raises SessionNotFound; of a store that servers share, its first call does."""
+        """The session with this id.
+
+        Raises SessionNotFound; with a store that servers share, the session's first call may raise it instead.
+        """
         self._registry.check(session_id)
         return SessionHandle(session_id, self._registry, self.text)
 
     @asynccontextmanager
     async def permit(self) -> AsyncIterator[None]:
-        """The right to run one turn of a conversation, as a completion needs one. Raises Saturated."""
+        """A permit for one turn of a conversation, as a completion needs one. Raises Saturated."""
         async with self._admission.permits():
             yield
 
@@ -156,7 +161,7 @@ class Runtime:
     ) -> AsyncIterator[Completion]:
         """Permits and sessions for `count` answers to one prompt; all are free again when the block ends.
 
-        Raises Saturated, and InvalidRequest where there will never be so many permits.
+        Raises Saturated, and InvalidRequest if the server has fewer permits than `count`.
         """
         check_whole("n", count, 1)
         terms = _terms(eos_token_ids, overflow, "http")
@@ -165,7 +170,7 @@ class Runtime:
 
 
 def _terms(eos_token_ids: Iterable[int], overflow: Overflow, label: str) -> Terms:
-    """Terms that may stay for as long as a session lives. Raises InvalidRequest."""
+    """The terms of a session, checked, and bounded in size. Raises InvalidRequest."""
     if not isinstance(overflow, Overflow):
         raise InvalidRequest(f"overflow must be an Overflow, got {shown(overflow)}", "overflow")
     return Terms(_few(eos_token_ids), overflow, _short(label))
@@ -175,7 +180,7 @@ def _few(eos_token_ids: Iterable[int]) -> frozenset[int]:
     few: set[int] = set()
     try:
         for token_id in eos_token_ids:
-            # A message may repeat one id a million times.
+            # A request may repeat one id a million times.
             if token_id not in few:
                 check_whole("eos_token_ids", token_id, 0, 2**32 - 1)
                 few.add(int(token_id))
@@ -238,9 +243,9 @@ async def open_sessions(
     new_proposals: NewProposals = lambda: None,
     store: SessionStore | None = None,
 ) -> AsyncIterator[Runtime]:
-    """Executor, registry and admission over an engine that is loaded; each session has `new_proposals` of its own.
+    """Executor, registry and admission over a loaded engine; `new_proposals` is called for each session.
 
-    Raises EngineFailed where the engine fails, and what the block raises as it is, in no group.
+    Raises EngineFailed if the engine fails. What the block raises comes out as it is, and not in an exception group.
     """
     executor = ModelExecutor(engine, thread, metrics)
     async with open_nursery() as executor_nursery:
@@ -267,7 +272,7 @@ async def open_sessions(
 
 
 def _delete_lost(store: SessionStore, conversations: Conversations) -> None:
-    """Deletes the sessions that an earlier server had lent when it ended: where they stand is not known."""
+    """Deletes the conversation sessions that were lent when an earlier server ended: nobody knows where they stand."""
     for record in store.sleeping():
         if record.terms.label == LABEL and not conversations.stands(record.id):
             store.delete(record)
