@@ -1,4 +1,4 @@
-"""Which files run: those that the distribution installed, or others in their place. Our packages have common names."""
+"""Finds out whether the files that run are those that were installed. Our packages have common names, so others may run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from urllib.parse import unquote
 
 PACKAGES = ("actors", "api", "proto.kakeya", "runtime")
 DISTRIBUTION = "perennial"
-# The folder that holds the packages which run.
+# The folder of the packages that run.
 HOME = Path(__file__).resolve().parents[1]
 
 
 def described() -> str:
-    """The version that is installed, and where from."""
+    """The installed version and where it was installed from."""
     installed = _installed()
     if installed is None:
         return f"not installed: run from {HOME}"
@@ -30,12 +30,12 @@ def described() -> str:
 
 
 def intruders() -> list[str]:
-    """Packages and files in the place of ours, a line each: with them here, nothing can be said of what runs."""
+    """Packages and files that have taken the place of ours, a line each. With any of them, we do not know what runs."""
     return [*_packages_from_elsewhere(), *_files_not_as_installed()]
 
 
 def rivals() -> list[str]:
-    """What would run instead of the installed files, or does as a whole, a line each; it may be meant so."""
+    """What runs, or would run, instead of the installed files, a line each; it may be intended."""
     found = []
     if installed := _installed():
         home = _source(installed) or Path(str(installed.locate_file(""))).resolve()
@@ -83,7 +83,7 @@ def _files_not_as_installed() -> Iterator[str]:
 
 
 def _digest(file: PackagePath) -> str | None:
-    """As RECORD writes it; None where the file is missing."""
+    """A file's digest in RECORD's form; None if the file is missing."""
     try:
         content = Path(str(file.locate())).read_bytes()
     except FileNotFoundError:
@@ -92,7 +92,7 @@ def _digest(file: PackagePath) -> str | None:
 
 
 def _others_with(file: PackagePath) -> Iterator[str]:
-    """Other distributions that have a file at the same place."""
+    """Other distributions that installed a file at the same path."""
     place = os.path.realpath(str(file.locate()))
     for other in distributions():
         if other.name != DISTRIBUTION and any(

@@ -1,4 +1,4 @@
-"""From a question to its prompt: what is held of the conversation, and the tokens of what is new in it."""
+"""Turns a question into a prompt: finds what is held of the conversation, and makes tokens of what is new."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from runtime.script import Head, Written
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is to have read: `point`, where the question's items end, and the cue by which its answer begins.
+    """What the model must read: the conversation up to `point`, where the question's items end, and the cue of the answer.
 
-    `broke_at` names the first item that differs from what was held, and `because` says why what was held cannot serve.
+    `broke_at` names the first item that differs from what was held; `because` says why what was held could not be used.
     """
 
     point: Point
@@ -51,14 +51,14 @@ async def write_prompt(reader: Reader, runtime: Runtime, question: Question, sta
     if new or written.tokens:
         point = tree.grow(point, new, written.tokens)
     is_in_reasoning = begins_in_reasoning(runtime.text.spelled(written.cue))
-    # Behind a point that the client named its own items come last.
+    # If the client named a point, the request's items are the last ones.
     at = None if match.broke_at is None else match.broke_at - (match.count + len(unheld) - len(question.items))
     broke_at = question.places[at] if at is not None and at >= 0 else None
     return Prompt(tree.use(point), written.cue, is_in_reasoning, broke_at, because)
 
 
 def _held(runtime: Runtime, question: Question, start: Point | None) -> tuple[Match, Sequence[Item], str | None]:
-    """What is held of a question's conversation, the items that are not, and why not more of it is of use."""
+    """The point up to which the question's conversation is held, the items after it, and why no more of it can be used."""
     tree, head, items = runtime.conversations.points, question.head, question.items
     because = None
     if start is not None and _serves(start.head, head):
@@ -79,7 +79,7 @@ def _held(runtime: Runtime, question: Question, start: Point | None) -> tuple[Ma
 
 
 def _serves(held: Head, asked: Head) -> bool:
-    """Whether a prompt with one head is as good as with another: who names no tools any more has them forbidden."""
+    """Whether a prompt held with one head serves a request with another. A request without tools may use one that has them."""
     is_as_asked = (held.options, held.instructions) == (asked.options, asked.instructions)
     return is_as_asked and (not asked.tools or asked.tools == held.tools)
 

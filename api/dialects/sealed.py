@@ -1,4 +1,4 @@
-"""Reasoning that a client carries and need not read: it comes back from those who send nothing else of it."""
+"""Reasoning sealed for clients that send it back without reading it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def seal(text: str) -> str:
 
 
 def unsealed(sealed: str | None) -> str:
-    """The text of a seal of ours; empty for any other."""
+    """The text in a seal that `seal` made; empty for any other."""
     if not sealed or not sealed.startswith(_MARK):
         return ""
     try:

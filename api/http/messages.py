@@ -91,7 +91,7 @@ def add_message_routes(door: Door) -> None:
 
 
 class _MessageEvents(EventStream):
-    """The events of a message, as server-sent ones."""
+    """The events of a message as server-sent events."""
 
     def __init__(self, answers: Answers, writer: MessageWriter) -> None:
         super().__init__(map(_sent, writer.begin()))

@@ -1,4 +1,4 @@
-"""The body of a request for a message, and what is wrong with one."""
+"""The body of a request for a message, and the checks on it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from runtime.items import Call, Item, Message, Output, Reasoning
 from runtime.script import head_of
 from runtime.text import Text
 
-# It tells the vendor's service whom to bill. It differs from conversation to conversation, and no model need read it.
+# Such a block tells the vendor's service whom to bill. It differs between conversations, and a model need not read it.
 _BILLING = "x-anthropic-billing-header:"
 
 Place = tuple[str, Item]
 
 
 class Block(Asked):
-    """A block of a message's content; which fields it has follows from its type."""
+    """A block of a message's content; its type determines which fields it has."""
 
     type: str
     text: str | None = None
@@ -42,14 +42,14 @@ class Block(Asked):
 
 
 class MessageIn(Asked):
-    """A message. One of the system's stands where it came."""
+    """A message. A system message keeps its place among the others."""
 
     role: Literal["user", "assistant", "system"]
     content: str | list[Block]
 
 
 class Tool(Asked):
-    """A tool. One with `defer_loading` is shown where it is first referred to, and not before."""
+    """A tool. One with `defer_loading` is shown to the model only where it is first referred to."""
 
     type: str | None = None
     name: ToolName
@@ -59,7 +59,7 @@ class Tool(Asked):
     defer_loading: bool | None = None
 
     def plain(self) -> PlainTool:
-        """The tool in no dialect."""
+        """The tool, independent of the dialect."""
         return PlainTool(self.name, self.description, self.input_schema, bool(self.strict))
 
 
@@ -70,7 +70,7 @@ class ToolChoice(Asked):
 
 
 class Thinking(Asked):
-    """How long the model may think is its own affair: `budget_tokens` and `display` are hints."""
+    """`budget_tokens` and `display` are hints: the model itself decides how long it thinks."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None
@@ -88,7 +88,7 @@ class OutputConfig(Asked):
 
 
 def _keeps_all(management: object) -> bool:
-    """Whether it asks to keep what the server keeps anyway."""
+    """Whether it only asks to keep what the server keeps anyway."""
     edits = management.get("edits", []) if isinstance(management, dict) else None
     return isinstance(edits, list) and all(isinstance(edit, dict) and edit.get("keep") == "all" for edit in edits)
 
@@ -137,7 +137,7 @@ class MessageRequest(AskedBody):
 
 
 def read(body: bytes, text: Text, terms: Terms) -> tuple[MessageRequest, Question]:
-    """What a body asks, less the items. Raises InvalidRequest, ModelNotFound or SlabOverflow."""
+    """The request in `body`, and the Question that it asks. Raises InvalidRequest, ModelNotFound or SlabOverflow."""
     asked = MessageRequest.parse(body)
     asked.check_model(terms.label)
     if asked.context_management and not _keeps_all(asked.context_management):
@@ -212,7 +212,7 @@ def _assistants(blocks: list[Block], place: str) -> Iterator[Place]:
 def _others(
     role: Literal["user", "system"], blocks: list[Block], place: str, tools: Mapping[str, Tool]
 ) -> Iterator[Place]:
-    """Results of calls, each an item, and what is said between them, an item for each run of it."""
+    """One item for each result of a call, and one for each run of text between them."""
     texts: list[str] = []
     begin = place
     for index, block in enumerate(blocks):

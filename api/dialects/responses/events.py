@@ -1,4 +1,4 @@
-"""A response as it comes: the events of its stream, and what it is in the end."""
+"""An OpenAI response: the events of its stream, and the finished response."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Response = dict[str, Any]
 
 
 class ResponseWriter:
-    """Makes the events of one response of the parts of its answer; `response` is how it stands."""
+    """Turns the parts of an answer into the events of one response; `response` is the response so far."""
 
     def __init__(self, asked: ResponseRequest, label: str) -> None:
         self.id = f"resp_{secrets.token_hex(24)}"
@@ -36,15 +36,15 @@ class ResponseWriter:
         self.response: Response = _begun(self.id, asked, label)
 
     def begin(self) -> list[Event]:
-        """The events that come before the model has read anything."""
+        """The first events, sent before the model has read anything."""
         return [self._event("response.created", response=self.response), self.progress()]
 
     def progress(self) -> Event:
-        """An event that says nothing new, and that resets the clocks of clients."""
+        """An event without news, which resets the clients' timeouts."""
         return self._event("response.in_progress", response=self.response)
 
     def take(self, part: Part) -> Iterator[Event]:
-        """The events of a part."""
+        """The events for one part."""
         match part:
             case Said(text, logprobs):
                 if self._open is None:
@@ -69,7 +69,7 @@ class ResponseWriter:
                 yield from self._done(item)
 
     def end(self, ending: Ending) -> list[Event]:
-        """The last event. What was cut is in the output as far as it came."""
+        """The last event. The output has what was cut off as far as it was generated."""
         if self._open is not None:
             self._output.append(self._open | {"status": "incomplete", "arguments": self._text})
             self._open = None
@@ -139,13 +139,13 @@ def usage_of(usage: Usage) -> dict[str, Any]:
 
 
 def as_responses_error(error: Exception) -> tuple[int, ErrorReply, dict[str, str]]:
-    """Status, body and headers that a client of Responses is told. What is wrong with a request is always 400 there."""
+    """Status, body and headers of an error for a client of Responses, where every invalid request is 400."""
     status, body, headers = as_http(error)
     return (400 if status == 422 else status), body, headers
 
 
 def error_event(error: Exception, stream_id: str | None) -> Event:
-    """What a WebSocket's client is told where there is no response to fail."""
+    """The error event for a WebSocket's client if there is no response that could fail."""
     status, body, headers = as_responses_error(error)
     code = "server_is_overloaded" if status == 503 else body.error.code
     told = {"type": "error", "status": status, "error": body.error.model_dump() | {"code": code}}

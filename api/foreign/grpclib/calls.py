@@ -1,4 +1,4 @@
-"""The calls of a connection, and the messages that they bring."""
+"""The calls of a connection, and the messages that clients send in them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from api.foreign.grpclib.limits import Limits, Room
 from api.foreign.grpclib.stream import GuardedStream, Headers
 from api.logs import where
 
-# h2 allows 100 open streams; calls of streams that were reset are under way to their end.
+# h2 allows 100 open streams; besides these, calls whose streams were reset may still be ending.
 _MOST_CALLS = 200
-# A message of this many bytes unpacks to a MiB at most: longer ones are unpacked in a thread.
+# A compressed message of this size unpacks to a MiB at most; longer ones are unpacked in a thread.
 _UNPACKED_AT_ONCE_BYTES = 1024
 
 _log = logging.getLogger("perennial.grpc")
@@ -50,7 +50,7 @@ class Calls(AbstractHandler):
             return
         task = asyncio.get_running_loop().create_task(self._answer(stream, headers))
         self._tasks[stream] = task
-        # A task that is cancelled before it begins runs none of its own code.
+        # A task cancelled before it begins runs none of its code, so the task itself cannot clean up.
         task.add_done_callback(partial(self._ended, stream, release_stream))
 
     def _ended(self, stream: GuardedStream, release_stream: Callable[[], None], task: asyncio.Task[None]) -> None:
@@ -61,7 +61,7 @@ class Calls(AbstractHandler):
         if failure is not None:
             _log.error("a gRPC call failed: %s", where(failure))
         if stream.closable:
-            # The client has not ended its side, or has not been told all.
+            # The client has not closed its side, or has not been sent everything.
             stream.reset_nowait(ErrorCodes.CANCEL if task.cancelled() else ErrorCodes.NO_ERROR)
         release_stream()
 
@@ -89,7 +89,7 @@ class Call(Stream[Any, Any]):
         self._room = room
 
     async def recv_message(self) -> Any:
-        """The next message; None at the end of a stream of them. Raises GRPCError for one that cannot be taken."""
+        """The next message; None at the end of a stream of messages. Raises GRPCError for one that is refused."""
         limits, connection = self._stream.connection.limits, self._stream.connection
         is_stream = self._cardinality.client_streaming
         prefix = await self._stream.recv_data(5, None if is_stream else limits.reader_timeout_s)
