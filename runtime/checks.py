@@ -1,4 +1,4 @@
-"""Checks of what callers pass: an embedding program may pass anything, and none of it may reach an actor or the engine."""
+"""Checks of arguments. An embedding program may pass anything, and nothing wrong may reach an actor or the engine."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def is_number(value: object) -> bool:
 
 
 def shown(value: object) -> str:
-    """A value as an error tells of it: short, and on one line."""
+    """A value for an error's message: short, and on one line."""
     try:
         return " ".join(_SHORT.repr(value).split())
     except ValueError:
-        # Python refuses to write out integers of more than some thousand digits.
+        # Python refuses to format integers of more than some thousand digits.
         return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
