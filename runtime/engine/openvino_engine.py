@@ -1,4 +1,4 @@
-"""The OpenVINO engine: layers as compiled graphs, attention over slabs by kernels of ours between them. For CPUs."""
+"""The OpenVINO engine for CPUs: layers as compiled graphs, with our own kernels for attention over slabs between them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from runtime.engine.configuration import (
     check_covered,
     check_memory,
     count_weights,
+    engine_facts,
     named_dtype,
     read_config,
     refuse,
@@ -32,7 +33,7 @@ from runtime.engine.configuration import (
 from runtime.engine.drawing import draw_tokens
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import found
-from runtime.engine.machine import Level, features, hardware_level, kernel_class, level
+from runtime.engine.machine import Level, hardware_level, kernel_class, level
 from runtime.engine.openvino_fit import can_build
 from runtime.engine.openvino_graphs import Compiling, build
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
@@ -49,11 +50,11 @@ from runtime.slab import SlabPool, SlabSpec
 
 _log = logging.getLogger("perennial.engine")
 
-# So many rows read a prompt as fast as more would, and a probe tries each count of them.
+# More rows would not read a prompt faster, and a probe must try each count.
 _ROW_TILE = 128
-# Attention reads slabs of these types, whatever the graphs compute in.
+# The types of slabs that attention can read, whatever type the graphs compute in.
 _HELD = ("float32", "bfloat16", "int8")
-# A head draws for one row of each session, and its probe takes longest.
+# The head has few rows, one for each session, and its probe takes longest.
 _HEAD_MOST_ROWS = 32
 
 _TRIED = (
@@ -93,8 +94,8 @@ class OpenVinoEngine:
         def spec_of(form: Form) -> SlabSpec:
             return slab_spec(config, settings, form.dtype, cpu, row_tile=_ROW_TILE, others=_held_types())
 
-        # The embedding stays beside a head that shares its weights. What is rounded is read in 16 bits first, and what is not
-        # is kept twice: as it was, and as OpenVINO's kernels read it.
+        # The embedding is held besides a head that shares its weights. Weights to be rounded are first read in 16 bits;
+        # others are held twice, as they were and in the form of OpenVINO's kernels.
         held = count + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
         bytes_each = max(2 * form.dtype.itemsize if form.weights == "none" else 2 for form in forms)
         check_memory(held * bytes_each, psutil.virtual_memory().available, settings, spec_of(forms[0]), beside)
@@ -112,27 +113,22 @@ class OpenVinoEngine:
 
     @cached_property
     def facts(self) -> EngineFacts:
-        return EngineFacts(
-            backend="openvino",
+        return engine_facts(
+            "openvino",
+            self._model.config,
+            self._form,
+            self._spec,
             device="cpu",
-            dtype=str(self._form.dtype).removeprefix("torch."),
-            weights=self._form.weights,
-            form_reason=self._form.reason,
-            architecture=self._model.config.model_type,
-            vocabulary=self._model.config.vocab_size,
             weights_bytes=self._model.weights_bytes,
-            row_tile=self._spec.row_tile,
             row_step=1,
-            is_bit_exact=self._is_bit_exact,
-            claims=self._claims() if self._is_bit_exact else (),
-            tried=_TRIED if self._is_bit_exact else "",
-            cpu_features=features(),
             kernel_class=f"{kernel_class()}, openvino {version('openvino')}",
-            slab=self._spec,
+            is_bit_exact=self._is_bit_exact,
+            claims=self._claims(),
+            tried=_TRIED,
             tensors=self._model.tensors,
         )
 
-    def _claims(self) -> tuple[str, ...]:
+    def _claims(self) -> list[Claim]:
         is_whole = self._form.weights != "none"
         dtype = str(self._form.dtype).removeprefix("torch.")
         linears = Claim(
@@ -144,7 +140,7 @@ class OpenVinoEngine:
             Claim(part, "OpenVINO's vectors, a row at a time", Ground.ROW_BY_ROW)
             for part in ("norms", "activations, rotation")
         )
-        return tuple(map(str, (linears, *rest, CLAIM)))
+        return [linears, *rest, CLAIM]
 
     def new_pool(self, count: int) -> SlabPool:
         return torch_pool(self._spec, count)
@@ -160,7 +156,7 @@ class OpenVinoEngine:
 
 
 class _Model:
-    """The graphs of a model, its embedding, the angles that it turns by, and attention over slabs of `spec`."""
+    """The graphs of a model, its embedding, its rotary angles, and attention over slabs of `spec`."""
 
     def __init__(self, config: PreTrainedConfig, directory: Path, form: Form, spec: SlabSpec) -> None:
         """Raises ModelUnavailable."""
@@ -194,7 +190,7 @@ class _Model:
         )
 
     def hidden(self, batch: RowBatch, layers: int) -> Tensor:
-        """What the head is given, of the rows with `draw`, after so many of the first layers and the last one's MLP."""
+        """The head's input for the rows with `draw`, after the first `layers` layers."""
         rows = batch.rows
         hidden = self._embedding.rows([row.token_id for row in rows])
         turn = self._rotary(hidden, torch.tensor([row.position for row in rows]))
@@ -211,13 +207,13 @@ class _Model:
         return hidden[[index for index, row in enumerate(rows) if row.draw is not None]]
 
     def logits(self, batch: RowBatch) -> Tensor:
-        """Of the rows with `draw`, [rows, vocabulary] float32."""
+        """The logits of the rows with `draw`, [rows, vocabulary] float32."""
         parts = self.hidden(batch, self._spec.layers).split(_HEAD_MOST_ROWS)
         return torch.cat([self._graphs.head(part)[0].clone() for part in parts if len(part)] or [self._no_logits])
 
 
 class _DenseRows:
-    """Rows of an embedding, in a copy, so that the file it was mapped from is let go."""
+    """Rows of an embedding, copied so that its file can be unmapped."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight.detach().clone()
@@ -234,13 +230,13 @@ def _embedding_of(decoder: Any) -> _DenseRows | StoredRows:
 
 
 def _loaded(directory: Path, form: Form) -> Any:
-    # What is rounded to fewer bits is rounded from the checkpoint's own.
+    # Weights to be rounded to fewer bits are read in the checkpoint's own type, so that they are rounded once.
     dtype: torch.dtype | Literal["auto"] = form.dtype if form.weights == "none" else "auto"
     return load_weights(AutoModelForCausalLM, directory, dtype, f"the weights in {directory} cannot be loaded")
 
 
 class _FirstLayer:
-    """The model's first layer, over slabs of `spec`: the head was tried by itself, and a large one takes longest."""
+    """The model's first layer over slabs of `spec`, without the head, which was tried by itself and would take longest."""
 
     def __init__(self, model: _Model, spec: SlabSpec) -> None:
         self._model, self.spec = model, spec
@@ -254,21 +250,21 @@ class _FirstLayer:
 
 
 def _held_types() -> tuple[str, ...]:
-    # An older x86 CPU has no instruction that reads float16, and numba's code none to call instead.
+    # An older x86 CPU has no instruction that reads float16, and numba's code has no substitute.
     reads_halves = platform.machine().lower() not in ("x86_64", "amd64") or hardware_level() >= Level.AVX2
     return (*_HELD, "float16") if reads_halves else _HELD
 
 
 def _forms(settings: Settings, *, is_file: bool) -> list[Form]:
-    """The forms that the settings leave, the one to be tried first before the others. Raises InvalidSetting.
+    """The forms that the settings allow, in the order in which to try them. Raises InvalidSetting.
 
-    Those of a GGUF file are rounded once more by an explicit setting alone.
+    Weights of a GGUF file are rounded again only if a setting asks for it.
     """
     multiplies_halves = level() >= Level.AVX512_BF16
     if settings.dtype != "auto":
         dtype = named_dtype(settings.dtype)
     else:
-        # Linears of whole numbers compute in float32; the type is that of slabs.
+        # Linears of whole numbers compute in float32; here the type is that of slabs.
         is_emulated = settings.weights == "none" and not multiplies_halves
         dtype = torch.float32 if is_emulated else torch.bfloat16
     if settings.weights != "auto":

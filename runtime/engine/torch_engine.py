@@ -21,15 +21,17 @@ from runtime.engine.configuration import (
     Form,
     check_memory,
     count_weights,
+    engine_facts,
     is_small,
     read_config,
     refuse,
     slab_spec,
 )
 from runtime.engine.drawing import draw_tokens
+from runtime.engine.exact import Claim
 from runtime.engine.findings import found
 from runtime.engine.linears import FixedRowsLinear, RowLinear, weights_bytes
-from runtime.engine.machine import features, kernel_class
+from runtime.engine.machine import kernel_class
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact
 from runtime.engine.torch_model import (
     Loaded,
@@ -59,7 +61,7 @@ class TorchEngine:
     """A causal language model of one of `ARCHITECTURES` on one torch device."""
 
     def __init__(self, loaded: Loaded, spec: SlabSpec, form: Form, *, is_bit_exact: bool) -> None:
-        """`form` says what the model's linears are."""
+        """`form` describes the model's linears."""
         model, self._rotaries = loaded
         self._decoder = model.get_decoder()
         self._head = model.get_output_embeddings()
@@ -99,38 +101,31 @@ class TorchEngine:
             failed.append(form)
         if (settings.dtype, settings.weights) != ("auto", "auto"):
             raise refuse(failed)
-        # A row that is always alone has no company that its bits could depend on.
+        # A row that always runs alone has no other rows that its bits could depend on.
         spec = slab_spec(config, settings, form.dtype, device, row_tile=1)
         return cls(loaded, spec, replace(form, reason="one row a forward").after(failed), is_bit_exact=True)
 
     @cached_property
     def facts(self) -> EngineFacts:
-        return EngineFacts(
-            backend="torch",
+        return engine_facts(
+            "torch",
+            self._config,
+            self._form,
+            self._spec,
             device=self._spec.device.type,
-            dtype=str(self._spec.dtype).removeprefix("torch."),
-            weights=self._form.weights,
-            form_reason=self._form.reason,
-            architecture=self._config.model_type,
-            vocabulary=self._config.vocab_size,
             weights_bytes=self._weights_bytes,
-            row_tile=self._spec.row_tile,
             row_step=max((one.most_rows for one in self._linears if isinstance(one, FixedRowsLinear)), default=1),
-            is_bit_exact=self._is_bit_exact,
-            claims=self._claims() if self._is_bit_exact else (),
-            tried=self._tried(),
-            cpu_features=features(),
             kernel_class=kernel_class(self._spec.device),
-            slab=self._spec,
+            is_bit_exact=self._is_bit_exact,
+            claims=self._claims(),
+            tried=self._tried(),
         )
 
-    def _claims(self) -> tuple[str, ...]:
+    def _claims(self) -> list[Claim]:
         of_parts = (CLAIMS_OF_PARTS[part] for part in sorted(self._parts & CLAIMS_OF_PARTS.keys()))
-        return tuple(map(str, (*linear_claims(self._linears), *CLAIMS, *of_parts)))
+        return [*linear_claims(self._linears), *CLAIMS, *of_parts]
 
     def _tried(self) -> str:
-        if not self._is_bit_exact:
-            return ""
         if self._spec.row_tile == 1:
             return "other rows in a forward: they change a row's bits, so each runs alone"
         counts = sorted({one.most_rows for one in self._linears})
@@ -168,7 +163,7 @@ def _is_proven(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
     config = loaded.model.config
     cap = getattr(config, "attn_logit_softcapping", None)
     has_sinks = Part.SOFTMAX_SINKS in ARCHITECTURES[config.model_type].parts
-    # In the order of layers, so that what is tried is called the same in every process.
+    # In the order of layers, so that the probe's subject has the same description in every process.
     manners = dict.fromkeys(Manner(kind, cap, has_sinks) for kind in attending_kinds(config))
     return (
         linears_are_exact(loaded.model, form, spec.device)
@@ -180,7 +175,7 @@ def _is_proven(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
 def _layers_are_exact(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
     config = loaded.model.config
     kinds = layer_kinds(config)
-    # Layers of a kind have the same shapes, and so the same kernels: more of it would show nothing more.
+    # Layers of one kind have the same shapes, and so the same kernels: more of them would show nothing new.
     count = max(kinds.index(kind) for kind in kinds) + 1
     recurrent = sum(kind.is_recurrent for kind in kinds[:count])
     tried = replace(
@@ -191,7 +186,7 @@ def _layers_are_exact(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
 
     def probe() -> bool:
         short = first_layers(loaded.model, count)
-        # The head was tried by itself, and a large one takes longest.
+        # The head was tried by itself, and would take longest.
         short.set_output_embeddings(nn.Identity())
         engine = TorchEngine(Loaded(short, loaded.rotaries), tried, form, is_bit_exact=False)
         return is_bit_exact(engine, tried, config.vocab_size)
