@@ -1,4 +1,4 @@
-"""A model's files, checked before a library reads them: what is damaged is told of in one line, and nothing outside is read."""
+"""Checks a model's files before a library reads them, so that damage is reported in one line, and no file outside is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-# Whole numbers of a configuration. To make the skeleton of a model takes time for each layer, before its size is known.
+# Bounds on whole numbers of a configuration: building a model takes time for each layer, before its size is known.
 _WHOLE = {
     "num_hidden_layers": (1, 2**10),
     "num_attention_heads": (1, 2**16),
@@ -49,8 +49,8 @@ _STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """In the block transformers writes no warnings: what is wrong with a model is said once, in our words."""
-    # It brings torch along, which a process that is given a tokenizer has no use for.
+    """Silences transformers' warnings in the block: what is wrong with a model is reported once, in our words."""
+    # Imported here because it imports torch, which a process that is only given a tokenizer does not need.
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -62,7 +62,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """What a JSON file holds. Raises ModelUnavailable where it is no object, or cannot be read."""
+    """The object in a JSON file. Raises ModelUnavailable if there is none, or the file cannot be read."""
     try:
         content = json.loads(file.read_bytes())
     except OSError as error:
@@ -75,7 +75,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def read_checked_config(directory: Path) -> dict[str, Any]:
-    """A model's config.json, of which no number is one that no model could have. Raises ModelUnavailable."""
+    """A model's config.json. Raises ModelUnavailable if it has a number that no model could have."""
     file = directory / CONFIG
     config = read_json_object(file)
     for name, kind in _KINDS.items():
@@ -151,7 +151,7 @@ def _weight_files(directory: Path) -> Iterator[Path]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, cut to a line."""
+    """An error's message, cut to one line."""
     words = " ".join(str(error).split())[:_MOST_WORDS]
-    # Some errors say no more than a key.
+    # The message of some errors is only a key.
     return f"{type(error).__name__}: {words}" if isinstance(error, LookupError) else words or type(error).__name__

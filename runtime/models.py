@@ -1,4 +1,4 @@
-"""From the name of a model to the directory or GGUF file that holds it."""
+"""Finds the directory or GGUF file of a model by its name."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ SEEDLING = "seedling"
 _WORDS = ("*.json", "*.jinja", "*.model", "*.txt")
 _FILES = (*_WORDS, "*.safetensors")
 _GGUF = ".gguf"
-# What llama.cpp keeps beside a model that sees, for its eyes.
+# Prefix of llama.cpp's files for a multimodal model's vision part.
 _EYES = "mmproj"
 
 
 def find_model(name: str, *, with_weights: bool = True) -> Path:
-    """The directory or GGUF file of a bundled model, a local path or a Hugging Face id, downloaded where it is not yet.
+    """The directory or GGUF file of a bundled model, a local path or a Hugging Face id, downloaded if it is missing.
 
-    A GGUF file on the hub is named `org/name:FILE.gguf`. Where nobody asks for weights, none are downloaded but those that
-    are in one file with the rest. Raises ModelUnavailable.
+    A GGUF file on the hub is named `org/name:FILE.gguf`. Without `with_weights` no weights are downloaded, unless they are
+    in one file with everything else. Raises ModelUnavailable.
     """
     if name == SEEDLING:
         return Path(__file__).parent / SEEDLING
@@ -74,7 +74,7 @@ def find_proposer_model(settings: Settings) -> Path:
 
 
 def _inside(directory: Path, name: str) -> Path:
-    """The directory, or the one GGUF file in it where it has no other weights."""
+    """The directory, or the one GGUF file in it if it has no other weights."""
     files = [file for file in sorted(directory.glob(f"*{_GGUF}")) if file.is_file() and not file.name.startswith(_EYES)]
     if files and not any(directory.glob("*.safetensors")):
         if len(files) > 1:

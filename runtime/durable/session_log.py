@@ -252,7 +252,7 @@ class SessionLog:
             return
 
     def _follow(self, content: bytes) -> None:
-        """Continues after an existing segment if it is ours, from a write whose answer was lost. Raises SessionMoved otherwise."""
+        """Continues after an existing segment if it is ours, of a write whose answer was lost. Otherwise raises SessionMoved."""
         try:
             segment = read_segment(content, self.session_id, self._number + 1, self._identity)
         except Damaged as error:

@@ -1,4 +1,4 @@
-"""A decoder's layers as compiled OpenVINO graphs, cut where attention over slabs comes in.
+"""A decoder's layers as compiled OpenVINO graphs, cut at attention over slabs.
 
 Between the attention of one layer and that of the next lies one graph: the output projection, the MLP, and the projections,
 norms and rotation of the next layer's queries and keys. All take rows, and any number of them.
@@ -25,7 +25,7 @@ from runtime.foreign.openvino import ops, ov
 from runtime.foreign.pages import page_out
 
 _FLOAT = ov.Type.f32
-# So many weights and what is made of them stay in a core's cache.
+# This many weights, and what is computed from them, fit into a core's cache.
 _ROUNDED_AT_ONCE = 2**18
 _TURN = ("cosines", "sines")
 _OV_TYPES = {torch.bfloat16: ov.Type.bf16, torch.float16: ov.Type.f16, torch.float32: ov.Type.f32}
@@ -46,15 +46,15 @@ class Compiling:
         widths: Sequence[int],
         groups: Mapping[str, int],
     ) -> Graph:
-        """Compiles what leads from `inputs` to `outputs`; `groups` are those of its weights by their forms."""
-        # Rows that are rounded in larger groups than the weights have are not rounded at all.
+        """Compiles the graph from `inputs` to `outputs`; `groups` are the group sizes of its weights by form."""
+        # OpenVINO rounds no rows if their groups are larger than those of the weights.
         group = min(groups.values(), default=GROUP)
         properties = {
             "INFERENCE_PRECISION_HINT": "bf16" if self.dtype == torch.bfloat16 and self.weights == "none" else "f32",
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group if self.weights != "none" else 0),
             "INFERENCE_NUM_THREADS": self.threads,
             "NUM_STREAMS": 1,
-            # Threads that are tied to a core stand in the way of torch's own.
+            # Threads pinned to cores would get in the way of torch's threads.
             "ENABLE_CPU_PINNING": False,
         }
         model = ov.Model(list(outputs), [one.get_node() for one in inputs])
@@ -62,9 +62,9 @@ class Compiling:
 
 
 class Graph:
-    """A compiled graph. Takes rows of these `widths` and returns rows, in float32; its next call overwrites what it returned.
+    """A compiled graph. It takes rows of these `widths` and returns rows, in float32; its next call overwrites them.
 
-    `forms` are those of its weights that come from a GGUF file.
+    `forms` are the forms of those of its weights that come from a GGUF file.
     """
 
     def __init__(self, compiled: ov.CompiledModel, widths: Sequence[int], forms: tuple[str, ...]) -> None:
@@ -74,7 +74,7 @@ class Graph:
         self._given: list[ov.Tensor] = []
 
     def __call__(self, *rows: Tensor) -> list[Tensor]:
-        # What is shared has to outlive the call.
+        # Memory that is shared with OpenVINO has to outlive the call.
         self._given = [ov.Tensor(one.numpy(), shared_memory=True) for one in rows]
         for place, tensor in enumerate(self._given):
             self._request.set_input_tensor(place, tensor)
@@ -82,16 +82,16 @@ class Graph:
         return [torch.from_numpy(self._request.get_output_tensor(place).data) for place in range(self._outputs)]
 
     def of_rows(self, rows: Tensor) -> Tensor:
-        """All that it returns for `rows` that hold all that it takes, one beside the other."""
+        """All outputs, side by side, for `rows` that hold all inputs side by side."""
         taken = [part.contiguous() for part in rows.split(self.widths, dim=1)]
         return torch.cat([one.flatten(1) for one in self(*taken)], dim=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Graphs:
-    """`first` takes hidden rows; each of `between`, and `last`, what a layer attended to and the hidden rows before it.
+    """`first` takes hidden rows; each of `between`, and `last`, takes a layer's attention output and the hidden rows before it.
 
-    `tensors` says of each kind in a GGUF file what became of it.
+    `tensors` says for each kind of tensor in a GGUF file how it is held.
     """
 
     first: Graph
@@ -112,11 +112,11 @@ def _on_one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-# In parts that stay in its cache one core rounds weights as fast as memory gives them; several would wait for each other after
-# each of a dozen small steps.
+# One core rounds weights as fast as memory delivers them if it works in parts that fit into its cache; several cores would
+# wait for each other after each of a dozen small steps.
 @_on_one_thread()
 def build(model: Any, compiling: Compiling) -> Graphs:
-    """The graphs of a model of transformers, whose layers are taken from it one by one, so that memory holds one twice."""
+    """Builds a model's graphs and removes its layers one by one, so that memory holds only one of them twice."""
     decoder, config = model.get_decoder(), model.config
     builder = _Builder(config, compiling)
     layers = list(decoder.layers)
@@ -168,7 +168,7 @@ class _Builder:
         return self._graph(make, ["attended", "hidden"])
 
     def head(self, linear: nn.Linear) -> Graph:
-        """In 8 bits where the layers have 4: it decides between tokens."""
+        """The head is held in 8 bits if the layers are in 4, because it decides between tokens."""
         weights = "int8" if self._compiling.weights == "int4" else self._compiling.weights
         return self._graph(lambda hidden: [self._times([linear], hidden, weights)], ["hidden"])
 
@@ -180,7 +180,7 @@ class _Builder:
         return self._compiling.graph(outputs, inputs, widths, self._groups)
 
     def _projected(self, layer: Any, hidden: ov.Output, turn: Sequence[ov.Output]) -> list[ov.Output]:
-        """Queries, keys and values [rows, heads, D] of a layer, queries and keys turned."""
+        """Queries, keys and values [rows, heads, D] of a layer; queries and keys have been turned by their angles."""
         attention = layer.self_attn
         linears = [attention.q_proj, attention.k_proj, attention.v_proj]
         together = self._times(linears, self._norm(layer.input_layernorm, hidden))
@@ -196,7 +196,7 @@ class _Builder:
         return [self._turned(query, turn), self._turned(key, turn), value]
 
     def _mixed(self, layer: Any, attended: ov.Output, hidden: ov.Output) -> ov.Output:
-        """The hidden rows after a layer, from what it attended to."""
+        """The hidden rows after a layer, from its attention's output."""
         hidden = _out(ops.add(hidden, self._times([layer.self_attn.o_proj], attended)))
         mlp = layer.mlp
         together = self._times([mlp.gate_proj, mlp.up_proj], self._norm(layer.post_attention_layernorm, hidden))
@@ -216,7 +216,7 @@ class _Builder:
         )
 
     def _times(self, linears: Sequence[nn.Linear], rows: ov.Output, weights: str | None = None) -> ov.Output:
-        """The rows through linears of the same input at once, one's outputs beside the other's."""
+        """The rows times several linears with the same input, as one product; the outputs lie side by side."""
         weights = weights or self._compiling.weights
         if weights == KEPT:
             product = self._times_stored(linears, rows)
@@ -229,7 +229,7 @@ class _Builder:
         return _out(ops.add(product, _constant(torch.cat(biases).float().numpy())) if biases else product)
 
     def _times_stored(self, linears: Sequence[Any], rows: ov.Output) -> ov.Output:
-        """The rows through linears whose weights stay as a GGUF file has them, those of one form at once."""
+        """The rows times linears whose weights stay as a GGUF file has them; those of one form as one product."""
         matrices: list[Matrix] = []
         for linear in linears:
             one = matrix_of(linear.stored, self.tally)
@@ -252,7 +252,7 @@ class _Builder:
         if matrix.offsets is None:
             return product
         self.weights_bytes += matrix.offsets.nbytes
-        # What all weights of a group have in common meets the sum of what they are multiplied with.
+        # The offset that a group's weights share is multiplied with the sum of the values that they meet.
         grouped = ops.reshape(rows, _constant(np.array([0, -1, matrix.group])), True)
         sums = ops.reduce_sum(grouped, _constant(np.array([2])), False)
         return _out(ops.add(product, ops.matmul(sums, _constant(matrix.offsets.numpy()), False, True)))
@@ -272,7 +272,7 @@ class _Builder:
         bits = 8 if weights == "int8" else 4
         whole, scales = _room(outputs, inputs // GROUP, GROUP, bits, ov.Type.f16)
         at = 0
-        # A head as a whole would take several times, in float32 and beside what is made of it, what it takes in the end.
+        # A whole head in float32, together with the result, would take several times the memory of the result.
         for part in weight.split(max(1, _ROUNDED_AT_ONCE // inputs)):
             steps, kept = quantised(part, weights)
             rows = slice(at, at + len(part))
@@ -297,7 +297,7 @@ class _Builder:
 
 
 def _room(outputs: int, groups: int, group: int, bits: int, kind: ov.Type) -> tuple[ov.Tensor, ov.Tensor]:
-    """Memory for whole numbers of so many bits, and for the scales of their groups."""
+    """Memory for whole numbers of `bits` bits, and for the scales of their groups."""
     whole = ov.Tensor(ov.Type.i8 if bits == 8 else ov.Type.i4, ov.Shape([outputs, groups, group]))
     return whole, ov.Tensor(kind, ov.Shape([outputs, groups, 1]))
 

@@ -1,4 +1,4 @@
-"""How an engine holds the matrices of a GGUF file, what that costs, and what it says of it."""
+"""How an engine holds the matrices of a GGUF file, with a report of what became of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Matrix = Blocks | Tensor
 
 
 def matrix_of(stored: StoredTensor, tally: Tally) -> Matrix:
-    """The matrix in blocks, or in the type that the file has it in; counted by `tally`.
+    """The matrix as Blocks, or in the file's own type if it is not quantised; `tally` counts it.
 
     Kinds that have no form here are rounded to 8 bits.
     """
@@ -32,7 +32,7 @@ def matrix_of(stored: StoredTensor, tally: Tally) -> Matrix:
 
 
 def form_of(matrix: Matrix) -> str:
-    """How a matrix is held, in words. Those of one form can be held as one."""
+    """The form in which a matrix is held, in words. Matrices of one form can be joined."""
     if isinstance(matrix, Tensor):
         return str(matrix.dtype).removeprefix("torch.")
     offsets = "" if matrix.offsets is None else " and an offset"
@@ -41,7 +41,7 @@ def form_of(matrix: Matrix) -> str:
 
 
 def join(first: Matrix, second: Matrix) -> Matrix:
-    """The outputs of two matrices of one form, one below the other."""
+    """Two matrices of one form as one, with the outputs of both."""
     if isinstance(first, Tensor) or isinstance(second, Tensor):
         assert isinstance(first, Tensor)
         assert isinstance(second, Tensor)
@@ -54,7 +54,7 @@ def join(first: Matrix, second: Matrix) -> Matrix:
 
 @dataclass(slots=True)
 class _Became:
-    """What became of the matrices of one kind: how many there are, their bytes in the file and here, the largest error."""
+    """The matrices of one kind: their number, their bytes in the file and here, and the largest error."""
 
     form: str
     count: int = 0
@@ -70,7 +70,7 @@ class Tally:
         self._kinds: dict[tuple[GGMLQuantizationType, str], _Became] = {}
 
     def add(self, stored: StoredTensor, form: str, held_bytes: int, error: float = 0.0) -> None:
-        """`error` is the largest by which a value was moved, as a share of the matrix's largest."""
+        """`error` is the largest change of a value, as a share of the matrix's largest value."""
         became = self._kinds.setdefault((stored.kind, form), _Became(form))
         became.count += 1
         became.stored_bytes += stored.nbytes
@@ -98,7 +98,7 @@ def quantised(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
     else:
         lowest, highest = -8, 7
         scales = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True)) / lowest
-    # The weights are rounded against the scale as it is kept, so that its own rounding costs nothing.
+    # Weights are rounded against the scale as stored, so that the scale's own rounding adds no error.
     kept = scales.half()
     steps = torch.where(kept == 0, 0.0, groups / kept.float())
     return steps.round().clamp(lowest, highest).to(torch.int8), kept

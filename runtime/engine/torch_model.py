@@ -1,4 +1,4 @@
-"""What every engine on torch does with a model: the forms it may have here, loading it, and trying its linears."""
+"""What all engines on torch do with a model: choosing its form, loading it, and trying its linears."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _log = logging.getLogger("perennial.engine")
 
 
 class Loaded(NamedTuple):
-    """A model whose parts are ours where they must be, and the rotary embeddings that turn its layers."""
+    """A model with our parts where they are needed, and its rotary embeddings by name."""
 
     model: Any
     rotaries: Mapping[str, ExactRotary]
 
 
 def load_model(directory: Path, form: Form, device: torch.device, attention: str, *, is_strict: bool) -> Loaded:
-    """The model in `directory` in this form, whose layers attend by transformers' function of the name `attention`.
+    """Loads the model in `directory` in this form; its layers attend by the function that transformers knows as `attention`.
 
     Raises ModelUnavailable or InvalidSetting.
     """
@@ -49,7 +49,7 @@ def load_model(directory: Path, form: Form, device: torch.device, attention: str
 
 
 def first_layers(model: Any, count: int) -> Any:
-    """The model with its first `count` layers alone, on the same weights."""
+    """The model with only its first `count` layers, sharing the weights."""
     weights = {id(weight): weight for weight in (*model.parameters(), *model.buffers())}
     shallow = copy.deepcopy(model, weights)
     decoder = shallow.get_decoder()
@@ -58,7 +58,7 @@ def first_layers(model: Any, count: int) -> Any:
 
 
 def choose_device(settings: Settings) -> torch.device:
-    """The device that `settings` name, or the best one that is here. Raises InvalidSetting."""
+    """The device that `settings` name, or the best one available. Raises InvalidSetting."""
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = settings.device
     if name == "auto":
@@ -69,19 +69,19 @@ def choose_device(settings: Settings) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device."""
+    """Free memory of the device, in bytes."""
     return torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def held_weights(config: PreTrainedConfig, count: int) -> int:
-    """Weights that are held of a model that has so many: an embedding stays as it is beside a head that shares its weights."""
+    """How many weights are held of a model with `count` weights: an embedding is held besides a head that shares its weights."""
     return count + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
 
 
 def forms_of(settings: Settings, device: torch.device, weights: int, kinds: Mapping[str, int]) -> list[Form]:
-    """The forms that the settings leave for a model of so many `weights`, the one to be tried first before the others.
+    """The forms that the settings allow for a model with this many `weights`, in the order in which to try them.
 
-    `kinds` are those of its tensors in a GGUF file, which an explicit setting alone rounds once more.
+    `kinds` counts its tensors in a GGUF file by kind; these are rounded again only if a setting asks for it.
     """
     is_dtype_auto, is_weights_auto = settings.dtype == "auto", settings.weights == "auto"
     if device.type != "cpu":
@@ -93,7 +93,7 @@ def forms_of(settings: Settings, device: torch.device, weights: int, kinds: Mapp
     elif here == Level.AMX:
         dtypes = [torch.bfloat16, torch.float32]
     else:
-        # Elsewhere few rows are multiplied faster in float32, from weights of 16 bits too.
+        # On other CPUs few rows are multiplied faster in float32, even with weights of 16 bits.
         dtypes = [torch.float32]
     if not is_weights_auto:
         return [Form(dtype, settings.weights) for dtype in dtypes]
