@@ -5,7 +5,7 @@
 | Session | history, slab contents, terms, durable record, last-used time | its SessionMessages | executor | this session |
 | ModelExecutor | engine, its thread, rows that wait or run, leases, pace of forwards | Forward | nobody | all: the tree ends |
 | SessionRegistry | ids to sessions, sessions on the way to or from sleep, slab pools | (methods) | nobody | all: the tree ends |
-| Conversations | the tree of points, which sessions stand where, reads ahead, turns told | (methods) | sessions | that turn |
+| Conversations | the tree of points, which sessions stand where, reads ahead, turn reports | (methods) | sessions | that turn |
 | Admission | permits, FIFO of waiters | (a context manager) | nobody | cannot fail |
 
 Asks go from a door, or from conversations for it, to a session and from a session to the executor, never back, so nothing

@@ -43,7 +43,7 @@ class Sessions(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TurnTold:
+class TurnReport:
     """What a turn's answer reported about its prompt: tokens reused, tokens read, and tokens evicted."""
 
     reused: int
@@ -64,7 +64,7 @@ class PointSummary:
     tokens: int
     history_length: int
     sessions: int
-    turn: TurnTold | None
+    turn: TurnReport | None
 
 
 @dataclass(slots=True)
@@ -112,7 +112,7 @@ class Conversations:
             if name.startswith(_SESSION) and (point := self.points.named(name)) is not None
         }
         self._reading: dict[trio.Event, Point] = {}
-        self._told: deque[tuple[int, TurnTold]] = deque(maxlen=_MOST_SUMMARIES)
+        self._reports: deque[tuple[int, TurnReport]] = deque(maxlen=_MOST_SUMMARIES)
 
     @asynccontextmanager
     async def stand(self, point: Point, cue: array[int]) -> AsyncIterator[Stand]:
@@ -120,8 +120,8 @@ class Conversations:
 
         Raises CapacityExhausted if no slab is free.
         """
-        await self._until_read(point)
-        async with self._lent(point, cue) as stand:
+        await self._wait_until_read(point)
+        async with self._lend(point, cue) as stand:
             yield stand
 
     def held(self, point: Point) -> int:
@@ -134,7 +134,7 @@ class Conversations:
         is_read = trio.Event()
         self._reading[is_read] = point
         try:
-            async with self._lent(point, array("I")) as stand:
+            async with self._lend(point, array("I")) as stand:
                 stand.leave(point)
                 await stand.session.append(point.since(stand.length))
         finally:
@@ -142,7 +142,7 @@ class Conversations:
             is_read.set()
 
     @asynccontextmanager
-    async def _lent(self, point: Point, cue: array[int]) -> AsyncIterator[Stand]:
+    async def _lend(self, point: Point, cue: array[int]) -> AsyncIterator[Stand]:
         stand = await self._take(point, cue)
         try:
             yield stand
@@ -150,7 +150,7 @@ class Conversations:
             with trio.CancelScope(shield=True):
                 await self._give_back(stand)
 
-    async def _until_read(self, point: Point) -> None:
+    async def _wait_until_read(self, point: Point) -> None:
         nodes = {each.node for each in point.path()}
         while waits := [is_read for is_read, part in self._reading.items() if part.node in nodes]:
             await waits[0].wait()
@@ -178,14 +178,14 @@ class Conversations:
                 self.points.forget(_SESSION + session_id)
         return await self._new_stand()
 
-    def tell(self, point: Point, told: TurnTold) -> None:
+    def record_turn(self, point: Point, report: TurnReport) -> None:
         """Remembers for operators what the turn that ended at `point` reported about its prompt."""
-        self._told.append((point.node.id, told))
+        self._reports.append((point.node.id, report))
 
     def summaries(self) -> list[PointSummary]:
         """The most recently used points, parents before their children."""
         nodes = sorted(self.points.nodes(), key=lambda node: node.used)[-_MOST_SUMMARIES:]
-        told, standing = dict(self._told), Counter(point.node.id for point in self._standing.values())
+        reports, standing = dict(self._reports), Counter(point.node.id for point in self._standing.values())
         return [
             PointSummary(
                 id=node.id,
@@ -195,7 +195,7 @@ class Conversations:
                 tokens=len(node.tokens),
                 history_length=Point(node, len(node.tokens)).length,
                 sessions=standing[node.id],
-                turn=told.get(node.id),
+                turn=reports.get(node.id),
             )
             for node in sorted(nodes, key=lambda node: node.id)
         ]

@@ -172,7 +172,7 @@ def as_session_errors() -> Iterator[None]:
         raise SessionFailed("the session has failed: make a new one and append its history again") from None
 
 
-class Completion:
+class CompletionSessions:
     """One prompt and its answers: one session reads the prompt, and is forked for each further answer."""
 
     def __init__(self, registry: SessionRegistry, text: Text, terms: Terms, count: int, held: AsyncExitStack) -> None:

@@ -85,7 +85,7 @@ class Mailbox:
 
         For work that writes into what the asker owns.
         """
-        async with self._sent(message, room_for_replies=1) as (envelope, channel):
+        async with self._deliver(message, room_for_replies=1) as (envelope, channel):
             try:
                 reply = await Replies(channel).receive()
             except trio.Cancelled:
@@ -99,11 +99,11 @@ class Mailbox:
     @asynccontextmanager
     async def stream(self, message: Message[R]) -> AsyncIterator[Replies[R]]:
         """Many replies. Leaving the block cancels the work. Raises ActorStopped."""
-        async with self._sent(message, room_for_replies=0) as (_, channel):
+        async with self._deliver(message, room_for_replies=0) as (_, channel):
             yield Replies(channel)
 
     @asynccontextmanager
-    async def _sent(
+    async def _deliver(
         self, message: Message[R], room_for_replies: int
     ) -> AsyncIterator[tuple[Envelope[R], trio.MemoryReceiveChannel[outcome.Maybe[R]]]]:
         send, receive = trio.open_memory_channel[outcome.Maybe[R]](room_for_replies)

@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass
 
 from actors.mailbox import Message
-from runtime.checks import check_whole, shown
+from runtime.checks import check_whole, short_repr
 from runtime.durable import Terms
 from runtime.errors import InvalidRequest
 from runtime.events import Event, Sampling, Token
@@ -60,7 +60,9 @@ class Generate(Message[Event]):
         if self.top_logprobs is not None:
             check_whole("top_logprobs", self.top_logprobs, 0)
         if not (self.grammar is None or isinstance(self.grammar, Grammar)):
-            raise InvalidRequest(f"grammar must be one that Runtime.text made, got {shown(self.grammar)}", "grammar")
+            raise InvalidRequest(
+                f"grammar must be one that Runtime.text made, got {short_repr(self.grammar)}", "grammar"
+            )
 
 
 @dataclass(frozen=True, slots=True)

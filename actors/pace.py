@@ -38,10 +38,12 @@ class Pace:
         if not decode_rows:
             return
         if not prefill_rows:
-            self._decode_s = _blended(self._decode_s, seconds)
+            self._decode_s = _moving_average(self._decode_s, seconds)
         elif self._decode_s is not None:
-            self._prefill_row_s = _blended(self._prefill_row_s, max(0.0, seconds - self._decode_s) / prefill_rows)
+            self._prefill_row_s = _moving_average(
+                self._prefill_row_s, max(0.0, seconds - self._decode_s) / prefill_rows
+            )
 
 
-def _blended(before: float | None, newest: float) -> float:
+def _moving_average(before: float | None, newest: float) -> float:
     return newest if before is None else before + _NEWEST * (newest - before)

@@ -258,9 +258,9 @@ class SessionRegistry:
         try:
             yield
         finally:
-            self._settled(session_id)
+            self._release_waiters(session_id)
 
-    def _settled(self, session_id: str) -> None:
+    def _release_waiters(self, session_id: str) -> None:
         """Releases the callers who waited for a session that was waking or falling asleep."""
         self._passing.pop(session_id).set()
 
@@ -329,7 +329,7 @@ class SessionRegistry:
             if durable is not None:
                 with trio.CancelScope(shield=True):
                     await stored(durable, durable.delete if has_ended else durable.close)
-                self._settled(session_id)
+                self._release_waiters(session_id)
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from actors.admission import Admission
 from actors.conversations import LABEL, MOST_BYTES, Conversations
 from actors.engine_thread import EngineThread
 from actors.executor import ModelExecutor
-from actors.handles import Completion, SessionHandle, digest_of
+from actors.handles import CompletionSessions, SessionHandle, digest_of
 from actors.messages import Load
 from actors.nursery import open_nursery
 from actors.proposing import NewProposals, open_proposing
 from actors.registry import SessionRegistry
 from actors.storing import beside
-from runtime.checks import check_whole, shown
+from runtime.checks import check_whole, short_repr
 from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity, Terms, fingerprint, open_store
 from runtime.engine import Engine, EngineFacts, load_engine
 from runtime.errors import InvalidRequest, NotDurable
@@ -77,7 +77,7 @@ class Runtime:
         """
         terms = _terms(eos_token_ids, overflow, label)
         async with self._registry.free_slab() as slab:
-            return await self._opened(slab, terms, is_kept=is_kept)
+            return await self._open_session(slab, terms, is_kept=is_kept)
 
     async def fork_session(self, session_id: str) -> SessionHandle:
         """A new session that continues from where this one stands, on a copy of its slab; no forward runs.
@@ -91,7 +91,7 @@ class Runtime:
         async with self._registry.free_slab(beside=session_id) as target:
             branch = await session.fork_into(target)
             is_kept = self._registry.is_kept(session_id)
-            return await self._opened(target, branch.terms, branch.history, is_kept=is_kept)
+            return await self._open_session(target, branch.terms, branch.history, is_kept=is_kept)
 
     async def save_session(self, session_id: str) -> Saved:
         """Writes a snapshot of the session under `state_dir`. Raises SessionNotFound, NotDurable, StorageFailed."""
@@ -106,7 +106,7 @@ class Runtime:
         store = self._durable()
         async with self._registry.free_slab() as slab:
             terms, history = await beside(store.load, snapshot_id, slab)
-            return await self._opened(slab, terms, history)
+            return await self._open_session(slab, terms, history)
 
     def list_snapshots(self) -> list[Snapshot]:
         """Every snapshot, the oldest first. Raises NotDurable."""
@@ -136,7 +136,7 @@ class Runtime:
             raise NotDurable("the server keeps no sessions on disk: start it with state_dir")
         return self._store
 
-    async def _opened(
+    async def _open_session(
         self, slab: Slab, terms: Terms, history: array[int] | None = None, *, is_kept: bool = True
     ) -> SessionHandle:
         return self.find_session(await self._registry.open(slab, terms, history, is_kept=is_kept))
@@ -158,7 +158,7 @@ class Runtime:
     @asynccontextmanager
     async def completion(
         self, eos_token_ids: Iterable[int], overflow: Overflow, count: int = 1
-    ) -> AsyncIterator[Completion]:
+    ) -> AsyncIterator[CompletionSessions]:
         """Permits and sessions for `count` answers to one prompt; all are free again when the block ends.
 
         Raises Saturated, and InvalidRequest if the server has fewer permits than `count`.
@@ -166,17 +166,17 @@ class Runtime:
         check_whole("n", count, 1)
         terms = _terms(eos_token_ids, overflow, "http")
         async with self._admission.permits(count), AsyncExitStack() as held:
-            yield Completion(self._registry, self.text, terms, count, held)
+            yield CompletionSessions(self._registry, self.text, terms, count, held)
 
 
 def _terms(eos_token_ids: Iterable[int], overflow: Overflow, label: str) -> Terms:
     """The terms of a session, checked, and bounded in size. Raises InvalidRequest."""
     if not isinstance(overflow, Overflow):
-        raise InvalidRequest(f"overflow must be an Overflow, got {shown(overflow)}", "overflow")
-    return Terms(_few(eos_token_ids), overflow, _short(label))
+        raise InvalidRequest(f"overflow must be an Overflow, got {short_repr(overflow)}", "overflow")
+    return Terms(_checked_eos_ids(eos_token_ids), overflow, _checked_label(label))
 
 
-def _few(eos_token_ids: Iterable[int]) -> frozenset[int]:
+def _checked_eos_ids(eos_token_ids: Iterable[int]) -> frozenset[int]:
     few: set[int] = set()
     try:
         for token_id in eos_token_ids:
@@ -191,9 +191,9 @@ def _few(eos_token_ids: Iterable[int]) -> frozenset[int]:
     return frozenset(few)
 
 
-def _short(label: str) -> str:
+def _checked_label(label: str) -> str:
     if not isinstance(label, str):
-        raise InvalidRequest(f"a label is text, got {shown(label)}", "client_label")
+        raise InvalidRequest(f"a label is text, got {short_repr(label)}", "client_label")
     try:
         is_short = len(label) <= _MOST_LABEL_BYTES and len(label.encode()) <= _MOST_LABEL_BYTES
     except UnicodeEncodeError:

@@ -86,7 +86,7 @@ class Accepting:
                     # Any other error means that the client left before it was accepted.
                     continue
                 self._open += 1
-                nursery.start_soon(_attached, attach, connected)
+                nursery.start_soon(_attach_or_close, attach, connected)
 
     async def _room(self, end_idle_one: Callable[[], None], reason: str) -> None:
         """Returns when there may be room."""
@@ -96,7 +96,7 @@ class Accepting:
             await self._left.park()
 
 
-async def _attached(attach: Callable[[socket.socket], Awaitable[None]], connected: socket.socket) -> None:
+async def _attach_or_close(attach: Callable[[socket.socket], Awaitable[None]], connected: socket.socket) -> None:
     try:
         await attach(connected)
     except BaseException:

@@ -13,8 +13,8 @@ import outcome
 import trio
 
 from actors import Events, Runtime, SessionHandle
-from actors.conversations import TurnTold
-from actors.handles import Completion
+from actors.conversations import TurnReport
+from actors.handles import CompletionSessions
 from actors.nursery import open_nursery
 from api.answer import Answer, FinishReason, Part
 from api.prompting import Prompt, write_prompt
@@ -46,9 +46,9 @@ class Usage:
     def read(self) -> int:
         return self.prompt - self.reused
 
-    def told(self) -> TurnTold:
+    def report(self) -> TurnReport:
         """The part of it that is kept for operators."""
-        return TurnTold(self.reused, self.read, self.evicted, self.broke_at, self.because)
+        return TurnReport(self.reused, self.read, self.evicted, self.broke_at, self.because)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class _Seats(Protocol):
 class _SingleShot:
     """Sessions made for one completion, which end with it."""
 
-    def __init__(self, completion: Completion) -> None:
+    def __init__(self, completion: CompletionSessions) -> None:
         self._completion = completion
 
     async def read(self, prompt: Prompt) -> tuple[list[SessionHandle], int]:
@@ -148,7 +148,7 @@ class AnswerStream:
             if (reason := self.answer.finish_reason) is not None:
                 self._asked.runtime.metrics.completions_total.labels(reason).inc()
                 ending = Ending(reason, self._usage(), self._point(), self.answer.stop_string)
-                self._asked.runtime.conversations.tell(ending.point, ending.usage.told())
+                self._asked.runtime.conversations.record_turn(ending.point, ending.usage.report())
                 return ending
             with self._asked.limit.holds():
                 event = await anext(self._events)

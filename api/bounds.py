@@ -72,8 +72,10 @@ class Bounds:
         if not called:
             return cls.without_calls(text) if tools else cls()
         form = CallForm.of_template(text)
-        rules = [{"name": tool.name, "parameters": _followed(index, tool, form)} for index, tool in enumerate(called)]
-        with _blaming("tools"):
+        rules = [
+            {"name": tool.name, "parameters": _schema_to_follow(index, tool, form)} for index, tool in enumerate(called)
+        ]
+        with _naming_field("tools"):
             source = form.source(rules, is_required=choice.is_required, is_parallel=choice.is_parallel)
         return cls(source, form, "tools")
 
@@ -89,19 +91,19 @@ class Bounds:
     @classmethod
     def of_schema(cls, schema: Mapping[str, Any], param: str) -> Bounds:
         """For an answer in JSON. Raises InvalidRequest if the schema is too long."""
-        with _blaming(param):
+        with _naming_field(param):
             return cls(json_source(schema), param=param)
 
     def grammar(self, text: Text) -> Grammar | None:
         """Raises InvalidRequest where a schema cannot be followed."""
-        with _blaming(self.param):
-            return _compiled(self.source, text) if self.source is not None else None
+        with _naming_field(self.param):
+            return _compile(self.source, text) if self.source is not None else None
 
     def reader(self) -> CallReader | None:
         return self.form.reader() if self.form else None
 
 
-def _followed(index: int, tool: Tool, form: CallForm) -> Mapping[str, Any]:
+def _schema_to_follow(index: int, tool: Tool, form: CallForm) -> Mapping[str, Any]:
     """The schema that a tool's arguments will follow; a tool that is not `strict` may get a looser one."""
     parameters = tool.parameters or _NO_ARGUMENTS
     spelled = json.dumps(parameters)
@@ -118,7 +120,7 @@ def _followed(index: int, tool: Tool, form: CallForm) -> Mapping[str, Any]:
 
 
 @lru_cache(maxsize=32)
-def _compiled(source: str, text: Text) -> Grammar:
+def _compile(source: str, text: Text) -> Grammar:
     return text.grammar(source)
 
 
@@ -145,7 +147,7 @@ def _property_count(schema: Any) -> int:
 
 
 @contextmanager
-def _blaming(param: str) -> Iterator[None]:
+def _naming_field(param: str) -> Iterator[None]:
     """Adds the field's name to errors about a schema that cannot be followed."""
     try:
         yield

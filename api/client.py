@@ -298,10 +298,10 @@ async def _asyncio_loop() -> AsyncIterator[FromAsyncio]:
         async with asyncio_loop() as from_asyncio:
             yield from_asyncio
     else:
-        yield _unchanged
+        yield _as_it_is
 
 
-def _unchanged(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+def _as_it_is(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
     return function
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def doctor(settings: Settings) -> int:
     """Prints what is installed, loads the model and prints its facts. Returns the exit status: 0 if all is well."""
-    _print("installed", installation.described())
+    _print("installed", installation.describe_installation())
     for rival in installation.rivals():
         _print("note", rival)
     intruders = installation.intruders()

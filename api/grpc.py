@@ -197,7 +197,7 @@ class RuntimeService:
             with self._server.call() as runtime, self._server.may_be_ended(by_host=False):
                 message = await self._from_asyncio(stream.recv_message)()
                 assert message is not None, "a unary call without a message was refused"
-                parse = partial(_parsed, asked, message)
+                parse = partial(_parse, asked, message)
                 request = parse() if len(message) < _PARSED_AT_ONCE_BYTES else await trio.to_thread.run_sync(parse)
                 await method(runtime, request, self._from_asyncio(stream.send_message))
 
@@ -218,7 +218,7 @@ class RuntimeService:
         return f"/{SERVICE}/{name}", Handler(for_asyncio(handle), cardinality, bytes, answered)
 
 
-def _parsed(asked: type[Q], message: bytes) -> Q:
+def _parse(asked: type[Q], message: bytes) -> Q:
     # betterproto2 accepts messages that are cut short or have fields of another type; protobuf does not.
     whole = GetMessageClass(descriptors().FindMessageTypeByName(f"{PACKAGE}.{asked.__name__}"))()
     try:

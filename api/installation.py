@@ -18,9 +18,9 @@ DISTRIBUTION = "perennial"
 HOME = Path(__file__).resolve().parents[1]
 
 
-def described() -> str:
+def describe_installation() -> str:
     """The installed version and where it was installed from."""
-    installed = _installed()
+    installed = _installed_distribution()
     if installed is None:
         return f"not installed: run from {HOME}"
     source = _source(installed)
@@ -37,7 +37,7 @@ def intruders() -> list[str]:
 def rivals() -> list[str]:
     """What runs, or would run, instead of the installed files, a line each; it may be intended."""
     found = []
-    if installed := _installed():
+    if installed := _installed_distribution():
         home = _source(installed) or Path(str(installed.locate_file(""))).resolve()
         if home != HOME:
             found.append(
@@ -72,7 +72,7 @@ def _packages_from_elsewhere() -> Iterator[str]:
 
 def _files_not_as_installed() -> Iterator[str]:
     """Files that are missing or have other contents than the distribution's RECORD says."""
-    installed = _installed()
+    installed = _installed_distribution()
     if installed is None or _source(installed):
         return
     tops = {name.partition(".")[0] for name in PACKAGES}
@@ -101,7 +101,7 @@ def _others_with(file: PackagePath) -> Iterator[str]:
             yield other.name
 
 
-def _installed() -> Distribution | None:
+def _installed_distribution() -> Distribution | None:
     try:
         return distribution(DISTRIBUTION)
     except PackageNotFoundError:

@@ -42,8 +42,8 @@ class SentLogprobs:
         """Takes a token and the text that is complete with it. The token that ends a turn is no part of the answer."""
         if token.logprobs is None or token.token_id in self._eos_token_ids:
             return
-        top = [self._spelled(token_id, logprob) for token_id, logprob in token.logprobs.top]
-        chosen = self._spelled(token.token_id, token.logprobs.chosen)
+        top = [self._as_logprob(token_id, logprob) for token_id, logprob in token.logprobs.top]
+        chosen = self._as_logprob(token.token_id, token.logprobs.chosen)
         self._in_a_character.append(ChosenLogprob(**chosen.model_dump(), top_logprobs=top))
         if text:
             self._spelt += len(text)
@@ -63,6 +63,6 @@ class SentLogprobs:
         self._waiting += [(self._spelt, logprob) for logprob in self._in_a_character]
         self._in_a_character = []
 
-    def _spelled(self, token_id: int, logprob: float) -> TokenLogprob:
+    def _as_logprob(self, token_id: int, logprob: float) -> TokenLogprob:
         spelling = self._text.spelling(token_id)
         return TokenLogprob(token=spelling.decode(errors="replace"), logprob=max(logprob, _LEAST), bytes=list(spelling))

@@ -37,7 +37,7 @@ class OneLine(logging.Formatter):
         error: BaseException | None = ei[1]
         if self._has_tracebacks or error is None:
             return super().formatException(ei)
-        return " ; ".join(told(each) for each in leaves(error))
+        return " ; ".join(describe_error(each) for each in leaves(error))
 
 
 def leaves(error: BaseException) -> list[BaseException]:
@@ -47,7 +47,7 @@ def leaves(error: BaseException) -> list[BaseException]:
     return [error]
 
 
-def told(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An error in words of ours alone: its type and where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)[-_MOST_PLACES:]
     places = " > ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in frames)

@@ -38,15 +38,15 @@ class Prompt:
 async def write_prompt(reader: Reader, runtime: Runtime, question: Question, start: Point | None = None) -> Prompt:
     """The prompt of a question that follows `start`, or begins a conversation. Raises MalformedRequest, DeadlineExceeded."""
     tree, eos = runtime.conversations.points, runtime.text.eos_token_ids
-    match, unheld, because = _held(runtime, question, start)
+    match, unheld, because = _find_held(runtime, question, start)
     point, new, written = match.point, unheld, None
     if not question.is_open_turn:
-        written = await _written(reader, question, point, new, eos)
+        written = await _write_new(reader, question, point, new, eos)
         if written is None:
             because = "the chat template writes earlier turns anew"
     if written is None:
         point, new = tree.root(point.head), [*point.items, *new]
-        written = await _written(reader, question, point, new, eos)
+        written = await _write_new(reader, question, point, new, eos)
         assert written is not None
     if new or written.tokens:
         point = tree.grow(point, new, written.tokens)
@@ -57,11 +57,11 @@ async def write_prompt(reader: Reader, runtime: Runtime, question: Question, sta
     return Prompt(tree.use(point), written.cue, is_in_reasoning, broke_at, because)
 
 
-def _held(runtime: Runtime, question: Question, start: Point | None) -> tuple[Match, Sequence[Item], str | None]:
+def _find_held(runtime: Runtime, question: Question, start: Point | None) -> tuple[Match, Sequence[Item], str | None]:
     """The point up to which the question's conversation is held, the items after it, and why no more of it can be used."""
     tree, head, items = runtime.conversations.points, question.head, question.items
     because = None
-    if start is not None and _serves(start.head, head):
+    if start is not None and _head_serves(start.head, head):
         match = tree.match(start, items)
     elif start is not None:
         items = (*start.items, *items)
@@ -72,19 +72,19 @@ def _held(runtime: Runtime, question: Question, start: Point | None) -> tuple[Ma
     else:
         match = tree.match(tree.root(head), items)
         for root in tree.roots():
-            other = tree.match(root, items) if _serves(root.head, head) else match
+            other = tree.match(root, items) if _head_serves(root.head, head) else match
             if other.count > match.count and any(point.node.is_answer for point in other.point.path()):
                 match = other
     return match, items[match.count :], because
 
 
-def _serves(held: Head, asked: Head) -> bool:
+def _head_serves(held: Head, asked: Head) -> bool:
     """Whether a prompt held with one head serves a request with another. A request without tools may use one that has them."""
     is_as_asked = (held.options, held.instructions) == (asked.options, asked.instructions)
     return is_as_asked and (not asked.tools or asked.tools == held.tools)
 
 
-async def _written(
+async def _write_new(
     reader: Reader, question: Question, point: Point, new: Sequence[Item], eos_token_ids: frozenset[int]
 ) -> Written | None:
     last = point.node.tokens[point.offset - 1] if point.offset else None

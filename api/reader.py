@@ -129,7 +129,7 @@ class Reader:
         while True:
             asked = await desk.next()
             try:
-                process = await _opened()
+                process = await _start_process()
             except OSError as error:
                 _log.error("no process to read a request with: %s", error.strerror)
                 asked.give(
@@ -137,7 +137,7 @@ class Reader:
                 )
                 self._next_at(desk)
                 continue
-            async with _started(process, self._text, self._terms) as reading:
+            async with _set_up(process, self._text, self._terms) as reading:
                 while True:
                     asked.give(await reading.read(asked))
                     self._next_at(desk)
@@ -225,7 +225,7 @@ class _Process:
         return taken
 
 
-async def _opened() -> trio.Process:
+async def _start_process() -> trio.Process:
     """Starts a process. Raises OSError if the system has no room for one."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
@@ -240,7 +240,7 @@ async def _opened() -> trio.Process:
 
 
 @asynccontextmanager
-async def _started(process: trio.Process, text: Text, terms: Terms) -> AsyncIterator[_Process]:
+async def _set_up(process: trio.Process, text: Text, terms: Terms) -> AsyncIterator[_Process]:
     """The process, given `text` and `terms`; it is killed when the block ends."""
     try:
         reading = _Process(process)

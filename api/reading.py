@@ -127,10 +127,10 @@ def main() -> None:
     # What a library prints must not be taken for an answer.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    text, terms = _received(jobs)
+    text, terms = _receive(jobs)
     _send(answers, None)
     while True:
-        job = _received(jobs)
+        job = _receive(jobs)
         # The alarm ends this process even if the interpreter is stuck or the server is gone.
         signal.alarm(job.limit_s)
         answer = _answer(job, text, terms)
@@ -151,7 +151,7 @@ def _answer(job: Job, text: Text, terms: Terms) -> Read[Any] | RequestError | Fa
         return Fault(f"{type(error).__name__} in {' > '.join(places)}")
 
 
-def _received(source: BinaryIO) -> Any:
+def _receive(source: BinaryIO) -> Any:
     head = source.read(LENGTH.size)
     if len(head) < LENGTH.size:
         sys.exit()

@@ -94,7 +94,7 @@ class Server:
                     # This takes half a second for a large vocabulary, in which nothing else runs: do it before anybody is
                     # served.
                     await trio.to_thread.run_sync(runtime.text.warm)
-                with _what_stays_uncollected():
+                with _freeze_loaded_objects():
                     self._runtime, self._reader = runtime, reader
                     self._enter(Phase.SERVING)
                     task_status.started(runtime)
@@ -195,7 +195,7 @@ class _Endable:
 
 
 @contextmanager
-def _what_stays_uncollected() -> Iterator[None]:
+def _freeze_loaded_objects() -> Iterator[None]:
     """Keeps the garbage collector from walking again and again over objects that stay for good.
 
     Modules and model are some 400,000 objects. To walk them takes 0.2 s, in which nothing else in the process runs.

@@ -19,17 +19,17 @@ def check_whole(name: str, value: Any, low: int, high: int | None = None) -> Non
     except TypeError:
         number = None
     if number is None:
-        raise InvalidRequest(f"{name} must be a whole number, got {shown(value)}", name)
+        raise InvalidRequest(f"{name} must be a whole number, got {short_repr(value)}", name)
     if number < low or (high is not None and number > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise InvalidRequest(f"{name} must be {bounds}, got {shown(value)}", name)
+        raise InvalidRequest(f"{name} must be {bounds}, got {short_repr(value)}", name)
 
 
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value for an error's message: short, and on one line."""
     try:
         return " ".join(_SHORT.repr(value).split())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from runtime.checks import check_whole, is_number, shown
+from runtime.checks import check_whole, is_number, short_repr
 from runtime.errors import InvalidRequest
 
 
@@ -23,9 +23,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (is_number(self.temperature) and 0.0 <= self.temperature <= 100.0):
-            raise InvalidRequest(f"temperature must be from 0 to 100, got {shown(self.temperature)}", "temperature")
+            raise InvalidRequest(
+                f"temperature must be from 0 to 100, got {short_repr(self.temperature)}", "temperature"
+            )
         if not (is_number(self.top_p) and 0.0 < self.top_p <= 1.0):
-            raise InvalidRequest(f"top_p must be over 0 and at most 1, got {shown(self.top_p)}", "top_p")
+            raise InvalidRequest(f"top_p must be over 0 and at most 1, got {short_repr(self.top_p)}", "top_p")
         check_whole("top_k", self.top_k, 0)
         check_whole("seed", self.seed, 0, 2**64 - 1)
 

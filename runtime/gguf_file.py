@@ -121,7 +121,7 @@ class GgufFile:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Raises ModelUnavailable if it is not a whole GGUF file."""
-        with _told(path):
+        with _one_line_errors(path):
             metadata, _ = read_gguf_metadata(str(path))
             if metadata.get("split.count", 1) != 1:
                 raise ModelUnavailable(
@@ -159,7 +159,7 @@ class GgufFile:
             )
         model_type = ARCHITECTURES[self.architecture]
         names = GGUF_CONFIG_MAPPING[model_type] | _OWN_KEYS.get(self.architecture, {})
-        with _told(self.path):
+        with _one_line_errors(self.path):
             values = {name: self._own(key) for key, name in names.items() if name and self._own(key) is not None}
             embedding = self.tensors[_EMBEDDING].shape
             values |= {
@@ -217,7 +217,7 @@ def _check_positive(name: str, value: object) -> None:
 
 def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, frozenset[int]]:
     """The tokenizer of the file, with its chat template, and the ids that end a turn. Raises ModelUnavailable."""
-    with _told(path):
+    with _one_line_errors(path):
         metadata, _ = read_gguf_metadata(str(path))
         architecture, words, options = get_gguf_tokenizer(str(path))
         backend = _backend(architecture, words)
@@ -265,7 +265,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _one_line_errors(path: Path) -> Iterator[None]:
     """Turns the readers' errors into ModelUnavailable, in one line that names the file."""
     try:
         yield

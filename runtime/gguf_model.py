@@ -91,10 +91,10 @@ def _empty_model(path: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> 
     decoder.rotary_emb = type(decoder.rotary_emb)(config)
     frequencies = decoder.rotary_emb.inv_freq
     frequencies /= file.rope_factors(len(frequencies))
-    return model, _named(file, model)
+    return model, _match_names(file, model)
 
 
-def _named(file: GgufFile, model: Any) -> dict[str, Stored]:
+def _match_names(file: GgufFile, model: Any) -> dict[str, Stored]:
     config = model.config.to_dict()
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config)
     architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == file.architecture)

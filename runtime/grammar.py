@@ -44,15 +44,15 @@ Mask = NDArray[np.int32]
 
 def json_source(schema: Mapping[str, Any]) -> str:
     """The text of a grammar of JSON that validates against `schema`. Raises InvalidRequest for one that is too long."""
-    return _checked(LLMatcher.grammar_from_json_schema(dict(schema), overrides=_JSON_SPELLING))
+    return _check_length(LLMatcher.grammar_from_json_schema(dict(schema), overrides=_JSON_SPELLING))
 
 
 def lark_source(lark: str) -> str:
     """The text of a grammar in llguidance's dialect of Lark. Raises InvalidRequest for one that is too long."""
-    return _checked(LLMatcher.grammar_from_lark(lark))
+    return _check_length(LLMatcher.grammar_from_lark(lark))
 
 
-def _checked(source: str) -> str:
+def _check_length(source: str) -> str:
     if len(source) > MOST_SOURCE_CHARACTERS:
         raise InvalidRequest(f"schemas may have {MOST_SOURCE_CHARACTERS} characters together: leave some out")
     return source
@@ -71,7 +71,7 @@ def json_rule(schema: Mapping[str, Any]) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': guidance})}"
 
 
-def guiding(tokenizer: Tokenizer, eos_token_ids: Iterable[int]) -> LLTokenizer:
+def llguidance_tokenizer(tokenizer: Tokenizer, eos_token_ids: Iterable[int]) -> LLTokenizer:
     """The tokenizer in llguidance's form; takes a second for a large vocabulary. Raises ValueError if it has no such form."""
     source = tokenizer.to_str()
     ends = sorted(token_id for token_id in eos_token_ids if tokenizer.id_to_token(token_id) is not None)

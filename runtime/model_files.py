@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from runtime.checks import is_number, shown
+from runtime.checks import is_number, short_repr
 from runtime.errors import ModelUnavailable
 
 CONFIG = "config.json"
@@ -80,22 +80,22 @@ def read_checked_config(directory: Path) -> dict[str, Any]:
     config = read_json_object(file)
     for name, kind in _KINDS.items():
         if not isinstance(config.get(name), kind | None):
-            raise ModelUnavailable(f"{file}: {name} must be a {kind.__name__}, not {shown(config[name])}")
+            raise ModelUnavailable(f"{file}: {name} must be a {kind.__name__}, not {short_repr(config[name])}")
     for name in config.keys() & _WHOLE.keys():
         (low, high), value = _WHOLE[name], config[name]
         is_null = value is None and name in _MAY_BE_NULL
         if not (is_null or (type(value) is int and low <= value <= high)):
-            raise ModelUnavailable(f"{file}: {name} must be from {low} to {high}, not {shown(value)}")
+            raise ModelUnavailable(f"{file}: {name} must be from {low} to {high}, not {short_repr(value)}")
     epsilon = config.get("rms_norm_eps", 0.0)
     if not (is_number(epsilon) and 0 <= epsilon <= 1):
-        raise ModelUnavailable(f"{file}: rms_norm_eps must be from 0 to 1, not {shown(epsilon)}")
+        raise ModelUnavailable(f"{file}: rms_norm_eps must be from 0 to 1, not {short_repr(epsilon)}")
     _check_rotation(file, {"rope_theta": config.get("rope_theta")})
     for name in ("rope_parameters", "rope_scaling"):
         _check_rotation(file, config.get(name) or {})
     for name in ("dtype", "torch_dtype"):
         dtype = config.get(name)
         if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES:
-            raise ModelUnavailable(f"{file}: {name} must be one of {', '.join(_DTYPES)}, not {shown(dtype)}")
+            raise ModelUnavailable(f"{file}: {name} must be one of {', '.join(_DTYPES)}, not {short_repr(dtype)}")
     return config
 
 
@@ -106,14 +106,14 @@ def _check_rotation(file: Path, parameters: Mapping[str, Any]) -> None:
         elif name in _NAMES_OF_ROTATION or isinstance(value, bool | list | None):
             continue
         elif not (is_number(value) and 0 < value < _MOST_ROTATION):
-            raise ModelUnavailable(f"{file}: {name} must be a number over 0, not {shown(value)}")
+            raise ModelUnavailable(f"{file}: {name} must be a number over 0, not {short_repr(value)}")
 
 
 def check_weights(directory: Path, config: Mapping[str, Any]) -> None:
     """Raises ModelUnavailable unless all weights are plain numbers in whole safetensors files of this directory."""
     if (method := config.get("quantization_config")) is not None:
         raise ModelUnavailable(
-            f"the weights in {directory} are quantised by {shown(method.get('quant_method'))}, which no engine here reads: "
+            f"the weights in {directory} are quantised by {short_repr(method.get('quant_method'))}, which no engine here reads: "
             "get the model in 16 bits, and set weights to int8 or int4"
         )
     for file in _weight_files(directory):
@@ -137,7 +137,7 @@ def _weight_files(directory: Path) -> Iterator[Path]:
         for name in sorted(set(map(str, shards.values()))):
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise ModelUnavailable(
-                    f"{directory / _INDEX} names {shown(name)}, which is no safetensors file beside it"
+                    f"{directory / _INDEX} names {short_repr(name)}, which is no safetensors file beside it"
                 )
             if not (directory / name).is_file():
                 raise ModelUnavailable(f"{directory} lacks {name}, which its index names: get it again")

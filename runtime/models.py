@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from runtime.checks import shown
+from runtime.checks import short_repr
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.settings import Settings
 from runtime.smollm2 import SMOLLM2, find_smollm2
@@ -58,7 +58,7 @@ def _is_directory(name: str) -> bool:
     try:
         return Path(name).is_dir()
     except OSError as error:
-        raise ModelUnavailable(f"the directory {shown(name)} cannot be looked at: {error.strerror}") from error
+        raise ModelUnavailable(f"the directory {short_repr(name)} cannot be looked at: {error.strerror}") from error
 
 
 def find_proposer_model(settings: Settings) -> Path:

@@ -33,10 +33,10 @@ class Draw:
         return self.sampling.temperature == 0.0 and self.allowed is None and self.top_logprobs is None
 
 
-def drawn(logits: Tensor, wanted: Draw, position: int) -> Token:
+def draw_token(logits: Tensor, wanted: Draw, position: int) -> Token:
     """The token for `position`, drawn from `logits` [vocabulary] float32 as `wanted` says."""
     may = logits if wanted.allowed is None else logits.masked_fill(~allowed_tokens(wanted.allowed, logits), -torch.inf)
-    token_id = draw(may, wanted.sampling, position)
+    token_id = draw_id(may, wanted.sampling, position)
     if wanted.top_logprobs is None:
         return Token(token_id)
     logprobs = torch.log_softmax(logits, dim=-1)
@@ -51,7 +51,7 @@ def allowed_tokens(allowed: NDArray[np.int32], logits: Tensor) -> Tensor:
     return torch.from_numpy(bits.view(np.bool_)).to(logits.device)
 
 
-def draw(logits: Tensor, sampling: Sampling, position: int) -> int:
+def draw_id(logits: Tensor, sampling: Sampling, position: int) -> int:
     """The token id for `position` from its `logits` [vocabulary], float32.
 
     Greedy at temperature 0, else by the Gumbel-max trick (arXiv 1411.0030) with noise keyed by seed and position: the result
@@ -63,10 +63,10 @@ def draw(logits: Tensor, sampling: Sampling, position: int) -> int:
     # Relative to the largest, so that dividing by a very low temperature does not overflow.
     scaled = (exact - exact.max()) / sampling.temperature
     noise = torch.from_numpy(gumbel_noise(sampling.seed, position, len(logits)))
-    return int((scaled + noise).masked_fill(~kept(scaled, sampling), -torch.inf).argmax())
+    return int((scaled + noise).masked_fill(~candidates(scaled, sampling), -torch.inf).argmax())
 
 
-def kept(scaled: Tensor, sampling: Sampling) -> Tensor:
+def candidates(scaled: Tensor, sampling: Sampling) -> Tensor:
     """The tokens that may be drawn, bool [vocabulary]: the `top_k` likeliest, and of these the fewest that reach `top_p`."""
     count = len(scaled)
     top_k = min(sampling.top_k or count, count)

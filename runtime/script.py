@@ -68,7 +68,7 @@ def head_of(text: Text, tools: Sequence[Mapping[str, Any]], options: Options, in
 
 def write(text: Text, head: Head, items: Sequence[Item], options: Options) -> Written:
     """The tokens of a whole conversation. Raises MalformedRequest if the template refuses it."""
-    said, cue = _Sheet(text, head, options).written(items)
+    said, cue = _Sheet(text, head, options).render(items)
     return Written(text.encode_masked(said), text.encode_masked(cue))
 
 
@@ -77,7 +77,7 @@ def write_open_turn(text: Text, head: Head, items: Sequence[Item], options: Opti
     last = items[-1]
     if not isinstance(last, Message) or last.role != "assistant":
         raise MalformedRequest("only a message of the assistant's can be gone on with: end with one", "messages")
-    said, _ = _Sheet(text, head, options).written([*items[:-1], replace(last, text=last.text + _MARK)])
+    said, _ = _Sheet(text, head, options).render([*items[:-1], replace(last, text=last.text + _MARK)])
     return Written(text.encode_masked(said.partition(_MARK)[0]), array("I"))
 
 
@@ -93,8 +93,8 @@ def write_on(
     if any(isinstance(item, Message) for item in new) and sheet.moves_on([*before, *new]):
         return None
     try:
-        whole, cue = sheet.written([*context, *new])
-        already = "" if is_assistants(before[-1]) else sheet.written(context)[0].partition(_MARK)[2]
+        whole, cue = sheet.render([*context, *new])
+        already = "" if is_assistants(before[-1]) else sheet.render(context)[0].partition(_MARK)[2]
     except MalformedRequest:
         return None
     _, found, said = whole.partition(_MARK)
@@ -127,21 +127,21 @@ class _Sheet:
         has_system = self._instructions or any(isinstance(item, Message) and item.role == "system" for item in items)
         return bool((has_system and self._manner.moves_system) or (self._tools and self._manner.moves_tools))
 
-    def written(self, items: Sequence[Item]) -> tuple[str, str]:
+    def render(self, items: Sequence[Item]) -> tuple[str, str]:
         """The text of the items, and the cue, which is empty if the template has none or writes the items differently with it."""
-        items = self._manner.adapted([*self._instructions, *items])
-        messages = _messages(items, self._manner.no_content, _spelled_out)
+        items = self._manner.adapt([*self._instructions, *items])
+        messages = _messages(items, self._manner.no_content, _as_object)
         try:
-            whole, asked = self._applied(messages)
+            whole, asked = self._apply(messages)
         except MalformedRequest:
             # Some templates concatenate the arguments of calls as text.
             as_text = _messages(items, self._manner.no_content, _as_text)
             if as_text == messages:
                 raise
-            whole, asked = self._applied(as_text)
+            whole, asked = self._apply(as_text)
         return (whole, asked[len(whole) :]) if asked.startswith(whole) else (asked, "")
 
-    def _applied(self, messages: list[dict[str, Any]]) -> tuple[str, str]:
+    def _apply(self, messages: list[dict[str, Any]]) -> tuple[str, str]:
         masked = self._text.masked(messages)
         return (
             self._text.apply_template(masked, self._tools, is_turn_next=False, options=self._options),
@@ -166,20 +166,20 @@ class _Manner:
         first, late = f"{_MARK}1", f"{_MARK}2"
         user = {"role": "user", "content": first}
         system = {"role": "system", "content": late}
-        late_system = _tried(text, [user, system, user]) or ""
+        late_system = _try(text, [user, system, user]) or ""
         turns = [user, {"role": "assistant", "content": _DASH}, {"role": "user", "content": _DASH}]
         tool = {"type": "function", "function": {"name": late, "description": _DASH, "parameters": {"type": "object"}}}
-        with_system, with_tool = _tried(text, [system, *turns]) or "", _tried(text, turns, [tool]) or ""
+        with_system, with_tool = _try(text, [system, *turns]) or "", _try(text, turns, [tool]) or ""
         return cls(
-            has_system=late in (_tried(text, [system, user]) or ""),
+            has_system=late in (_try(text, [system, user]) or ""),
             has_late_system=-1 < late_system.find(first) < late_system.find(late),
-            has_runs=_tried(text, [user, user]) is not None,
+            has_runs=_try(text, [user, user]) is not None,
             moves_system=-1 < with_system.find(first) < with_system.find(late),
             moves_tools=-1 < with_tool.find(first) < with_tool.find(late),
             no_content="" if _shows_calls(text, "") and not _shows_calls(text, None) else None,
         )
 
-    def adapted(self, items: Sequence[Item]) -> list[Item]:
+    def adapt(self, items: Sequence[Item]) -> list[Item]:
         """The items in a form that the template accepts: roles that it lacks become the user's."""
         taken: list[Item] = []
         for item in items:
@@ -244,7 +244,7 @@ def _messages(items: Sequence[Item], no_content: str | None, spelled: Any) -> li
                 turn["reasoning_content"] = thought
             case Call(name, _, call_id):
                 turn = turn or new_turn()
-                turn.setdefault("tool_calls", []).append(_called(item, spelled))
+                turn.setdefault("tool_calls", []).append(_call_message(item, spelled))
                 names[call_id] = name
             case Message(role, said, name):
                 turn = None
@@ -260,7 +260,7 @@ def _messages(items: Sequence[Item], no_content: str | None, spelled: Any) -> li
     return messages
 
 
-def _called(call: Call, spelled: Any) -> dict[str, Any]:
+def _call_message(call: Call, spelled: Any) -> dict[str, Any]:
     return {
         "id": call.call_id,
         "type": "function",
@@ -268,7 +268,7 @@ def _called(call: Call, spelled: Any) -> dict[str, Any]:
     }
 
 
-def _spelled_out(arguments: str) -> Any:
+def _as_object(arguments: str) -> Any:
     """Templates spell the arguments themselves, so they need the object. Text that is no object is passed on as it is."""
     parsed = parsed_arguments(arguments)
     return arguments if parsed is None else parsed
@@ -276,13 +276,13 @@ def _spelled_out(arguments: str) -> Any:
 
 def _shows_calls(text: Text, content: str | None) -> bool:
     """Whether a template writes the calls of a turn with this content, and nothing for missing words."""
-    for spelled in (_spelled_out, _as_text):
+    for spelled in (_as_object, _as_text):
         turn = {
             "role": "assistant",
             "content": content,
-            "tool_calls": [_called(Call(_MARK, "{}", "000000000"), spelled)],
+            "tool_calls": [_call_message(Call(_MARK, "{}", "000000000"), spelled)],
         }
-        said = _tried(text, [{"role": "user", "content": _DASH}, turn]) or ""
+        said = _try(text, [{"role": "user", "content": _DASH}, turn]) or ""
         # Some templates write None as a word.
         if _MARK in said and "None" not in said:
             return True
@@ -293,7 +293,7 @@ def _as_text(arguments: str) -> str:
     return arguments
 
 
-def _tried(text: Text, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str | None:
+def _try(text: Text, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str | None:
     try:
         return text.apply_template(messages, tools, is_turn_next=False)
     except MalformedRequest:

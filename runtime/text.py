@@ -18,7 +18,7 @@ from llguidance import LLTokenizer
 from tokenizers import Tokenizer
 
 from runtime.errors import InvalidRequest, MalformedRequest, ModelUnavailable
-from runtime.grammar import Grammar, guiding, json_source, lark_source
+from runtime.grammar import Grammar, json_source, lark_source, llguidance_tokenizer
 from runtime.model_files import CONFIG, one_line, quiet_transformers, read_checked_config, read_json_object
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Text:
     def _guided(self) -> LLTokenizer | ValueError:
         """The tokenizer in the form for grammars, or the reason why there is none."""
         try:
-            return guiding(self._backend, self.eos_token_ids)
+            return llguidance_tokenizer(self._backend, self.eos_token_ids)
         except ValueError as error:
             return error
 

@@ -40,7 +40,7 @@ class CallForm:
             raise MalformedRequest(
                 "the model's chat template knows no tools: leave them out, or load another model", "tools"
             )
-        once = _spoken(text, asked, 1)
+        once = _render_calls(text, asked, 1)
         begin, end = _object(once)
         called = once[begin:end]
         opening, rest = once[:begin], once[end:]
@@ -48,7 +48,7 @@ class CallForm:
             rest = rest.partition(text.spelling(token_id).decode(errors="replace"))[0]
         between = ""
         try:
-            twice = _spoken(text, asked, 2)
+            twice = _render_calls(text, asked, 2)
         except MalformedRequest:
             pass  # Some templates write only one call a turn.
         else:
@@ -201,7 +201,7 @@ class _Object:
                     self.end = self._at
 
 
-def _spoken(text: Text, asked: str, count: int) -> str:
+def _render_calls(text: Text, asked: str, count: int) -> str:
     """The text of an assistant that makes `count` calls after `asked`."""
     turn = {"role": "assistant", "content": "", "tool_calls": [_CALL] * count}
     whole = text.apply_template([_USER, turn], [_TOOL], is_turn_next=False)

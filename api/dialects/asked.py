@@ -53,7 +53,7 @@ class AskedBody(Asked):
 
     @model_validator(mode="before")
     @classmethod
-    def _nothing_unsupported(cls, asked: object) -> object:
+    def _refuse_unsupported(cls, asked: object) -> object:
         if isinstance(asked, dict):
             for name, neutral in cls.NEUTRAL.items():
                 value = asked.get(name)

@@ -13,7 +13,7 @@ def seal(text: str) -> str:
     return _MARK + base64.urlsafe_b64encode(zlib.compress(text.encode())).decode()
 
 
-def unsealed(sealed: str | None) -> str:
+def unseal(sealed: str | None) -> str:
     """The text in a seal that `seal` made; empty for any other."""
     if not sealed or not sealed.startswith(_MARK):
         return ""

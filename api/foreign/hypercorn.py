@@ -149,7 +149,7 @@ def patch(patience: Patience) -> None:
     require("hypercorn", "0.18", "0.19")
     require_tested_h2()
     require_tested_wsproto()
-    # Hypercorn has no setting for these classes.
+    # Hypercorn has no setting for these classes, and its types say that its own stay where they are.
     hypercorn.trio.run.TCPServer = partial(TrioConnection, patience)  # type: ignore[attr-defined, assignment]
     hypercorn.asyncio.run.TCPServer = partial(AsyncioConnection, patience)  # type: ignore[attr-defined, assignment]
     hypercorn.protocol.H2Protocol = partial(PatientH2, patience)  # type: ignore[attr-defined, assignment]
@@ -174,7 +174,7 @@ def _is_in_head(protocol: ProtocolWrapper) -> bool:
     return isinstance(spoken, H11Protocol) and spoken.stream is None and bool(spoken.connection.trailing_data[0])
 
 
-def _failed(error: BaseException) -> None:
+def _log_failure(error: BaseException) -> None:
     left: BaseException | None = error
     if isinstance(error, BaseExceptionGroup):
         # The application runs in a trio loop of its own, whose cancellation arrives here as an error.
@@ -204,7 +204,7 @@ class TrioConnection(TCPServer):
                     await super().run()
                     nursery.cancel_scope.cancel()
         except* Exception as errors:
-            _failed(errors)
+            _log_failure(errors)
         finally:
             crowd.leave(self)
 
@@ -229,7 +229,7 @@ class TrioConnection(TCPServer):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._handle_each, received)
             with suppress(trio.ClosedResourceError, trio.BrokenResourceError, trio.TooSlowError):
-                while data := await self._received():
+                while data := await self._next_bytes():
                     await ahead.send(data)
             nursery.cancel_scope.cancel()
         # A client that has left needs no answer, and an answer that is being sent has a time limit.
@@ -243,7 +243,7 @@ class TrioConnection(TCPServer):
             if is_in_head != (self._scope.deadline < inf):
                 self._scope.deadline = trio.current_time() + _HEAD_S if is_in_head else inf
 
-    async def _received(self) -> bytes:
+    async def _next_bytes(self) -> bytes:
         with trio.fail_after(self.config.read_timeout or inf):
             return bytes(await self.stream.receive_some(MAX_RECV))
 
@@ -312,7 +312,7 @@ class AsyncioConnection(AsyncioTCPServer):
                 self._head_timer.cancel()
             crowd.leave(self)
         if not serving.cancelled() and (error := serving.exception()) is not None:
-            _failed(error)
+            _log_failure(error)
 
     async def _end_with_the_server(self, serving: asyncio.Task[None]) -> None:
         """Ends the connection before Hypercorn cancels it, for then the application would not hear that the server stops."""
@@ -402,11 +402,11 @@ class PatientBuffer(StreamBuffer):
         self.buffer.extend(data)
         await self._is_empty.clear()
         if len(self.buffer) >= BUFFER_HIGH_WATER:
-            await self._while_it_is_taken(self._paused.wait)
+            await self._while_client_reads(self._paused.wait)
             await self._paused.clear()
 
     async def drain(self) -> None:
-        await self._while_it_is_taken(super().drain)
+        await self._while_client_reads(super().drain)
 
     async def pop(self, max_length: int) -> bytes:
         data = bytes(self.buffer[:max_length])
@@ -419,7 +419,7 @@ class PatientBuffer(StreamBuffer):
             await self._is_empty.set()
         return data
 
-    async def _while_it_is_taken(self, wait: Callable[[], Awaitable[None]]) -> None:
+    async def _while_client_reads(self, wait: Callable[[], Awaitable[None]]) -> None:
         while True:
             taken = self._taken
             with anyio.move_on_after(self._patience.reader_timeout_s):
@@ -479,7 +479,7 @@ class PatientH2(H2Protocol):
         super().__init__(*arguments, **more)
         self.streams = _Streams()
         self._calls = _Calls(self.task_group)
-        self.task_group = self._calls  # type: ignore[assignment]
+        self.task_group = self._calls  # type: ignore[assignment] # It has what Hypercorn uses of one.
         settings = {
             SettingCodes.MAX_CONCURRENT_STREAMS: self.config.h2_max_concurrent_streams,
             SettingCodes.MAX_HEADER_LIST_SIZE: MOST_HEADER_BYTES,

@@ -35,7 +35,7 @@ def document(routes: Iterable[Route], settings: Settings, label: str) -> dict[st
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         path = paths.setdefault(_IN_PATH.sub(r"{\1}", route.path), {})
-        path[route.method.lower()] = _described(route, schemas, is_locked=bool(settings.api_keys))
+        path[route.method.lower()] = _describe(route, schemas, is_locked=bool(settings.api_keys))
     return {
         "openapi": "3.1.0",
         "info": {
@@ -53,7 +53,7 @@ def document(routes: Iterable[Route], settings: Settings, label: str) -> dict[st
     }
 
 
-def _described(route: Route, schemas: _Schemas, *, is_locked: bool) -> dict[str, Any]:
+def _describe(route: Route, schemas: _Schemas, *, is_locked: bool) -> dict[str, Any]:
     operation, family = route.operation, route.family
     is_keyed = needs_key(route.path)
     guarded: tuple[type[Exception], ...] = () if is_locked else (ForbiddenHost, ForbiddenOrigin)

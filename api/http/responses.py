@@ -91,7 +91,7 @@ def add_response_routes(door: Door) -> None:
                 await turn.next()
             return Response(json.dumps(turn.response), content_type=JSON)
         response = Response(content_type=f"{EVENTS}; charset=utf-8", headers={"Cache-Control": "no-cache"})
-        response.response = _TurnEvents(turn, _server_sent)
+        response.response = _TurnEvents(turn, _server_sent_event)
         return response
 
     @door.route("GET", RESPONSES.base, _UPGRADE, RESPONSES)
@@ -180,7 +180,7 @@ async def _open_turn(
     start = _start_of(runtime, asked, owner)
     if asked.is_prewarm:
         prompt = await write_prompt(server.reader, runtime, question, start)
-        yield _Turn(server, runtime, asked, owner, _unanswered(runtime, prompt))
+        yield _Turn(server, runtime, asked, owner, _ending_without_answer(runtime, prompt))
         return
     async with open_answers(server, runtime, question, start) as answers:
         yield _Turn(server, runtime, asked, owner, answers)
@@ -211,7 +211,7 @@ def _owner(headers: Headers) -> str:
     return blake2b(key.encode(), digest_size=16).hexdigest()
 
 
-def _unanswered(runtime: Runtime, prompt: Prompt) -> Ending:
+def _ending_without_answer(runtime: Runtime, prompt: Prompt) -> Ending:
     length = prompt.point.length
     usage = Usage(
         prompt=length,
@@ -254,7 +254,7 @@ class _TurnEvents(EventStream):
         return [self._spell(event) for event in self._turn.fail(error)]
 
 
-def _server_sent(event: Event) -> bytes:
+def _server_sent_event(event: Event) -> bytes:
     return named_event(event["type"], json.dumps(event))
 
 

@@ -227,7 +227,7 @@ class DirectoryStore:
 
         Raises SnapshotNotFound, SnapshotMismatch, SnapshotUnreadable or StorageFailed.
         """
-        record = self._found(snapshot_id)
+        record = self._find_snapshot(snapshot_id)
         path = self._snapshots / f"{snapshot_id}{HISTORY}"
         try:
             with storage_errors("the snapshot stays as it is"):
@@ -240,7 +240,7 @@ class DirectoryStore:
 
     def delete_snapshot(self, snapshot_id: str) -> int:
         """Deletes a snapshot; returns the bytes that it took. Raises SnapshotNotFound or StorageFailed."""
-        record = self._found(snapshot_id)
+        record = self._find_snapshot(snapshot_id)
         path = self._snapshots / f"{snapshot_id}{HISTORY}"
         with storage_errors("the snapshot is still there"):
             self._files.remove(path)
@@ -327,7 +327,7 @@ class DirectoryStore:
             return Record(path.stem, head.terms, tip.length, tip.use, tip.used_at, tip.end, slab_bytes)
         return None
 
-    def _found(self, snapshot_id: str) -> Record:
+    def _find_snapshot(self, snapshot_id: str) -> Record:
         if not isinstance(snapshot_id, str):
             raise SnapshotNotFound("no snapshot has this id")
         record = self._saved.get(snapshot_id)

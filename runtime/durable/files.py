@@ -23,18 +23,18 @@ class Files:
 
     def create(self, path: Path) -> int:
         """Creates an empty file; returns its descriptor, for reading and writing."""
-        return self._opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        return self._open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
 
     def reuse(self, path: Path) -> int:
         """Opens a file to overwrite it, or creates it; returns its descriptor."""
-        return self._opened(path, os.O_RDWR | os.O_CREAT)
+        return self._open(path, os.O_RDWR | os.O_CREAT)
 
     def truncate(self, file: int, size: int) -> None:
         os.ftruncate(file, size)
 
     def open(self, path: Path) -> int:
         """Opens an existing file; returns its descriptor, for reading and writing."""
-        return self._opened(path, os.O_RDWR)
+        return self._open(path, os.O_RDWR)
 
     def read(self, file: int, offset: int, count: int) -> bytes:
         """`count` bytes from `offset` on; fewer only at the end of the file."""
@@ -81,7 +81,7 @@ class Files:
         except FileNotFoundError:
             return 0
 
-    def _opened(self, path: Path, flags: int) -> int:
+    def _open(self, path: Path, flags: int) -> int:
         file = os.open(path, flags | os.O_CLOEXEC, FILE_MODE)
         # An older server may have left the file readable to others.
         os.fchmod(file, FILE_MODE)

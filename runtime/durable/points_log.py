@@ -59,7 +59,7 @@ class PointLog:
             "id": node.id,
             "parent": node.parent.node.id,
             "at": node.parent.offset,
-            "items": [_spelled(item) for item in node.items],
+            "items": [_as_json(item) for item in node.items],
             "tokens": len(node.tokens),
             "spans": [[span.begin, span.end, len(span.characters)] for span in node.spans],
         }
@@ -191,7 +191,7 @@ def _apply(
             tree.forget(told["name"])
 
 
-def _spelled(item: Item) -> list[str]:
+def _as_json(item: Item) -> list[str]:
     match item:
         case Message(role, text, name):
             fields = [role, text, name]

@@ -292,7 +292,7 @@ class _Missing(Exception):
 
 
 def _read_listed(objects: Objects, session_id: str, identity: HistoryIdentity, listed: list[Listed]) -> Found:
-    log, bases = (_numbered(listed, f"{_folder(session_id)}{folder}/") for folder in ("log", "base"))
+    log, bases = (_by_number(listed, f"{_folder(session_id)}{folder}/") for folder in ("log", "base"))
     if not log and not bases:
         raise SessionNotFound("no session has this id")
     base = max(bases, default=-1)
@@ -345,7 +345,7 @@ def _read_all(objects: Objects, keys: list[str]) -> list[bytes]:
         return list(pool.map(objects.read, keys))
 
 
-def _numbered(listed: list[Listed], prefix: str) -> dict[int, Listed]:
+def _by_number(listed: list[Listed], prefix: str) -> dict[int, Listed]:
     names = ((one.key.removeprefix(prefix), one) for one in listed if one.key.startswith(prefix))
     # Objects with other names are not ours.
     return {int(name): one for name, one in names if name.isdecimal()}

@@ -119,7 +119,7 @@ class SharedStore:
         tokens = history or array("I")
         with storage_errors("the session was not made"):
             log = SessionLog.create(self._objects, new_id(), self._history_identity, terms, self._holder, tokens)
-        return self._opened(log, has_moved_here=False)
+        return self._open_record(log, has_moved_here=False)
 
     def may_wake(self, session_id: str) -> bool:
         """Whether this could be the id of a session; only reading the store would tell whether it is one."""
@@ -152,19 +152,19 @@ class SharedStore:
                 self._set_aside.add(session_id)
             _log.error("a record was set aside: sessions/%s: %s; it stays where it is", session_id, error)
             raise SessionNotFound("the session's record cannot be read") from None
-        return self._opened(log, has_moved_here=log.taken_from != self._holder), history
+        return self._open_record(log, has_moved_here=log.taken_from != self._holder), history
 
     def expire(self, idle_s: float) -> int:
         """Deletes the sessions that this server was the last to hold and that nobody has used for `idle_s`; returns how many."""
         oldest = self._now() - idle_s
         with self._lock:
             old = [one for one in self._asleep.values() if one.used_at < oldest]
-        return sum(self._expired(record) for record in old)
+        return sum(self._delete_if_unused(record) for record in old)
 
     def delete(self, record: Record) -> None:
-        self._expired(record)
+        self._delete_if_unused(record)
 
-    def _expired(self, record: Record) -> bool:
+    def _delete_if_unused(self, record: Record) -> bool:
         try:
             durable, _ = self.wake(record.id)
         except (SessionNotFound, SessionMoved, StorageFailed):
@@ -178,7 +178,7 @@ class SharedStore:
             return True
         return False
 
-    def _opened(self, log: SessionLog, has_moved_here: bool) -> SharedDurable:
+    def _open_record(self, log: SessionLog, has_moved_here: bool) -> SharedDurable:
         return SharedDurable(self, log, self._slabs, self._slab_identity, has_moved_here, self._group_s)
 
     def _has_lapsed(self, lease: Lease) -> bool:

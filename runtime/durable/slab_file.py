@@ -117,7 +117,7 @@ def read_slab(files: Files, path: Path, identity: SlabIdentity, slab: Slab, hist
     Raises OSError, Damaged, or Unknown if another engine wrote it; then the slab stays empty.
     """
     slab.clear()
-    with _opened(files, path) as file:
+    with _open(files, path) as file:
         header, at, seal = read_header(files, file, MAGIC, _version_of(slab.spec))
         try:
             frontier = int(header["frontier"])
@@ -198,7 +198,7 @@ def _tensor_of(content: bytes, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _opened(files: Files, path: Path) -> Iterator[int]:
+def _open(files: Files, path: Path) -> Iterator[int]:
     file = files.open(path)
     try:
         yield file

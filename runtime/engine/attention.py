@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.engine.attention_plan import ForwardPlan, Stack, padded
+from runtime.engine.attention_plan import ForwardPlan, Stack, pad_rows
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.rotary import rotate
 from runtime.engine.softmax import Scoring, attend_blocks
@@ -89,19 +89,17 @@ def _attend_stack(
     groups, size = len(keys), hidden.shape[-2]
     each = heads // groups
 
-    def folded(some: Tensor) -> Tensor:  # [G, blocks, M, columns]
+    def fold(some: Tensor) -> Tensor:  # [G, blocks, M, columns]
         in_blocks = some[:, stack.queries].reshape(groups, each, stack.blocks, -1, some.shape[-1])
-        return padded(in_blocks.transpose(1, 2).flatten(2, 3), size)
+        return pad_rows(in_blocks.transpose(1, 2).flatten(2, 3), size)
 
     if stack.is_past_window and sinks.start < sinks.stop:
         # What `reach` adds to the scores: nothing if the layer has no rotary embedding. It is summed over a row, since the
         # kernel of a matrix product would depend on the blocks.
-        beyond = 0 if reach is None else (folded(reach).unsqueeze(3) * keys[:, :, None, sinks].float()).sum(dim=-1)
+        beyond = 0 if reach is None else (fold(reach).unsqueeze(3) * keys[:, :, None, sinks].float()).sum(dim=-1)
         hidden[..., sinks] = beyond * scoring.scaling
     learned = None if scoring.sinks is None else scoring.sinks.view(-1, 1, 1).expand(-1, queries.shape[1], -1)
-    attended = attend_blocks(
-        folded(queries), keys, values, hidden, scoring, None if learned is None else folded(learned)
-    )
+    attended = attend_blocks(fold(queries), keys, values, hidden, scoring, None if learned is None else fold(learned))
     used = each * (stack.queries.stop - stack.queries.start) // stack.blocks
     apart: Tensor = attended[:, :, :used].unflatten(2, (each, -1))
     return apart.transpose(1, 2).reshape(heads, -1, head_dim)

@@ -98,7 +98,7 @@ def plan_forward(
     row_of: list[int] = []
     place_of = [0] * len(batch.rows)
     stacks = []
-    for members in _stacked(pieces, size):
+    for members in _group_pieces(pieces, size):
         begin, first, lead = len(row_of), members[0], as_torch(members[0].slab)
         for piece in members:
             count = piece.stop - piece.start
@@ -155,16 +155,16 @@ def _in_blocks(hidden: Tensor, shape: tuple[int, int, int, int, int], queries: i
     """The mask `hidden` [queries, slots] as [1 or G, blocks, M, extent], for a `shape` [1 or G, blocks, Q, R, extent]."""
     _, blocks, _, size, extent = shape
     of_each_head = hidden[:, :extent].view(1, blocks, 1, size, extent).expand(shape)
-    return padded(of_each_head.flatten(2, 3), queries).contiguous()
+    return pad_rows(of_each_head.flatten(2, 3), queries).contiguous()
 
 
-def padded(blocks: Tensor, queries: int) -> Tensor:
+def pad_rows(blocks: Tensor, queries: int) -> Tensor:
     """Blocks [..., rows, columns] with rows of zeros appended, up to `queries` rows."""
     missing = queries - blocks.shape[-2]
     return nn.functional.pad(blocks, (0, 0, 0, missing)) if missing else blocks
 
 
-def _stacked(pieces: tuple[Piece, ...], size: int) -> list[list[Piece]]:
+def _group_pieces(pieces: tuple[Piece, ...], size: int) -> list[list[Piece]]:
     """Groups pieces for stacks.
 
     Pieces of one block form runs whose slabs follow each other in one store, with the same extent and on the same side of

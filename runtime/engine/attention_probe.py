@@ -14,7 +14,7 @@ from torch import Tensor
 from runtime.engine.architectures import ONE_ROTARY, LayerKind
 from runtime.engine.attention import attend
 from runtime.engine.attention_plan import plan_forward
-from runtime.engine.findings import found
+from runtime.engine.findings import find_or_probe
 from runtime.engine.probe import hard_rows, is_exact_at_every_count
 from runtime.engine.rotary import ExactRotary
 from runtime.engine.softmax import Scoring
@@ -76,7 +76,7 @@ def attention_is_exact(
     for manner in manners:
         alone = AttentionAlone(tried, heads, rotaries, table, manner)
         described = f"attention of {heads} heads over {tried}{'' if manner == PLAIN else f' {manner}'}"
-        if not found(described, partial(is_exact_at_every_count, alone, tried, _PROBED_TOKENS)):
+        if not find_or_probe(described, partial(is_exact_at_every_count, alone, tried, _PROBED_TOKENS)):
             _log.warning("a row gets other bits in other batches of %s", described)
             return False
     return True

@@ -100,14 +100,14 @@ def _q4_k(raw: Tensor) -> _Parts:
 
 def _q5_k(raw: Tensor) -> _Parts:
     scales, least = _scales_and_least(raw)
-    high = _shifted(raw[:, 16:48], range(8), 32) & 1
+    high = _shift(raw[:, 16:48], range(8), 32) & 1
     steps = _nibbles(raw[:, 48:], 32) + 16 * high.to(torch.int8) - 16
     return steps.view(-1, 32), scales, 16 * scales - least, 8
 
 
 def _q6_k(raw: Tensor) -> _Parts:
     low = _nibbles(raw[:, :128], 64)
-    high = (_shifted(raw[:, 128:192], (0, 2, 4, 6), 32) & 3).to(torch.int8)
+    high = (_shift(raw[:, 128:192], (0, 2, 4, 6), 32) & 3).to(torch.int8)
     scales = _half(raw, 208).float() * raw[:, 192:208].contiguous().view(torch.int8)
     return (low + 16 * high - 32).view(-1, 16), scales, None, 8
 
@@ -138,7 +138,7 @@ def _half(raw: Tensor, at: int) -> Tensor:
     return raw[:, at : at + 2].contiguous().view(torch.float16)
 
 
-def _shifted(raw: Tensor, shifts: range | tuple[int, ...], width: int) -> Tensor:
+def _shift(raw: Tensor, shifts: range | tuple[int, ...], width: int) -> Tensor:
     """Bytes [blocks, n] in runs of `width`, each run shifted right by each of `shifts` in turn, [blocks, n * shifts]."""
     by = torch.tensor(shifts, dtype=torch.uint8).view(1, 1, -1, 1)
     shifted: Tensor = raw.unflatten(1, (-1, 1, width)) >> by

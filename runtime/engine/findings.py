@@ -19,7 +19,7 @@ from runtime.engine.machine import cpu_flags, kernel_class
 _PROBE_VERSION = 2
 
 
-def found(subject: str, probe: Callable[[], bool]) -> bool:
+def find_or_probe(subject: str, probe: Callable[[], bool]) -> bool:
     """The result of `probe` for the subject described by `subject`; taken from the file if it was found before."""
     key = _key(subject)
     before = _read().get(key)

@@ -28,12 +28,12 @@ from runtime.engine.configuration import (
 )
 from runtime.engine.drawing import draw_tokens
 from runtime.engine.exact import Claim, Ground
-from runtime.engine.findings import found
+from runtime.engine.findings import find_or_probe
 from runtime.engine.linears import ROWS_ON_GPU, RowLinear, weights_bytes
 from runtime.engine.machine import kernel_class
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact
 from runtime.engine.step_attention import STEP_ATTENTION_NAME
-from runtime.engine.step_model import StepModel, captured, kernels_for
+from runtime.engine.step_model import StepModel, capture, kernels_for
 from runtime.engine.torch_model import (
     Loaded,
     first_layers,
@@ -72,8 +72,8 @@ class GraphEngine:
         self._arena = SlabArena(spec, slabs + 1)
         self._kernels = kernels_for(spec.device, self._config.num_attention_heads // spec.kv_heads)
         self._model = StepModel(loaded, self._arena, self._kernels)
-        self._body = captured(self._model.body, spec.device)
-        self._head = captured(self._model.head, spec.device)
+        self._body = capture(self._model.body, spec.device)
+        self._head = capture(self._model.head, spec.device)
 
     @classmethod
     def load(
@@ -163,4 +163,6 @@ def _is_proven(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
         engine = GraphEngine(Loaded(short, loaded.rotaries), tried, form, _PROBED_SLABS, is_bit_exact=False)
         return is_bit_exact(engine, tried, config.vocab_size)
 
-    return linears_are_exact(loaded.model, form, spec.device) and found(f"a step of {config} {form} {tried}", probe)
+    return linears_are_exact(loaded.model, form, spec.device) and find_or_probe(
+        f"a step of {config} {form} {tried}", probe
+    )

@@ -21,7 +21,7 @@ from runtime.engine.rotary import ExactRotary
 from runtime.rows import Piece, Row, RowBatch
 from runtime.slab import SlabSpec
 
-Turn = tuple[mx.array, mx.array]  # cosines and sines [N, D]
+Angles = tuple[mx.array, mx.array]  # cosines and sines [N, D]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class PiecePlan:
     sink: int
     filler: int  # how often the last query is repeated to reach the fixed number of rows
     hidden: mx.array  # [N, extent]: 0 where a query sees a slot, else -inf; N counts the filler too
-    sink_turn: Turn | None  # past the window: turns the queries to within the window's distance of the sinks
+    sink_turn: Angles | None  # past the window: turns the queries to within the window's distance of the sinks
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class ForwardPlan:
     """What every layer needs to know of a batch. The rotary embedding gets it as the `offset` of a cache."""
 
     pieces: tuple[PiecePlan, ...]
-    turn: Turn
+    turn: Angles
     filler: int  # rows appended to the batch's own
 
 
@@ -167,7 +167,7 @@ def let_attend_over_slabs(module: ModuleType) -> None:
     """Makes the models of one of mlx-lm's modules call our attention for our caches, since mlx-lm has no registry for that."""
     original = module.scaled_dot_product_attention
     if not isinstance(original, AttentionOrSlabs):
-        module.scaled_dot_product_attention = AttentionOrSlabs(original)  # type: ignore[attr-defined]
+        module.scaled_dot_product_attention = AttentionOrSlabs(original)  # type: ignore[attr-defined] # Not of every module.
 
 
 def rotate(vectors: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:

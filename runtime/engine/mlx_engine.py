@@ -33,7 +33,7 @@ from runtime.engine.configuration import (
 )
 from runtime.engine.drawing import draw_tokens
 from runtime.engine.exact import Claim, Ground
-from runtime.engine.findings import found
+from runtime.engine.findings import find_or_probe
 from runtime.engine.machine import kernel_class
 from runtime.engine.mlx_attention import PlannedRotary, SlabCache, let_attend_over_slabs, plan_forward
 from runtime.engine.mlx_slab import as_mlx, mlx_pool, to_torch
@@ -113,7 +113,7 @@ class MlxEngine:
         plugged = Plugged(self._model, self._config, self._rotary)
         engine = MlxEngine(plugged, tried, self._form, self._fixed_rows)
         described = f"mlx {version('mlx')} {mx.default_device()} {self._config} {self._form} {tried} {self._fixed_rows}"
-        return found(described, partial(is_bit_exact, engine, tried, self._config.vocab_size))
+        return find_or_probe(described, partial(is_bit_exact, engine, tried, self._config.vocab_size))
 
     @cached_property
     def facts(self) -> EngineFacts:

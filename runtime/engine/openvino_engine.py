@@ -32,7 +32,7 @@ from runtime.engine.configuration import (
 )
 from runtime.engine.drawing import draw_tokens
 from runtime.engine.exact import Claim, Ground
-from runtime.engine.findings import found
+from runtime.engine.findings import find_or_probe
 from runtime.engine.machine import Level, hardware_level, kernel_class, level
 from runtime.engine.openvino_fit import can_build
 from runtime.engine.openvino_graphs import Compiling, build
@@ -160,7 +160,7 @@ class _Model:
 
     def __init__(self, config: PreTrainedConfig, directory: Path, form: Form, spec: SlabSpec) -> None:
         """Raises ModelUnavailable."""
-        model = stored_model(directory) if directory.is_file() else _loaded(directory, form)
+        model = stored_model(directory) if directory.is_file() else _load_model(directory, form)
         self.config = config
         self._form, self._spec = form, spec
         decoder = model.get_decoder()
@@ -181,11 +181,11 @@ class _Model:
         for kind, graph in kinds.items():
             most = _HEAD_MOST_ROWS if graph is graphs.head else self._spec.row_tile
             probe = partial(is_exact_function, graph.of_rows, sum(graph.widths), torch.float32, most)
-            if not found(f"{described} graph {kind}, at most {most} rows", probe):
+            if not find_or_probe(f"{described} graph {kind}, at most {most} rows", probe):
                 _log.warning("a row gets other bits in other batches of the graph %s of %s", kind, self._form)
                 return False
         layer = _FirstLayer(self, replace(self._spec, layers=1))
-        return row_attention_is_exact(self._spec, self.config.num_attention_heads, self._rotary) and found(
+        return row_attention_is_exact(self._spec, self.config.num_attention_heads, self._rotary) and find_or_probe(
             f"{described} {layer.spec}", partial(is_bit_exact, layer, layer.spec, self.config.vocab_size)
         )
 
@@ -229,7 +229,7 @@ def _embedding_of(decoder: Any) -> _DenseRows | StoredRows:
     return StoredRows(embedding.stored) if isinstance(embedding, StoredEmbedding) else _DenseRows(embedding.weight)
 
 
-def _loaded(directory: Path, form: Form) -> Any:
+def _load_model(directory: Path, form: Form) -> Any:
     # Weights to be rounded to fewer bits are read in the checkpoint's own type, so that they are rounded once.
     dtype: torch.dtype | Literal["auto"] = form.dtype if form.weights == "none" else "auto"
     return load_weights(AutoModelForCausalLM, directory, dtype, f"the weights in {directory} cannot be loaded")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from runtime.engine.configuration import KEPT, attention_shape
 from runtime.engine.openvino_fit import GROUP
-from runtime.engine.stored import Matrix, Tally, form_of, join, matrix_of, quantised
+from runtime.engine.stored import Matrix, Tally, form_of, join, matrix_of, quantise
 from runtime.foreign.openvino import ops, ov
 from runtime.foreign.pages import page_out
 
@@ -150,20 +150,20 @@ class _Builder:
 
     def first(self, layer: Any) -> Graph:
         def make(hidden: ov.Output, *turn: ov.Output) -> list[ov.Output]:
-            return self._projected(layer, hidden, turn)
+            return self._project(layer, hidden, turn)
 
         return self._graph(make, ["hidden", *_TURN])
 
     def between(self, before: Any, after: Any) -> Graph:
         def make(attended: ov.Output, hidden: ov.Output, *turn: ov.Output) -> list[ov.Output]:
-            hidden = self._mixed(before, attended, hidden)
-            return [hidden, *self._projected(after, hidden, turn)]
+            hidden = self._mix(before, attended, hidden)
+            return [hidden, *self._project(after, hidden, turn)]
 
         return self._graph(make, ["attended", "hidden", *_TURN])
 
     def last(self, layer: Any, norm: Any) -> Graph:
         def make(attended: ov.Output, hidden: ov.Output) -> list[ov.Output]:
-            return [self._norm(norm, self._mixed(layer, attended, hidden))]
+            return [self._norm(norm, self._mix(layer, attended, hidden))]
 
         return self._graph(make, ["attended", "hidden"])
 
@@ -179,7 +179,7 @@ class _Builder:
         outputs = make(*inputs)
         return self._compiling.graph(outputs, inputs, widths, self._groups)
 
-    def _projected(self, layer: Any, hidden: ov.Output, turn: Sequence[ov.Output]) -> list[ov.Output]:
+    def _project(self, layer: Any, hidden: ov.Output, turn: Sequence[ov.Output]) -> list[ov.Output]:
         """Queries, keys and values [rows, heads, D] of a layer; queries and keys have been turned by their angles."""
         attention = layer.self_attn
         linears = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -193,9 +193,9 @@ class _Builder:
         )
         if hasattr(attention, "q_norm"):
             query, key = self._norm(attention.q_norm, query), self._norm(attention.k_norm, key)
-        return [self._turned(query, turn), self._turned(key, turn), value]
+        return [self._turn(query, turn), self._turn(key, turn), value]
 
-    def _mixed(self, layer: Any, attended: ov.Output, hidden: ov.Output) -> ov.Output:
+    def _mix(self, layer: Any, attended: ov.Output, hidden: ov.Output) -> ov.Output:
         """The hidden rows after a layer, from its attention's output."""
         hidden = _out(ops.add(hidden, self._times([layer.self_attn.o_proj], attended)))
         mlp = layer.mlp
@@ -223,7 +223,7 @@ class _Builder:
         else:
             each = [linear.weight.detach() for linear in linears]
             weight = each[0] if len(each) == 1 else torch.cat(each)
-            product = ops.matmul(rows, self._held(weight, weights), False, True)
+            product = ops.matmul(rows, self._hold(weight, weights), False, True)
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         self.weights_bytes += sum(bias.numel() * bias.itemsize for bias in biases)
         return _out(ops.add(product, _constant(torch.cat(biases).float().numpy())) if biases else product)
@@ -246,9 +246,9 @@ class _Builder:
         self._groups[form_of(matrix)] = matrix.group
         outputs, groups, group = matrix.steps.shape
         whole, scales = _room(outputs, groups, group, matrix.bits, _OV_TYPES[matrix.scales.dtype])
-        _bytes_of(whole, outputs)[:] = _packed(matrix.steps, matrix.bits)
+        _bytes_of(whole, outputs)[:] = _pack(matrix.steps, matrix.bits)
         scales.data[:] = matrix.scales.numpy()
-        product = _out(ops.matmul(rows, self._scaled(whole, scales), False, True))
+        product = _out(ops.matmul(rows, self._scale(whole, scales), False, True))
         if matrix.offsets is None:
             return product
         self.weights_bytes += matrix.offsets.nbytes
@@ -257,14 +257,14 @@ class _Builder:
         sums = ops.reduce_sum(grouped, _constant(np.array([2])), False)
         return _out(ops.add(product, ops.matmul(sums, _constant(matrix.offsets.numpy()), False, True)))
 
-    def _turned(self, vectors: ov.Output, turn: Sequence[ov.Output]) -> ov.Output:
+    def _turn(self, vectors: ov.Output, turn: Sequence[ov.Output]) -> ov.Output:
         """Vectors [rows, heads, D] turned by angles given as cosines and sines [rows, D]."""
         cosines, sines = (ops.unsqueeze(one, _constant(np.array(1))) for one in turn)
         low, high = ops.split(vectors, _constant(np.array(2)), 2).outputs()
         across = ops.concat([ops.negative(high), low], 2)
         return _out(ops.add(ops.multiply(vectors, cosines), ops.multiply(across, sines)))
 
-    def _held(self, weight: Tensor, weights: str) -> ov.Output:
+    def _hold(self, weight: Tensor, weights: str) -> ov.Output:
         """A constant [outputs, inputs], as the graph reads it."""
         if weights == "none":
             return self._plain(weight.to(self._compiling.dtype))
@@ -274,24 +274,24 @@ class _Builder:
         at = 0
         # A whole head in float32, together with the result, would take several times the memory of the result.
         for part in weight.split(max(1, _ROUNDED_AT_ONCE // inputs)):
-            steps, kept = quantised(part, weights)
+            steps, kept = quantise(part, weights)
             rows = slice(at, at + len(part))
-            _bytes_of(whole, outputs)[rows] = _packed(steps, bits)
+            _bytes_of(whole, outputs)[rows] = _pack(steps, bits)
             scales.data[rows] = kept.numpy()
             at += len(part)
-        return self._scaled(whole, scales)
+        return self._scale(whole, scales)
 
     def _plain(self, weight: Tensor) -> ov.Output:
         self.weights_bytes += weight.nbytes
         held = ov.Tensor(_OV_TYPES[weight.dtype], ov.Shape(weight.shape))
         _bytes_of(held, len(weight))[:] = weight.contiguous().view(torch.uint8).numpy()
-        return _out(ops.convert(_shared(held), _FLOAT))
+        return _out(ops.convert(_share(held), _FLOAT))
 
-    def _scaled(self, whole: ov.Tensor, scales: ov.Tensor) -> ov.Output:
+    def _scale(self, whole: ov.Tensor, scales: ov.Tensor) -> ov.Output:
         """Weights [outputs, inputs] of whole numbers [outputs, groups, group], each times the scale of its group."""
         self.weights_bytes += whole.byte_size + scales.byte_size
         outputs, groups, group = whole.shape
-        scaled = ops.multiply(ops.convert(_shared(whole), scales.element_type), _shared(scales))
+        scaled = ops.multiply(ops.convert(_share(whole), scales.element_type), _share(scales))
         flat = ops.reshape(scaled, _constant(np.array([outputs, groups * group])), False)
         return _out(ops.convert(flat, _FLOAT))
 
@@ -302,7 +302,7 @@ def _room(outputs: int, groups: int, group: int, bits: int, kind: ov.Type) -> tu
     return whole, ov.Tensor(kind, ov.Shape([outputs, groups, 1]))
 
 
-def _packed(steps: Tensor, bits: int) -> Any:
+def _pack(steps: Tensor, bits: int) -> Any:
     """Whole numbers as a graph holds them, bytes [outputs, any]: as they are, or two of 4 bits in each."""
     whole = steps.flatten(1).view(torch.uint8)
     if bits == 8:
@@ -316,7 +316,7 @@ def _bytes_of(tensor: ov.Tensor, rows: int) -> Any:
     return tensor.data.reshape(-1).view(np.uint8).reshape(rows, -1)
 
 
-def _shared(tensor: ov.Tensor) -> Any:
+def _share(tensor: ov.Tensor) -> Any:
     return ops.constant(tensor, shared_memory=True)
 
 

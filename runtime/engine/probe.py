@@ -135,7 +135,7 @@ def is_bit_exact(engine: LogitsEngine, spec: SlabSpec, vocabulary: int) -> bool:
             raise ModelUnavailable(NO_NUMBERS)
         for cuts, neighbours in _cuts(spec.row_tile, beside):
             at = 0
-            for batch in _cut(rows, cuts, neighbours, choice):
+            for batch in _cut_rows(rows, cuts, neighbours, choice):
                 drawing = [row.slab is slab for row in batch.rows if row.draw is not None]
                 logits = engine.logits(batch)[torch.tensor(drawing, dtype=torch.bool)]
                 if not torch.equal(logits, whole[at : at + len(logits)]):
@@ -178,7 +178,7 @@ def _of_growing_size(tile: int) -> list[tuple[int, ...]]:
     return [*found, (*cuts, tile - sum(cuts))]
 
 
-def _cut(
+def _cut_rows(
     rows: tuple[Row, ...], cuts: tuple[int, ...], neighbours: tuple[Row, ...], choice: random.Random
 ) -> Iterator[RowBatch]:
     """Batches with `rows` cut by `cuts`, each with some of the `neighbours` on one side: none, or as many as fill the tile."""

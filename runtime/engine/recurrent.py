@@ -40,7 +40,7 @@ class ShortConvolution(nn.Module):
             slab = as_torch(part.piece.slab)
             slab.give(self._layer, given[part.piece.start : part.piece.stop], part.begin)
             parts.append(
-                convolved(slab.taken(self._layer, part.begin - self.weight.shape[1] + 1, part.end), self.weight)
+                convolve(slab.taken(self._layer, part.begin - self.weight.shape[1] + 1, part.end), self.weight)
             )
         mixed = torch.cat(parts) if self.bias is None else torch.cat(parts) + self.bias.float()
         output: Tensor = self.out_proj(behind * mixed.to(rows.dtype))
@@ -102,7 +102,7 @@ class DeltaRule(nn.Module):
         In float32, by the chunked form of the rule (arXiv 2406.06484, section 3).
         """
         mixed, learning, forgetting = taken.split((len(self.weight), self._heads, self._heads), dim=-1)
-        mixed = nn.functional.silu(convolved(mixed, self.weight).to(taken.dtype)).float()
+        mixed = nn.functional.silu(convolve(mixed, self.weight).to(taken.dtype)).float()
         each = self._key_heads * self._keys
         query, key, value = mixed.split((each, each, self._heads * self._values), dim=-1)
         query, key = (self._by_value_head(part) for part in (query, key))  # [H, C, K]
@@ -135,7 +135,7 @@ class DeltaRule(nn.Module):
         return unit.repeat_interleave(self._heads // self._key_heads, dim=1).transpose(0, 1)
 
 
-def convolved(taken: Tensor, weight: Tensor) -> Tensor:
+def convolve(taken: Tensor, weight: Tensor) -> Tensor:
     """Convolves `taken` [rows + reach, columns] with `weight` [columns, reach + 1]; returns [rows, columns] float32."""
     rows = len(taken) - weight.shape[1] + 1
     taken, weight = taken.float(), weight.float()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from runtime.engine.exact import Claim, Ground
-from runtime.engine.findings import found
+from runtime.engine.findings import find_or_probe
 from runtime.engine.probe import hard_rows, is_exact_at_every_count
 from runtime.engine.rotary import ExactRotary, rotate
 from runtime.engine.row_kernel import MOST_QUERIES, attend_rows, write_rows
@@ -184,7 +184,7 @@ def row_attention_is_exact(spec: SlabSpec, heads: int, rotary: ExactRotary) -> b
     table = hard_rows(_PROBED_TOKENS * parts, spec.head_dim, torch.float32, generator).view(_PROBED_TOKENS, parts, -1)
     alone = RowAttentionAlone(tried, heads, rotary, table)
     kind = f"row by row attention of {heads} heads over {tried}"
-    holds = found(kind, partial(is_exact_at_every_count, alone, tried, _PROBED_TOKENS))
+    holds = find_or_probe(kind, partial(is_exact_at_every_count, alone, tried, _PROBED_TOKENS))
     if not holds:
         _log.warning("a row gets other bits in other batches of %s", kind)
     return holds

@@ -77,7 +77,7 @@ class StepModel:
 
 
 @torch.inference_mode()
-def captured(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def capture(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Captures `function` as a graph of `device`; it must not wait for the device, nor move its tensors.
 
     On a CPU, the function itself.

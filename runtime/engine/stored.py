@@ -25,7 +25,7 @@ def matrix_of(stored: StoredTensor, tally: Tally) -> Matrix:
     error = 0.0
     if matrix is None:
         weights = stored.dense()
-        matrix = Blocks(*quantised(weights, "int8"), offsets=None, bits=8)
+        matrix = Blocks(*quantise(weights, "int8"), offsets=None, bits=8)
         error = float((matrix.dense(torch.float32) - weights).abs().max() / weights.abs().max().clamp(min=1e-30))
     tally.add(stored, form_of(matrix), matrix.nbytes, error)
     return matrix
@@ -86,7 +86,7 @@ class Tally:
         )
 
 
-def quantised(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
+def quantise(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
     """Whole numbers [outputs, groups, 32] int8, and the scale [outputs, groups, 1] float16 of each group.
 
     With 8 bits they reach from -127 to 127. With 4 the value of the largest size is -8, as in Q4_0 of GGUF.

@@ -29,7 +29,7 @@ from runtime.engine.configuration import (
 )
 from runtime.engine.drawing import draw_tokens
 from runtime.engine.exact import Claim
-from runtime.engine.findings import found
+from runtime.engine.findings import find_or_probe
 from runtime.engine.linears import FixedRowsLinear, RowLinear, weights_bytes
 from runtime.engine.machine import kernel_class
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact
@@ -44,7 +44,7 @@ from runtime.engine.torch_model import (
     linears_are_exact,
     load_model,
 )
-from runtime.engine.torch_parts import CLAIMS_OF_PARTS, capped
+from runtime.engine.torch_parts import CLAIMS_OF_PARTS, soft_cap
 from runtime.engine.torch_slab import torch_pool
 from runtime.events import Token
 from runtime.gguf_file import GgufFile
@@ -118,14 +118,14 @@ class TorchEngine:
             kernel_class=kernel_class(self._spec.device),
             is_bit_exact=self._is_bit_exact,
             claims=self._claims(),
-            tried=self._tried(),
+            tried=self._describe_probe(),
         )
 
     def _claims(self) -> list[Claim]:
         of_parts = (CLAIMS_OF_PARTS[part] for part in sorted(self._parts & CLAIMS_OF_PARTS.keys()))
         return [*linear_claims(self._linears), *CLAIMS, *of_parts]
 
-    def _tried(self) -> str:
+    def _describe_probe(self) -> str:
         if self._spec.row_tile == 1:
             return "other rows in a forward: they change a row's bits, so each runs alone"
         counts = sorted({one.most_rows for one in self._linears})
@@ -155,7 +155,7 @@ class TorchEngine:
         if not wanted:
             return hidden.new_empty(0, self._config.vocab_size, dtype=torch.float32)
         logits: Tensor = self._head(hidden[wanted])
-        return capped(logits.float(), getattr(self._config, "final_logit_softcapping", None))
+        return soft_cap(logits.float(), getattr(self._config, "final_logit_softcapping", None))
 
 
 def _is_proven(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
@@ -191,4 +191,4 @@ def _layers_are_exact(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
         engine = TorchEngine(Loaded(short, loaded.rotaries), tried, form, is_bit_exact=False)
         return is_bit_exact(engine, tried, config.vocab_size)
 
-    return found(f"{config} {form} {tried}", probe)
+    return find_or_probe(f"{config} {form} {tried}", probe)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from runtime.checkpoints import load_weights
 from runtime.engine.configuration import Form, is_small, named_dtype
 from runtime.engine.exact import Claim
-from runtime.engine.findings import found
+from runtime.engine.findings import find_or_probe
 from runtime.engine.linears import RowLinear, replace_linears
 from runtime.engine.machine import Level, level
 from runtime.engine.probe import is_exact_function
@@ -86,7 +86,7 @@ def forms_of(settings: Settings, device: torch.device, weights: int, kinds: Mapp
     is_dtype_auto, is_weights_auto = settings.dtype == "auto", settings.weights == "auto"
     if device.type != "cpu":
         dtype = torch.bfloat16 if is_dtype_auto else named_dtype(settings.dtype)
-        return [Form(dtype, "none" if is_weights_auto else settings.weights, _dequantised(kinds))]
+        return [Form(dtype, "none" if is_weights_auto else settings.weights, _dequantised_reason(kinds))]
     here = level()
     if not is_dtype_auto:
         dtypes = [named_dtype(settings.dtype)]
@@ -98,7 +98,7 @@ def forms_of(settings: Settings, device: torch.device, weights: int, kinds: Mapp
     if not is_weights_auto:
         return [Form(dtype, settings.weights) for dtype in dtypes]
     if kinds:
-        choices = {"none": _dequantised(kinds)}
+        choices = {"none": _dequantised_reason(kinds)}
     elif is_small(weights):
         choices = {"none": "so small a model stays in the CPU's cache", "int8": ""}
     elif here >= Level.AVX512_BF16:
@@ -108,7 +108,7 @@ def forms_of(settings: Settings, device: torch.device, weights: int, kinds: Mapp
     return [Form(dtype, name, reason) for dtype in dtypes for name, reason in choices.items()]
 
 
-def _dequantised(kinds: Mapping[str, int]) -> str:
+def _dequantised_reason(kinds: Mapping[str, int]) -> str:
     return f"dequantised: {', '.join(f'{count} of {kind}' for kind, count in kinds.items())}" if kinds else ""
 
 
@@ -128,7 +128,7 @@ def linears_are_exact(model: Any, form: Form, device: torch.device) -> bool:
             kind = f"{type(part).__name__} {shape}"
             distinct.setdefault(kind, (name, part))
     for kind, (name, part) in distinct.items():
-        if not found(kind, partial(is_exact_function, part, part.inputs, form.dtype, part.most_rows, device)):
+        if not find_or_probe(kind, partial(is_exact_function, part, part.inputs, form.dtype, part.most_rows, device)):
             _log.warning("a row gets other bits in other batches of %s (%s)", name, kind)
             return False
     return True

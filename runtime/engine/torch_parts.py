@@ -106,7 +106,7 @@ def _number_layers(decoder: Any, config: PreTrainedConfig) -> None:
             (attention.module if isinstance(attention, RowByRowCalls) else attention).layer_idx = number
 
 
-def capped(logits: Tensor, cap: float | None) -> Tensor:
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
     """Logits [rows, vocabulary] that approach `cap` instead of passing it, if there is one."""
     return logits if cap is None else row_by_row(torch.tanh, logits / cap) * cap
 

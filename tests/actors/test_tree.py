@@ -15,7 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from actors import Runtime, SessionHandle, open_runtime
 from actors.engine_thread import EngineThread
-from actors.handles import Completion
+from actors.handles import CompletionSessions
 from actors.proposing import NewProposals, Proposals
 from actors.tree import open_sessions
 from runtime import Done, Event, Overflow, Sampling, Settings, StopReason, Token
@@ -257,7 +257,7 @@ async def complete(runtime: Runtime, prompt: list[int], max_tokens: int = 3, **s
         return await generated(session, max_tokens, **sampling)
 
 
-async def having_read(completion: Completion, prompt: list[int]) -> tuple[SessionHandle, int]:
+async def having_read(completion: CompletionSessions, prompt: list[int]) -> tuple[SessionHandle, int]:
     """A completion's first session, which has read the prompt, and how much of that needed no reading."""
     session, length = completion.open(array("I", prompt))
     await session.append(prompt[length:])

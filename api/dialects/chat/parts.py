@@ -62,13 +62,13 @@ class ChatMessage(Asked):
 
     @field_validator("content")
     @classmethod
-    def _is_said(cls, content: object, before: ValidationInfo) -> object:
+    def _check_content(cls, content: object, before: ValidationInfo) -> object:
         if content is None and before.data.get("role") != "assistant":
             raise ValueError("only the assistant's messages may be without content")
         return content
 
     @model_validator(mode="after")
-    def _is_whole(self) -> ChatMessage:
+    def _check_fields(self) -> ChatMessage:
         for name in _NOT_IN_MESSAGES:
             if (self.model_extra or {}).get(name):
                 raise ValueError(f"{name} in a message is not supported")
@@ -146,7 +146,7 @@ class ResponseFormat(Asked):
 
     @field_validator("json_schema")
     @classmethod
-    def _is_there(cls, json_schema: JsonSchema | None, before: ValidationInfo) -> JsonSchema | None:
+    def _check_schema(cls, json_schema: JsonSchema | None, before: ValidationInfo) -> JsonSchema | None:
         if json_schema is None and before.data.get("type") == "json_schema":
             raise ValueError("the type json_schema needs one")
         return json_schema

@@ -27,7 +27,7 @@ class StreamOptions(Asked):
 
     @field_validator("include_obfuscation")
     @classmethod
-    def _is_not_asked_for(cls, value: bool | None) -> bool | None:
+    def _refuse_obfuscation(cls, value: bool | None) -> bool | None:
         if value:
             raise ValueError("obfuscation is not supported")
         return value
@@ -39,7 +39,7 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 StopStrings = Annotated[list[StopString], Field(max_length=4)]
 
 
-def _listed(stop: object) -> object:
+def _as_list(stop: object) -> object:
     return [stop] if isinstance(stop, str) else stop
 
 
@@ -67,7 +67,7 @@ class CompletionRequest(AskedBody):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS), AS_WHOLE] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64), AS_WHOLE] | None = None
-    stop: Annotated[StopStrings, BeforeValidator(_listed, json_schema_input_type=StopString | StopStrings)] | None = (
+    stop: Annotated[StopStrings, BeforeValidator(_as_list, json_schema_input_type=StopString | StopStrings)] | None = (
         None
     )
     stream: bool | None = None

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 from api.bounds import NO_CALLS, Bounds, Choice
 from api.bounds import Tool as PlainTool
 from api.dialects.asked import AS_WHOLE, MOST_TOKENS, MOST_TOOLS, Asked, AskedBody, ToolName, describe_neutral
-from api.dialects.sealed import unsealed
+from api.dialects.sealed import unseal
 from api.question import Question, check_length, temperature_of, thinking_options
 from api.reading import Terms
 from runtime.errors import InvalidRequest
@@ -176,7 +176,7 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[MessageRequest, Questio
 def _system_of(asked: MessageRequest) -> str:
     if asked.system is None or isinstance(asked.system, str):
         return asked.system or ""
-    texts = [_said(block, f"system.{index}") for index, block in enumerate(asked.system)]
+    texts = [_text_of(block, f"system.{index}") for index, block in enumerate(asked.system)]
     return "\n\n".join(text for text in texts if not text.startswith(_BILLING))
 
 
@@ -195,10 +195,10 @@ def _assistants(blocks: list[Block], place: str) -> Iterator[Place]:
         at = f"{place}.content.{index}"
         match block.type:
             case "text":
-                if (said := _said(block, at)).strip():
+                if (said := _text_of(block, at)).strip():
                     yield at, Message("assistant", said)
             case "thinking":
-                yield at, Reasoning(block.thinking or unsealed(block.signature))
+                yield at, Reasoning(block.thinking or unseal(block.signature))
             case "redacted_thinking":
                 pass
             case "tool_use":
@@ -220,7 +220,7 @@ def _others(
         match block.type:
             case "text":
                 begin = begin if texts else at
-                texts.append(_said(block, at))
+                texts.append(_text_of(block, at))
             case "tool_result" if role == "user":
                 if texts:
                     yield begin, Message(role, "\n\n".join(texts))
@@ -239,7 +239,7 @@ def _result(block: Block, place: str, tools: Mapping[str, Tool]) -> str:
     for index, part in enumerate(block.content):
         at = f"{place}.content.{index}"
         if part.type == "text":
-            parts.append(_said(part, at))
+            parts.append(_text_of(part, at))
         elif part.type == "tool_reference":
             if (tool := tools.get(part.tool_name or "")) is None:
                 raise InvalidRequest(f"{at}: tools holds no {part.tool_name!r}", at)
@@ -249,7 +249,7 @@ def _result(block: Block, place: str, tools: Mapping[str, Tool]) -> str:
     return "\n".join(parts)
 
 
-def _said(block: Block, place: str) -> str:
+def _text_of(block: Block, place: str) -> str:
     if block.type != "text" or block.text is None:
         raise _unsupported(block, place)
     return block.text

@@ -33,7 +33,7 @@ class ResponseWriter:
         self._open: dict[str, Any] | None = None
         self._text = ""
         self._logprobs: list[dict[str, Any]] = []
-        self.response: Response = _begun(self.id, asked, label)
+        self.response: Response = _new_response(self.id, asked, label)
 
     def begin(self) -> list[Event]:
         """The first events, sent before the model has read anything."""
@@ -48,14 +48,16 @@ class ResponseWriter:
         match part:
             case Said(text, logprobs):
                 if self._open is None:
-                    yield from self._add({"type": "message", "role": "assistant", "content": []}, "msg", _said(""))
+                    yield from self._add(
+                        {"type": "message", "role": "assistant", "content": []}, "msg", _output_text("")
+                    )
                 told = [one.model_dump() for one in logprobs] if self._has_logprobs else []
                 self._text += text
                 self._logprobs += told
                 yield self._of_item("response.output_text.delta", content_index=0, delta=text, logprobs=told)
             case Thought(text):
                 if self._open is None:
-                    yield from self._add({"type": "reasoning", "summary": [], "content": []}, "rs", _thought(""))
+                    yield from self._add({"type": "reasoning", "summary": [], "content": []}, "rs", _reasoning_text(""))
                 self._text += text
                 yield self._of_item("response.reasoning_text.delta", content_index=0, delta=text)
             case CallBegun(call_id, name):
@@ -102,14 +104,14 @@ class ResponseWriter:
         done = self._open | {"status": "completed"}
         match item:
             case Message(_, text):
-                part = _said(text, self._logprobs if self._has_logprobs else None)
+                part = _output_text(text, self._logprobs if self._has_logprobs else None)
                 yield self._of_item("response.output_text.done", content_index=0, text=text, logprobs=self._logprobs)
                 yield self._of_item("response.content_part.done", content_index=0, part=part)
                 done |= {"content": [part]}
             case Reasoning(text):
                 yield self._of_item("response.reasoning_text.done", content_index=0, text=text)
-                yield self._of_item("response.content_part.done", content_index=0, part=_thought(text))
-                done |= {"content": [_thought(text)], "encrypted_content": seal(text)}
+                yield self._of_item("response.content_part.done", content_index=0, part=_reasoning_text(text))
+                done |= {"content": [_reasoning_text(text)], "encrypted_content": seal(text)}
             case Call(_, arguments):
                 name = self._open["name"]
                 yield self._of_item("response.function_call_arguments.done", name=name, arguments=arguments)
@@ -153,15 +155,15 @@ def error_event(error: Exception, stream_id: str | None) -> Event:
     return told if stream_id is None else told | {"stream_id": stream_id}
 
 
-def _said(text: str, logprobs: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+def _output_text(text: str, logprobs: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs or []}
 
 
-def _thought(text: str) -> dict[str, Any]:
+def _reasoning_text(text: str) -> dict[str, Any]:
     return {"type": "reasoning_text", "text": text}
 
 
-def _begun(response_id: str, asked: ResponseRequest, label: str) -> Response:
+def _new_response(response_id: str, asked: ResponseRequest, label: str) -> Response:
     told = asked.model_dump(mode="json", by_alias=True, exclude_none=True)
     return {
         "id": response_id,

@@ -12,7 +12,7 @@ from pydantic_core import from_json
 from api.bounds import NO_CALLS, Bounds, Choice
 from api.bounds import Tool as PlainTool
 from api.dialects.asked import AS_WHOLE, MOST_TOKENS, MOST_TOOLS, Asked, AskedBody, ToolName, describe_neutral
-from api.dialects.sealed import unsealed
+from api.dialects.sealed import unseal
 from api.question import Question, check_length, temperature_of, thinking_options
 from api.reading import Terms
 from runtime.errors import InvalidRequest, MalformedRequest, RequestError
@@ -53,8 +53,8 @@ class InputItem(Asked):
         """The item, independent of the dialect. Raises InvalidRequest that names what is missing or not supported."""
         match self.type:
             case "message":
-                role = self._needed(self.role, place, "role")
-                said = _text_of(self._needed(self.content, place, "content"), f"{place}.content")
+                role = self._require(self.role, place, "role")
+                said = _text_of(self._require(self.content, place, "content"), f"{place}.content")
                 if role == "assistant":
                     if said.strip():
                         yield Message("assistant", said)
@@ -62,18 +62,18 @@ class InputItem(Asked):
                     yield Message("user" if role == "user" else "system", said)
             case "reasoning":
                 thought = _text_of(self.content or "", f"{place}.content")
-                yield Reasoning(thought or unsealed(self.encrypted_content))
+                yield Reasoning(thought or unseal(self.encrypted_content))
             case "function_call":
-                name = self._needed(self.name, place, "name")
-                arguments = self._needed(self.arguments, place, "arguments")
-                yield Call(visible_name(self.namespace, name), arguments, self._needed(self.call_id, place, "call_id"))
+                name = self._require(self.name, place, "name")
+                arguments = self._require(self.arguments, place, "arguments")
+                yield Call(visible_name(self.namespace, name), arguments, self._require(self.call_id, place, "call_id"))
             case "function_call_output":
-                output = _text_of(self._needed(self.output, place, "output"), f"{place}.output")
-                yield Output(output, self._needed(self.call_id, place, "call_id"))
+                output = _text_of(self._require(self.output, place, "output"), f"{place}.output")
+                yield Output(output, self._require(self.call_id, place, "call_id"))
             case _:
                 raise InvalidRequest(f"{place}: items of type {self.type!r} are not supported", f"{place}.type")
 
-    def _needed(self, value: Any, place: str, name: str) -> Any:
+    def _require(self, value: Any, place: str, name: str) -> Any:
         if value is None:
             raise InvalidRequest(f"{place}.{name}: a {self.type} needs it", f"{place}.{name}")
         return value

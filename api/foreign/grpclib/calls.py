@@ -51,9 +51,9 @@ class Calls(AbstractHandler):
         task = asyncio.get_running_loop().create_task(self._answer(stream, headers))
         self._tasks[stream] = task
         # A task cancelled before it begins runs none of its code, so the task itself cannot clean up.
-        task.add_done_callback(partial(self._ended, stream, release_stream))
+        task.add_done_callback(partial(self._on_end, stream, release_stream))
 
-    def _ended(self, stream: GuardedStream, release_stream: Callable[[], None], task: asyncio.Task[None]) -> None:
+    def _on_end(self, stream: GuardedStream, release_stream: Callable[[], None], task: asyncio.Task[None]) -> None:
         del self._tasks[stream]
         if not self._tasks:
             self._on_idle()
@@ -105,10 +105,10 @@ class Call(Stream[Any, Any]):
         if len(data) < size:
             raise GRPCError(Status.INVALID_ARGUMENT, "the message was cut short")
         if prefix[0]:
-            data = await self._unpacked(prefix[0], data)
+            data = await self._unpack(prefix[0], data)
         return self._codec.decode(data, self._recv_type)
 
-    async def _unpacked(self, flag: int, data: bytes) -> bytes:
+    async def _unpack(self, flag: int, data: bytes) -> bytes:
         if flag != 1 or self._encoding != "gzip":
             raise GRPCError(Status.INTERNAL, "the message is marked as compressed and no grpc-encoding says how")
         unpack = partial(_gunzip, data, self._stream.connection.limits)

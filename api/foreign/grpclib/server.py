@@ -94,7 +94,7 @@ class GuardedServer(Server):
     async def answer(self, stream: GuardedStream, headers: Headers) -> None:
         """Answers one call, valid or not."""
         try:
-            if (found := await self._admitted(stream, headers)) is not None:
+            if (found := await self._admit(stream, headers)) is not None:
                 await self._run(stream, *found)
         except StreamTerminatedError:
             # The client has left or does not read, so nobody can be told.
@@ -103,7 +103,7 @@ class GuardedServer(Server):
             if stream.closable:
                 raise
 
-    async def _admitted(self, stream: GuardedStream, headers: Headers) -> tuple[Headers, str, Handler] | None:
+    async def _admit(self, stream: GuardedStream, headers: Headers) -> tuple[Headers, str, Handler] | None:
         """The path and handler of a call that can be answered. Any other call is refused."""
         found = dict(headers)
         kind, _, subtype = found.get("content-type", "").partition("+")

@@ -16,7 +16,7 @@ from runtime.engine.architectures import ARCHITECTURES, ENGINES
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory, StartError
 from runtime.events import Sampling
 from runtime.rows import Row, RowBatch
-from runtime.sampling import Draw, draw
+from runtime.sampling import Draw, draw_id
 from runtime.settings import Settings
 from runtime.text import Text
 from tests.conftest import SMALL, save_random_model
@@ -199,7 +199,7 @@ def test_a_drawn_token_is_the_one_for_the_next_position(small_models: Mapping[st
 
     drawn = engine.forward(RowBatch(tuple(Row(slab, at, token, Draw(sampling)) for at, token in enumerate(tokens))))
 
-    assert [token.token_id for token in drawn] == [draw(line, sampling, at + 1) for at, line in enumerate(logits)]
+    assert [token.token_id for token in drawn] == [draw_id(line, sampling, at + 1) for at, line in enumerate(logits)]
 
 
 def test_a_rewritten_tile_leaves_no_trace_of_what_it_replaces(small_models: Mapping[str, Path], load: Load) -> None:
