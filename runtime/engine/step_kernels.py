@@ -58,8 +58,8 @@ def attend_by_kernels(query: Tensor, keys: Tensor, values: Tensor, step: Step) -
     return attended
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _attend_runs(  # type: ignore[no-untyped-def]
+@triton.jit  # type: ignore[untyped-decorator] # Triton has no types.
+def _attend_runs(  # type: ignore[no-untyped-def] # Its arguments are not Python values.
     query, keys, values, cosines, sines, slabs, positions, firsts, counts, partial, peaks, sums,
     query_head, query_row, held_slab, held_head, held_slot, runs, scaling,
     SINK: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, SLOTS: tl.constexpr, EACH: tl.constexpr,
@@ -136,8 +136,8 @@ def _attend_runs(  # type: ignore[no-untyped-def]
         tl.store(partial + part[:, None] * WIDTH + column[None, :], summed, mask=is_held)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _join_runs(  # type: ignore[no-untyped-def]
+@triton.jit  # type: ignore[untyped-decorator] # Triton has no types.
+def _join_runs(  # type: ignore[no-untyped-def] # Its arguments are not Python values.
     partial, peaks, sums, positions, attended, heads, runs,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip

@@ -32,7 +32,7 @@ PERSON = {
     "required": ["name", "age", "tags"],
     "additionalProperties": False,
 }
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",
@@ -236,7 +236,7 @@ class TestTools:
         [call] = answer.choices[0].message.tool_calls or []
         assert call.type == "function"
         assert call.function.name == "weather"
-        jsonschema.validate(json.loads(call.function.arguments), WEATHER["function"]["parameters"])  # type: ignore[index]
+        jsonschema.validate(json.loads(call.function.arguments), WEATHER["function"]["parameters"])
 
     def test_come_in_deltas_that_make_the_same_calls(self, caller: Client) -> None:
         asked = {

@@ -255,7 +255,7 @@ def test_the_representation_does_not_show_keys() -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Settings().window = 1  # type: ignore[misc]
+        Settings().window = 1  # type: ignore[misc] # Settings are frozen.
 
 
 def test_settings_survive_a_way_to_another_process() -> None:
