@@ -224,7 +224,7 @@ def _parse(asked: type[Q], message: bytes) -> Q:
     try:
         whole.ParseFromString(message)
     except DecodeError as error:
-        raise InvalidRequest(f"these bytes are no {asked.__name__}: {error}") from None
+        raise InvalidRequest(f"these bytes are not a valid {asked.__name__}: {error}") from None
     whole.DiscardUnknownFields()
     return asked.parse(whole.SerializeToString())
 
@@ -238,7 +238,9 @@ class Codec(ProtoCodec):
         try:
             return super().decode(data, message_type)
         except DecodeError as error:
-            raise GRPCError(Status.INVALID_ARGUMENT, f"these bytes are no {message_type.__name__}: {error}") from None
+            raise GRPCError(
+                Status.INVALID_ARGUMENT, f"these bytes are not a valid {message_type.__name__}: {error}"
+            ) from None
 
 
 async def grpc_door(server: Server, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
@@ -288,5 +290,5 @@ def _tls(settings: Settings) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(settings.tls_cert, settings.tls_key)
     except (OSError, ssl.SSLError) as error:
-        raise InvalidSetting(f"tls_cert and tls_key are no PEM pair that can be read: {error}") from error
+        raise InvalidSetting(f"tls_cert and tls_key are not a readable PEM pair: {error}") from error
     return context

@@ -72,4 +72,6 @@ def _check_numbers(model: Any, directory: Path) -> None:
     for name, weight in chain(model.named_parameters(), model.named_buffers()):
         if weight.is_floating_point() and weight.numel() and not all(map(torch.isfinite, weight.aminmax())):
             dtype = str(weight.dtype).removeprefix("torch.")
-            raise ModelUnavailable(f"the weights in {directory} are damaged: {name} holds what is no number in {dtype}")
+            raise ModelUnavailable(
+                f"the weights in {directory} are damaged: {name} has values that are not finite in {dtype}"
+            )

@@ -224,7 +224,7 @@ def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, frozenset[int]]
         if words.get("pre_tokenizer_type") in _DIGITS_ALONE:
             backend.pre_tokenizer = InTurn([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
         if not isinstance(options.get("chat_template", ""), str):
-            raise ValueError("its chat template is no text")
+            raise ValueError("its chat template is not text")
         ends = {metadata.get(f"tokenizer.ggml.{end}_token_id") for end in _ENDS} - {None}
         if not ends.issubset(range(len(words["tokens"]))):
             raise ValueError(f"its turns end with tokens {sorted(ends)}, not all of which it has")
@@ -275,7 +275,7 @@ def _one_line_errors(path: Path) -> Iterator[None]:
             case struct.error() | UnicodeDecodeError():
                 line = f"{path} is damaged or cut off: download it again ({words})"
             case KeyError():
-                line = f"{path} says nothing of {words}: it is no model, or one that was badly converted"
+                line = f"{path} has no {words}: it is not a model, or was badly converted"
             case _:
-                line = f"{path} is no GGUF file that can be run: {words}"
+                line = f"{path} cannot be run: {words}"
         raise ModelUnavailable(line) from error

@@ -68,9 +68,9 @@ def read_json_object(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ModelUnavailable(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ModelUnavailable(f"{file} is damaged, for it is no JSON that can be read: get it again") from error
+        raise ModelUnavailable(f"{file} is damaged, because it is not valid JSON: download it again") from error
     if not isinstance(content, dict):
-        raise ModelUnavailable(f"{file} is damaged, for it is no JSON object: get it again")
+        raise ModelUnavailable(f"{file} is damaged, because it is not a JSON object: download it again")
     return content
 
 
@@ -124,7 +124,7 @@ def check_weights(directory: Path, config: Mapping[str, Any]) -> None:
                     if name.endswith(".weight") and dtype not in _STORED_DTYPES:
                         raise ModelUnavailable(f"{file}: {name} is of type {dtype}, which no engine here computes with")
         except (OSError, SafetensorError) as error:
-            raise ModelUnavailable(f"{file} is no whole file of weights: get it again ({error})") from error
+            raise ModelUnavailable(f"{file} is not a complete file of weights: download it again ({error})") from error
 
 
 def _weight_files(directory: Path) -> Iterator[Path]:
@@ -133,14 +133,14 @@ def _weight_files(directory: Path) -> Iterator[Path]:
     elif (directory / _INDEX).is_file():
         shards = read_json_object(directory / _INDEX).get("weight_map")
         if not isinstance(shards, dict) or not shards:
-            raise ModelUnavailable(f"{directory / _INDEX} names no files of weights: get it again")
+            raise ModelUnavailable(f"{directory / _INDEX} names no files of weights: download it again")
         for name in sorted(set(map(str, shards.values()))):
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise ModelUnavailable(
-                    f"{directory / _INDEX} names {short_repr(name)}, which is no safetensors file beside it"
+                    f"{directory / _INDEX} names {short_repr(name)}, which is not a safetensors file beside it"
                 )
             if not (directory / name).is_file():
-                raise ModelUnavailable(f"{directory} lacks {name}, which its index names: get it again")
+                raise ModelUnavailable(f"{directory} lacks {name}, which its index names: download it again")
             yield directory / name
     elif any(any(directory.glob(pattern)) for pattern in _PICKLED):
         raise ModelUnavailable(

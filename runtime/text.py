@@ -73,7 +73,9 @@ class Text:
         if not has_words:
             raise ModelUnavailable(f"{directory} has no tokenizer: add the model's tokenizer.json")
         if not isinstance(tokenizer.chat_template, str | dict | None):
-            raise ModelUnavailable(f"the chat_template in {directory} is no text: take it out of tokenizer_config.json")
+            raise ModelUnavailable(
+                f"the chat_template in {directory} is not text: remove it from tokenizer_config.json"
+            )
         return cls(tokenizer, _eos_token_ids([*named, tokenizer.eos_token_id]))
 
     def warm(self) -> None:

@@ -75,7 +75,7 @@ def read_config(directory: Path) -> PreTrainedConfig:
             f"{directory} is of architecture {config.model_type!r}; this release runs {', '.join(ARCHITECTURES)}"
         )
     if getattr(config, "use_bidirectional_attention", False):
-        raise ModelUnavailable(f"{directory} looks ahead, as models of embeddings do: it cannot generate")
+        raise ModelUnavailable(f"{directory} attends in both directions, as embedding models do: it cannot generate")
     if fault := fault_of_layers(config):
         raise ModelUnavailable(f"the configuration in {directory} makes no model: {fault}")
     return config

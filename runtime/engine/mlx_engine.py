@@ -208,7 +208,7 @@ def _quantise(model: Any, weights: str) -> None:
     group = next((size for size in _GROUPS if all(width % size == 0 for width in widths)), None)
     if group is None:
         raise InvalidSetting(
-            f"weights={weights} cannot hold layers of {min(widths)} columns, which are no multiple of {_GROUPS[-1]}: set "
+            f"weights={weights} cannot hold layers of {min(widths)} columns, which are not a multiple of {_GROUPS[-1]}: set "
             "weights to none"
         )
     quantize(model, group_size=group, bits=_BITS[weights])
@@ -228,7 +228,7 @@ def _check_numbers(model: Any, directory: Path) -> None:
     weights: Any = tree_flatten(model.parameters())
     for name, array in weights:
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
-            raise ModelUnavailable(f"the weights in {directory} are damaged: {name} holds what is no number")
+            raise ModelUnavailable(f"the weights in {directory} are damaged: {name} has values that are not finite")
 
 
 def _weights_bytes(model: Any) -> int:

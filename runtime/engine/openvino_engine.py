@@ -85,8 +85,8 @@ class OpenVinoEngine:
         check_covered(config, "openvino")
         if not can_build(config):
             raise ModelUnavailable(
-                f"backend=openvino cannot run the model in {directory}, whose layers have other parts, sizes that are no "
-                "multiples of 32 or heads of no multiple of 16: set backend to torch"
+                f"backend=openvino cannot run the model in {directory}, whose layers have other parts, sizes that are not "
+                "multiples of 32 or heads not of a multiple of 16: set backend to torch"
             )
         forms = _forms(settings, is_file=directory.is_file())
         count = count_weights(config, directory)
@@ -271,7 +271,7 @@ def _forms(settings: Settings, *, is_file: bool) -> list[Form]:
         return [Form(dtype, settings.weights)]
     if is_file:
         return [Form(dtype, KEPT, "as the file has them")]
-    whole = Form(dtype, "int8", "" if multiplies_halves else "this CPU multiplies no numbers of 16 bits")
+    whole = Form(dtype, "int8", "" if multiplies_halves else "this CPU cannot multiply 16-bit numbers")
     if multiplies_halves and dtype == torch.bfloat16:
         return [Form(dtype, "none", "this CPU reads 16 bits a weight at its memory's speed"), whole]
     return [whole]

@@ -19,7 +19,7 @@ from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
 from runtime.slab import BUCKET_SLOTS, Slab, SlabPool, SlabSpec, as_held
 
-NO_NUMBERS = "the model computes no numbers: its weights or its config.json are damaged"
+NO_NUMBERS = "the model computes values that are not finite: its weights or its config.json are damaged"
 
 PROBED_ROWS = 4096
 # Each count of rows is tried on at least this many rows, at several places: a single count may err, and in few values.

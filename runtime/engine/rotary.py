@@ -49,7 +49,7 @@ class ExactRotary(nn.Module):
         is_scaled = is_number(self._scaling) and math.isfinite(self._scaling)
         if not is_scaled or not (self.frequencies.isfinite() & (self.frequencies > 0)).all():
             raise ModelUnavailable(
-                "rotary embedding: the configuration's rope_parameters make angles that are no numbers"
+                "rotary embedding: the configuration's rope_parameters make angles that are not finite"
             )
 
     def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,7 +104,7 @@ def forms_of(settings: Settings, device: torch.device, weights: int, kinds: Mapp
     elif here >= Level.AVX512_BF16:
         choices = {"none": "this CPU reads 16 bits a weight at its memory's speed", "int8": ""}
     else:
-        choices = {"int8": "this CPU multiplies no numbers of 16 bits", "none": ""}
+        choices = {"int8": "this CPU cannot multiply 16-bit numbers", "none": ""}
     return [Form(dtype, name, reason) for dtype in dtypes for name, reason in choices.items()]
 
 

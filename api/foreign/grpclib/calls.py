@@ -122,11 +122,11 @@ def _gunzip(data: bytes, limits: Limits) -> bytes:
     try:
         unpacked = unpacker.decompress(data, limits.message_bytes + 1)
     except zlib.error:
-        raise GRPCError(Status.INVALID_ARGUMENT, "the message is no gzip") from None
+        raise GRPCError(Status.INVALID_ARGUMENT, "the message is not gzip") from None
     if len(unpacked) > limits.message_bytes:
         raise _too_long(limits)
     if not unpacker.eof or unpacker.unused_data:
-        raise GRPCError(Status.INVALID_ARGUMENT, "the message is no whole gzip")
+        raise GRPCError(Status.INVALID_ARGUMENT, "the gzip message is cut short")
     return unpacked
 
 
