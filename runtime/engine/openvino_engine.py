@@ -86,7 +86,7 @@ class OpenVinoEngine:
         if not can_build(config):
             raise ModelUnavailable(
                 f"backend=openvino cannot run the model in {directory}, whose layers have other parts, sizes that are not "
-                "multiples of 32 or heads not of a multiple of 16: set backend to torch"
+                "multiples of 32 or head dimensions that are not multiples of 16: set backend to torch"
             )
         forms = _forms(settings, is_file=directory.is_file())
         count = count_weights(config, directory)
