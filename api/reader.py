@@ -49,6 +49,10 @@ class ReadingFailed(Exception):
     """A fault of ours kept a request from being read. The message names the place, and nothing of the request."""
 
 
+class _NotStarted(Exception):
+    """There is no process to read with. The message says why."""
+
+
 @dataclass(eq=False)
 class _Asked:
     """A task that waits, the size of what it reads, and its result."""
@@ -129,21 +133,19 @@ class Reader:
         while True:
             asked = await desk.next()
             try:
-                process = await _start_process()
-            except OSError as error:
-                _log.error("no process to read a request with: %s", error.strerror)
+                async with _reading_process(self._text, self._terms) as reading:
+                    while True:
+                        asked.give(await reading.read(asked))
+                        self._next_at(desk)
+                        if reading.is_broken:
+                            break
+                        asked = await desk.next()
+            except _NotStarted as error:
+                _log.error("no process to read a request with: %s", error)
                 asked.give(
                     outcome.Error(NotServing("there is no room to read this request now: try again in a moment"))
                 )
                 self._next_at(desk)
-                continue
-            async with _set_up(process, self._text, self._terms) as reading:
-                while True:
-                    asked.give(await reading.read(asked))
-                    self._next_at(desk)
-                    if reading.is_broken:
-                        break
-                    asked = await desk.next()
 
     def _next_at(self, desk: _Desk) -> None:
         desk.is_free = True
@@ -226,30 +228,35 @@ class _Process:
 
 
 async def _start_process() -> trio.Process:
-    """Starts a process. Raises OSError if the system has no room for one."""
+    """Starts a process. Raises _NotStarted if the system has no room for one."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
         # One thread tokenises; the engine needs the other cores.
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
-    # Libraries may print parts of a prompt.
-    return await trio.lowlevel.open_process(
-        [sys.executable, "-c", _PROGRAM], stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment
-    )
+    try:
+        # Libraries may print parts of a prompt.
+        return await trio.lowlevel.open_process(
+            [sys.executable, "-c", _PROGRAM], stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment
+        )
+    except OSError as error:
+        raise _NotStarted(error.strerror) from None
 
 
 @asynccontextmanager
-async def _set_up(process: trio.Process, text: Text, terms: Terms) -> AsyncIterator[_Process]:
-    """The process, given `text` and `terms`; it is killed when the block ends."""
+async def _reading_process(text: Text, terms: Terms) -> AsyncIterator[_Process]:
+    """A process that was given `text` and `terms`; it is killed when the block ends. Raises _NotStarted."""
+    process = await _start_process()
     try:
         reading = _Process(process)
         try:
             with trio.fail_after(_START_S):
                 await reading.exchange((text, terms))
-        except (trio.TooSlowError, trio.BrokenResourceError, EOFError):
-            reading.is_broken = True
-            _log.error("the process that reads requests does not start")
+        except trio.TooSlowError:
+            raise _NotStarted(f"it did not start within {_START_S:g} s") from None
+        except (trio.BrokenResourceError, EOFError):
+            raise _NotStarted("it ended while it started") from None
         yield reading
     finally:
         process.kill()
