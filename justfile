@@ -79,7 +79,7 @@ matrix *pythons="3.11 3.12 3.13 3.14":
     done; just _on 3.11 lowest-direct; [ -z "$missing" ] || { echo "not found, and so not tried: Python$missing"; exit 1; }
 
 _on python resolution:
-    uv venv -q --clear --python {{python}} build/matrix/{{python}}-{{resolution}}
+    uv venv -q --clear --seed --python {{python}} build/matrix/{{python}}-{{resolution}}
     uv pip install -q --python build/matrix/{{python}}-{{resolution}} --resolution {{resolution}} -e ".[dev]"
     build/matrix/{{python}}-{{resolution}}/bin/python -m pytest -q -n 2 --dist loadfile -m "not door and not soak and not agents"
 
