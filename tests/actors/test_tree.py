@@ -488,7 +488,7 @@ class TestBits:
     async def test_do_not_depend_on_a_generation_that_was_left(
         self, seedling: Engine, expected: dict[str, list[int]], drawn: str
     ) -> None:
-        how = {"temperature": SAMPLINGS[drawn].temperature, "seed": SAMPLINGS[drawn].seed}
+        how: dict[str, Any] = {"temperature": SAMPLINGS[drawn].temperature, "seed": SAMPLINGS[drawn].seed}
         async with open_seedling(seedling) as runtime:
             session = await runtime.create_session()
             await session.append(PROMPT)
