@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from base64 import urlsafe_b64encode
 from collections.abc import Iterator
 from hashlib import sha256
-from importlib.metadata import Distribution, PackageNotFoundError, PackagePath, distribution, distributions
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote
@@ -76,24 +77,31 @@ def _files_not_as_installed() -> Iterator[str]:
     if installed is None or _source(installed):
         return
     tops = {name.partition(".")[0] for name in PACKAGES}
-    for file in installed.files or ():
-        if file.parts[0] in tops and file.hash is not None and _digest(file) != file.hash.value:
+    for name, recorded in _records(installed):
+        file = Path(str(installed.locate_file(name)))
+        if name.split("/")[0] in tops and recorded and _digest(file) != recorded:
             by = ", ".join(_others_with(file)) or "something"
-            yield f"{file.locate()} was changed by {by}: pip install --force-reinstall --no-deps {DISTRIBUTION}"
+            yield f"{file} was changed by {by}: pip install --force-reinstall --no-deps {DISTRIBUTION}"
 
 
-def _digest(file: PackagePath) -> str | None:
+def _records(installed: Distribution) -> Iterator[tuple[str, str]]:
+    """Each file's path and digest in RECORD; from Python 3.12 on `Distribution.files` leaves out files that are missing."""
+    for name, digest, *_ in csv.reader((installed.read_text("RECORD") or "").splitlines()):
+        yield name, digest.partition("=")[2]
+
+
+def _digest(file: Path) -> str | None:
     """A file's digest in RECORD's form; None if the file is missing."""
     try:
-        content = Path(str(file.locate())).read_bytes()
+        content = file.read_bytes()
     except FileNotFoundError:
         return None
     return urlsafe_b64encode(sha256(content).digest()).rstrip(b"=").decode()
 
 
-def _others_with(file: PackagePath) -> Iterator[str]:
+def _others_with(file: Path) -> Iterator[str]:
     """Other distributions that installed a file at the same path."""
-    place = os.path.realpath(str(file.locate()))
+    place = os.path.realpath(file)
     for other in distributions():
         if other.name != DISTRIBUTION and any(
             each.name == file.name and os.path.realpath(str(each.locate())) == place for each in other.files or ()
