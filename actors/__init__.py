@@ -5,7 +5,7 @@
 | Session | history, slab contents, terms, durable record, last-used time | its SessionMessages | executor | this session |
 | ModelExecutor | engine, its thread, rows that wait or run, leases, pace of forwards | Forward | nobody | all: the tree ends |
 | SessionRegistry | ids to sessions, sessions on the way to or from sleep, slab pools | (methods) | nobody | all: the tree ends |
-| Conversations | the tree of points, which sessions stand where, reads ahead, turns told | (methods) | sessions | that turn |
+| Conversations | the tree of points, which sessions stand where, reads ahead, turn reports | (methods) | sessions | that turn |
 | Admission | permits, FIFO of waiters | (a context manager) | nobody | cannot fail |
 
 Asks go from a door, or from conversations for it, to a session and from a session to the executor, never back, so nothing
@@ -14,8 +14,8 @@ waits in a circle.
 
 import os
 
-# Threads of OpenMP that spin while they wait take the cores of whatever else runs here, our own event loop among it, and a
-# forward beside another busy program takes many times as long. It has to be said before torch is imported.
+# OpenMP's threads spin while they wait, which takes cores from every other program here and from our own event loop: a
+# forward beside another busy program takes many times as long. The variable must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from actors.handles import Events, SessionHandle

@@ -14,11 +14,11 @@ from runtime.settings import Settings
 
 
 class Admission:
-    """Permits for completions. Waiters are served in the order in which they came; one that leaves is gone at once."""
+    """Permits for completions. Waiters are served in order of arrival; one that leaves gives up its place at once."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._permits = trio.Semaphore(settings.max_concurrent, max_value=settings.max_concurrent)
-        # Whoever stands first in this line takes all of its permits before the next takes any.
+        # The first waiter gets all of its permits before the second gets any, so requests for several are served too.
         self._line = trio.StrictFIFOLock()
         is_queue = settings.admission_policy == "queue"
         self._longest_wait_s = (settings.queue_max_wait_s or math.inf) if is_queue else 0.0
@@ -37,9 +37,9 @@ class Admission:
 
     @asynccontextmanager
     async def permits(self, count: int = 1) -> AsyncIterator[None]:
-        """The right to run `count` completions, for as long as the block lasts.
+        """The right to run `count` completions while the block runs.
 
-        Raises Saturated, and InvalidRequest where there will never be so many.
+        Raises Saturated, or InvalidRequest if the server has fewer permits than that.
         """
         if count > (most := self._permits.max_value or 0):
             raise InvalidRequest(f"n is {count} and this server runs {most} completions at once: ask for fewer", "n")

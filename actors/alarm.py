@@ -18,18 +18,18 @@ class Alarm:
         return self._scope.deadline < math.inf
 
     def set(self, seconds: float) -> None:
-        """Goes off after so many seconds."""
+        """Makes the alarm go off after `seconds`."""
         self._scope.deadline = trio.current_time() + seconds
 
     def clear(self) -> None:
-        """Does not go off any more."""
+        """Cancels the alarm."""
         self._scope.deadline = math.inf
 
     def go_off(self) -> None:
         self._scope.cancel()
 
     async def wait(self) -> None:
-        """Returns once it went off, and is not set then. One task at a time may wait."""
+        """Returns when the alarm goes off; by then it is no longer set. One task at a time may wait."""
         with self._scope:
             await trio.sleep_forever()
         self._scope = trio.CancelScope()

@@ -17,20 +17,21 @@ from runtime.points import Point, PointTree, common_history
 from runtime.slab_spec import SlabSpec
 
 LABEL = "conversation"
-# Tokens, items and answers of all conversations together; those used longest ago are forgotten beyond it.
+# Bound on the tokens, items and answers of all conversations together. Beyond it the least recently used are forgotten.
 MOST_BYTES = 256 * 2**20
-# Points and turns that an operator is shown.
+# The most points, and the most turns, that an operator is shown.
 _MOST_SUMMARIES = 200
-# What points are named by at which sessions stand.
+# Prefix of the names under which the tree remembers at which point a session stands.
 _SESSION = "session "
-# A branch of more tokens than this is kept in a slab of its own, where one can be had, when a conversation goes back behind it.
+# When a conversation goes back to an earlier point, the branch that it leaves keeps its slab if it is longer than this and
+# another slab is free.
 _WORTH_A_SLAB = 256
-# To copy a slab for fewer tokens takes longer than to read them.
+# Copying a slab for fewer tokens takes longer than reading them again.
 _WORTH_A_COPY = 32
 
 
 class Sessions(Protocol):
-    """Where sessions come from."""
+    """What makes and finds sessions: the runtime."""
 
     async def create_session(
         self, eos_token_ids: Iterable[int] = (), *, label: str = "", is_kept: bool = True
@@ -42,8 +43,8 @@ class Sessions(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TurnTold:
-    """What a turn's answer said of its prompt: tokens that needed no reading, that were read, and that are out of sight."""
+class TurnReport:
+    """What a turn's answer reported about its prompt: tokens reused, tokens read, and tokens evicted."""
 
     reused: int
     read: int
@@ -54,7 +55,7 @@ class TurnTold:
 
 @dataclass(frozen=True, slots=True)
 class PointSummary:
-    """What an operator sees of a place in a conversation: the tokens that came last, and the turn that led there."""
+    """What an operator sees of one point in a conversation: its own tokens, and the turn that led to it."""
 
     id: int
     parent_id: int | None
@@ -63,14 +64,14 @@ class PointSummary:
     tokens: int
     history_length: int
     sessions: int
-    turn: TurnTold | None
+    turn: TurnReport | None
 
 
 @dataclass(slots=True)
 class Stand:
-    """A session lent to one turn: its history is the first `length` tokens of the turn's, `reused` of which need no reading.
+    """A session lent to one turn: it holds the first `length` tokens of the turn's prompt, `reused` of which its slab has read.
 
-    Whoever has it says by `leave` where in the conversation it stands in the end; without a word the session is closed.
+    Its borrower calls `leave` with the point at which the session ends up; if it does not, the session is closed.
     """
 
     session: SessionHandle
@@ -79,7 +80,7 @@ class Stand:
     point: Point | None = None
 
     def leave(self, point: Point) -> None:
-        """Says that the session stands at this point once it is given back."""
+        """Records the point at which the session stands when it is given back."""
         self.point = point
 
 
@@ -97,43 +98,43 @@ class Conversations:
     ) -> None:
         """`points` are those of an earlier server, whose sessions stand where it left them.
 
-        Where points are not kept, sessions need not be: nobody would know where they stand.
+        If points are not kept on disk, sessions are not either: after a restart nobody would know where they stand.
         """
         self.points = points or PointTree(MOST_BYTES)
         self._sessions = sessions
         self._spec = spec
         self._eos_token_ids = eos_token_ids
         self._are_kept = are_kept
-        # The one that was used last stands last.
+        # In order of use, the most recently used last.
         self._standing = {
             name.removeprefix(_SESSION): point
             for name in self.points.names()
             if name.startswith(_SESSION) and (point := self.points.named(name)) is not None
         }
         self._reading: dict[trio.Event, Point] = {}
-        self._told: deque[tuple[int, TurnTold]] = deque(maxlen=_MOST_SUMMARIES)
+        self._reports: deque[tuple[int, TurnReport]] = deque(maxlen=_MOST_SUMMARIES)
 
     @asynccontextmanager
     async def stand(self, point: Point, cue: array[int]) -> AsyncIterator[Stand]:
-        """A session that has read as much of the conversation up to a point, and of the cue, as any that is not lent.
+        """Lends the session that has read most of the conversation up to `point` and of the `cue` after it.
 
-        Raises CapacityExhausted where none is to be had.
+        Raises CapacityExhausted if no slab is free.
         """
-        await self._until_read(point)
-        async with self._lent(point, cue) as stand:
+        await self._wait_until_read(point)
+        async with self._lend(point, cue) as stand:
             yield stand
 
     def held(self, point: Point) -> int:
-        """How many tokens of the beginning of a conversation a session has that is not lent."""
+        """How many of the conversation's first tokens the best session that is not lent has read."""
         found = self._best(point, array("I"))
         return found[1] if found else 0
 
     async def read_ahead(self, point: Point) -> None:
-        """Has a session read a conversation up to a point. Who goes on from there meanwhile waits for it."""
+        """Makes a session read a conversation up to `point`. Turns that continue from there wait until it has."""
         is_read = trio.Event()
         self._reading[is_read] = point
         try:
-            async with self._lent(point, array("I")) as stand:
+            async with self._lend(point, array("I")) as stand:
                 stand.leave(point)
                 await stand.session.append(point.since(stand.length))
         finally:
@@ -141,7 +142,7 @@ class Conversations:
             is_read.set()
 
     @asynccontextmanager
-    async def _lent(self, point: Point, cue: array[int]) -> AsyncIterator[Stand]:
+    async def _lend(self, point: Point, cue: array[int]) -> AsyncIterator[Stand]:
         stand = await self._take(point, cue)
         try:
             yield stand
@@ -149,7 +150,7 @@ class Conversations:
             with trio.CancelScope(shield=True):
                 await self._give_back(stand)
 
-    async def _until_read(self, point: Point) -> None:
+    async def _wait_until_read(self, point: Point) -> None:
         nodes = {each.node for each in point.path()}
         while waits := [is_read for is_read, part in self._reading.items() if part.node in nodes]:
             await waits[0].wait()
@@ -169,7 +170,7 @@ class Conversations:
                 try:
                     return await self._stand_of(self._sessions.find_session(session_id), history)
                 except CapacityExhausted:
-                    # It sleeps on, and nothing of it has changed.
+                    # The session is still asleep and unchanged.
                     self._standing[session_id] = stood
                     raise
             except (SessionNotFound, SessionFailed):
@@ -177,14 +178,14 @@ class Conversations:
                 self.points.forget(_SESSION + session_id)
         return await self._new_stand()
 
-    def tell(self, point: Point, told: TurnTold) -> None:
-        """Remembers what the turn that ended at a point was told of its prompt."""
-        self._told.append((point.node.id, told))
+    def record_turn(self, point: Point, report: TurnReport) -> None:
+        """Remembers for operators what the turn that ended at `point` reported about its prompt."""
+        self._reports.append((point.node.id, report))
 
     def summaries(self) -> list[PointSummary]:
-        """The points that were used last, parents before their children."""
+        """The most recently used points, parents before their children."""
         nodes = sorted(self.points.nodes(), key=lambda node: node.used)[-_MOST_SUMMARIES:]
-        told, standing = dict(self._told), Counter(point.node.id for point in self._standing.values())
+        reports, standing = dict(self._reports), Counter(point.node.id for point in self._standing.values())
         return [
             PointSummary(
                 id=node.id,
@@ -194,13 +195,13 @@ class Conversations:
                 tokens=len(node.tokens),
                 history_length=Point(node, len(node.tokens)).length,
                 sessions=standing[node.id],
-                turn=told.get(node.id),
+                turn=reports.get(node.id),
             )
             for node in sorted(nodes, key=lambda node: node.id)
         ]
 
     def stands(self, session_id: str) -> bool:
-        """Whether a session stands somewhere in a conversation."""
+        """Whether this session stands at some point."""
         return session_id in self._standing
 
     async def _new_stand(self) -> Stand:
@@ -219,7 +220,7 @@ class Conversations:
         return Stand(session, rewound.length, rewound.read)
 
     def _best(self, point: Point, cue: array[int]) -> tuple[str, int] | None:
-        """The session that has most of the beginning of a history, and how much that is."""
+        """The session that shares the longest beginning with this history, and that length; None if no session shares any."""
         best: tuple[str, int] | None = None
         for session_id, held in self._standing.items():
             length = common_history(held, point, cue)

@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 class EngineThread:
-    """The one thread that loads and runs an engine: some backends bind their state to a thread.
+    """The one thread that loads and runs an engine, because some backends bind their state to a thread.
 
-    It lives while its block runs, which ends when the function that runs has ended. A pool of one thread would do the same,
-    and take twice as long to begin.
+    Use it as a context: leaving the block waits for the function that is running. A pool of one thread would take twice as
+    long to begin each function.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class EngineThread:
         self._thread.join()
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The function's result. It cannot be stopped, so a cancelled caller waits for its end."""
+        """The function's result. A running function cannot be stopped, so a cancelled caller waits for it to end."""
         ended = trio.Event()
         results: list[outcome.Maybe[T]] = []
 
@@ -53,12 +53,12 @@ class EngineThread:
         return results[0].unwrap()
 
     def begin(self, end: Callable[[outcome.Maybe[T]], None], function: Callable[..., T], *args: Any) -> None:
-        """Begins the function; when it has ended, trio's thread calls `end` with what came of it."""
+        """Starts the function and returns; when it has ended, `end` is called in trio's thread with its outcome."""
         token = trio.lowlevel.current_trio_token()
 
         def work() -> None:
             result = outcome.capture(function, *args)
-            with suppress(trio.RunFinishedError):  # Then nobody is left to be told.
+            with suppress(trio.RunFinishedError):  # Trio's loop has ended, and nobody waits for the result.
                 token.run_sync_soon(end, result)
 
         self._work.put(work)
@@ -66,5 +66,5 @@ class EngineThread:
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
             work()
-            # What it holds, such as a forward's rows, is not to live until the next one comes.
+            # Otherwise what it refers to, such as a forward's rows, would live until the next function comes.
             del work

@@ -24,7 +24,7 @@ from runtime.events import Token
 from runtime.metrics import Metrics
 from runtime.rows import Row, RowBatch
 
-# However many streams run, so many rows go to those that wait for their first token.
+# However many streams run, this many rows of a forward are left for prompts.
 _ROWS_KEPT_FREE = 8
 
 
@@ -38,15 +38,15 @@ class Asker:
         self._has_begun = False
 
     def begin(self) -> None:
-        """From now on it has to stay: its rows write into what it owns."""
+        """From now on the asker must stay until its rows have run, for they write into its slab."""
         self._has_begun = True
 
     async def wait(self, leave: Callable[[Asker], None]) -> Ran:
-        """What it is told. Where it is cancelled before its rows have begun, it calls `leave` and goes."""
+        """The result passed to `tell`. If cancelled before its rows have begun, it calls `leave` and ends at once."""
 
         def abort(_: object) -> trio.lowlevel.Abort:
             if self._has_begun:
-                # What was begun has happened, so its asker must learn of it; its next checkpoint is cancelled again.
+                # Its rows are written, so the asker must learn the result; its next checkpoint raises Cancelled again.
                 return trio.lowlevel.Abort.FAILED
             leave(self)
             return trio.lowlevel.Abort.SUCCEEDED
@@ -58,10 +58,10 @@ class Asker:
 
 
 class ModelExecutor:
-    """Batches what sessions ask for: decode rows first, then prefill rows in turn.
+    """Batches the rows that sessions ask for: decode rows first, then prefill rows in turn.
 
-    A forward begins in the very step in which the last one asks that belongs in it. Whatever is done with the tokens of the
-    one before, such as writing them to sockets, is thus done while the engine works.
+    A forward begins as soon as the last session that it waits for has asked. The tokens of the forward before are written to
+    sockets while the engine works on this one.
     """
 
     def __init__(self, engine: Engine, thread: EngineThread, metrics: Metrics) -> None:
@@ -78,7 +78,7 @@ class ModelExecutor:
         self._error: BaseException | None = None
 
     async def run(self) -> None:
-        """Runs forwards until cancelled. Raises EngineFailed; everyone who waits is told."""
+        """Runs forwards until cancelled. Raises EngineFailed, after every waiting asker has been told."""
         try:
             while self._error is None:
                 await self._alarm.wait()
@@ -87,13 +87,13 @@ class ModelExecutor:
             await self._close()
 
     def lease(self) -> Lease:
-        """A lease for who asks for rows, one after the other."""
+        """A lease for one session, or another asker, that asks for rows again and again."""
         return Lease(self, self._leases, self._consider)
 
     async def ask(self, forward: Forward, lease: Lease) -> Ran:
-        """What came of these rows. Raises ActorStopped where none of them ran, and ActorFailed.
+        """Runs these rows. Raises ActorStopped if none of them ran, and ActorFailed if their forward failed.
 
-        Who is cancelled before they run leaves at once, and after that when they have run.
+        A caller cancelled before they begin leaves at once; one cancelled later leaves when they have run.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         if not self._is_open:
@@ -108,13 +108,13 @@ class ModelExecutor:
         self._waiting.remove(asker)
 
     def runs_for(self, lease: Lease) -> bool:
-        """Whether rows that were asked for under this lease run just now."""
+        """Whether rows asked for under this lease are in the forward that is running."""
         return any(asker.lease is lease for asker, _ in self._running)
 
     def _consider(self, *, is_new: bool = False) -> None:
-        """Begins a forward, unless somebody is due who belongs in it: then after a while.
+        """Begins a forward now, or sets the alarm if a holder of a lease is due: the forward then waits for it a while.
 
-        Where the asker `is_new`, others may come beside it, and the forward begins when they had their turn too.
+        If the asker `is_new`, others may be about to ask too, and the forward begins after their tasks have run.
         """
         if self._running or not self._waiting:
             return
@@ -127,7 +127,7 @@ class ModelExecutor:
             self._begin()
 
     def _begin(self) -> None:
-        """Begins a forward of those who wait, if there are any and none runs."""
+        """Begins a forward with the rows that wait, unless there are none or a forward is running."""
         if self._running or not self._waiting or not self._is_open:
             return
         if self._alarm.is_set:
@@ -138,7 +138,7 @@ class ModelExecutor:
         self._thread.begin(partial(self._end, time.perf_counter()), self._engine.forward, batch)
 
     def _choose(self) -> list[tuple[Asker, tuple[Row, ...]]]:
-        """What runs next, taken from those that wait."""
+        """Picks the rows of the next forward and removes their askers from those that wait."""
         decodes = [asker for asker in self._waiting if not asker.forward.is_prefill]
         prefills = [asker for asker in self._waiting if asker.forward.is_prefill]
         facts = self._engine.facts
@@ -160,13 +160,13 @@ class ModelExecutor:
                     used += len(rows)
 
         take(decodes, tile - kept_free)
-        # A whole tile of prompt would hold streams up for as long as it takes.
+        # A whole tile of prompt rows would hold up every stream beside it.
         take(prefills, self._pace.rows_beside(used, facts.row_step, tile) if used else tile)
         self._waiting = left
         return chosen
 
     def _end(self, began_at: float, ended: outcome.Maybe[tuple[Token, ...]]) -> None:
-        """Tells those whose rows ran. There is nobody to whom it could raise, so `run` raises what went wrong."""
+        """Tells the askers whose rows ran. Trio calls this outside any task, so an error is stored and `run` raises it."""
         try:
             results = self._results(ended, time.perf_counter() - began_at)
         except BaseException as error:
@@ -183,7 +183,10 @@ class ModelExecutor:
             self._is_quiet.set()
 
     def _results(self, ended: outcome.Maybe[tuple[Token, ...]], seconds: float) -> list[Ran]:
-        """What came of the rows of each whose rows ran, in so many seconds. Raises EngineFailed."""
+        """The result for each asker whose rows ran, in the order in which they run; the forward took `seconds`.
+
+        Raises EngineFailed.
+        """
         try:
             tokens = ended.unwrap()
         except Exception as error:
@@ -205,7 +208,7 @@ class ModelExecutor:
         if self._running and self._error is None:
             with trio.CancelScope(shield=True):
                 await self._is_quiet.wait()
-        # Those whose rows failed are told in the step in which the tree begins to end, so that none outruns it with the news.
+        # Told in the same step in which `run` raises, so that no session reports the failure before the tree begins to end.
         for asker, _ in self._running:
             asker.tell(outcome.Error(ActorFailed()))
         for asker in self._waiting:
@@ -215,9 +218,9 @@ class ModelExecutor:
 
 
 class Lease:
-    """Held, as a context, by who comes back with its next rows once it has those before: a forward waits for it a while.
+    """Held, as a context, by an asker that comes back with its next rows after each result: forwards wait a while for it.
 
-    Whose lease is not held asks all the same, and no forward waits for it.
+    An asker may also ask without holding its lease; then no forward waits for it.
     """
 
     def __init__(self, executor: ModelExecutor, leases: Leases, consider: Callable[[], None]) -> None:
@@ -237,7 +240,7 @@ class Lease:
 
     @contextmanager
     def held_up(self) -> Iterator[None]:
-        """While somebody else holds its holder up no forward waits for it."""
+        """While the block runs its holder is held up by somebody else, such as a slow reader, and no forward waits for it."""
         self._leases.excuse(self)
         self._consider()
         try:
@@ -247,7 +250,7 @@ class Lease:
 
     @property
     def is_running(self) -> bool:
-        """Whether its rows run just now."""
+        """Whether its rows are in the forward that is running."""
         return self._executor.runs_for(self)
 
     async def ask(self, forward: Forward) -> Ran:

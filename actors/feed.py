@@ -34,15 +34,15 @@ class Feed:
                 await self._forward(history, self._length, [], [])
 
     async def draw(self, history: array[int], proposal: list[int], draws: list[Draw]) -> tuple[tuple[Token, ...], int]:
-        """Brings the slab up to the history's end and returns the tokens drawn there, and how many proposed ones it took.
+        """Brings the slab up to the history's end; returns the tokens drawn there, and how many proposed tokens were checked.
 
-        The first follows the history; each further one follows a proposed token that is the one drawn before it.
+        The first token follows the history. Each further one follows a proposed token that equals the token drawn before it.
         `draws` are for what follows the history and each proposed token. Raises InvariantViolation or EngineFailed.
         """
         end = len(history)
         drawn: tuple[Token, ...] = ()
         while not drawn:
-            # The last token runs again where it has run before, now for its logits; it writes the same bits.
+            # If the slab has read the last token already, it runs once more for its logits, and writes the same bits.
             drawn = await self._forward(history, min(self._length, end - 1), proposal, draws)
         checked = len(drawn) - 1
         accepted = 0
@@ -52,7 +52,10 @@ class Feed:
         return drawn[: accepted + 1], checked
 
     def retract(self, length: int) -> None:
-        """Takes back rows of tokens that are no part of the history. Where too little is left, all is to be read again."""
+        """Discards what the slab has read from `length` on.
+
+        If too little of the window is left, the whole history must be read again.
+        """
         if self._length > length:
             if self._slab.is_whole(length):
                 self._slab.retract(length)
@@ -61,19 +64,19 @@ class Feed:
             self._length = self._slab.frontier
 
     async def follow(self, token_id: int, draw: Draw) -> Token:
-        """Reads one token more, and returns the one drawn after it. Raises InvariantViolation or EngineFailed."""
+        """Reads one more token and returns the token drawn after it. Raises InvariantViolation or EngineFailed."""
         (token,) = await self._run((Row(self._slab, self._length, token_id, draw),), is_prefill=False)
         return token
 
     def skip(self, length: int) -> None:
-        """Goes on at `length`, with nothing but the sinks before it."""
+        """Continues at position `length`, with only the sinks before it."""
         self._slab.skip(length)
         self._length = length
 
     async def _forward(
         self, history: array[int], start: int, proposal: list[int], draws: list[Draw]
     ) -> tuple[Token, ...]:
-        """Runs as many of the history's tokens from `start`, and of the proposed ones, as the executor takes into one forward."""
+        """Runs the history's tokens from `start` on and proposed ones after them, as many as fit into one forward."""
         end = len(history)
         tile = self._slab.spec.row_tile
         tokens = [*history[start : start + tile], *proposal][:tile]

@@ -1,4 +1,4 @@
-"""What users hold: the ends of sessions and generations, and the sessions of one completion."""
+"""What users hold: handles on sessions and generations, and the sessions of one completion."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ class Events:
         if isinstance(event, Done):
             self._is_done = True
             with trio.CancelScope(shield=True), suppress(ActorFailed):
-                # After its last word the session goes to its inbox without a pause: whoever has it may count on that.
+                # Wait until the session is back at its inbox, so that a caller who has seen Done finds it idle.
                 await self._replies.receive()
         return event
 
 
 class SessionHandle:
-    """A user's end of one session. Calls on one session are served in the order in which they come.
+    """A user's handle on one session. Calls on one session are served in the order in which they come.
 
     A session that sleeps on disk is woken by the next call. Every call raises SessionNotFound once the session was closed or
-    evicted, CapacityExhausted where it sleeps and no slab is to be had, and StorageFailed where it cannot be woken.
+    evicted, CapacityExhausted if it sleeps and no slab is free, and StorageFailed if it cannot be woken.
     """
 
     def __init__(self, session_id: str, registry: SessionRegistry, text: Text) -> None:
@@ -92,7 +92,7 @@ class SessionHandle:
         """
         sampling = Sampling(temperature, top_p, top_k, secrets.randbits(64) if seed is None else seed)
         generate = Generate(max_tokens, sampling, top_logprobs, grammar)
-        # Its masks number the tokens of its own tokenizer: under another they would let through what it never said.
+        # A grammar's masks index tokens of its own tokenizer: with another tokenizer they would allow the wrong text.
         if grammar is not None and grammar.tokenizer_digest != await trio.to_thread.run_sync(digest_of, self._text):
             raise InvalidRequest("the grammar is of another tokenizer: make it with Runtime.text", "grammar")
         async with AsyncExitStack() as stack:
@@ -110,23 +110,23 @@ class SessionHandle:
             return await self._ask(Save())
 
     async def rewind(self, history: array[int]) -> Rewound:
-        """Takes back of the session's history what `history` does not begin with too."""
+        """Cuts the session's history back to the beginning that it shares with `history`."""
         with as_session_errors():
             return await self._ask(Rewind(history))
 
     async def fork_into(self, target: Slab) -> Branch:
-        """Copies the slab into an empty one, which is the caller's to give back."""
+        """Copies the slab into `target`, an empty one that the caller owns."""
         with as_session_errors():
-            # To the end, for the copy writes into what the caller owns.
+            # A copy that has begun is waited for, because it writes into the caller's slab.
             mailbox = await self._registry.mailbox(self.id)
             return await mailbox.ask_to_the_end(Fork(target))
 
     async def close(self) -> int:
-        """Ends the session and returns the length of its history; by then its slab is free again."""
+        """Ends the session and returns the length of its history. When it returns, the slab is free."""
         with as_session_errors():
             async with self._stream(Close()) as replies:
                 length = await replies.receive()
-                # After its answer the session runs to its end without a pause; only the stream's end tells that it has.
+                # The end of the stream shows that the session's task has ended and its slab is free.
                 with suppress(ActorFailed):
                     await replies.receive()
                 return length
@@ -144,18 +144,18 @@ class SessionHandle:
                     replies = await stack.enter_async_context(mailbox.stream(message))
                     break
                 except ActorStopped:
-                    # It fell asleep before it took the message, or has ended: the registry knows which.
+                    # The session fell asleep before it took the message, or has ended; the registry knows which.
                     continue
             yield replies
 
 
 def digest_of(text: Text) -> bytes:
-    """Whose first use takes long for a large vocabulary: it belongs into a thread."""
+    """The digest of a tokenizer. The first call takes long for a large vocabulary: make it in a thread."""
     return text.digest
 
 
 def _tokens(token_ids: Iterable[int]) -> tuple[int, ...]:
-    """No more of them than show that they are too many. Raises InvalidRequest."""
+    """The tokens as a tuple. Of an endless iterable it reads one token more than an append may have. Raises InvalidRequest."""
     try:
         return tuple(array("I", islice(iter(token_ids), MAX_APPEND_TOKENS + 1)))
     except (TypeError, OverflowError) as error:
@@ -172,11 +172,11 @@ def as_session_errors() -> Iterator[None]:
         raise SessionFailed("the session has failed: make a new one and append its history again") from None
 
 
-class Completion:
-    """One prompt and its answers: a session reads the prompt and is forked into those that answer besides it."""
+class CompletionSessions:
+    """One prompt and its answers: one session reads the prompt, and is forked for each further answer."""
 
     def __init__(self, registry: SessionRegistry, text: Text, terms: Terms, count: int, held: AsyncExitStack) -> None:
-        """Its `count` sessions, at most so many slabs as there are permits for, are closed with `held`."""
+        """It opens at most `count` sessions, for which the caller has permits. They are closed when `held` is."""
         self._registry = registry
         self._text = text
         self._terms = terms
@@ -184,13 +184,13 @@ class Completion:
         self._held = held
 
     def open(self, prompt: array[int]) -> tuple[SessionHandle, int]:
-        """The first session, and how much of the prompt's beginning it has read, from a slab that an earlier one left."""
+        """The first session, and how many of the prompt's first tokens its slab has read for an earlier session."""
         with self._registry.completion_slab(prompt) as slab:
             held = prompt[: slab.frontier]
             return self._open(slab, self._terms, held or None), len(held)
 
     async def fork(self, session: SessionHandle) -> list[SessionHandle]:
-        """Every session that answers, the first included, once the prompt was appended to that one."""
+        """All sessions that answer, the first included. The prompt must have been appended to the first."""
         sessions = [session]
         for _ in range(self._count - 1):
             with self._registry.completion_slab() as slab:
@@ -206,7 +206,6 @@ class Completion:
 
 
 async def _end(session: SessionHandle) -> None:
-    # Nobody appends or generates any more, so the session is within one forward of its inbox. One that has failed has
-    # given up its slab already.
+    # Nobody appends or generates any more, so the session is back at its inbox within one forward. A failed one has no slab.
     with trio.CancelScope(shield=True), suppress(SessionNotFound, SessionFailed):
         await session.close()

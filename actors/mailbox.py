@@ -1,8 +1,8 @@
 """Ask and tell: the whole of the concurrency between actors.
 
 The asker owns the scope in which its answer is computed. When the asker is cancelled, so is the handler that works for it,
-at its next checkpoint; a door whose client leaves need do nothing else. The channel has no buffer: until a message is taken
-it lies with its asker, and an asker that leaves takes it along.
+at its next checkpoint; a door whose client leaves need do nothing else. The channel has no buffer: until an actor takes a
+message, the asker still holds it, and an asker that leaves withdraws it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ActorStopped(Exception):
 
 
 class ActorFailed(Exception):
-    """The actor took the message and ended without a last word."""
+    """The actor took the message and ended before its last reply."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +46,7 @@ class Envelope(Generic[R]):
     begun: trio.Event = field(default_factory=trio.Event)
 
     def begin(self) -> bool:
-        """Tells an asker `to the end` that from now on it has to stay; False when it has left already."""
+        """Tells an asker of `ask_to_the_end` that it must stay from now on. Returns False if it has left already."""
         if self.scope.cancel_called:
             self.replies.close()
             return False
@@ -61,7 +61,7 @@ class Replies(Generic[R]):
         self._channel = channel
 
     async def receive(self) -> R:
-        """The next reply, or its error raised. Raises ActorFailed when the actor ended instead."""
+        """The next reply; an error that was sent as a reply is raised. Raises ActorFailed if the actor ended instead."""
         try:
             reply = await self._channel.receive()
         except trio.EndOfChannel:
@@ -81,14 +81,17 @@ class Mailbox:
             return await replies.receive()
 
     async def ask_to_the_end(self, message: Message[R]) -> R:
-        """As `ask`, but once begun it waits for the reply: the work writes into what the asker owns."""
-        async with self._sent(message, room_for_replies=1) as (envelope, channel):
+        """As `ask`, but once the work has begun it waits for the reply even if cancelled.
+
+        For work that writes into what the asker owns.
+        """
+        async with self._deliver(message, room_for_replies=1) as (envelope, channel):
             try:
                 reply = await Replies(channel).receive()
             except trio.Cancelled:
                 if not envelope.begun.is_set():
                     raise
-                # What was begun has happened, so its asker must learn of it; its next checkpoint is cancelled again.
+                # The work has an effect, so the asker must learn its reply; its next checkpoint raises Cancelled again.
                 with trio.CancelScope(shield=True):
                     reply = await Replies(channel).receive()
         return reply
@@ -96,11 +99,11 @@ class Mailbox:
     @asynccontextmanager
     async def stream(self, message: Message[R]) -> AsyncIterator[Replies[R]]:
         """Many replies. Leaving the block cancels the work. Raises ActorStopped."""
-        async with self._sent(message, room_for_replies=0) as (_, channel):
+        async with self._deliver(message, room_for_replies=0) as (_, channel):
             yield Replies(channel)
 
     @asynccontextmanager
-    async def _sent(
+    async def _deliver(
         self, message: Message[R], room_for_replies: int
     ) -> AsyncIterator[tuple[Envelope[R], trio.MemoryReceiveChannel[outcome.Maybe[R]]]]:
         send, receive = trio.open_memory_channel[outcome.Maybe[R]](room_for_replies)
@@ -116,7 +119,7 @@ class Mailbox:
                 envelope.scope.cancel()
 
     def offer(self, message: Message[None]) -> bool:
-        """Hands over a message that wants no reply, if the actor waits at its inbox just now; says whether it did."""
+        """Hands over a message without a reply if the actor is waiting at its inbox right now; returns whether it was."""
         send, receive = trio.open_memory_channel[outcome.Maybe[None]](1)
         receive.close()
         try:
@@ -133,11 +136,11 @@ class Reply(Generic[R_contra]):
         self._envelope = envelope
 
     async def __call__(self, value: R_contra) -> None:
-        """Sends one, and returns once it has been taken."""
+        """Sends a reply, and returns once the asker has taken it."""
         await _send(self._envelope, outcome.Value(value))
 
     def offer(self, value: R_contra) -> bool:
-        """Sends one if the asker waits for it just now; says whether it did."""
+        """Sends a reply if the asker is waiting for it right now; returns whether it was."""
         try:
             self._envelope.replies.send_nowait(outcome.Value(value))
         except (trio.WouldBlock, trio.BrokenResourceError):
@@ -167,7 +170,7 @@ class Inbox:
 
     @property
     def is_nearly_idle(self) -> bool:
-        """Whether the actor is on its way here: it was made just now, or whoever asked it last has left."""
+        """Whether the actor will soon be at its inbox: it has just been made, or its last asker has left."""
         return not self._idle.is_set() and (self._work is None or self._work.cancel_called)
 
     async def idleness(self) -> None:
@@ -197,7 +200,7 @@ class Inbox:
                 try:
                     await _send_last(envelope, outcome.Error(error))
                 finally:
-                    # The actor ends of it even when its asker leaves before it is told.
+                    # The error ends the actor even if the asker leaves before it is told.
                     raise error
 
 
@@ -211,7 +214,7 @@ async def _send(envelope: Envelope[Any], reply: outcome.Maybe[Any]) -> None:
 
 async def _send_last(envelope: Envelope[Any], reply: outcome.Maybe[Any]) -> None:
     try:
-        # Without a checkpoint where the asker waits: this actor may be cancelled already, for the tree may be ending.
+        # No checkpoint if the asker waits, because this actor may be cancelled already while the whole tree ends.
         envelope.replies.send_nowait(reply)
     except trio.BrokenResourceError:
         pass

@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass
 
 from actors.mailbox import Message
-from runtime.checks import check_whole, shown
+from runtime.checks import check_whole, short_repr
 from runtime.durable import Terms
 from runtime.errors import InvalidRequest
 from runtime.events import Event, Sampling, Token
@@ -18,7 +18,7 @@ from runtime.slab import Slab
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is taken of slabs and of permits for completions, and how many completions wait for permits."""
+    """How many slabs there are and are in use, how many completions run, and how many wait for permits."""
 
     slab_total: int
     slab_in_use: int
@@ -28,7 +28,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """How many of the rows asked for took part in the forward, and the tokens that those drew."""
+    """How many of the rows asked for were in the forward, and the tokens drawn from those rows."""
 
     row_count: int
     tokens: tuple[Token, ...]
@@ -36,7 +36,7 @@ class Ran:
 
 @dataclass(frozen=True, slots=True)
 class Append(Message[Appended]):
-    """Raises InvalidRequest for a length that is none."""
+    """Adds tokens to the history. Raises InvalidRequest for an expected length that is not a whole number from 0 on."""
 
     token_ids: tuple[int, ...]
     expected_history_length: int | None = None
@@ -48,7 +48,7 @@ class Append(Message[Appended]):
 
 @dataclass(frozen=True, slots=True)
 class Generate(Message[Event]):
-    """Raises InvalidRequest for a count that is out of range whatever the model, and for a grammar that is none."""
+    """Draws tokens. Raises InvalidRequest for counts that no model could honour, and for a grammar of the wrong type."""
 
     max_tokens: int
     sampling: Sampling
@@ -60,7 +60,9 @@ class Generate(Message[Event]):
         if self.top_logprobs is not None:
             check_whole("top_logprobs", self.top_logprobs, 0)
         if not (self.grammar is None or isinstance(self.grammar, Grammar)):
-            raise InvalidRequest(f"grammar must be one that Runtime.text made, got {shown(self.grammar)}", "grammar")
+            raise InvalidRequest(
+                f"grammar must be one that Runtime.text made, got {short_repr(self.grammar)}", "grammar"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Info(Message[SessionInfo]):
 
 @dataclass(frozen=True, slots=True)
 class Rewound:
-    """How long a history is now, and how much of it the slab holds."""
+    """How long the history is now, and how much of it the slab has read."""
 
     length: int
     read: int
@@ -78,7 +80,7 @@ class Rewound:
 
 @dataclass(frozen=True, slots=True)
 class Rewind(Message[Rewound]):
-    """Takes back the history from the first token on that `history` does not have there too."""
+    """Cuts the session's history where it first differs from `history`."""
 
     history: array[int]
 
@@ -95,7 +97,7 @@ class Evict(Message[None]):
 
 @dataclass(frozen=True, slots=True)
 class Forward(Message[Ran]):
-    """Rows of one slab for the next forward, or as many of the first of them as fit. `is_prefill`: tokens that were given."""
+    """Rows of one slab for the next forward, which runs as many of the first as fit. `is_prefill`: they carry prompt tokens."""
 
     rows: tuple[Row, ...]
     is_prefill: bool
@@ -103,7 +105,7 @@ class Forward(Message[Ran]):
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """What a fork begins with besides its slab."""
+    """The terms and the history with which a fork begins."""
 
     terms: Terms
     history: array[int]
@@ -111,14 +113,14 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Fork(Message[Branch]):
-    """Copies the session's slab into `target`, which is the asker's."""
+    """Copies the session's slab into `target`, which the asker owns."""
 
     target: Slab
 
 
 @dataclass(frozen=True, slots=True)
 class Save(Message[Saved]):
-    """Writes a snapshot of the session; for one that is on disk itself."""
+    """Writes a snapshot of the session, which must itself be durable."""
 
 
 SessionMessage = Append | Generate | Info | Fork | Save | Rewind | Close | Evict

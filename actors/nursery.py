@@ -1,4 +1,4 @@
-"""Nurseries that keep quiet: one error comes out of them as it went in."""
+"""Nurseries that raise a single error as it is, and not wrapped in an exception group."""
 
 from __future__ import annotations
 

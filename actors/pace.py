@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-# A stream may wait for its next token twice as long as without the prompt. Forwards vary by a third, so fewer rows are aimed at.
+# A prompt beside a stream may double the time to the stream's next token. Forwards vary by a third, so the aim is below
+# that.
 _STRETCH = 1.5
 
-# So many rows run beside streams before anything is known, and at least so many ever: a prompt has to come to its end.
+# Prompt rows beside streams before anything was measured, and the least at any time, so that every prompt comes to its end.
 _FIRST_ROWS, _LEAST_ROWS = 32, 4
 
-# What the newest forward weighs against those before it.
+# Weight of the newest forward in the running averages.
 _NEWEST = 0.2
 
 
@@ -27,20 +28,22 @@ class Pace:
 
     @property
     def prefill_rows(self) -> int:
-        """How many of them prefill rows may be."""
+        """The most prefill rows that a forward beside streams may have."""
         if not self._decode_s or not self._prefill_row_s:
             return _FIRST_ROWS
         return max(_LEAST_ROWS, int(self._decode_s * (_STRETCH - 1) / self._prefill_row_s))
 
     def record(self, decode_rows: int, prefill_rows: int, seconds: float) -> None:
-        """Learns from a forward that has ended. One without decode rows tells nothing of those beside streams."""
+        """Learns from a forward that has ended. A forward without decode rows says nothing about those beside streams."""
         if not decode_rows:
             return
         if not prefill_rows:
-            self._decode_s = _blended(self._decode_s, seconds)
+            self._decode_s = _moving_average(self._decode_s, seconds)
         elif self._decode_s is not None:
-            self._prefill_row_s = _blended(self._prefill_row_s, max(0.0, seconds - self._decode_s) / prefill_rows)
+            self._prefill_row_s = _moving_average(
+                self._prefill_row_s, max(0.0, seconds - self._decode_s) / prefill_rows
+            )
 
 
-def _blended(before: float | None, newest: float) -> float:
+def _moving_average(before: float | None, newest: float) -> float:
     return newest if before is None else before + _NEWEST * (newest - before)

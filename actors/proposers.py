@@ -1,4 +1,4 @@
-"""The proposers: look-up, a smaller model, and a model that fills masks."""
+"""The proposers: prompt lookup, a smaller model, and a model that fills masks."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from runtime.slab import SlabPool
 
 
 class Proposer(Protocol):
-    """Suggests what may follow one session's history."""
+    """Suggests tokens that may follow one session's history."""
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Takes what was added to the history."""
+        """Records that these tokens were added to the history."""
         ...
 
     def rewind(self, length: int) -> None:
-        """Takes that the history has gone back to this length."""
+        """Records that the history was cut back to this length."""
         ...
 
     async def propose(self, history: array[int], count: int, sampling: Sampling) -> Sequence[int]:
-        """About `count` tokens that may follow the history when they are drawn by `sampling`."""
+        """About `count` tokens that `sampling` may draw after the history."""
         ...
 
     def close(self) -> None:
-        """Gives back what it holds."""
+        """Releases what it holds."""
         ...
 
 
 class NgramProposer:
-    """Suggests what followed the last tokens when they came before."""
+    """Suggests what followed the last tokens when they occurred before."""
 
     def __init__(self, lookup: PromptLookup) -> None:
         self._lookup = lookup
@@ -46,7 +46,7 @@ class NgramProposer:
         self._lookup.extend(token_ids)
 
     def rewind(self, length: int) -> None:
-        pass  # What was said and taken back may well be said again.
+        pass  # Text that was taken back may well be generated again.
 
     async def propose(self, history: array[int], count: int, sampling: Sampling) -> Sequence[int]:
         return self._lookup.propose(count)
@@ -58,7 +58,7 @@ class NgramProposer:
 class DraftProposer:
     """Draws as the session does, from a smaller model that has a slab of its own (arXiv 2211.17192).
 
-    The noise is the session's, so under sampling too both draw the same token where they think alike.
+    It uses the session's noise, so that under sampling too both draw the same token if their logits are alike.
     """
 
     def __init__(self, pool: SlabPool, executor: ModelExecutor) -> None:
@@ -66,7 +66,7 @@ class DraftProposer:
         self._slab = pool.acquire()
         self._lease = executor.lease()
         self._feed = Feed(self._slab, self._lease)
-        self._begin = 0  # Where in the history the last draft began.
+        self._begin = 0  # Position in the history at which the last draft began.
         self._draft: list[int] = []
 
     def extend(self, token_ids: Sequence[int]) -> None:
@@ -92,7 +92,7 @@ class DraftProposer:
         self._pool.release(self._slab)
 
     def _came_true(self, history: array[int]) -> int:
-        """The length up to which the slab may have read what is the history now."""
+        """The length up to which the slab's tokens may still agree with the history."""
         length = self._begin
         for token_id in self._draft:
             if length == len(history) or history[length] != token_id:
@@ -101,7 +101,7 @@ class DraftProposer:
         return length
 
     async def _skip_what_is_evicted(self, history: array[int]) -> None:
-        # A session that comes from a disk or a fork may be long, and nobody waits for a draft of it all.
+        # A session from disk or a fork may be long: instead of reading all of it, read the sinks and what is in the window.
         spec = self._slab.spec
         if len(history) - self._feed.length > spec.visible:
             await self._feed.read(history[: spec.sink])
@@ -109,7 +109,7 @@ class DraftProposer:
 
 
 class DiffusionProposer:
-    """Fills masks behind the end of the history, all of a block in a few steps."""
+    """Fills masks after the end of the history, a whole block in a few steps."""
 
     def __init__(self, model: MaskedModel, thread: EngineThread, steps: int) -> None:
         self._model = model

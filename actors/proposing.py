@@ -1,4 +1,4 @@
-"""A session's proposals: what its proposer suggests, as much of it as pays."""
+"""A session's proposals: what its proposer suggests, in lengths that pay."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from runtime.settings import Settings
 
 
 class Proposals:
-    """A session's proposals, and how much of them pays."""
+    """A session's proposer and its budget."""
 
     def __init__(self, proposer: Proposer, budget: Budget, vocabulary: int) -> None:
-        """Each token proposed is one that the model of that `vocabulary` could draw."""
+        """Tokens outside the model's `vocabulary` are not proposed."""
         self._proposer = proposer
         self._budget = budget
         self._vocabulary = vocabulary
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Takes what was added to the history."""
+        """Records that these tokens were added to the history."""
         self._proposer.extend(token_ids)
 
     def rewind(self, length: int) -> None:
-        """Takes that the history has gone back to this length."""
+        """Records that the history was cut back to this length."""
         self._proposer.rewind(length)
 
     async def next(self, history: array[int], most: int, sampling: Sampling) -> list[int]:
-        """The proposal for what follows the history, of at most `most` tokens."""
+        """A proposal of at most `most` tokens for what follows the history."""
         count = min(most, self._budget.choose())
         proposal: list[int] = []
         for token_id in (await self._proposer.propose(history, count, sampling))[:count] if count else ():
@@ -52,11 +52,11 @@ class Proposals:
         return proposal
 
     def learn(self, proposed: int, accepted: int, seconds: float) -> None:
-        """Takes what a forward with so many `proposed` rows came to, and how long it and the proposal took."""
+        """Records how many of `proposed` tokens a forward accepted, and how long it and the proposal took."""
         self._budget.learn(proposed, accepted, seconds)
 
     def close(self) -> None:
-        """Gives back what the proposer holds."""
+        """Releases what the proposer holds."""
         self._proposer.close()
 
 
@@ -65,11 +65,12 @@ NewProposals = Callable[[], Proposals | None]
 
 @asynccontextmanager
 async def open_proposing(settings: Settings, facts: EngineFacts, thread: EngineThread) -> AsyncIterator[NewProposals]:
-    """What gives each new session its proposals, if the settings ask for them, over the model of `facts`.
+    """Yields the function that gives each new session its proposals, or None if the settings ask for none.
 
-    A model that proposes runs on the engine's thread. Raises InvalidSetting, ModelUnavailable or NotEnoughMemory.
+    Proposals are for the model of `facts`. A model that proposes runs on the engine's thread. Raises InvalidSetting,
+    ModelUnavailable or NotEnoughMemory.
     """
-    # A proposal and the token before it share a forward.
+    # A proposal shares a forward with the token before it.
     most = min(settings.block_size, facts.row_tile - 1)
     experience = Experience()
 
@@ -95,7 +96,7 @@ async def _open_draft(
     settings: Settings, facts: EngineFacts, thread: EngineThread
 ) -> AsyncIterator[Callable[[], DraftProposer]]:
     directory = await trio.to_thread.run_sync(find_proposer_model, settings)
-    # What it draws is checked: its kernels may be the fastest.
+    # Its tokens are verified, so it may use the fastest kernels.
     of_draft = replace(settings, determinism="fast", weights="none", kv_dtype="auto", proposer="none")
     engine = await thread.run(load_engine, of_draft, directory, facts)
     if engine.facts.vocabulary < facts.vocabulary:

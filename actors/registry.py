@@ -1,7 +1,7 @@
 """The registry: which sessions there are, who gets a slab, and what happens when one ends.
 
-Each change is made between two awaits, and so is whole; it is an object and not an actor with a mailbox. A durable session
-without a slab sleeps in the store, and is woken when it is asked for.
+It is a plain object and not an actor with a mailbox: each change is made between two awaits, so nobody sees half of one. A
+durable session without a slab sleeps in the store, and is woken when it is asked for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from runtime.metrics import Metrics
 from runtime.sessions import SessionSummary
 from runtime.slab import Slab, SlabPool
 
-# The same words whenever the session ended, so that they say nothing about ids.
+# The same words whatever became of the session, so that they reveal nothing about ids.
 NO_SESSION = "no session has this id: it was never made, was closed, or was evicted"
 
 _log = logging.getLogger("perennial.registry")
@@ -46,7 +46,7 @@ class Entry:
 
 
 class SessionRegistry:
-    """Owns the map of ids and the slab pools; supervises: one session's failure is its own."""
+    """Owns the map of ids and the slab pools, and supervises sessions, so that the failure of one ends no other."""
 
     def __init__(
         self,
@@ -82,20 +82,20 @@ class SessionRegistry:
 
     @property
     def slab_total(self) -> int:
-        """Slabs there are, the completions' included."""
+        """The number of slabs, including those for completions."""
         return self._long_lived.total + self._completions.total
 
     @property
     def slab_in_use(self) -> int:
-        """Slabs held by sessions, the completions' included."""
+        """The number of slabs held by sessions, including those of completions."""
         return self._long_lived.in_use + self._completions.in_use
 
     @asynccontextmanager
     async def free_slab(self, beside: str | None = None) -> AsyncIterator[Slab]:
-        """An empty slab to be filled and opened in the block, free again where the block raises.
+        """An empty slab, for the block to fill and to open a session on; it is given back if the block raises.
 
-        For want of one, the session idle longest is evicted, but not the one with the id `beside`. Raises
-        CapacityExhausted when all are at work.
+        If none is free, the session idle longest is evicted, except the one with the id `beside`. Raises CapacityExhausted
+        if every session is at work.
         """
         await trio.lowlevel.checkpoint()
         while self._long_lived.in_use == self._long_lived.total and not self._evict_one(beside):
@@ -109,14 +109,17 @@ class SessionRegistry:
 
     @contextmanager
     def completion_slab(self, history: array[int] | None = None) -> Iterator[Slab]:
-        """As `free_slab`, of the completions' own; nothing is evicted for it. It has read as much of `history` as one has."""
+        """A slab of the completions' own pool; nothing is evicted for it.
+
+        Of the free ones, that which has read most of `history`.
+        """
         with _given_back(self._completions, history) as slab:
             yield slab
 
     async def open(self, slab: Slab, terms: Terms, history: array[int] | None = None, *, is_kept: bool = True) -> str:
-        """The id of a new long-lived session on a slab that has read `history` up to its frontier. Raises StorageFailed.
+        """Opens a long-lived session on a slab that has read `history` up to its frontier; returns its id. Raises StorageFailed.
 
-        One that is not kept ends with the server, or when its slab is wanted.
+        A session that is not kept in the store ends with the server, or when its slab is needed.
         """
         store = self._store if is_kept else None
         durable = await stored(store, store.create, terms, history) if store else None
@@ -125,13 +128,13 @@ class SessionRegistry:
         return session_id
 
     def open_completion(self, slab: Slab, terms: Terms, history: array[int] | None = None) -> str:
-        """The id of a new session on a completion's slab; it is never evicted."""
+        """Opens a session on a completion's slab and returns its id. It is never evicted."""
         session_id = secrets.token_urlsafe(24)
         self._start(session_id, self._completions, slab, terms, math.inf, history)
         return session_id
 
     def check(self, session_id: str) -> None:
-        """Raises SessionNotFound where no session of this id lives, or may sleep."""
+        """Raises SessionNotFound if no session with this id is awake, and none can be asleep in the store."""
         if not isinstance(session_id, str):
             raise SessionNotFound(NO_SESSION)
         is_asleep = self._store is not None and self._store.may_wake(session_id)
@@ -139,15 +142,15 @@ class SessionRegistry:
             raise SessionNotFound(NO_SESSION)
 
     def is_kept(self, session_id: str) -> bool:
-        """Whether a session that lives here outlives the server."""
+        """Whether a session that is awake here is also kept in the store."""
         entry = self._entries.get(session_id)
         return entry is not None and entry.durable is not None
 
     async def mailbox(self, session_id: str) -> Mailbox:
-        """The mailbox of a session, which is woken where it sleeps.
+        """The mailbox of a session, which is woken if it sleeps.
 
-        Raises SessionNotFound, SessionMoved where another server holds it, CapacityExhausted where no slab can be had for it,
-        or StorageFailed.
+        Raises SessionNotFound, SessionMoved if another server holds it, CapacityExhausted if no slab is free for it, or
+        StorageFailed.
         """
         while True:
             if (entry := self._entries.get(session_id)) is not None:
@@ -170,7 +173,7 @@ class SessionRegistry:
             self._metrics.session_evicted_total.labels(EndReason.IDLE.value).inc(count)
 
     def summaries(self) -> list[SessionSummary]:
-        """What an operator may know of every long-lived session; ids are for those who made them."""
+        """A summary of every long-lived session for operators. It has no ids, for an id gives access to its session."""
         now = trio.current_time()
         visible = self._long_lived.spec.visible
         asleep = [
@@ -250,21 +253,21 @@ class SessionRegistry:
 
     @contextmanager
     def _unseen(self, session_id: str) -> Iterator[None]:
-        """Whoever asks for the session meanwhile waits for the block to end."""
+        """While the block runs, callers who ask for the session wait."""
         self._passing[session_id] = trio.Event()
         try:
             yield
         finally:
-            self._settled(session_id)
+            self._release_waiters(session_id)
 
-    def _settled(self, session_id: str) -> None:
-        """Lets those go on who waited for a session that was waking, or falling asleep."""
+    def _release_waiters(self, session_id: str) -> None:
+        """Releases the callers who waited for a session that was waking or falling asleep."""
         self._passing.pop(session_id).set()
 
     def _evict_one(self, beside: str | None) -> bool:
-        """Ends the session that was used longest ago among those that wait at their inbox, and says whether one did.
+        """Evicts the least recently used of the sessions that wait at their inbox; returns whether there was one.
 
-        A durable one falls asleep.
+        A durable session falls asleep.
         """
         for session_id, entry in self._by_last_use(beside):
             if entry.mailbox.offer(Evict()):
@@ -273,7 +276,7 @@ class SessionRegistry:
         return False
 
     def _by_last_use(self, beside: str | None) -> list[tuple[str, Entry]]:
-        """Long-lived sessions, that which was used longest ago first, but not the one with the id `beside`."""
+        """Long-lived sessions, the least recently used first, without the one with the id `beside`."""
         held = [
             (session_id, entry)
             for session_id, entry in self._entries.items()
@@ -282,18 +285,18 @@ class SessionRegistry:
         return sorted(held, key=lambda pair: pair[1].session.last_used)
 
     def _remove(self, session_id: str, read: array[int] | None = None) -> None:
-        # A session to be evicted leaves the map, and gives up its slab, before its task has had its turn to end.
+        # An evicted session leaves the map and gives up its slab before its task has run to its end.
         entry = self._entries.pop(session_id, None)
         if entry is not None:
             if entry.durable is not None:
-                # Its record is open still, and it cannot be woken before that is closed.
+                # Its record is still open, and the session cannot be woken before the record is closed.
                 self._passing[session_id] = trio.Event()
             entry.pool.release(entry.slab, read)
             if entry.proposals is not None:
                 entry.proposals.close()
 
     async def _supervise(self, session_id: str, session: Session, durable: Durable | None) -> None:
-        # A fault deletes no record: that of a session that failed is read again when it is next asked for.
+        # A fault deletes no record: a session that failed is read from its record when it is next asked for.
         has_ended = False
         read: array[int] | None = None
         try:
@@ -316,7 +319,7 @@ class SessionRegistry:
                 with trio.CancelScope(shield=True):
                     await stored(durable, durable.forget_slab)
         except BaseException:
-            # The tree ends.
+            # The whole tree is ending.
             if self._store is not None:
                 with trio.CancelScope(deadline=trio.current_time() + self._store.leaving_s, shield=True):
                     await session.leave_slab_on_disk()
@@ -326,12 +329,12 @@ class SessionRegistry:
             if durable is not None:
                 with trio.CancelScope(shield=True):
                     await stored(durable, durable.delete if has_ended else durable.close)
-                self._settled(session_id)
+                self._release_waiters(session_id)
 
 
 @contextmanager
 def _given_back(pool: SlabPool, history: array[int] | None = None) -> Iterator[Slab]:
-    """A slab of the pool, free again where the block raises; one that has read as much of `history` as any."""
+    """A slab of the pool, given back if the block raises; of the free ones, that which has read most of `history`."""
     slab = pool.acquire(history)
     try:
         yield slab

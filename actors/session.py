@@ -45,7 +45,7 @@ from runtime.slab import Slab, common_length
 
 MAX_APPEND_TOKENS = 2**18
 
-# A session that is idle so long leaves its slab on disk, where that has fallen so far behind, in shares of all that a token sees.
+# A session that has been idle this long saves its slab, if the saved one lacks more than this share of what a token sees.
 _IDLE_BEFORE_WRITING_S = 2.0
 _LEFT_BEHIND = 1 / 8
 
@@ -79,9 +79,9 @@ class Session:
         proposals: Proposals | None = None,
         woken_length: int = 0,
     ) -> None:
-        """A `history` given is one that goes on: the slab has read it up to its frontier. A `durable` record has it already.
+        """With a `history` the session continues it. The slab has read it up to its frontier; a `durable` record has all of it.
 
-        Of a session that was woken the first `woken_length` tokens were read before, here or by another server.
+        If the session was woken, its first `woken_length` tokens were read before, here or by another server.
         """
         self._slab = slab
         self._inbox = inbox
@@ -118,7 +118,7 @@ class Session:
 
     @property
     def is_nearly_idle(self) -> bool:
-        """Whether it will soon wait for a message: it was made or left by its asker just now, and no forward keeps it."""
+        """Whether it will soon wait for a message: it is new or its asker has just left, and none of its rows run."""
         return self._inbox.is_nearly_idle and not self._lease.is_running
 
     async def idleness(self) -> None:
@@ -146,9 +146,9 @@ class Session:
         return self._ending
 
     async def leave_slab_on_disk(self) -> None:
-        """Writes the slab of a durable session beside its history. Nothing may run for the session meanwhile.
+        """Saves the slab of a durable session beside its history. No other call of the session may run meanwhile.
 
-        Where it cannot be written, or has gone to another session by then, the history will be read again.
+        If the slab cannot be written, or has gone to another session by then, the history will be read again.
         """
         if self._durable is None or self._feed.length <= self._durable.slab_length:
             return
@@ -177,13 +177,13 @@ class Session:
         return self._feed.length - self._durable.slab_length >= self._slab.spec.visible * _LEFT_BEHIND
 
     async def _take_and_write(self) -> Envelope[Any]:
-        """The next message; the slab is left on disk meanwhile, a piece at a time, once none has come for a while."""
+        """The next message. Until it comes, and after a while without one, the slab is saved piece by piece."""
         envelope: Envelope[Any] | None = None
         try:
             async with open_nursery() as nursery:
                 nursery.start_soon(self._write_when_idle)
                 envelope = await self._inbox.take()
-                # It waits for the piece that is being written, and is not lost where all ends meanwhile.
+                # The message waits for the piece that is being written; if the tree ends meanwhile, its asker is told.
                 nursery.cancel_scope.cancel()
         except BaseException:
             if envelope is not None:
@@ -211,7 +211,7 @@ class Session:
         request = cast(SessionMessage, message)
         try:
             if self._durable is not None and not isinstance(request, Evict):
-                # What is answered from here alone would be an old answer if another server had gone on with the session.
+                # If another server had taken the session, an answer from this one's state would be outdated.
                 await stored(self._durable, self._durable.check)
             await self._serve(request, reply)
         except SessionMoved:
@@ -247,8 +247,8 @@ class Session:
                 assert_never(request)
 
     async def _append(self, request: Append) -> Appended:
-        # The tokens join the history at once, the slab as forwards run: an append that is cancelled half-way has
-        # happened, and the next request feeds what is left.
+        # The tokens join the history at once, and the slab reads them as forwards run: an append that is cancelled half-way
+        # has happened, and the next request reads the rest.
         self._check_append(request)
         if self._turn_began is None:
             self._turn_began = trio.current_time()
@@ -305,7 +305,7 @@ class Session:
             counts = (tally.proposed, tally.accepted, self._reread(before))
             await reply(Done(stop_reason, tally.generated, *clock.seconds(), *counts))
         finally:
-            # Tokens that were drawn ahead and not taken are no part of the history.
+            # Tokens that were drawn ahead and not taken are not part of the history.
             self._feed.retract(len(self._history))
             await self._mark_used()
 
@@ -337,7 +337,7 @@ class Session:
                     clock.tick(len(self._history))
                     self._turn_began = None
                     await self._hand_over(token, reply, is_first=index == 0)
-                    # Of what one forward draws, all but the last token had been proposed.
+                    # Of the tokens that one forward draws, all but the last had been proposed.
                     tally.take(was_proposed=index < len(tokens) - 1)
                     if constraint:
                         constraint.accept(token.token_id)
@@ -350,17 +350,17 @@ class Session:
 
     @property
     def _is_full(self) -> bool:
-        """Whether the session is not to forget, and one token more would make it."""
+        """Whether one more token would make the session forget, which its terms forbid."""
         return self._terms.overflow is Overflow.ERROR and len(self._history) >= self._slab.spec.visible
 
     def _reread(self, before: int) -> int:
-        """How many tokens were read again since the slab had read `before`."""
+        """How many tokens of before it woke the session has read again since its slab had read `before` tokens."""
         return max(0, min(self._woken_length, self._feed.length) - before)
 
     async def _mark_used(self) -> None:
         self._last_used = trio.current_time()
         if self._durable is not None:
-            # What was taken back has to be so before the next message, whoever waits no more for this one.
+            # Shielded, because tokens that were taken back must be so before the next message, even if the asker has left.
             with trio.CancelScope(shield=True):
                 await stored(self._durable, self._durable.used, self._history)
 
@@ -378,9 +378,12 @@ class Session:
         )
 
     async def _hand_over(self, token: Token, reply: Reply[Event], *, is_first: bool) -> None:
-        """Gives the token to the asker, and to the history once it was taken; it `is_first` of those that a forward drew."""
+        """Gives the token to the asker and, once that has taken it, adds it to the history.
+
+        `is_first` of those that a forward drew.
+        """
         if not reply.offer(token):
-            # The asker had the time of a whole forward to come for the first one, and none to come for the others.
+            # The asker had a whole forward's time to come for the first token, and no time to come for the others.
             with self._lease.held_up() if is_first else nullcontext():
                 await reply(token)
         self._commit(_ids_of((token,)))
@@ -396,13 +399,14 @@ class Session:
         self._digest.update(_little_endian(tokens))
 
     async def _draw_on(self, request: Generate, drawn: list[Token], most: int) -> None:
-        """Draws so many tokens, `drawn` included, as the store has wait for one write: a write for each would cost too much.
+        """Adds tokens to `drawn`, up to `most` in all, that the store writes at once: a write for each would cost too much.
 
-        A proposer's come several at once as it is, and a grammar has to follow what was taken.
+        Not with a proposer, whose tokens come several at once anyway, nor with a grammar, which has to follow what was
+        taken.
         """
         if self._durable is None or self._proposals or request.grammar or not self._durable.group_s:
             return
-        # Further ahead than a tile they could not be taken back.
+        # More than a tile of tokens could not be taken back.
         most = min(most, self._slab.spec.row_tile)
         if self._terms.overflow is Overflow.ERROR:
             most = min(most, self._slab.spec.visible - len(self._history))
@@ -417,12 +421,12 @@ class Session:
             history += _ids_of(tokens)
 
     async def _draw(self, request: Generate, constraint: Constraint | None, most: int) -> tuple[tuple[Token, ...], int]:
-        """The tokens that follow the history, at least one, and how many proposed ones were checked for it, at `most`."""
+        """The tokens that follow the history, at least one, and how many proposed tokens were checked, at most `most`."""
         began, is_decode = trio.current_time(), self._feed.length >= len(self._history) - 1
         proposal = await self._proposals.next(self._history, most, request.sampling) if self._proposals else []
         masks: Sequence[Mask | None] = [None] * (len(proposal) + 1)
         if constraint:
-            # A mask may take tenths of a second, in which other sessions go on.
+            # In a thread, because a mask may take tenths of a second.
             masks = await trio.to_thread.run_sync(constraint.allowed_along, proposal)
         draws = [Draw(request.sampling, mask, request.top_logprobs) for mask in masks]
         tokens, checked = await self._feed.draw(self._history, proposal[: len(draws) - 1], draws)

@@ -1,4 +1,4 @@
-"""Calls of a store, made where they may take their time."""
+"""Calls of a store that may take long are made in threads of their own."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from runtime.durable import Durable, SessionStore
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Threads for calls of a store: one that does not answer must not take those that others need.
+# Threads for store calls alone: a store that does not answer must not use up the threads that others need.
 _MOST_CALLS = 64
 _limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("calls of a store")
 
 
 async def stored(place: SessionStore | Durable, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """What `call`, a method of `place`, returns. One that is remote is called beside the event loop.
+    """Calls `call`, a method of `place`, in a thread if the place is remote; returns its result.
 
-    A directory answers in some ten microseconds, within which there is no checkpoint.
+    A directory answers in some ten microseconds, so it is called directly, without a checkpoint.
     """
     if place.is_remote:
         return await beside(call, *args, **kwargs)
@@ -29,7 +29,10 @@ async def stored(place: SessionStore | Durable, call: Callable[P, T], /, *args: 
 
 
 async def beside(call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """What a method of a store returns that takes its time in every one. A call that has begun is not given up."""
+    """Calls, in a thread, a method that takes long in every kind of store; returns its result.
+
+    A call that has begun is waited for.
+    """
     try:
         limiter = _limiter.get()
     except LookupError:

@@ -1,4 +1,4 @@
-"""The tree of actors: start and stop order read as indentation. And the runtime that stands on it."""
+"""The tree of actors, whose start and stop order can be read as indentation, and the runtime built on it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from actors.admission import Admission
 from actors.conversations import LABEL, MOST_BYTES, Conversations
 from actors.engine_thread import EngineThread
 from actors.executor import ModelExecutor
-from actors.handles import Completion, SessionHandle, digest_of
+from actors.handles import CompletionSessions, SessionHandle, digest_of
 from actors.messages import Load
 from actors.nursery import open_nursery
 from actors.proposing import NewProposals, open_proposing
 from actors.registry import SessionRegistry
 from actors.storing import beside
-from runtime.checks import check_whole, shown
+from runtime.checks import check_whole, short_repr
 from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity, Terms, fingerprint, open_store
 from runtime.engine import Engine, EngineFacts, load_engine
 from runtime.errors import InvalidRequest, NotDurable
@@ -33,7 +33,7 @@ from runtime.text import Text
 
 _log = logging.getLogger("perennial")
 
-# A session keeps both for as long as it lives.
+# Bounds on what a session keeps for as long as it lives.
 _MOST_EOS_IDS = 64
 _MOST_LABEL_BYTES = 256
 
@@ -70,17 +70,19 @@ class Runtime:
         label: str = "",
         is_kept: bool = True,
     ) -> SessionHandle:
-        """A new long-lived session. One that is not kept is no part of `state_dir`, and ends with the server.
+        """A new long-lived session. One that is not kept is not written to `state_dir`, and ends with the server.
 
         Raises CapacityExhausted when every slab is held by a session at work, StorageFailed where it cannot be recorded, and
-        InvalidRequest for more than 64 different eos ids, a label of more than 256 bytes, or what is none of these.
+        InvalidRequest for more than 64 different eos ids, a label of more than 256 bytes, or arguments of the wrong type.
         """
         terms = _terms(eos_token_ids, overflow, label)
         async with self._registry.free_slab() as slab:
-            return await self._opened(slab, terms, is_kept=is_kept)
+            return await self._open_session(slab, terms, is_kept=is_kept)
 
     async def fork_session(self, session_id: str) -> SessionHandle:
-        """A new session that goes on where this one stands, on a copy of its slab; no forward runs for it. Kept as this one.
+        """A new session that continues from where this one stands, on a copy of its slab; no forward runs.
+
+        It is kept if this one is.
 
         Raises SessionNotFound, CapacityExhausted, StorageFailed.
         """
@@ -89,7 +91,7 @@ class Runtime:
         async with self._registry.free_slab(beside=session_id) as target:
             branch = await session.fork_into(target)
             is_kept = self._registry.is_kept(session_id)
-            return await self._opened(target, branch.terms, branch.history, is_kept=is_kept)
+            return await self._open_session(target, branch.terms, branch.history, is_kept=is_kept)
 
     async def save_session(self, session_id: str) -> Saved:
         """Writes a snapshot of the session under `state_dir`. Raises SessionNotFound, NotDurable, StorageFailed."""
@@ -97,14 +99,14 @@ class Runtime:
         return await self.find_session(session_id).save()
 
     async def restore_session(self, snapshot_id: str) -> SessionHandle:
-        """A new session that goes on where the saved one stood.
+        """A new session that continues from where the saved one stood.
 
         Raises NotDurable, SnapshotNotFound, SnapshotMismatch, SnapshotUnreadable, CapacityExhausted, StorageFailed.
         """
         store = self._durable()
         async with self._registry.free_slab() as slab:
             terms, history = await beside(store.load, snapshot_id, slab)
-            return await self._opened(slab, terms, history)
+            return await self._open_session(slab, terms, history)
 
     def list_snapshots(self) -> list[Snapshot]:
         """Every snapshot, the oldest first. Raises NotDurable."""
@@ -115,13 +117,13 @@ class Runtime:
         return await beside(self._durable().delete_snapshot, snapshot_id)
 
     async def model_info(self) -> ModelInfo:
-        """What is to be known to make tokens for the model that runs."""
+        """What a client needs to know to make tokens for the model that runs."""
         digest = await trio.to_thread.run_sync(digest_of, self.text)
         name = self.settings.model_label or self.settings.model
         return ModelInfo(name, self.facts.vocabulary, digest, self.text.eos_token_ids, self.facts.kernel_class)
 
     def list_sessions(self) -> list[SessionSummary]:
-        """What an operator may know of the long-lived sessions."""
+        """A summary of each long-lived session, without its id."""
         return self._registry.summaries()
 
     def load(self) -> Load:
@@ -134,48 +136,51 @@ class Runtime:
             raise NotDurable("the server keeps no sessions on disk: start it with state_dir")
         return self._store
 
-    async def _opened(
+    async def _open_session(
         self, slab: Slab, terms: Terms, history: array[int] | None = None, *, is_kept: bool = True
     ) -> SessionHandle:
         return self.find_session(await self._registry.open(slab, terms, history, is_kept=is_kept))
 
     def find_session(self, session_id: str) -> SessionHandle:
-        """The session with this id. Raises SessionNotFound; of a store that servers share, its first call does."""
+        """The session with this id.
+
+        Raises SessionNotFound; with a store that servers share, the session's first call may raise it instead.
+        """
         self._registry.check(session_id)
         return SessionHandle(session_id, self._registry, self.text)
 
     @asynccontextmanager
     async def permit(self) -> AsyncIterator[None]:
-        """The right to run one turn of a conversation, as a completion needs one. Raises Saturated."""
+        """A permit for one turn of a conversation, as a completion needs one. Raises Saturated."""
         async with self._admission.permits():
             yield
 
     @asynccontextmanager
     async def completion(
         self, eos_token_ids: Iterable[int], overflow: Overflow, count: int = 1
-    ) -> AsyncIterator[Completion]:
+    ) -> AsyncIterator[CompletionSessions]:
         """Permits and sessions for `count` answers to one prompt; all are free again when the block ends.
 
-        Raises Saturated, and InvalidRequest where there will never be so many permits.
+        Raises Saturated, and InvalidRequest if the server has fewer permits than `count`.
         """
         check_whole("n", count, 1)
         terms = _terms(eos_token_ids, overflow, "http")
         async with self._admission.permits(count), AsyncExitStack() as held:
-            yield Completion(self._registry, self.text, terms, count, held)
+            yield CompletionSessions(self._registry, self.text, terms, count, held)
 
 
 def _terms(eos_token_ids: Iterable[int], overflow: Overflow, label: str) -> Terms:
-    """Terms that may stay for as long as a session lives. Raises InvalidRequest."""
+    """The terms of a session, checked, and bounded in size. Raises InvalidRequest."""
     if not isinstance(overflow, Overflow):
-        raise InvalidRequest(f"overflow must be an Overflow, got {shown(overflow)}", "overflow")
-    return Terms(_few(eos_token_ids), overflow, _short(label))
+        raise InvalidRequest(f"overflow must be an Overflow, got {short_repr(overflow)}", "overflow")
+    return Terms(_checked_eos_ids(eos_token_ids), overflow, _checked_label(label))
 
 
-def _few(eos_token_ids: Iterable[int]) -> frozenset[int]:
+def _checked_eos_ids(eos_token_ids: Iterable[int]) -> frozenset[int]:
     few: set[int] = set()
     try:
         for token_id in eos_token_ids:
-            # A message may repeat one id a million times.
+            # A request may repeat one id a million times.
             if token_id not in few:
                 check_whole("eos_token_ids", token_id, 0, 2**32 - 1)
                 few.add(int(token_id))
@@ -186,9 +191,9 @@ def _few(eos_token_ids: Iterable[int]) -> frozenset[int]:
     return frozenset(few)
 
 
-def _short(label: str) -> str:
+def _checked_label(label: str) -> str:
     if not isinstance(label, str):
-        raise InvalidRequest(f"a label is text, got {shown(label)}", "client_label")
+        raise InvalidRequest(f"a label is text, got {short_repr(label)}", "client_label")
     try:
         is_short = len(label) <= _MOST_LABEL_BYTES and len(label.encode()) <= _MOST_LABEL_BYTES
     except UnicodeEncodeError:
@@ -238,9 +243,9 @@ async def open_sessions(
     new_proposals: NewProposals = lambda: None,
     store: SessionStore | None = None,
 ) -> AsyncIterator[Runtime]:
-    """Executor, registry and admission over an engine that is loaded; each session has `new_proposals` of its own.
+    """Executor, registry and admission over a loaded engine; `new_proposals` is called for each session.
 
-    Raises EngineFailed where the engine fails, and what the block raises as it is, in no group.
+    Raises EngineFailed if the engine fails. What the block raises comes out as it is, and not in an exception group.
     """
     executor = ModelExecutor(engine, thread, metrics)
     async with open_nursery() as executor_nursery:
@@ -267,7 +272,7 @@ async def open_sessions(
 
 
 def _delete_lost(store: SessionStore, conversations: Conversations) -> None:
-    """Deletes the sessions that an earlier server had lent when it ended: where they stand is not known."""
+    """Deletes the conversation sessions that were lent when an earlier server ended: nobody knows where they stand."""
     for record in store.sleeping():
         if record.terms.label == LABEL and not conversations.stands(record.id):
             store.delete(record)

@@ -1,4 +1,4 @@
-"""What a generation has come to so far: its times and its counts, told to the metrics as they grow."""
+"""The times and counts of one generation, reported to the metrics as they grow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class TurnClock:
     """Times the tokens of one generation."""
 
     def __init__(self, metrics: Metrics, label: str, turn_began: float | None) -> None:
-        """The turn began with an append, in trio's time, or begins now."""
+        """`turn_began` is the time of the turn's first append, in trio's time; without it the turn begins now."""
         self._metrics = metrics
         self._label = label
         self._began = trio.current_time()
@@ -20,7 +20,7 @@ class TurnClock:
         self._last = self._began
 
     def tick(self, history_length: int) -> None:
-        """A token was drawn that follows so many."""
+        """Records that a token was drawn after `history_length` tokens."""
         now = trio.current_time()
         if self._first is None:
             self._first = now
@@ -31,7 +31,7 @@ class TurnClock:
         self._last = now
 
     def seconds(self) -> tuple[float, float]:
-        """Up to the first token, and in all."""
+        """The seconds up to the first token, and in all."""
         now = trio.current_time()
         return (now if self._first is None else self._first) - self._began, now - self._began
 
@@ -45,26 +45,26 @@ class Tally:
 
     @property
     def generated(self) -> int:
-        """Tokens that were taken."""
+        """The number of tokens that were taken."""
         return self._generated
 
     @property
     def proposed(self) -> int:
-        """Proposed tokens that were checked."""
+        """The number of proposed tokens that were checked."""
         return self._proposed
 
     @property
     def accepted(self) -> int:
-        """Tokens that were taken and had been proposed."""
+        """The number of tokens that were taken and had been proposed."""
         return self._accepted
 
     def check(self, proposed: int) -> None:
-        """A forward checked so many proposed tokens."""
+        """Records that a forward checked `proposed` proposed tokens."""
         self._proposed += proposed
         self._metrics.proposed_tokens_total.inc(proposed)
 
     def take(self, *, was_proposed: bool) -> None:
-        """A token was taken."""
+        """Records that a token was taken."""
         self._generated += 1
         self._metrics.generated_tokens_total.inc()
         if was_proposed:

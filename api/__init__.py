@@ -11,7 +11,7 @@ __all__ = ["Addresses", "serve"]
 
 
 def __getattr__(name: str) -> Any:
-    # The process that reads requests imports from here too, and an engine's libraries would take seconds of its start.
+    # The process that reads requests imports this package too, and an engine's libraries would add seconds to its start.
     if name in __all__:
         from api import doors
 

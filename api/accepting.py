@@ -1,4 +1,4 @@
-"""Accepts connections as long as there is room for them, and goes on when there is room again."""
+"""Accepts connections while there is room for them, and resumes when there is room again."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import trio
 from actors.nursery import open_nursery
 
 _MOST_CONNECTIONS = 2000
-# Of the descriptors that this process may open: both doors take so many, and leave some for files and processes.
+# Share of the descriptors that this process may open: each door takes this many, and some are left for files and processes.
 _SHARE_OF_DESCRIPTORS = 3 / 8
 OUT_OF_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 """What accept fails with where the process or the machine has no room for a connection."""
 
-# Descriptors are freed by others too, without a word.
+# Other parts of the process free descriptors too, and no event tells of it.
 _TRY_AGAIN_S = 0.1
 _SAID_ONCE_IN_S = 60.0
 
 
 class Notice:
-    """Says that there is no room, in one line however often it is asked to."""
+    """Logs that there is no room, at most once in a while however often `give` is called."""
 
     def __init__(self, logger: logging.Logger, door: str) -> None:
         self._logger = logger
@@ -51,7 +51,7 @@ def most_connections() -> int:
 
 
 class Accepting:
-    """Hands on what a listener accepts. Where there is no room, the connection that is needed least is closed for it."""
+    """Hands on the connections that a listener accepts. When there is no room, it closes the one that has been idle longest."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -60,7 +60,7 @@ class Accepting:
         self._notice = Notice(logging.getLogger("perennial.grpc"), "gRPC")
 
     def one_has_left(self) -> None:
-        """To be called when a connection has ended."""
+        """Call this when a connection has ended."""
         self._open -= 1
         self._left.unpark_all()
 
@@ -70,7 +70,7 @@ class Accepting:
         attach: Callable[[socket.socket], Awaitable[None]],
         end_idle_one: Callable[[], None],
     ) -> None:
-        """Accepts until cancelled. `end_idle_one` closes the connection that is needed least, if there is one."""
+        """Accepts until cancelled. `end_idle_one` closes the connection that has been idle longest, if one is idle."""
         listener.setblocking(False)
         async with open_nursery() as nursery:
             while True:
@@ -83,10 +83,10 @@ class Accepting:
                 except OSError as error:
                     if error.errno in OUT_OF_ROOM:
                         await self._room(end_idle_one, error.strerror or "out of resources")
-                    # Any other error is of a client that left before it was accepted.
+                    # Any other error means that the client left before it was accepted.
                     continue
                 self._open += 1
-                nursery.start_soon(_attached, attach, connected)
+                nursery.start_soon(_attach_or_close, attach, connected)
 
     async def _room(self, end_idle_one: Callable[[], None], reason: str) -> None:
         """Returns when there may be room."""
@@ -96,7 +96,7 @@ class Accepting:
             await self._left.park()
 
 
-async def _attached(attach: Callable[[socket.socket], Awaitable[None]], connected: socket.socket) -> None:
+async def _attach_or_close(attach: Callable[[socket.socket], Awaitable[None]], connected: socket.socket) -> None:
     try:
         await attach(connected)
     except BaseException:

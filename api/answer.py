@@ -1,4 +1,4 @@
-"""One answer as it is generated: a session's events folded into words, reasoning and calls."""
+"""Folds a session's events into one answer: words, reasoning and calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ItemT = TypeVar("ItemT", Message, Reasoning, Call)
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """Words; `logprobs` are those of tokens whose text has now been sent whole."""
+    """Words; `logprobs` are those of the tokens whose text is now fully sent."""
 
     text: str
     logprobs: tuple[ChosenLogprob, ...] = ()
@@ -55,7 +55,7 @@ class CallGrown:
 
 @dataclass(frozen=True, slots=True)
 class ItemDone:
-    """All that was said, thought or called since the item before is this one, and it is whole."""
+    """An item is complete: all that was said, thought or called since the item before it."""
 
     item: Item
 
@@ -65,7 +65,7 @@ Part = Said | Thought | CallBegun | CallGrown | ItemDone
 
 @dataclass(slots=True)
 class _Growing:
-    """An item that has not come to its end; `characters` is how long its text was after each of its tokens."""
+    """An item that is not complete yet; `characters` holds the length of its text after each of its tokens."""
 
     item: Item
     begin: int
@@ -77,9 +77,9 @@ class _Growing:
 
 
 class Answer:
-    """Takes a generation's events, and gives out the parts of the answer. Remembers what it is made of.
+    """Takes a generation's events and returns the parts of the answer. It remembers the items and tokens of the answer.
 
-    `items` are those that have come to their end, `spans` says where they lie in `tokens`: the cue's, and those that were drawn.
+    `items` are complete; `spans` says where they lie in `tokens`, which are the cue's followed by those drawn.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Answer:
         has_logprobs: bool = False,
         is_in_reasoning: bool = False,
     ) -> None:
-        """`is_in_reasoning`: the cue has the model begin within its reasoning."""
+        """`is_in_reasoning`: the cue makes the model begin with reasoning."""
         self._stops = StopStrings([*stop])
         self._logprobs = SentLogprobs(text, eos_token_ids) if has_logprobs else None
         self._reasoning = ReasoningReader(is_open=is_in_reasoning) if text.thinks else None
@@ -101,10 +101,10 @@ class Answer:
         self._detokenizer = text.detokenizer()
         self._cue_length = len(cue)
         self._growing: _Growing | None = None
-        # How long the text that may have calls in it was after each token that was drawn.
+        # Length, after each drawn token, of the text in which calls are looked for.
         self._spoken = array("I")
         self._spoken_length = 0
-        # Blanks that nobody need ever see: a call may follow them.
+        # Blanks held back: if a call follows, they are dropped.
         self._blanks = ""
         self.tokens = array("I", cue)
         self.reasoning_tokens = 0
@@ -114,16 +114,16 @@ class Answer:
 
     @property
     def stop_string(self) -> str | None:
-        """The stop string that has ended the answer, if one has."""
+        """The stop string that ended the answer, or None."""
         return self._stops.stopped_by
 
     @property
     def drawn(self) -> int:
-        """Tokens drawn by now."""
+        """How many tokens have been drawn so far."""
         return len(self.tokens) - self._cue_length
 
     def take(self, event: Event) -> Iterator[Part]:
-        """The parts that come with an event. After the last one there is a `finish_reason`."""
+        """The parts that an event adds. After the last event `finish_reason` is set."""
         match event:
             case Token():
                 self.tokens.append(event.token_id)
@@ -144,7 +144,7 @@ class Answer:
                 pass
 
     def break_off(self) -> None:
-        """Has what was said or thought by now be an item: nothing more comes. A call that was cut is none."""
+        """Ends the answer early: makes an item of what was said or thought so far. A call that was cut off is no item."""
         if self._growing is not None and not isinstance(self._growing.item, Call):
             self._close(len(self.tokens))
 
@@ -196,7 +196,7 @@ class Answer:
             yield Said(text, logprobs)
 
     def _call(self, call: Call) -> Iterator[Part]:
-        """Goes on with a call, which is whole or has begun."""
+        """Adds to a call, which may begin or end with this."""
         self._blanks = ""
         if not isinstance(item := self._growing and self._growing.item, Call):
             item = yield from self._begin(Call(call.name, "", f"call_{secrets.token_hex(12)}"), self._call_begins())
@@ -206,12 +206,12 @@ class Answer:
             yield CallGrown(more)
 
     def _call_begins(self) -> int:
-        """The token with which the call begins that is known by now to be one."""
+        """The index of the token with which the call begins that has just been recognised."""
         assert self._calls is not None
         return self._cue_length + bisect_right(self._spoken, self._calls.began_at)
 
     def _begin(self, item: ItemT, begin: int | None = None) -> Generator[Part, None, ItemT]:
-        """Ends the item before, and begins this one with the token `begin`, or with the one that came last."""
+        """Ends the item before and begins this one at the token of index `begin`, or at the last token."""
         last = len(self.tokens) - 1
         begin = last if begin is None else begin
         if self._growing is not None:
@@ -233,7 +233,7 @@ class Answer:
     def _finish(self, reason: FinishReason) -> Iterator[Part]:
         growing = self._growing
         if growing is not None and not isinstance(growing.item, Call):
-            # What was drawn of a stop string is no part of the answer.
+            # Tokens of a stop string are not part of the answer.
             cut = (
                 Span(growing.begin, 0, growing.characters).offset_of(growing.length)
                 if self._stops.has_stopped

@@ -1,4 +1,4 @@
-"""One question and its answers: sessions that have read the prompt, and what they generate."""
+"""Answers one question: opens sessions, lets them read the prompt, and streams what they generate."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import outcome
 import trio
 
 from actors import Events, Runtime, SessionHandle
-from actors.conversations import TurnTold
-from actors.handles import Completion
+from actors.conversations import TurnReport
+from actors.handles import CompletionSessions
 from actors.nursery import open_nursery
 from api.answer import Answer, FinishReason, Part
 from api.prompting import Prompt, write_prompt
@@ -29,7 +29,10 @@ from runtime.points import Point
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of a prompt and an answer. `reused` ones of the prompt needed no reading; `evicted` ones are out of sight."""
+    """Token counts of a prompt and an answer.
+
+    `reused` tokens of the prompt had been read before; `evicted` ones are out of sight.
+    """
 
     prompt: int
     completion: int
@@ -43,14 +46,14 @@ class Usage:
     def read(self) -> int:
         return self.prompt - self.reused
 
-    def told(self) -> TurnTold:
-        """What of it is kept for an operator."""
-        return TurnTold(self.reused, self.read, self.evicted, self.broke_at, self.because)
+    def report(self) -> TurnReport:
+        """The part of it that is kept for operators."""
+        return TurnReport(self.reused, self.read, self.evicted, self.broke_at, self.because)
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The last word of one answer, and the point from which its conversation goes on."""
+    """How one answer ended, and the point from which its conversation continues."""
 
     finish_reason: FinishReason
     usage: Usage
@@ -60,14 +63,14 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class _Limit:
-    """When an answer has to end: with its time, or with the server."""
+    """The limit of an answer: it ends when its time is up, or when the server stops."""
 
     server: Server
     deadline: float
 
     @contextmanager
     def holds(self) -> Iterator[None]:
-        """Raises DeadlineExceeded or NotServing where the block was ended."""
+        """Runs the block under the limit. Raises DeadlineExceeded or NotServing if the limit ended it."""
         try:
             with self.server.may_be_ended(), trio.fail_at(self.deadline):
                 yield
@@ -77,21 +80,21 @@ class _Limit:
 
 
 class _Seats(Protocol):
-    """Where the sessions of one question come from."""
+    """Provides the sessions of one question."""
 
     async def read(self, prompt: Prompt) -> tuple[list[SessionHandle], int]:
-        """A session for each answer, all of which have read the prompt, and how much of that needed no reading."""
+        """A session for each answer, each of which has read the prompt, and how many tokens of it had been read before."""
         ...
 
     def leave(self, point: Point) -> None:
-        """Says where in the conversation the first session has come to."""
+        """Records the point that the first session has reached."""
         ...
 
 
 class _SingleShot:
-    """Sessions of a completion, which end with it."""
+    """Sessions made for one completion, which end with it."""
 
-    def __init__(self, completion: Completion) -> None:
+    def __init__(self, completion: CompletionSessions) -> None:
         self._completion = completion
 
     async def read(self, prompt: Prompt) -> tuple[list[SessionHandle], int]:
@@ -104,7 +107,7 @@ class _SingleShot:
 
 
 class _Standing:
-    """The session that stands nearest in the conversation."""
+    """The conversation's session that has read most of the prompt."""
 
     def __init__(self, runtime: Runtime, held: AsyncExitStack) -> None:
         self._runtime = runtime
@@ -112,7 +115,7 @@ class _Standing:
 
     async def read(self, prompt: Prompt) -> tuple[list[SessionHandle], int]:
         self._stand = await self._held.enter_async_context(self._runtime.conversations.stand(prompt.point, prompt.cue))
-        # What is read by then stays read, also where the client leaves meanwhile.
+        # If the client leaves during this, what was read until then stays read.
         self._stand.leave(prompt.point)
         await self._stand.session.append(prompt.tokens[self._stand.length :])
         return [self._stand.session], self._stand.reused
@@ -140,12 +143,12 @@ class AnswerStream:
         )
 
     async def next(self) -> Part | Ending:
-        """What comes next. Raises DeadlineExceeded, NotServing."""
+        """The next part, or the Ending. Raises DeadlineExceeded, NotServing."""
         while not self._waiting:
             if (reason := self.answer.finish_reason) is not None:
                 self._asked.runtime.metrics.completions_total.labels(reason).inc()
                 ending = Ending(reason, self._usage(), self._point(), self.answer.stop_string)
-                self._asked.runtime.conversations.tell(ending.point, ending.usage.told())
+                self._asked.runtime.conversations.record_turn(ending.point, ending.usage.report())
                 return ending
             with self._asked.limit.holds():
                 event = await anext(self._events)
@@ -153,7 +156,7 @@ class AnswerStream:
         return self._waiting.popleft()
 
     def keep(self) -> Point:
-        """The point after every token that was generated by now."""
+        """Adds what was generated so far to the conversation; returns the point after it."""
         self.answer.break_off()
         tree, answer, point = self._asked.runtime.conversations.points, self.answer, self._asked.prompt.point
         if not answer.items:
@@ -161,7 +164,7 @@ class AnswerStream:
         return tree.grow(point, answer.items, answer.tokens, answer.spans)
 
     def _point(self) -> Point:
-        """The point after all that was said: of a call that was cut, nothing was."""
+        """The point after all that was said. A call that was cut off is left out."""
         kept = self.keep()
         return Point(kept.node, kept.node.spans[-1].end) if kept.node.is_answer and self.answer.items else kept
 
@@ -181,7 +184,7 @@ class AnswerStream:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What all answers to one question share."""
+    """What the answers to one question have in common."""
 
     runtime: Runtime
     question: Question
@@ -197,7 +200,7 @@ _Sent = tuple[int, outcome.Maybe[Part | Ending]]
 
 
 class Answers:
-    """The answers to one question, in the order in which their parts come."""
+    """The answers to one question; their parts come interleaved, as they are generated."""
 
     def __init__(self, prompt: Prompt, count: int, sent: trio.MemoryReceiveChannel[_Sent]) -> None:
         self._sent = sent
@@ -207,7 +210,7 @@ class Answers:
         self.count = count
 
     async def next(self) -> tuple[int, Part | Ending] | None:
-        """The index of an answer and what comes next in it; None when all have ended. Raises what ended one."""
+        """The index of an answer and its next part; None when all have ended. Raises the error of one that failed."""
         try:
             index, sent = await self._sent.receive()
         except trio.EndOfChannel:
@@ -289,7 +292,7 @@ async def _seats(
 
 
 def _most_tokens(runtime: Runtime, question: Question, prompt_tokens: int, forgets: bool, is_single_shot: bool) -> int:
-    """How long an answer may be. Raises SlabOverflow where the prompt leaves no room for one."""
+    """The most tokens that an answer may have. Raises SlabOverflow if the prompt leaves no room for an answer."""
     visible = runtime.shape.visible
     if prompt_tokens > visible and not forgets:
         raise SlabOverflow(
@@ -302,14 +305,14 @@ def _most_tokens(runtime: Runtime, question: Question, prompt_tokens: int, forge
 async def _answer(
     asked: _Asked, index: int, session: SessionHandle, seats: _Seats, channel: trio.MemorySendChannel[_Sent]
 ) -> None:
-    """Passes on one answer's parts and its ending, or the error that ended it."""
+    """Sends one answer's parts and its Ending to `channel`, or the error that ended it."""
     question = asked.question
     generation = session.generate(
         asked.most_tokens,
         temperature=question.temperature,
         top_p=question.top_p,
         top_k=question.top_k,
-        # Answers to one prompt are to differ, and the first is the one that would come alone.
+        # Each answer gets a seed of its own, so that they differ; the first has the seed that a single answer would have.
         seed=None if question.seed is None else (question.seed + index) % 2**64,
         top_logprobs=question.top_logprobs,
         grammar=asked.grammar,

@@ -1,4 +1,4 @@
-"""What binds the form of an answer: a JSON schema, or tools that may or must be called."""
+"""Constraints on the form of an answer: a JSON schema, or tools that may or must be called."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from runtime.grammar import Grammar, check_source, json_source
 from runtime.text import Text
 from runtime.tools import CallForm, CallReader
 
-# A function without parameters takes none, says OpenAI.
+# As OpenAI documents it, a function without `parameters` takes none.
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 _ANY_ARGUMENTS = {"type": "object"}
 
-# An object with some 500 optional ones is more than a grammar can be followed through, and that shows only on the way.
+# A grammar for some 500 optional properties fails while an answer is generated, and not when it is compiled.
 _MOST_PROPERTIES = 256
 
 _log = logging.getLogger("perennial.api")
@@ -27,7 +27,7 @@ _log = logging.getLogger("perennial.api")
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function that the model may call. The schema of a `strict` one is followed to the letter, or refused."""
+    """A function that the model may call. The schema of a `strict` tool is followed exactly, or the request is refused."""
 
     name: str
     description: str | None = None
@@ -35,7 +35,7 @@ class Tool:
     strict: bool = False
 
     def for_template(self) -> dict[str, Any]:
-        """The tool in the shape that chat templates know."""
+        """The tool in the form that chat templates expect."""
         told = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {"type": "function", "function": {name: value for name, value in told.items() if value is not None}}
 
@@ -49,7 +49,7 @@ class Choice:
     is_parallel: bool = True
 
     def check(self, offered: Iterable[str]) -> None:
-        """Raises MalformedRequest where a call must be made and none of the tools offered may be called."""
+        """Raises MalformedRequest if a call is required and none of the tools offered may be called."""
         if self.is_required and not any(self.names is None or name in self.names for name in offered):
             raise MalformedRequest("tool_choice asks for a tool that tools does not hold", "tool_choice")
 
@@ -59,7 +59,7 @@ NO_CALLS = Choice(frozenset())
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The text of every answer's grammar, and the form of calls in it. `param` names the field that the grammar is made of."""
+    """The text of the grammar for every answer, and the form of calls in it. `param` names the field that it comes from."""
 
     source: str | None = None
     form: CallForm | None = None
@@ -72,14 +72,16 @@ class Bounds:
         if not called:
             return cls.without_calls(text) if tools else cls()
         form = CallForm.of_template(text)
-        rules = [{"name": tool.name, "parameters": _followed(index, tool, form)} for index, tool in enumerate(called)]
-        with _blaming("tools"):
+        rules = [
+            {"name": tool.name, "parameters": _schema_to_follow(index, tool, form)} for index, tool in enumerate(called)
+        ]
+        with _naming_field("tools"):
             source = form.source(rules, is_required=choice.is_required, is_parallel=choice.is_parallel)
         return cls(source, form, "tools")
 
     @classmethod
     def without_calls(cls, text: Text) -> Bounds:
-        """Of an answer that has no call in it, though the prompt shows tools."""
+        """For an answer without calls, although the prompt shows tools."""
         try:
             form = CallForm.of_template(text)
         except MalformedRequest:
@@ -88,21 +90,21 @@ class Bounds:
 
     @classmethod
     def of_schema(cls, schema: Mapping[str, Any], param: str) -> Bounds:
-        """Of an answer that is JSON. Raises InvalidRequest where the schema is too long."""
-        with _blaming(param):
+        """For an answer in JSON. Raises InvalidRequest if the schema is too long."""
+        with _naming_field(param):
             return cls(json_source(schema), param=param)
 
     def grammar(self, text: Text) -> Grammar | None:
         """Raises InvalidRequest where a schema cannot be followed."""
-        with _blaming(self.param):
-            return _compiled(self.source, text) if self.source is not None else None
+        with _naming_field(self.param):
+            return _compile(self.source, text) if self.source is not None else None
 
     def reader(self) -> CallReader | None:
         return self.form.reader() if self.form else None
 
 
-def _followed(index: int, tool: Tool, form: CallForm) -> Mapping[str, Any]:
-    """The schema that the arguments of a tool will have, loosened where it is not `strict` and cannot be followed."""
+def _schema_to_follow(index: int, tool: Tool, form: CallForm) -> Mapping[str, Any]:
+    """The schema that a tool's arguments will follow; a tool that is not `strict` may get a looser one."""
     parameters = tool.parameters or _NO_ARGUMENTS
     spelled = json.dumps(parameters)
     if (reason := _fault_in(spelled, form)) is None:
@@ -118,13 +120,13 @@ def _followed(index: int, tool: Tool, form: CallForm) -> Mapping[str, Any]:
 
 
 @lru_cache(maxsize=32)
-def _compiled(source: str, text: Text) -> Grammar:
+def _compile(source: str, text: Text) -> Grammar:
     return text.grammar(source)
 
 
 @lru_cache(maxsize=512)  # Agents send the same tools with every request.
 def _fault_in(parameters: str, form: CallForm) -> str | None:
-    """Why the arguments of a tool cannot be bound by this schema."""
+    """Why a tool's arguments cannot be constrained by this schema; empty if they can."""
     schema = json.loads(parameters)
     if (count := _property_count(schema)) > _MOST_PROPERTIES:
         return f"the schema has {count} properties, and {_MOST_PROPERTIES} can be followed"
@@ -145,8 +147,8 @@ def _property_count(schema: Any) -> int:
 
 
 @contextmanager
-def _blaming(param: str) -> Iterator[None]:
-    """Names the field whose schema cannot be followed."""
+def _naming_field(param: str) -> Iterator[None]:
+    """Adds the field's name to errors about a schema that cannot be followed."""
     try:
         yield
     except InvalidRequest as error:

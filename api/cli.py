@@ -20,7 +20,7 @@ from api.logs import configure_logging
 from runtime.errors import PerennialError, lone_errors
 from runtime.settings import DEFAULT_HTTP_BIND, ENVIRONMENT_PREFIX, Accepts, Settings
 
-# Beside our packages in a clone of the repository; benchmarks are not installed.
+# Benchmarks are not installed: they lie beside our packages in a clone of the repository.
 _BENCH = Path(__file__).parents[1] / "bench" / "__main__.py"
 
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         settings = _settings(asked)
-        # In a conversation only what is wrong is of interest, unless something else was asked for.
+        # In a conversation only warnings are shown, unless a log level was asked for.
         is_quiet = asked.command == "chat" and settings.log_level == Settings().log_level
         configure_logging("warning" if is_quiet else settings.log_level)
         with lone_errors():
@@ -60,15 +60,15 @@ def _bench(arguments: Sequence[str]) -> int:
     return subprocess.run([sys.executable, "-m", "bench", *arguments], env=os.environ | {"PYTHONPATH": path}).returncode
 
 
-# Each loads what it needs when it runs: `doctor` has to be able to say what stands in the place of ours, which the others
-# would fail to load.
+# Each command imports what it needs when it runs, so that `doctor` can report a foreign package in the place of ours, which
+# other commands fail to import.
 def _serve(settings: Settings, asked: argparse.Namespace) -> int:
     from api.doors import serve
     from api.traces import configure_tracing
 
     async def serve_until_signalled() -> None:
         for number in _STOPS:
-            # What the receiver leaves behind: a signal that comes after the drain must not change the exit status.
+            # Set after the receiver: a signal that comes after the drain must not change the exit status.
             signal.signal(number, signal.SIG_IGN)
         with trio.open_signal_receiver(*_STOPS) as signals:
             next_signal = partial(anext, signals)
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "doctor", parents=[settings], help="say what this machine gives for a model, and prove bit-exactness"
     )
-    # What follows is the bench's own: it has the scenarios.
+    # Arguments that follow belong to the benchmarks, which know their scenarios.
     commands.add_parser("bench", help="measure this machine, in a clone: `perennial bench -h`", add_help=False)
     return parser
 

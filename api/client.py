@@ -81,7 +81,7 @@ T = TypeVar("T")
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
 
-# What else is called an id cannot be a header.
+# Other strings cannot be sent as a header.
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SESSION_HEADER = "x-session-id"
 """The metadata of a call on a session."""
@@ -121,7 +121,7 @@ class Client:
         self._metadata = {"authorization": f"Bearer {key}"} if key else {}
 
     def _metadata_of(self, request: Message) -> dict[str, str]:
-        """What comes with a call: a proxy before several servers can send a session's calls to one of them by its id."""
+        """The metadata of a call. It names the session, so that a proxy can send a session's calls to one of several servers."""
         session_id = getattr(request, "session_id", "")
         return self._metadata | ({SESSION_HEADER: session_id} if _ID.fullmatch(session_id) else {})
 
@@ -140,7 +140,7 @@ class Client:
         return self.find_session(reply.session_id)
 
     async def restore_session(self, snapshot_id: str) -> ClientSession:
-        """A new session that goes on where a saved one stood. Raises SessionNotFound, SnapshotMismatch."""
+        """A new session that continues from where a saved one stood. Raises SessionNotFound, SnapshotMismatch."""
         reply = await self.call("RestoreSession", RestoreSessionRequest(snapshot_id), RestoreSessionResponse)
         return self.find_session(reply.session_id)
 
@@ -155,16 +155,16 @@ class Client:
         return reply.freed_bytes
 
     async def list_sessions(self) -> list[SessionSummary]:
-        """What the server says of all its sessions."""
+        """The server's summary of each of its sessions."""
         reply = await self.call("ListSessions", ListSessionsRequest(), ListSessionsResponse)
         return [summary_of(one) for one in reply.sessions]
 
     async def model_info(self) -> ModelInfo:
-        """What is to be known to make tokens for the server's model. Raises NotSupported where the server does not say."""
+        """What a client needs to know to make tokens for the server's model. Raises NotSupported if the server does not tell."""
         return model_of(await self.call("GetModelInfo", GetModelInfoRequest(), GetModelInfoResponse))
 
     def find_session(self, session_id: str) -> ClientSession:
-        """The session with this id, which the first call looks for."""
+        """A handle on the session with this id. The server looks it up at the first call."""
         return ClientSession(self, session_id)
 
     @asynccontextmanager
@@ -209,13 +209,13 @@ class Client:
                 error = raised
                 raise
             finally:
-                # A stream that was not read to its end is reset here, also for a caller who is being cancelled.
+                # Resets a stream that was not read to its end, also while the caller is being cancelled.
                 with anyio.CancelScope(shield=True):
                     await here(stream.__aexit__)(type(error), error, None)
 
 
 class _Left(Exception):
-    """Tells grpclib that a stream is left where it stands, and not to be waited for."""
+    """Raised inside grpclib's block to make it reset the stream instead of waiting for its end."""
 
 
 class ClientSession:
@@ -251,17 +251,17 @@ class ClientSession:
             yield ClientEvents(receive)
 
     async def info(self) -> SessionInfo:
-        """What the server says of the session."""
+        """The server's facts about the session."""
         reply = await self._client.call("GetSessionInfo", GetSessionInfoRequest(self.id), GetSessionInfoResponse)
         return info_of(reply)
 
     async def fork(self) -> ClientSession:
-        """A new session that goes on where this one stands, to be closed by the caller. Raises CapacityExhausted."""
+        """A new session that continues from where this one stands, to be closed by the caller. Raises CapacityExhausted."""
         reply = await self._client.call("ForkSession", ForkSessionRequest(self.id), ForkSessionResponse)
         return self._client.find_session(reply.session_id)
 
     async def save(self) -> Saved:
-        """Leaves a snapshot on the server, for `Client.restore_session`. Raises SnapshotMismatch where it keeps none."""
+        """Saves a snapshot on the server, for `Client.restore_session`. Raises SnapshotMismatch if the server keeps none."""
         reply = await self._client.call("SaveSession", SaveSessionRequest(self.id), SaveSessionResponse)
         return Saved(reply.snapshot_id, reply.size_bytes, reply.history_length)
 
@@ -290,18 +290,18 @@ class ClientEvents:
 
 @asynccontextmanager
 async def _asyncio_loop() -> AsyncIterator[FromAsyncio]:
-    """The way to call grpclib, which runs on asyncio: on the caller's own loop, or on a guest in the caller's trio."""
+    """The way to call grpclib, which needs asyncio: on the caller's asyncio loop, or on a guest loop inside the caller's trio."""
     if sniffio.current_async_library() == "trio":
-        # This loads trio-asyncio, which replaces functions of asyncio for the whole process.
+        # Imported here because it loads trio-asyncio, which replaces functions of asyncio for the whole process.
         from api.bridge import asyncio_loop
 
         async with asyncio_loop() as from_asyncio:
             yield from_asyncio
     else:
-        yield _unchanged
+        yield _as_it_is
 
 
-def _unchanged(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+def _as_it_is(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
     return function
 
 

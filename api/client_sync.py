@@ -36,15 +36,15 @@ class SyncClient:
         self._client = client
 
     def create_session(self, eos_token_ids: Iterable[int] = (), **options: Any) -> SyncSession:
-        return self._wrapped(self._portal.call(partial(self._client.create_session, eos_token_ids, **options)))
+        return self._wrap(self._portal.call(partial(self._client.create_session, eos_token_ids, **options)))
 
     @contextmanager
     def session(self, eos_token_ids: Iterable[int] = (), **options: Any) -> Iterator[SyncSession]:
         with self._portal.wrap_async_context_manager(self._client.session(eos_token_ids, **options)) as session:
-            yield self._wrapped(session)
+            yield self._wrap(session)
 
     def restore_session(self, snapshot_id: str) -> SyncSession:
-        return self._wrapped(self._portal.call(self._client.restore_session, snapshot_id))
+        return self._wrap(self._portal.call(self._client.restore_session, snapshot_id))
 
     def list_snapshots(self) -> list[Snapshot]:
         return self._portal.call(self._client.list_snapshots)
@@ -53,7 +53,7 @@ class SyncClient:
         return self._portal.call(self._client.delete_snapshot, snapshot_id)
 
     def find_session(self, session_id: str) -> SyncSession:
-        return self._wrapped(self._client.find_session(session_id))
+        return self._wrap(self._client.find_session(session_id))
 
     def model_info(self) -> ModelInfo:
         return self._portal.call(self._client.model_info)
@@ -61,7 +61,7 @@ class SyncClient:
     def list_sessions(self) -> list[SessionSummary]:
         return self._portal.call(self._client.list_sessions)
 
-    def _wrapped(self, session: ClientSession) -> SyncSession:
+    def _wrap(self, session: ClientSession) -> SyncSession:
         return SyncSession(self._portal, session)
 
 

@@ -1,4 +1,4 @@
-"""What is installed, what this machine gives for a model, and why its forwards are bit-exact."""
+"""Reports what is installed, how a model runs on this machine, and why its forwards are bit-exact."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def doctor(settings: Settings) -> int:
-    """Prints what is installed, loads the model, prints what there is, and returns the exit status: 0 when all is well."""
-    _print("installed", installation.described())
+    """Prints what is installed, loads the model and prints its facts. Returns the exit status: 0 if all is well."""
+    _print("installed", installation.describe_installation())
     for rival in installation.rivals():
         _print("note", rival)
     intruders = installation.intruders()
@@ -25,7 +25,7 @@ def doctor(settings: Settings) -> int:
         _print("warning", intruder)
     if intruders:
         return 1
-    # Not at the top of this file: with another package in the place of one of ours this fails.
+    # Imported here: this fails if another package has taken the place of one of ours, which is to be reported first.
     from actors import open_runtime
 
     async def report() -> None:

@@ -34,9 +34,10 @@ async def serve(
     task_status: trio.TaskStatus[Addresses] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves sessions through gRPC and HTTP until cancelled, or until `shutdown_trigger` returns and calls have drained.
-    `hurry_trigger`, waited for from then on, cuts the drain short.
 
-    Started in a nursery, it gives its Addresses once the model is loaded; the doors open before that and say that it is
+    From then on it waits for `hurry_trigger`, which cuts the drain short.
+
+    Started in a nursery, it returns its Addresses once the model is loaded; the doors open earlier and answer that it is
     loading. Raises StartError or EngineFailed.
     """
     if http_bind:

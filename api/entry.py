@@ -1,4 +1,4 @@
-"""Where the command `perennial` begins."""
+"""The entry point of the command `perennial`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from api.installation import intruders
 
 
 def main() -> int:
-    """Runs the command; where it cannot be loaded because something stands in the place of ours, that is named."""
+    """Runs the command. If it cannot be imported because other files have taken the place of ours, it names them."""
     try:
         from api import cli
 

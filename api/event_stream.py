@@ -1,4 +1,4 @@
-"""Answers as server-sent events, with something to read also while there is nothing to say."""
+"""Answers as server-sent events, with events that keep the connection alive while nothing is generated."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Self
 import trio
 from quart.wrappers.response import ResponseBody
 
-# Clients give up on a stream that is silent for minutes. The shortest such time that agents were seen to set is longer.
+# Clients give up on a stream that is silent for minutes. This is shorter than the shortest timeout seen in agents.
 KEEPALIVE_S = 10.0
 
 
 class EventStream(ResponseBody, ABC):
-    """The body of a response: events as they come. After one that tells a failure there are none."""
+    """The body of a response: events as they come. An event that reports a failure is the last."""
 
     def __init__(self, events: Iterable[bytes] = ()) -> None:
         self._ready = deque(events)
@@ -47,20 +47,20 @@ class EventStream(ResponseBody, ABC):
         return self.silence()
 
     def close(self) -> None:
-        """No event comes after those that are ready."""
+        """Ends the stream after the events that are ready."""
         self._is_closed = True
 
     @abstractmethod
     async def next_events(self) -> list[bytes]:
-        """The events that come next."""
+        """Waits for the next events."""
 
     @abstractmethod
     def silence(self) -> list[bytes]:
-        """What is sent where nothing has come for a while."""
+        """What is sent when nothing has come for a while."""
 
     @abstractmethod
     def failure(self, error: Exception) -> list[bytes]:
-        """The events that tell what went wrong."""
+        """The events that report a failure."""
 
 
 def data_event(data: str) -> bytes:

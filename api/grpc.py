@@ -67,7 +67,7 @@ from proto.kakeya.v1 import (
 from runtime.errors import InvalidRequest, InvalidSetting
 from runtime.settings import Settings, split_address
 
-# Room for the longest append that a session takes.
+# Fits the longest append that a session takes.
 MOST_MESSAGE_BYTES = 2 * 2**20
 # Parsing costs a few microseconds a token: longer messages are parsed off the event loop.
 _PARSED_AT_ONCE_BYTES = 16 * 2**10
@@ -78,7 +78,7 @@ A_contra = TypeVar("A_contra", bound=Message, contravariant=True)
 
 
 class Send(Protocol[A_contra]):
-    """Sends one response, and returns once the transport takes more."""
+    """Sends one response; returns when the transport can take more."""
 
     def __call__(self, response: A_contra, /) -> Awaitable[None]: ...
 
@@ -158,7 +158,7 @@ async def get_model_info(runtime: Runtime, _: GetModelInfoRequest, send: Send[Ge
 
 
 class RuntimeService:
-    """What grpclib calls: finds the method, checks the key, counts the call and turns errors into statuses."""
+    """The service as grpclib calls it: finds the method, checks the key, counts the call and turns errors into statuses."""
 
     def __init__(self, server: Server, from_asyncio: FromAsyncio) -> None:
         self._server = server
@@ -197,7 +197,7 @@ class RuntimeService:
             with self._server.call() as runtime, self._server.may_be_ended(by_host=False):
                 message = await self._from_asyncio(stream.recv_message)()
                 assert message is not None, "a unary call without a message was refused"
-                parse = partial(_parsed, asked, message)
+                parse = partial(_parse, asked, message)
                 request = parse() if len(message) < _PARSED_AT_ONCE_BYTES else await trio.to_thread.run_sync(parse)
                 await method(runtime, request, self._from_asyncio(stream.send_message))
 
@@ -218,19 +218,19 @@ class RuntimeService:
         return f"/{SERVICE}/{name}", Handler(for_asyncio(handle), cardinality, bytes, answered)
 
 
-def _parsed(asked: type[Q], message: bytes) -> Q:
-    # betterproto2 takes messages that are cut short, or have fields of another type, for whole. protobuf does not.
+def _parse(asked: type[Q], message: bytes) -> Q:
+    # betterproto2 accepts messages that are cut short or have fields of another type; protobuf does not.
     whole = GetMessageClass(descriptors().FindMessageTypeByName(f"{PACKAGE}.{asked.__name__}"))()
     try:
         whole.ParseFromString(message)
     except DecodeError as error:
-        raise InvalidRequest(f"these bytes are no {asked.__name__}: {error}") from None
+        raise InvalidRequest(f"these bytes are not a valid {asked.__name__}: {error}") from None
     whole.DiscardUnknownFields()
     return asked.parse(whole.SerializeToString())
 
 
 class Codec(ProtoCodec):
-    """Leaves the messages of our service to its handlers to parse."""
+    """Leaves it to our service's handlers to parse their messages."""
 
     def decode(self, data: bytes, message_type: Any) -> Any:
         if message_type is bytes:
@@ -238,11 +238,13 @@ class Codec(ProtoCodec):
         try:
             return super().decode(data, message_type)
         except DecodeError as error:
-            raise GRPCError(Status.INVALID_ARGUMENT, f"these bytes are no {message_type.__name__}: {error}") from None
+            raise GRPCError(
+                Status.INVALID_ARGUMENT, f"these bytes are not a valid {message_type.__name__}: {error}"
+            ) from None
 
 
 async def grpc_door(server: Server, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
-    """Serves gRPC on `grpc_bind` until cancelled. Started in a nursery, it gives `HOST:PORT`. Raises StartError."""
+    """Serves gRPC on `grpc_bind` until cancelled. Started in a nursery, it returns `HOST:PORT`. Raises StartError."""
     require_tested_grpclib()
     settings, tls = server.settings, _tls(server.settings)
     limits = Limits(MOST_MESSAGE_BYTES, settings.reader_timeout_s, settings.idle_connection_s)
@@ -275,7 +277,7 @@ def _listening(address: str) -> socket.socket:
         raise InvalidSetting(
             f"grpc_bind={address} cannot be listened on: {reason}; choose another, port 0, or empty for no gRPC"
         ) from error
-    # Connections inherit it. Without it each call waits 40 ms for an acknowledgement between its headers and its message.
+    # Accepted connections inherit it. Without it each call waits 40 ms for an acknowledgement between headers and message.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
@@ -288,5 +290,5 @@ def _tls(settings: Settings) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(settings.tls_cert, settings.tls_key)
     except (OSError, ssl.SSLError) as error:
-        raise InvalidSetting(f"tls_cert and tls_key are no PEM pair that can be read: {error}") from error
+        raise InvalidSetting(f"tls_cert and tls_key are not a readable PEM pair: {error}") from error
     return context

@@ -1,4 +1,4 @@
-"""What stock gRPC tools expect beside a service: `grpc.health.v1` and server reflection."""
+"""The services that stock gRPC tools expect: `grpc.health.v1` and server reflection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from api.server import Phase, Server
 
 
 class HealthOf:
-    """The health of a server: SERVING in its serving phase, else NOT_SERVING."""
+    """The health of a server: SERVING in its serving phase, and NOT_SERVING in any other."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -38,7 +38,7 @@ def with_standard_services(service: IServable, health: HealthOf) -> list[IServab
 
 @cache
 def descriptors() -> DescriptorPool:
-    """Of our service and of health."""
+    """The file descriptors of our service and of the health service."""
     pool = DescriptorPool()
     ours = FileDescriptorSet.FromString(files("proto.kakeya.v1").joinpath("runtime.binpb").read_bytes())
     for file in ours.file:

@@ -1,4 +1,4 @@
-"""What browsers may do here: pages of other sites cannot call, read or steer a server without keys on its user's machine.
+"""What browsers may do: pages of other sites cannot call, read or steer a server without keys on its user's machine.
 
 A page reaches such a server by its address, from its own origin, or by a name of its own that it makes resolve to that
 address, and then it is of the same origin as the server. So origins are checked, and names too. A POST that only scripts can
@@ -16,7 +16,7 @@ from runtime.settings import Settings
 
 _ANY = "*"
 _METHODS = "GET, POST, DELETE, OPTIONS"
-# What a page may read besides the body.
+# Headers of an answer that a page may read.
 _EXPOSED = "Deprecation, Sunset, Link, Retry-After, WWW-Authenticate"
 _REMEMBERED_S = "600"
 
@@ -24,10 +24,10 @@ _REMEMBERED_S = "600"
 def check_caller(
     settings: Settings, headers: Headers, address: str | None, *, has_body: bool = False, is_old: bool = False
 ) -> None:
-    """Raises ForbiddenHost, ForbiddenOrigin or UnsupportedMediaType where a browser may have been led here.
+    """Raises ForbiddenHost, ForbiddenOrigin or UnsupportedMediaType if a foreign page may have made a browser send this.
 
-    `address` is the one of ours that was connected to. Asked for by it, no name was made to resolve. A client `is_old` that
-    speaks HTTP/1.0: it need not name a host, and is no browser.
+    `address` is ours to which the client has connected; a Host equal to it cannot be another site's name. A client `is_old`
+    if it speaks HTTP/1.0: it need not name a host, and is no browser.
     """
     if settings.api_keys:
         return
@@ -42,7 +42,7 @@ def check_caller(
 
 
 def may_read(settings: Settings, origin: str, host: str) -> bool:
-    """Whether pages of this origin may read answers: our own page's, and those that the settings name."""
+    """Whether pages of this origin may read answers: our own page may, and origins that the settings name."""
     is_ours = urlsplit(origin).scheme in ("http", "https") and origin.partition("://")[2].lower() == host.lower()
     return is_ours or _ANY in settings.allowed_origins or origin in settings.allowed_origins
 
@@ -55,7 +55,7 @@ def host_name(host: str) -> str:
 
 
 def cors_headers(settings: Settings, headers: Headers) -> dict[str, str]:
-    """The headers of an answer by which a browser lets a page have it."""
+    """The headers of an answer that make a browser give it to a page."""
     if not settings.allowed_origins:
         return {}
     origin = headers.get("Origin")
@@ -65,7 +65,7 @@ def cors_headers(settings: Settings, headers: Headers) -> dict[str, str]:
 
 
 def preflight_headers(headers: Headers) -> dict[str, str] | None:
-    """What a browser is told that asks whether it may call, once `check_caller` let it; None where none asks."""
+    """The headers that answer a browser's preflight, once `check_caller` has passed; None if the request is no preflight."""
     if "Origin" not in headers or "Access-Control-Request-Method" not in headers:
         return None
     told = {

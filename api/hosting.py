@@ -1,4 +1,4 @@
-"""`app`'s life under somebody else's server: settings from the environment, start and stop by ASGI's lifespan."""
+"""Runs `app` under another program's server: settings come from the environment, start and stop from ASGI's lifespan."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ class HostedApplication:
         except StartError as error:
             _give_up(error)
         if multiprocessing.parent_process() is not None:
-            # A worker of Hypercorn's, which has nothing to do but this.
+            # This process is a Hypercorn worker and does nothing else, so it may be ended.
             leave_at_once()
 
     def _on_stop(self, token: trio.lowlevel.TrioToken, left_s: float) -> None:
-        """The host closes its connections in `left_s`, and only then says that it stops. From whatever thread it runs in."""
+        """Called in any thread when the host stops: it closes its connections in `left_s` seconds, and then ends the lifespan."""
         with suppress(trio.RunFinishedError):
             token.run_sync_soon(self._begin_stop, left_s)
 
@@ -96,7 +96,7 @@ async def _run(server: Server) -> None:
     try:
         await server.run()
     except EngineFailed as error:
-        # The host goes on; what asks is told that the server has stopped.
+        # The host keeps running; its requests are answered that the server has stopped.
         _log.critical("%s", error)
 
 
@@ -119,6 +119,6 @@ def _is_connected(held: socket.socket) -> bool:
 
 
 def _give_up(error: StartError) -> NoReturn:
-    """Ends the process with one line: a host server has no way for an application to end it without a traceback."""
+    """Ends the process with one line on stderr. An application has no way to make its host server end without a traceback."""
     print(f"perennial: {error}", file=sys.stderr, flush=True)
     os._exit(1)

@@ -1,26 +1,27 @@
-"""Which files run: those that the distribution installed, or others in their place. Our packages have common names."""
+"""Finds out whether the files that run are those that were installed. Our packages have common names, so others may run."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from base64 import urlsafe_b64encode
 from collections.abc import Iterator
 from hashlib import sha256
-from importlib.metadata import Distribution, PackageNotFoundError, PackagePath, distribution, distributions
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote
 
 PACKAGES = ("actors", "api", "proto.kakeya", "runtime")
 DISTRIBUTION = "perennial"
-# The folder that holds the packages which run.
+# The folder of the packages that run.
 HOME = Path(__file__).resolve().parents[1]
 
 
-def described() -> str:
-    """The version that is installed, and where from."""
-    installed = _installed()
+def describe_installation() -> str:
+    """The installed version and where it was installed from."""
+    installed = _installed_distribution()
     if installed is None:
         return f"not installed: run from {HOME}"
     source = _source(installed)
@@ -30,14 +31,14 @@ def described() -> str:
 
 
 def intruders() -> list[str]:
-    """Packages and files in the place of ours, a line each: with them here, nothing can be said of what runs."""
+    """Packages and files that have taken the place of ours, a line each. With any of them, we do not know what runs."""
     return [*_packages_from_elsewhere(), *_files_not_as_installed()]
 
 
 def rivals() -> list[str]:
-    """What would run instead of the installed files, or does as a whole, a line each; it may be meant so."""
+    """What runs, or would run, instead of the installed files, a line each; it may be intended."""
     found = []
-    if installed := _installed():
+    if installed := _installed_distribution():
         home = _source(installed) or Path(str(installed.locate_file(""))).resolve()
         if home != HOME:
             found.append(
@@ -72,28 +73,35 @@ def _packages_from_elsewhere() -> Iterator[str]:
 
 def _files_not_as_installed() -> Iterator[str]:
     """Files that are missing or have other contents than the distribution's RECORD says."""
-    installed = _installed()
+    installed = _installed_distribution()
     if installed is None or _source(installed):
         return
     tops = {name.partition(".")[0] for name in PACKAGES}
-    for file in installed.files or ():
-        if file.parts[0] in tops and file.hash is not None and _digest(file) != file.hash.value:
+    for name, recorded in _records(installed):
+        file = Path(str(installed.locate_file(name)))
+        if name.split("/")[0] in tops and recorded and _digest(file) != recorded:
             by = ", ".join(_others_with(file)) or "something"
-            yield f"{file.locate()} was changed by {by}: pip install --force-reinstall --no-deps {DISTRIBUTION}"
+            yield f"{file} was changed by {by}: pip install --force-reinstall --no-deps {DISTRIBUTION}"
 
 
-def _digest(file: PackagePath) -> str | None:
-    """As RECORD writes it; None where the file is missing."""
+def _records(installed: Distribution) -> Iterator[tuple[str, str]]:
+    """Each file's path and digest in RECORD; from Python 3.12 on `Distribution.files` leaves out files that are missing."""
+    for name, digest, *_ in csv.reader((installed.read_text("RECORD") or "").splitlines()):
+        yield name, digest.partition("=")[2]
+
+
+def _digest(file: Path) -> str | None:
+    """A file's digest in RECORD's form; None if the file is missing."""
     try:
-        content = Path(str(file.locate())).read_bytes()
+        content = file.read_bytes()
     except FileNotFoundError:
         return None
     return urlsafe_b64encode(sha256(content).digest()).rstrip(b"=").decode()
 
 
-def _others_with(file: PackagePath) -> Iterator[str]:
-    """Other distributions that have a file at the same place."""
-    place = os.path.realpath(str(file.locate()))
+def _others_with(file: Path) -> Iterator[str]:
+    """Other distributions that installed a file at the same path."""
+    place = os.path.realpath(file)
     for other in distributions():
         if other.name != DISTRIBUTION and any(
             each.name == file.name and os.path.realpath(str(each.locate())) == place for each in other.files or ()
@@ -101,7 +109,7 @@ def _others_with(file: PackagePath) -> Iterator[str]:
             yield other.name
 
 
-def _installed() -> Distribution | None:
+def _installed_distribution() -> Distribution | None:
     try:
         return distribution(DISTRIBUTION)
     except PackageNotFoundError:

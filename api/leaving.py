@@ -1,4 +1,4 @@
-"""Ends a process at once whose work is done: to take an interpreter apart that has loaded torch takes seconds."""
+"""Ends a process at once when its work is done: an interpreter that has loaded torch takes seconds to shut down."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _is_done = False
 
 
 def leave_at_once() -> None:
-    """From here on the process ends with status 0 as soon as it is told to end. Everything that was open is closed."""
+    """Makes the process end with status 0 as soon as the interpreter begins to exit. Call it when everything is closed."""
     global _is_done
     _is_done = True
 

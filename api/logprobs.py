@@ -1,4 +1,4 @@
-"""Logprobs of the tokens whose text was sent: nothing of a stop string gets out by them."""
+"""Logprobs of the tokens whose text was sent, so that they reveal nothing of a stop string."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict
 from runtime.events import Token
 from runtime.text import Text
 
-# What OpenAI's own service says of a token that is as good as impossible; JSON has no infinity.
+# OpenAI's value for a token that is practically impossible; JSON has no infinity.
 _LEAST = -9999.0
 
 
 class TokenLogprob(BaseModel):
-    """A token's text and bytes; only some of a character's bytes make no text, and a replacement character stands there."""
+    """A token's text and bytes. If it has only some of a character's bytes, the text has a replacement character there."""
 
     model_config = ConfigDict(frozen=True, json_schema_serialization_defaults_required=True)
 
@@ -34,7 +34,7 @@ class SentLogprobs:
     def __init__(self, text: Text, eos_token_ids: Set[int]) -> None:
         self._text = text
         self._eos_token_ids = eos_token_ids
-        self._spelt = self._sent = 0  # Characters that have come, and that were sent.
+        self._spelt = self._sent = 0  # Counts of characters received and sent.
         self._in_a_character: list[ChosenLogprob] = []
         self._waiting: deque[tuple[int, ChosenLogprob]] = deque()
 
@@ -42,8 +42,8 @@ class SentLogprobs:
         """Takes a token and the text that is complete with it. The token that ends a turn is no part of the answer."""
         if token.logprobs is None or token.token_id in self._eos_token_ids:
             return
-        top = [self._spelled(token_id, logprob) for token_id, logprob in token.logprobs.top]
-        chosen = self._spelled(token.token_id, token.logprobs.chosen)
+        top = [self._as_logprob(token_id, logprob) for token_id, logprob in token.logprobs.top]
+        chosen = self._as_logprob(token.token_id, token.logprobs.chosen)
         self._in_a_character.append(ChosenLogprob(**chosen.model_dump(), top_logprobs=top))
         if text:
             self._spelt += len(text)
@@ -63,6 +63,6 @@ class SentLogprobs:
         self._waiting += [(self._spelt, logprob) for logprob in self._in_a_character]
         self._in_a_character = []
 
-    def _spelled(self, token_id: int, logprob: float) -> TokenLogprob:
+    def _as_logprob(self, token_id: int, logprob: float) -> TokenLogprob:
         spelling = self._text.spelling(token_id)
         return TokenLogprob(token=spelling.decode(errors="replace"), logprob=max(logprob, _LEAST), bytes=list(spelling))

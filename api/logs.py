@@ -1,4 +1,4 @@
-"""One-line logs on stderr: time, level, where from, what. Never a prompt, a completion, a key or a client's own words."""
+"""One-line logs on stderr: time, level, logger, message. Never a prompt, a completion, a key or words of a client."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from typing import Any
 MOST_CHARACTERS = 2000
 """In one line, its time and level included."""
 
-# Of a traceback, the places that say most of where it was.
+# How many places of a traceback are logged, the innermost ones.
 _MOST_PLACES = 6
 
-# Whose loops and sockets ours are, and which would say with tracebacks of many lines what goes wrong in them.
+# Loggers of libraries whose loops and sockets we use, and which would log failures as tracebacks of many lines.
 _LIBRARIES = ("asyncio", "trio", "trio_asyncio", "grpclib", "quart")
 
 
 class OneLine(logging.Formatter):
-    """Keeps to one line of bounded length. Of an error it says the kind and the place: its words may be a client's."""
+    """Formats a record as one line of bounded length.
+
+    It logs an error's type and place only, for its message may be a client's words.
+    """
 
     def __init__(self, form: str, *, has_tracebacks: bool) -> None:
         super().__init__(form)
         self._has_tracebacks = has_tracebacks
 
     def format(self, record: logging.LogRecord) -> str:
-        # What another handler has made of the error may say more.
+        # Another handler may have cached a text that says more.
         record.exc_text = None
         line = super().format(record).replace("\n", " | ").replace("\r", " ")
         return line if len(line) <= MOST_CHARACTERS or self._has_tracebacks else f"{line[: MOST_CHARACTERS - 1]}…"
@@ -34,7 +37,7 @@ class OneLine(logging.Formatter):
         error: BaseException | None = ei[1]
         if self._has_tracebacks or error is None:
             return super().formatException(ei)
-        return " ; ".join(told(each) for each in leaves(error))
+        return " ; ".join(describe_error(each) for each in leaves(error))
 
 
 def leaves(error: BaseException) -> list[BaseException]:
@@ -44,15 +47,15 @@ def leaves(error: BaseException) -> list[BaseException]:
     return [error]
 
 
-def told(error: BaseException) -> str:
-    """An error in a few words that are all ours: its kind and where it was raised."""
+def describe_error(error: BaseException) -> str:
+    """An error in words of ours alone: its type and where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)[-_MOST_PLACES:]
     places = " > ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in frames)
     return f"{type(error).__name__} at {places or 'an unknown place'}"
 
 
 class _Shortened(logging.Filter):
-    """Makes records that others format say what `OneLine` would."""
+    """Shortens records as `OneLine` does, for handlers of others."""
 
     def __init__(self, *, has_tracebacks: bool) -> None:
         super().__init__()
@@ -65,23 +68,23 @@ class _Shortened(logging.Filter):
 
 
 def configure_logging(level: str) -> None:
-    """Sends what the server says to stderr from `level` on."""
+    """Sends log records to stderr from `level` on."""
     handler = logging.StreamHandler(sys.stderr)
     form = "%(asctime)s %(levelname)s %(name)s %(message)s"
     handler.setFormatter(OneLine(form, has_tracebacks=level == "debug"))
-    # Libraries that say anything say it in the same way, and only what is wrong.
+    # Libraries log in the same form, and only warnings.
     for name, least in (("perennial", level.upper()), *((name, "WARNING") for name in _LIBRARIES)):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(least)
         logger.propagate = False
-    # A host makes handlers of its own, and may do so later.
+    # A host server makes handlers of its own, perhaps later, so the records themselves are shortened.
     host = logging.getLogger("hypercorn.error")
     host.filters[:] = [_Shortened(has_tracebacks=level == "debug")]
 
 
 def where(error: BaseException) -> str:
-    """An error's type and the line that raised it: all that a log can say of it without what a client has sent."""
+    """An error's type and the line that raised it: all that can be logged of it without words of a client."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,4 +1,4 @@
-"""What a client asks, whatever dialect it speaks."""
+"""A client's question, independent of the dialect."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from runtime.items import Item, Message, Output, Reasoning
 from runtime.script import Head
 from runtime.text import Text
 
-# What OpenAI's own service draws with when a request names none.
+# OpenAI's default temperature.
 DEFAULT_TEMPERATURE = 1.0
-# A message that is empty is some tokens long in any template that a model was made with; one may leave a few out.
+# Every template writes some tokens even for an empty message, though it may leave a few messages out.
 _MESSAGES_BESIDE_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Items to answer, the place of each in the request, and how. `is_open_turn`: the last item is the answer's beginning.
+    """The items to answer, the place of each in the request, and how to answer. `is_open_turn`: the last item begins the answer.
 
-    `forgets`: whether what does not fit is evicted, rather than refused; None as the settings say.
+    `forgets`: whether tokens that do not fit are evicted rather than refused; None means as the settings say.
     """
 
     items: tuple[Item, ...]
@@ -45,12 +45,15 @@ class Question:
 
 
 def temperature_of(temperature: float | None, top_p: float | None) -> float:
-    """The temperature to draw with. The likeliest tokens that add up to nothing are the one that is likeliest."""
+    """The temperature to draw with. It is 0 if `top_p` is 0, which leaves only the likeliest token."""
     return 0.0 if top_p == 0 else DEFAULT_TEMPERATURE if temperature is None else temperature
 
 
 def check_length(items: tuple[Item, ...], text: Text, most_tokens: int) -> None:
-    """Refuses what cannot come to few enough tokens, before anything is done with each of its characters."""
+    """Refuses items that cannot fit into `most_tokens`, before any work is done for each of their characters.
+
+    Raises SlabOverflow.
+    """
     characters = sum(_length(item) for item in items)
     if characters > most_tokens * text.longest_spelling:
         raise SlabOverflow(f"the messages have {characters} characters, and the most tokens here are {most_tokens}")
@@ -59,9 +62,9 @@ def check_length(items: tuple[Item, ...], text: Text, most_tokens: int) -> None:
 
 
 def thinking_options(text: Text, effort: str | None, given: Mapping[str, Any], param: str) -> dict[str, Any]:
-    """The options of the template by which a model thinks as long as it is to. `given` are the client's own.
+    """The template's options that make a model think as much as `effort` asks; `given` are options that the client set.
 
-    Raises MalformedRequest where the model thinks and its template has no way to tell it not to.
+    Raises MalformedRequest if the model is to answer without thinking and its template has no option for that.
     """
     options = dict(given)
     if effort is None:

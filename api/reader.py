@@ -1,4 +1,4 @@
-"""Has requests read by processes of its own, which it ends when they take too long."""
+"""Reads requests in processes of its own, which it kills when they take too long."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from api.reading import LENGTH, Fault, Job, Nothing, Read, Task, Terms
 from runtime.errors import DeadlineExceeded, InvalidRequest, NotServing, RequestError
 from runtime.text import Text
 
-# How long reading may take: so long whatever the body, and longer by so much for each MiB of it.
+# The time that reading may take: a fixed part, and a part for each MiB of the body, in seconds.
 _LIMIT_S = 10.0
 _LIMIT_S_PER_MIB = 5.0
-# How long a process may take until it can read.
+# The time that a process may take to start, in seconds.
 _START_S = 60.0
-# A body up to so long never waits behind a longer one.
+# A body of at most this size never waits behind a longer one, in bytes.
 _SMALL_BYTES = 2**16
 
-# A signal that all processes of a server get is for the server: its calls, and what they need, may go on for a while.
+# Signals sent to all processes of a server are meant for the server; its calls, and the readers that they need, go on while
+# it drains.
 _PROGRAM = """
 import signal
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -45,16 +46,16 @@ R = TypeVar("R")
 
 
 class ReadingFailed(Exception):
-    """A request could not be read, by a fault of ours. Says where and not of what."""
+    """A fault of ours kept a request from being read. The message names the place, and nothing of the request."""
 
 
 class _NotStarted(Exception):
-    """There is no process to read with. Says why."""
+    """There is no process to read with. The message says why."""
 
 
 @dataclass(eq=False)
 class _Asked:
-    """A task that waits, how long what it reads is, and what came of it."""
+    """A task that waits, the size of what it reads, and its result."""
 
     task: Task[Any]
     size_bytes: int
@@ -71,18 +72,18 @@ class _Asked:
 
 
 class Reader:
-    """Does tasks in the order in which they come, small ones also past longer ones."""
+    """Runs tasks in order, except that short ones may overtake longer ones."""
 
     def __init__(self, text: Text, terms: Terms, request_timeout_s: float) -> None:
         self._text = text
         self._terms = terms
         self._request_timeout_s = request_timeout_s
         self._waiting: list[_Asked] = []
-        # The first that is free is taken, so that the second starts a process only for what cannot wait for the first.
+        # The first free desk is taken, so the second starts a process only for tasks that cannot wait for the first.
         self._desks = [_Desk(_SMALL_BYTES), _Desk(math.inf)]
 
     def begin(self, nursery: trio.Nursery) -> None:
-        """Reads in this nursery, until it is cancelled."""
+        """Starts the desks in this nursery."""
         for desk in self._desks:
             nursery.start_soon(self._sit_at, desk)
 
@@ -92,13 +93,14 @@ class Reader:
 
     @property
     def waiting(self) -> int:
-        """Tasks that nobody does yet."""
+        """The number of tasks that no desk has taken."""
         return len(self._waiting)
 
     async def read(self, task: Task[R], size_bytes: int) -> R:
-        """What comes of a task, which reads so many bytes. Raises what is wrong with them, or DeadlineExceeded.
+        """The result of a task that reads `size_bytes`. Raises what is wrong with them, or DeadlineExceeded.
 
-        Who leaves before the answer leaves a process that may go on for the time it has: others need not wait for another.
+        If the caller leaves early the process finishes the task within its time, so that others need not wait for a new
+        process.
         """
         asked = _Asked(task, size_bytes)
         self._ask(asked)
@@ -120,7 +122,7 @@ class Reader:
         self._assign()
 
     def _assign(self) -> None:
-        """Gives to each desk that is free the first task that it takes."""
+        """Gives each free desk the first task that it may take."""
         for desk in self._desks:
             found = next((asked for asked in self._waiting if asked.size_bytes <= desk.most_bytes), None)
             if desk.is_free and found is not None:
@@ -131,7 +133,7 @@ class Reader:
         while True:
             asked = await desk.next()
             try:
-                async with _started(self._text, self._terms) as reading:
+                async with _reading_process(self._text, self._terms) as reading:
                     while True:
                         asked.give(await reading.read(asked))
                         self._next_at(desk)
@@ -152,7 +154,7 @@ class Reader:
 
 @asynccontextmanager
 async def open_reader(text: Text, terms: Terms, request_timeout_s: float) -> AsyncIterator[Reader]:
-    """A reader for the block; its processes are gone when the block has ended."""
+    """A reader; its processes have ended when the block has."""
     reader = Reader(text, terms, request_timeout_s)
     async with open_nursery() as nursery:
         reader.begin(nursery)
@@ -161,7 +163,7 @@ async def open_reader(text: Text, terms: Terms, request_timeout_s: float) -> Asy
 
 
 class _Desk:
-    """A place where one task is done at a time, none over `most_bytes`."""
+    """A place where one task runs at a time. It takes no task of more than `most_bytes`."""
 
     def __init__(self, most_bytes: float) -> None:
         self.most_bytes = most_bytes
@@ -177,7 +179,7 @@ class _Desk:
 
 
 class _Process:
-    """A process that reads, once it was given what it reads with."""
+    """A process that reads requests. It has been given a `Text` and `Terms`."""
 
     def __init__(self, process: trio.Process) -> None:
         assert process.stdin is not None
@@ -187,7 +189,7 @@ class _Process:
         self.is_broken = False
 
     async def read(self, asked: _Asked) -> outcome.Maybe[Any]:
-        """What came of the task. The process is broken where it took too long, or ended."""
+        """The result of the task. If the process took too long or ended, it is broken and will not be used again."""
         try:
             with trio.fail_after(asked.limit_s):
                 answer = await self.exchange(Job(asked.task, math.ceil(asked.limit_s) + 1))
@@ -225,16 +227,16 @@ class _Process:
         return taken
 
 
-async def _opened() -> trio.Process:
-    """A process that is to read. Raises _NotStarted where the system has no room for one."""
+async def _start_process() -> trio.Process:
+    """Starts a process. Raises _NotStarted if the system has no room for one."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
-        # One thread tokenises, and beside it the engine has every core.
+        # One thread tokenises; the engine needs the other cores.
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
     try:
-        # What libraries print may have some of a prompt in it.
+        # Libraries may print parts of a prompt.
         return await trio.lowlevel.open_process(
             [sys.executable, "-c", _PROGRAM], stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment
         )
@@ -243,9 +245,9 @@ async def _opened() -> trio.Process:
 
 
 @asynccontextmanager
-async def _started(text: Text, terms: Terms) -> AsyncIterator[_Process]:
-    """A process with what it reads with, for the block; it is killed when the block ends. Raises _NotStarted."""
-    process = await _opened()
+async def _reading_process(text: Text, terms: Terms) -> AsyncIterator[_Process]:
+    """A process that was given `text` and `terms`; it is killed when the block ends. Raises _NotStarted."""
+    process = await _start_process()
     try:
         reading = _Process(process)
         try:

@@ -1,7 +1,7 @@
-"""Reads requests, in a process that can be ended: what a client or a chat template makes of them may take for ever.
+"""Reads requests in a process that can be killed, for a client or a chat template can make reading take for ever.
 
-The process is given the model's `Text` and its `Terms`, then tasks, and answers each with what comes of it or with an error. On
-both pipes go pickles, each after its length. Nothing here imports an engine's libraries.
+The process receives the model's `Text` and `Terms`, then tasks, and answers each with its result or an error. Both pipes
+carry pickles, each preceded by its length. Nothing here imports an engine's libraries.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from runtime.text import Text
 LENGTH = struct.Struct("!Q")
 """What stands before each pickle."""
 
-# The most that reading a request may take of memory. It stands for a template that multiplies text, not for long prompts.
+# The most memory that reading a request may take. The bound is for templates that multiply text, not for long prompts.
 _MOST_MEMORY_BYTES = 2 * 2**30
 
 R = TypeVar("R")
@@ -36,22 +36,22 @@ R_co = TypeVar("R_co", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What requests are measured by: the model's label, and the most tokens that a prompt may ever have."""
+    """What requests are checked against: the model's label, and the most tokens that any prompt may have."""
 
     label: str
     most_tokens: int
 
 
 class Task(Protocol[R_co]):
-    """Something to be read. It is a value: it goes to the process in a pickle."""
+    """Something to read. It is a value that is pickled for the process."""
 
     def run(self, text: Text, terms: Terms) -> R_co:
-        """What comes of it. Raises RequestError."""
+        """The result. Raises RequestError."""
         ...
 
 
 class Parse(Protocol[R_co]):
-    """A function of a module that makes a question of a body."""
+    """A module's function that makes a question from a body."""
 
     def __call__(self, body: bytes, text: Text, terms: Terms, /) -> R_co: ...
 
@@ -69,7 +69,7 @@ class ReadBody(Generic[R]):
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Items to be written down for the model, behind those that it has read `before`, or from the beginning."""
+    """Items to write as tokens for the model, after those in `before`, which it has read, or from the beginning."""
 
     head: Head
     before: tuple[Item, ...]
@@ -79,7 +79,7 @@ class Write:
     is_open_turn: bool = False
 
     def run(self, text: Text, terms: Terms) -> Written | None:
-        """None where the template writes anew what was before."""
+        """The tokens; None if the template would write the items before differently now."""
         if self.is_open_turn:
             return script.write_open_turn(text, self.head, self.new, self.options)
         if not self.before:
@@ -89,7 +89,7 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Nothing:
-    """The task for which a process is started before there is one."""
+    """An empty task, which makes a process start before the first real one."""
 
     def run(self, text: Text, terms: Terms) -> None:
         pass
@@ -97,7 +97,7 @@ class Nothing:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A task, and the seconds after which its process is to be gone, whoever has forgotten it."""
+    """A task, and the seconds after which its process must have ended, even if nobody waits for it."""
 
     task: Task[Any]
     limit_s: int
@@ -105,33 +105,33 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Read(Generic[R]):
-    """What came of a task."""
+    """The result of a task."""
 
     value: R
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault of ours: its kind and where it was raised, for the log, and nothing of what was read."""
+    """A fault of ours: its type and where it was raised, for the log, without anything that was read."""
 
     words: str
 
 
 def main() -> None:
-    """Answers jobs until the other side is gone."""
-    # An interrupt from the terminal is for the server, which then closes the pipe.
+    """Answers jobs until the pipe is closed."""
+    # An interrupt from the terminal is meant for the server, which closes the pipe when it stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_DATA, (_MOST_MEMORY_BYTES, _MOST_MEMORY_BYTES))
     jobs = sys.stdin.buffer
-    # What a library prints must not pass for an answer.
+    # What a library prints must not be taken for an answer.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    text, terms = _received(jobs)
+    text, terms = _receive(jobs)
     _send(answers, None)
     while True:
-        job = _received(jobs)
-        # Ends this process from outside of the interpreter, also where whoever asked is no more.
+        job = _receive(jobs)
+        # The alarm ends this process even if the interpreter is stuck or the server is gone.
         signal.alarm(job.limit_s)
         answer = _answer(job, text, terms)
         signal.alarm(0)
@@ -146,12 +146,12 @@ def _answer(job: Job, text: Text, terms: Terms) -> Read[Any] | RequestError | Fa
     except MemoryError:
         return InvalidRequest("this request takes more memory to read than there is for it: send less")
     except Exception as error:
-        # Its message may have some of the prompt in it.
+        # The error's message may contain parts of the prompt.
         places = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-8:]]
         return Fault(f"{type(error).__name__} in {' > '.join(places)}")
 
 
-def _received(source: BinaryIO) -> Any:
+def _receive(source: BinaryIO) -> Any:
     head = source.read(LENGTH.size)
     if len(head) < LENGTH.size:
         sys.exit()

@@ -1,4 +1,4 @@
-"""From an error to the status and body of either door."""
+"""Turns errors into the statuses and bodies of both doors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OURS = "a fault of the server ended this request: its log says more"
 
 
 def as_grpc(error: Exception) -> GRPCError:
-    """What a gRPC client is told. A fault that is not ours to name is logged and named INTERNAL."""
+    """Status and message for a gRPC client. An unexpected error is logged, and the client is told INTERNAL."""
     if isinstance(error, GRPCError):
         return error
     if isinstance(error, PerennialError):
@@ -36,7 +36,7 @@ def as_grpc(error: Exception) -> GRPCError:
 
 
 def as_http(error: Exception) -> tuple[int, ErrorReply, dict[str, str]]:
-    """Status, body and headers that an HTTP client is told."""
+    """Status, body and headers for an HTTP client."""
     param = error.param if isinstance(error, InvalidRequest) else None
     code: str | None = None
     headers = {}
@@ -53,12 +53,12 @@ def as_http(error: Exception) -> tuple[int, ErrorReply, dict[str, str]]:
 
 
 def headers_of(status: int) -> dict[str, str]:
-    """Headers that go with this status, whatever the reason."""
+    """Headers that every answer with this status has."""
     if status == 401:
         return {"WWW-Authenticate": "Bearer"}
     return {"Retry-After": RETRY_AFTER_S} if status in (429, 503) else {}
 
 
 def type_of(status: int) -> str:
-    """What the body of an error with this status calls its kind."""
+    """The `type` in the body of an error with this status."""
     return _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")

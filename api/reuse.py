@@ -1,4 +1,4 @@
-"""What an answer says of its prompt, in all dialects: how much of it was held already."""
+"""What answers in all dialects report about the prompt: how much of it was held already."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from api.answering import Usage
 
 
 class Reuse(BaseModel):
-    """Tokens of the prompt that needed no reading, that were read, and that are out of sight at the end.
+    """Tokens of the prompt that were reused, that were read, and that were evicted by the end.
 
-    `broke_at` names the first item of the request that differs from what was held of the conversation, and `reread_because` says
-    why what was held could not serve.
+    `broke_at` names the first item of the request that differs from what was held of the conversation, and `reread_because`
+    says why what was held could not be used.
     """
 
     model_config = ConfigDict(frozen=True, json_schema_serialization_defaults_required=True)

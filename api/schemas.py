@@ -1,4 +1,4 @@
-"""What the HTTP door answers in no dialect: health, models and errors."""
+"""Bodies that the HTTP door answers outside of any dialect: health, models and errors."""
 
 from __future__ import annotations
 

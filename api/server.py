@@ -18,11 +18,11 @@ from runtime.errors import EngineFailed, NotServing
 from runtime.metrics import Metrics
 from runtime.settings import Settings
 
-# The longest that running calls are waited for once the server is told to stop.
+# How long a drain waits for running calls, in seconds.
 DRAIN_S = 10.0
-# How long clients of calls that were ended may take to read that they were.
+# How long the clients of calls that were ended may take to read the error, in seconds.
 LAST_WORDS_S = 1.0
-# How many collections of young objects come before one of all.
+# Collections of younger objects before one of all objects.
 _YOUNGER_COLLECTIONS = 50
 
 Opening = Callable[[Settings, Metrics], AbstractAsyncContextManager[Runtime]]
@@ -31,7 +31,7 @@ _log = logging.getLogger("perennial.server")
 
 
 class Phase(Enum):
-    """Where a server is in its life. Only `SERVING` takes calls."""
+    """The phases of a server's life. Calls are accepted only while SERVING."""
 
     LOADING = "loading"
     SERVING = "ok"
@@ -40,10 +40,10 @@ class Phase(Enum):
 
 
 class Server:
-    """Settings, metrics and, while it serves, the runtime that `opening` opens. Both doors hold the same one."""
+    """Settings, metrics and, while it serves, the runtime that `opening` opens. Both doors share one Server."""
 
     def __init__(self, settings: Settings, opening: Opening = open_runtime, *, is_warmed: bool = True) -> None:
-        """One that is not `is_warmed` lets its first request wait until it can be read, and starts the sooner."""
+        """Unless `is_warmed`, the process that reads requests starts with the first request, which then takes longer."""
         self.settings = settings
         self._is_warmed = is_warmed
         self._opening = opening
@@ -68,7 +68,7 @@ class Server:
 
     @property
     def reader(self) -> Reader:
-        """What reads requests. For the block of a `call`."""
+        """The reader of requests. Use it only within a `call` block."""
         assert self._reader is not None, "nothing is read but in a call"
         return self._reader
 
@@ -82,7 +82,7 @@ class Server:
         try:
             await self._hold(task_status)
         except EngineFailed:
-            # Its callers know by now, and the doors have yet to tell their clients.
+            # The callers know of the failure; give the doors time to tell their clients.
             await self.drain()
             raise
 
@@ -91,9 +91,10 @@ class Server:
             async with self._opening(self.settings, self.metrics) as runtime, self._reading(runtime) as reader:
                 if self._is_warmed:
                     reader.warm()
-                    # Half a second for a large vocabulary, in which nothing else runs: now nobody is being served.
+                    # This takes half a second for a large vocabulary, in which nothing else runs: do it before anybody is
+                    # served.
                     await trio.to_thread.run_sync(runtime.text.warm)
-                with _what_stays_uncollected():
+                with _freeze_loaded_objects():
                     self._runtime, self._reader = runtime, reader
                     self._enter(Phase.SERVING)
                     task_status.started(runtime)
@@ -122,9 +123,9 @@ class Server:
                 self._drain_waiters.unpark_all()
 
     def may_be_ended(self, *, by_host: bool = True) -> AbstractContextManager[None]:
-        """A part of a call that ends with the server, or where it may be `by_host`, already when a host closes connections.
+        """A part of a call that ends when the server stops; `by_host`, already when a host server closes its connections.
 
-        Raises NotServing where it was ended.
+        Raises NotServing if it was ended.
         """
         return (self._of_host if by_host else self._others).part()
 
@@ -134,16 +135,16 @@ class Server:
             self._enter(Phase.DRAINING)
 
     def end_calls_of_host(self) -> None:
-        """Ends what may be ended, of the calls that run, by a host that closes its connections."""
+        """Ends the parts of running calls that end when a host server closes its connections."""
         self._of_host.end()
 
     def end_calls(self) -> None:
-        """Ends what may be ended of all calls that run."""
+        """Ends the parts of running calls that may be ended."""
         self._of_host.end()
         self._others.end()
 
     async def drain(self) -> None:
-        """Refuses new calls and returns when those that run have ended, of themselves or after `DRAIN_S`."""
+        """Refuses new calls; returns when the running ones have ended, by themselves or after `DRAIN_S`."""
         self.begin_drain()
         _log.info("draining calls=%d", self._calls)
         self._patience.deadline = trio.current_time() + DRAIN_S
@@ -154,7 +155,7 @@ class Server:
             await self._until_idle()
 
     def stop_waiting(self) -> None:
-        """Cuts the drain short: what runs is ended."""
+        """Cuts the drain short: ends the running calls now."""
         self._patience.cancel()
 
     async def _until_idle(self) -> None:
@@ -167,7 +168,7 @@ class Server:
 
 
 class _Endable:
-    """Parts of calls that are ended together."""
+    """Parts of calls that can be ended together."""
 
     def __init__(self) -> None:
         self._scopes: set[trio.CancelScope] = set()
@@ -175,7 +176,7 @@ class _Endable:
 
     @contextmanager
     def part(self) -> Iterator[None]:
-        """Raises NotServing where it was ended."""
+        """Runs the block. Raises NotServing if it was ended."""
         with trio.CancelScope() as scope:
             self._scopes.add(scope)
             try:
@@ -194,8 +195,8 @@ class _Endable:
 
 
 @contextmanager
-def _what_stays_uncollected() -> Iterator[None]:
-    """Keeps the garbage collector from walking, again and again, what was loaded to stay.
+def _freeze_loaded_objects() -> Iterator[None]:
+    """Keeps the garbage collector from walking again and again over objects that stay for good.
 
     Modules and model are some 400,000 objects. To walk them takes 0.2 s, in which nothing else in the process runs.
     The connections of hundreds of clients take half as long, so it walks everything less often than is usual.

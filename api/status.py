@@ -1,4 +1,4 @@
-"""What an operator may see of a server at a glance, in JSON. Session ids are not in it: who has an id has the session."""
+"""A server's state for operators, in JSON. It has no session ids, because an id gives access to its session."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SlabStatus(_Shown):
 
 
 class SessionStatus(_Shown):
-    """A long-lived session. Its slab holds `live_sink_tokens` and `live_window_tokens`; evicted tokens are in none."""
+    """A long-lived session. Its slab holds `live_sink_tokens` and `live_window_tokens`, and no evicted tokens."""
 
     label: str
     history_length: int
@@ -51,7 +51,7 @@ class TurnStatus(_Shown):
 
 
 class PointTurn(_Shown):
-    """What the turn that led to a point was told: tokens of its prompt that were reused, read, and out of sight at the end."""
+    """The turn that led to a point: tokens of its prompt that were reused, read, and evicted by the end."""
 
     reused: int
     read: int
@@ -61,7 +61,7 @@ class PointTurn(_Shown):
 
 
 class PointStatus(_Shown):
-    """A place in a conversation: the items and tokens that came last, and how many sessions stand there."""
+    """A point in a conversation: its own items and tokens, and how many sessions stand there."""
 
     id: int
     parent_id: int | None
@@ -88,7 +88,7 @@ class RuntimeStatus(_Shown):
 
 
 def status_of(runtime: Runtime, model: str, uptime_s: float) -> RuntimeStatus:
-    """How things stand now."""
+    """The runtime's state now."""
     shape, load, metrics = runtime.shape, runtime.load(), runtime.metrics
     sessions = []
     for summary in runtime.list_sessions():

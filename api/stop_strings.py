@@ -1,4 +1,4 @@
-"""Ends a stream of text at the first of some stop strings, and never lets a part of one out."""
+"""Ends a stream of text at the first stop string, without ever sending a part of one."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class StopStrings:
 
     @property
     def stopped_by(self) -> str | None:
-        """The stop string that has come, if one has."""
+        """The stop string that has occurred, or None."""
         return self._stopped_by
 
     @property
     def has_stopped(self) -> bool:
-        """Whether a stop string has come; what follows it is not text."""
+        """Whether a stop string has occurred; text after it is dropped."""
         return self._stopped_by is not None
 
     def feed(self, text: str) -> str:
-        """What may be sent now that `text` has come."""
+        """Takes `text`; returns what may be sent now."""
         self._held += text
-        # By end: the one that is complete first stops the text, however the text is cut into pieces.
+        # Compared by their ends: the first stop string to be complete stops the text, however the text is cut into pieces.
         found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             _, at, self._stopped_by = min(found)
@@ -38,6 +38,6 @@ class StopStrings:
         return sent
 
     def end(self) -> str:
-        """What was held back, now that no more text comes."""
+        """Ends the text; returns what was held back."""
         rest, self._held = self._held, ""
         return rest

@@ -30,7 +30,7 @@ _log = logging.getLogger("perennial.api")
 
 
 def configure_tracing() -> None:
-    """Sends traces where OpenTelemetry's own environment variables say; without them, where the host program does."""
+    """Sends traces to where OpenTelemetry's environment variables say, or else to where the host program sends them."""
     named = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
     if named is None:
         return
@@ -50,7 +50,7 @@ def configure_tracing() -> None:
 
 @contextmanager
 def request_span(method: str) -> Iterator[None]:
-    """The span of one HTTP request. What it is called, and more, is told with `describe_request`."""
+    """The span of one HTTP request. `describe_request` gives it its name and attributes."""
     if not _is_installed:
         yield
         return
@@ -59,7 +59,7 @@ def request_span(method: str) -> Iterator[None]:
 
 
 def describe_request(attributes: Mapping[str, str | int], name: str | None = None) -> None:
-    """Adds to the span of the request that this task serves."""
+    """Adds attributes, and a name if given, to the span of the request that this task serves."""
     if _is_installed:
         span = trace.get_current_span()
         span.set_attributes(dict(attributes))
@@ -68,7 +68,7 @@ def describe_request(attributes: Mapping[str, str | int], name: str | None = Non
 
 
 class Phases:
-    """Spans that follow each other inside that of the request; the last one ends with the block."""
+    """Consecutive spans within the request's span; the last one ends with the block."""
 
     def __init__(self) -> None:
         self._span: Span | None = None
@@ -85,7 +85,7 @@ class Phases:
             self._span.end()
 
     def begin(self, name: str) -> None:
-        """Ends the phase before and begins the next."""
+        """Ends the current phase and begins the next."""
         if _is_installed:
             if self._span is not None:
                 self._span.end()

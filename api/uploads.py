@@ -1,4 +1,4 @@
-"""Bodies on their way to the HTTP door: how much of them it holds at once."""
+"""Bodies that are arriving at the HTTP door, with a bound on what it holds of them at once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from runtime.errors import Saturated
 
 
 class UploadRoom:
-    """Bytes that all bodies together may take, those included that have come and wait to be read."""
+    """The bytes that all bodies together may take, including bodies that have arrived and wait to be read."""
 
     def __init__(self, most_bytes: int) -> None:
         self._free_bytes = most_bytes
 
     def take(self, size: int) -> bool:
-        """Whether there was so much left."""
+        """Takes `size` bytes if so many are left; returns whether it did."""
         if size > self._free_bytes:
             return False
         self._free_bytes -= size
@@ -26,9 +26,9 @@ class UploadRoom:
 
 
 class Upload(TrioBody):
-    """The body of one request. Its bytes are held as they come, until `let_go` or `pass_over`.
+    """The body of one request. Its bytes are held from their arrival until `let_go` or `pass_over`.
 
-    One that is too long, or finds no room, is refused when it is awaited, and what else comes of it is not held.
+    If it is too long or finds no room, awaiting it raises, and no more of it is held.
     """
 
     def __init__(self, room: UploadRoom, expected_content_length: int | None, max_content_length: int | None) -> None:
@@ -51,12 +51,12 @@ class Upload(TrioBody):
             self._refuse(Saturated("too many long bodies are on their way: send fewer at once, or try again"))
 
     def pass_over(self) -> None:
-        """Waiting for it is then waiting for its end, and no more."""
+        """Drops the body: awaiting it then only waits for its end."""
         self._is_wanted = False
         self.let_go()
 
     def let_go(self) -> None:
-        """Gives its room back: nobody holds a part of it any more."""
+        """Gives its room back. Nothing may hold a part of it any more."""
         self.clear()
         self._room.give_back(self._held_bytes)
         self._held_bytes = 0

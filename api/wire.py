@@ -1,4 +1,4 @@
-"""Between the core's values and the messages of `kakeya.v1`: one table for the server and for its client."""
+"""Converts between the core's values and the messages of `kakeya.v1`, for the server and for its client."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def appended_of(reply: AppendTokensResponse) -> Appended:
     return Appended(reply.history_length, reply.evicted_token_count, reply.history_digest, reply.reread_token_count)
 
 
-# Fields of the same name and meaning on both sides. The invariants' counts are left at 0: a session with a broken one has
-# failed, and answers no more.
+# Fields of the same name and meaning on both sides. The counts of broken invariants stay 0, because a session with one has
+# failed and answers no more.
 _INFO_FIELDS = (
     "history_length",
     "kv_live_bytes",

@@ -1,4 +1,4 @@
-"""Where what takes long to make is kept for the next start."""
+"""The folder for results that take long to compute, kept for later starts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def cache_folder() -> Path | None:
-    """The folder of ours in this user's cache, which need not be there yet; a user without a home has none."""
+    """Our folder in this user's cache, which may not exist yet; None for a user without a home."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return None if home.startswith("~") else Path(home) / "perennial"

@@ -1,4 +1,4 @@
-"""Weights in a directory or a GGUF file, in a model of transformers; what goes wrong is said in one line."""
+"""Loads weights from a directory or a GGUF file into a model of transformers; every failure is reported in one line."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from runtime.errors import ModelUnavailable
 from runtime.gguf_model import dense_model
 from runtime.model_files import check_weights, one_line, quiet_transformers, read_checked_config
 
-# Over files that are damaged transformers and tokenizers raise errors of every kind; some are of class Exception itself.
+# For damaged files transformers and tokenizers raise errors of every kind, some of class Exception itself.
 FILE_ERRORS = (Exception,)
-# What it reads is data: it runs no code that comes with a model, and does not ask whether to.
+# Files are read as data: no code that comes with a model is run, and nobody is asked whether to run it.
 AS_DATA = {"trust_remote_code": False}
 _LAYER = re.compile(r"\blayers?\.\d+\.")
-# Of no use to the model: some checkpoints hold what is computed from the configuration.
+# Tensors that some checkpoints hold although the model computes them from its configuration.
 _COMPUTED = ("inv_freq", "masked_bias", ".bias_mask")
 
 
@@ -45,7 +45,7 @@ def load_weights(kind: Any, directory: Path, dtype: torch.dtype | Literal["auto"
                 dtype=dtype,
                 output_loading_info=True,
                 use_safetensors=True,
-                # It is told of below, by the tensor's name.
+                # Reported below, with the tensor's name.
                 ignore_mismatched_sizes=True,
                 **AS_DATA,
                 **options,
@@ -73,4 +73,6 @@ def _check_numbers(model: Any, directory: Path) -> None:
     for name, weight in chain(model.named_parameters(), model.named_buffers()):
         if weight.is_floating_point() and weight.numel() and not all(map(torch.isfinite, weight.aminmax())):
             dtype = name_of(weight.dtype)
-            raise ModelUnavailable(f"the weights in {directory} are damaged: {name} holds what is no number in {dtype}")
+            raise ModelUnavailable(
+                f"the weights in {directory} are damaged: {name} has values that are not finite in {dtype}"
+            )

@@ -1,4 +1,4 @@
-"""Checks of what callers pass: an embedding program may pass anything, and none of it may reach an actor or the engine."""
+"""Checks of arguments. An embedding program may pass anything, and nothing wrong may reach an actor or the engine."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def check_whole(name: str, value: Any, low: int, high: int | None = None) -> Non
     except TypeError:
         number = None
     if number is None:
-        raise InvalidRequest(f"{name} must be a whole number, got {shown(value)}", name)
+        raise InvalidRequest(f"{name} must be a whole number, got {short_repr(value)}", name)
     if number < low or (high is not None and number > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise InvalidRequest(f"{name} must be {bounds}, got {shown(value)}", name)
+        raise InvalidRequest(f"{name} must be {bounds}, got {short_repr(value)}", name)
 
 
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def shown(value: object) -> str:
-    """A value as an error tells of it: short, and on one line."""
+def short_repr(value: object) -> str:
+    """A value for an error's message: short, and on one line."""
     try:
         return " ".join(_SHORT.repr(value).split())
     except ValueError:
-        # Python refuses to write out integers of more than some thousand digits.
+        # Python refuses to format integers of more than some thousand digits.
         return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__

@@ -28,7 +28,7 @@ class InvalidSetting(StartError):
 
 
 class NotExact(InvalidSetting):
-    """Under `strict`, no form that the settings leave gives a row the same bits in every batch on this machine."""
+    """Under `strict`: no form that the settings allow gives a row the same bits in every batch on this machine."""
 
 
 class ModelUnavailable(StartError):
@@ -40,7 +40,7 @@ class NotEnoughMemory(StartError):
 
 
 class UntestedLibrary(StartError):
-    """A library is of a version that this server's limits were not tried with."""
+    """A library has a version with which this server's limits were not tried."""
 
 
 class RequestError(PerennialError):
@@ -48,7 +48,7 @@ class RequestError(PerennialError):
 
 
 class InvalidRequest(RequestError):
-    """A value in the request is out of its range. `param` names the field where one is to blame."""
+    """A value in the request is out of range. `param` names the field, if a field is at fault."""
 
     grpc, http = "INVALID_ARGUMENT", 422
 
@@ -64,13 +64,13 @@ class MalformedRequest(InvalidRequest):
 
 
 class Unauthenticated(RequestError):
-    """No key, or one that is not ours."""
+    """The request has no key, or a wrong one."""
 
     grpc, http, code = "UNAUTHENTICATED", 401, "invalid_api_key"
 
 
 class ForbiddenHost(RequestError):
-    """The server is called by a name that is not one of its own, as a page does that made a name resolve to it."""
+    """The request's Host is not a name of this server; a page may have made its own name resolve to this server."""
 
     grpc, http, code = "PERMISSION_DENIED", 403, "host_not_allowed"
 
@@ -82,7 +82,7 @@ class ForbiddenOrigin(RequestError):
 
 
 class UnsupportedMediaType(RequestError):
-    """The body is not said to be JSON, so that a browser may have sent it without asking."""
+    """The body is not declared as JSON, so a browser may have sent it without asking."""
 
     grpc, http = "INVALID_ARGUMENT", 415
 
@@ -100,7 +100,7 @@ class ModelNotFound(InvalidRequest):
 
 
 class PreviousResponseNotFound(MalformedRequest):
-    """What a request is to follow is not held, or not any more: who has the whole conversation can send it."""
+    """The response that the request is to follow is not held, or not any more. Send the whole conversation instead."""
 
     grpc, code = "NOT_FOUND", "previous_response_not_found"
 
@@ -112,25 +112,25 @@ class ResponseNotFound(RequestError):
 
 
 class UpgradeRequired(RequestError):
-    """What is here speaks over a WebSocket: ask for an upgrade, or send a POST."""
+    """This path is for WebSockets: ask for an upgrade, or send a POST."""
 
     grpc, http = "UNIMPLEMENTED", 426
 
 
 class HistoryMismatch(RequestError):
-    """`expected_history_length` is not the session's; the message says what is."""
+    """`expected_history_length` is not the session's length, which the message has."""
 
     grpc, http = "ABORTED", 409
 
 
 class SessionMoved(RequestError):
-    """Another server holds the session, or has taken it; the message begins with "moved". What this call had told is kept."""
+    """Another server holds the session, or has taken it; the message begins with "moved". What was delivered is kept."""
 
     grpc, http, code = "ABORTED", 409, "session_moved"
 
 
 class SlabOverflow(RequestError):
-    """The tokens do not fit beside those held, and the session is to refuse rather than to forget."""
+    """The tokens do not fit beside those held, and the session refuses rather than forgets."""
 
     grpc, http, code = "OUT_OF_RANGE", 400, "context_length_exceeded"
 
@@ -142,25 +142,25 @@ class SnapshotNotFound(RequestError):
 
 
 class SnapshotMismatch(RequestError):
-    """The snapshot's session cannot go on here bit for bit."""
+    """The snapshot's session cannot continue here bit for bit."""
 
     grpc, http = "FAILED_PRECONDITION", 409
 
 
 class SnapshotUnreadable(RequestError):
-    """The file is damaged, or is not what it should be."""
+    """The file is damaged, or not a snapshot."""
 
     grpc, http = "DATA_LOSS", 500
 
 
 class StorageFailed(RequestError):
-    """What is to be remembered cannot be written, or not be read; nothing that was told is lost."""
+    """The store cannot be written or read. Nothing that was acknowledged is lost."""
 
     grpc, http = "INTERNAL", 500
 
 
 class StorageFull(StorageFailed):
-    """There is no room for it now: more room, or another try, helps."""
+    """The store has no room now. Make room, or try again."""
 
     grpc, http = "UNAVAILABLE", 503
 
@@ -184,7 +184,7 @@ class CapacityExhausted(RequestError):
 
 
 class Saturated(CapacityExhausted):
-    """No permit for another completion, or none within the longest wait."""
+    """There is no permit for another completion, or none became free within the longest wait."""
 
     code = "rate_limit_exceeded"
 
@@ -208,7 +208,7 @@ class NotServing(RequestError):
 
 
 class InvariantViolation(PerennialError):
-    """A counted invariant broke in this session, which has failed. `kind` is `inv1` or `inv2`."""
+    """An invariant was broken in this session, which has failed. `kind` is `inv1` or `inv2`."""
 
     grpc = "FAILED_PRECONDITION"
 
@@ -218,7 +218,7 @@ class InvariantViolation(PerennialError):
 
 
 class SessionFailed(PerennialError):
-    """A fault of ours ended this session; others are not touched."""
+    """A fault of ours ended this session; others are not affected."""
 
 
 class EngineFailed(PerennialError):
@@ -229,7 +229,7 @@ class EngineFailed(PerennialError):
 
 @contextmanager
 def lone_errors() -> Iterator[None]:
-    """Raises an error that exception groups hold alone as it is: that there are nurseries is no caller's concern."""
+    """Raises an error that is alone in its exception groups as itself, so that callers need not know of nurseries."""
     try:
         yield
     except BaseExceptionGroup as group:
@@ -242,5 +242,5 @@ def lone_errors() -> Iterator[None]:
         try:
             raise error
         finally:
-            # The group holds the error, and is not what it came of.
+            # The group contains the error; it is not its cause.
             error.__context__ = context

@@ -1,11 +1,11 @@
-"""What a generation is asked for and made of."""
+"""The parameters and the events of a generation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 
-from runtime.checks import check_whole, is_number, shown
+from runtime.checks import check_whole, is_number, short_repr
 from runtime.errors import InvalidRequest
 
 
@@ -23,9 +23,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (is_number(self.temperature) and 0.0 <= self.temperature <= 100.0):
-            raise InvalidRequest(f"temperature must be from 0 to 100, got {shown(self.temperature)}", "temperature")
+            raise InvalidRequest(
+                f"temperature must be from 0 to 100, got {short_repr(self.temperature)}", "temperature"
+            )
         if not (is_number(self.top_p) and 0.0 < self.top_p <= 1.0):
-            raise InvalidRequest(f"top_p must be over 0 and at most 1, got {shown(self.top_p)}", "top_p")
+            raise InvalidRequest(f"top_p must be over 0 and at most 1, got {short_repr(self.top_p)}", "top_p")
         check_whole("top_k", self.top_k, 0)
         check_whole("seed", self.seed, 0, 2**64 - 1)
 
@@ -39,7 +41,7 @@ class StopReason(Enum):
 
 
 class Overflow(Enum):
-    """What a session does with tokens that its slab cannot hold beside the others."""
+    """What a session does when tokens do not fit into its slab."""
 
     EVICT = "evict"
     ERROR = "error"
@@ -47,14 +49,14 @@ class Overflow(Enum):
 
 @dataclass(frozen=True, slots=True)
 class HistoryTruncated:
-    """Comes first, and only when tokens of the history are out of the model's sight."""
+    """Sent first, and only if tokens of the history are out of the model's sight."""
 
     dropped_token_count: int
 
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Natural logarithms of the model's own probabilities, whatever the sampling: the token's, and the likeliest ones'."""
+    """Natural logarithms of the model's own probabilities, whatever the sampling: of the token, and of the likeliest tokens."""
 
     chosen: float
     top: tuple[tuple[int, float], ...]
@@ -70,10 +72,10 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The last word of every generation. Durations in seconds; the prefill's runs up to the first token.
+    """The last event of every generation. Durations are in seconds; the prefill ends with the first token.
 
-    Of the tokens, `accepted_token_count` were among the `proposed_token_count` that a proposer suggested. For them
-    `reread_token_count` were read that were in the history when the session came here without a slab.
+    A proposer suggested `proposed_token_count` tokens, of which `accepted_token_count` were accepted. `reread_token_count`
+    tokens of the history were read again because the session woke, or moved here, without its whole slab.
     """
 
     stop_reason: StopReason

@@ -1,6 +1,6 @@
-"""The experts of a layer in a GGUF file: what gates and what goes through are two tensors there, and one in transformers.
+"""The experts of a layer in a GGUF file, where gate and up projections are two tensors, while transformers has one.
 
-As llama.cpp's converter (conversion/gpt_oss.py) takes those of gpt-oss apart.
+This reverses what llama.cpp's converter (conversion/gpt_oss.py) does for gpt-oss.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from runtime.gguf_file import StoredTensor
 
-# In the names of parameters that are of experts.
+# Marks the names of experts' parameters.
 EXPERTS = ".mlp.experts."
 _BIAS = "_bias"
 
@@ -32,13 +32,13 @@ class StoredExperts:
         return (experts, *inputs, outputs * len(self.parts))
 
     def dense(self) -> Tensor:
-        """All of it in float32."""
+        """The whole tensor in float32."""
         whole = torch.stack([part.dense() for part in self.parts], dim=2).flatten(1, 2)
         return whole.transpose(1, -1).contiguous() if whole.dim() > 2 else whole
 
 
 def parts_of(name: str) -> tuple[str, ...]:
-    """The names of what a parameter of this name is made of, as llama.cpp's converter has them."""
+    """The names, in llama.cpp's converter, of the parts of the parameter with this name."""
     if name.endswith(".sinks"):
         return (f"{name}.weight",)
     if EXPERTS not in name:

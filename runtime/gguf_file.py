@@ -1,6 +1,6 @@
 """A GGUF file as a checkpoint: the configuration and tokenizer that its metadata tell, and its tensors as they are stored.
 
-transformers reads the file. What a file says of itself is not believed: sizes are compared before anything is built by them.
+transformers reads the file. Nothing in a file is trusted: sizes are compared before anything of that size is built.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from runtime.foreign.gguf import (
 
 Values = Mapping[str, Any]
 
-# What the readers raise over files that are damaged, or made to be.
+# What the readers raise for files that are damaged, by accident or on purpose.
 _READ_ERRORS = (
     ArithmeticError,
     AttributeError,
@@ -50,7 +50,7 @@ _READ_ERRORS = (
 # Those whose files the test suite compares with transformers, by llama.cpp's names, with transformers' for them: Mistral's are
 # `llama`. Of their tensors none but whole rows are at another place than in transformers, experts aside.
 ARCHITECTURES: Mapping[str, str] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt-oss": "gpt_oss"}
-# Keys that transformers' table lacks or has under another name.
+# Keys that are missing in transformers' table, or have another name there.
 _OWN_KEYS: Mapping[str, Mapping[str, str]] = {"gpt-oss": {"attention.sliding_window": "sliding_window"}}
 _SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -75,7 +75,7 @@ _PLAIN = {
 class StoredTensor:
     """A tensor of this `shape` and `kind` in a file; `read` maps its rows from there, uint8 [..., bytes of a row].
 
-    Pages of a mapping count as this process's memory for as long as it is held, so nothing is mapped until it is read.
+    Nothing is mapped until it is read, since pages of a mapping count as this process's memory while it is held.
     """
 
     kind: GGMLQuantizationType
@@ -88,11 +88,11 @@ class StoredTensor:
         return math.prod(self.shape) // values * size
 
     def dense(self) -> Tensor:
-        """All of it in float32."""
+        """The whole tensor in float32."""
         return torch.tensor(dequantize(self.read(), self.kind)).view(self.shape)
 
     def plain(self) -> Tensor | None:
-        """All of it in the type that the file has it in, or None where it is quantised."""
+        """The whole tensor in the file's type; None if it is quantised."""
         dtype = _PLAIN.get(self.kind)
         return torch.from_numpy(np.array(self.read())).view(dtype) if dtype else None
 
@@ -111,7 +111,7 @@ class StoredRows:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """What one file holds; nothing of its tensors is read yet."""
+    """The contents of one file; the data of its tensors is not read yet."""
 
     path: Path
     architecture: str
@@ -120,8 +120,8 @@ class GgufFile:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises ModelUnavailable where it is no whole GGUF file."""
-        with _told(path):
+        """Raises ModelUnavailable if it is not a whole GGUF file."""
+        with _one_line_errors(path):
             metadata, _ = read_gguf_metadata(str(path))
             if metadata.get("split.count", 1) != 1:
                 raise ModelUnavailable(
@@ -130,9 +130,9 @@ class GgufFile:
             return cls(path, metadata["general.architecture"], metadata, dict(_tensors(path)))
 
     def rope_factors(self, count: int) -> Tensor:
-        """By what the frequencies of the rotary embedding are divided, [count] in float32; Llama 3.1 has such.
+        """The divisors of the rotary embedding's frequencies, [count] in float32, which Llama 3.1 has.
 
-        Raises ModelUnavailable where the file has others.
+        Raises ModelUnavailable if the file has others than `count` numbers over 0.
         """
         stored = self.tensors.get(_ROPE_FACTORS)
         factors = stored.dense() if stored else torch.ones(count)
@@ -143,7 +143,7 @@ class GgufFile:
         return factors
 
     def weights(self) -> Mapping[str, StoredTensor]:
-        """The tensors that a model is made of."""
+        """The tensors of the model's parameters."""
         return {name: stored for name, stored in self.tensors.items() if name != _ROPE_FACTORS}
 
     @property
@@ -152,11 +152,11 @@ class GgufFile:
         return self.tensors[_EMBEDDING]
 
     def kinds(self) -> Mapping[str, int]:
-        """How many tensors there are of each kind, by its name."""
+        """The number of tensors of each kind, by the kind's name."""
         return Counter(stored.kind.name for stored in self.weights().values())
 
     def config_values(self) -> dict[str, Any]:
-        """What transformers' configuration of this architecture is made of. Raises ModelUnavailable."""
+        """The values for transformers' configuration of this architecture. Raises ModelUnavailable."""
         if self.architecture not in ARCHITECTURES:
             raise ModelUnavailable(
                 f"{self.path} is of architecture {self.architecture!r}; of GGUF files this release runs "
@@ -164,7 +164,7 @@ class GgufFile:
             )
         model_type = ARCHITECTURES[self.architecture]
         names = GGUF_CONFIG_MAPPING[model_type] | _OWN_KEYS.get(self.architecture, {})
-        with _told(self.path):
+        with _one_line_errors(self.path):
             values = {name: self._own(key) for key, name in names.items() if name and self._own(key) is not None}
             embedding = self.tensors[_EMBEDDING].shape
             values |= {
@@ -172,7 +172,7 @@ class GgufFile:
                 "vocab_size": embedding[0],
                 "tie_word_embeddings": "output.weight" not in self.tensors,
             }
-            # What llama.cpp takes where a file does not say.
+            # llama.cpp's defaults for values that a file leaves out.
             values = {"rope_theta": 10_000.0, "num_key_value_heads": values["num_attention_heads"]} | values
             if head_dim := self._own("attention.key_length"):
                 values["head_dim"] = head_dim
@@ -185,7 +185,7 @@ class GgufFile:
         return self.metadata.get(f"{self.architecture}.{key}")
 
     def _check(self, values: Values, embedding: Sequence[int]) -> None:
-        """Raises ValueError over values that make no model, or one larger than the file can hold."""
+        """Raises ValueError for values that make no model, or a model that does not fit into the file."""
         more = _MORE_SIZES.get(self.architecture, ())
         for name in (*_SIZES, *more, *(["head_dim"] if "head_dim" in values else [])):
             if type(values[name]) is not int or values[name] < 1:
@@ -210,7 +210,7 @@ class GgufFile:
         scaling = {"rope_type": kind, "rope_theta": theta, "factor": factor}
         if kind == "yarn":
             scaling["original_max_position_embeddings"] = self._own("rope.scaling.original_context_length")
-            # Its own configuration says so, and no file does.
+            # As in the model's own configuration; files do not say it.
             scaling["truncate"] = self.architecture != "gpt-oss"
         return scaling
 
@@ -222,18 +222,18 @@ def _check_positive(name: str, value: object) -> None:
 
 def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, frozenset[int]]:
     """The tokenizer of the file, with its chat template, and the ids that end a turn. Raises ModelUnavailable."""
-    with _told(path):
+    with _one_line_errors(path):
         metadata, _ = read_gguf_metadata(str(path))
         architecture, words, options = get_gguf_tokenizer(str(path))
         backend = _backend(architecture, words)
         if words.get("pre_tokenizer_type") in _DIGITS_ALONE:
             backend.pre_tokenizer = InTurn([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
         if not isinstance(options.get("chat_template", ""), str):
-            raise ValueError("its chat template is no text")
+            raise ValueError("its chat template is not text")
         ends = {metadata.get(f"tokenizer.ggml.{end}_token_id") for end in _ENDS} - {None}
         if not ends.issubset(range(len(words["tokens"]))):
             raise ValueError(f"its turns end with tokens {sorted(ends)}, not all of which it has")
-        # Those that the file gives no part to are as special: no text of a user may stand for them.
+        # Tokens to which the file assigns no role are special too: a user's text may not stand for them.
         special = [str(token.content) for token in backend.get_added_tokens_decoder().values() if token.special]
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=special, **options)
         return tokenizer, frozenset(ends)
@@ -243,7 +243,7 @@ def _backend(architecture: str, words: dict[str, Any]) -> Any:
     try:
         backend, _ = convert_gguf_tokenizer(architecture, words)
     except Exception as error:
-        # The tokenizers package raises no narrower kind over words that do not fit together.
+        # The tokenizers package raises nothing narrower for a vocabulary that does not fit together.
         raise ValueError(f"its tokenizer cannot be built: {error}") from error
     return backend
 
@@ -261,17 +261,17 @@ def _tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
         start = header.data_start + info.offset
         if start + info.nbytes > length:
             raise ValueError(f"it ends inside its tensor {info.name}: download it again")
-        # Raises NotImplementedError for kinds that nothing can be made of.
+        # Raises NotImplementedError for kinds that cannot be dequantised.
         dequantize(np.zeros((1, size), np.uint8), kind)
-        # A vector's values are rows of their own.
+        # Each value of a vector is a row.
         rows = info.shape[:-1] or info.shape
         shape = (*rows, info.nbytes // math.prod(rows))
         yield info.name, StoredTensor(kind, info.shape, partial(np.memmap, path, np.uint8, "r", start, shape))
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Turns what readers raise into ModelUnavailable, in one line that names the file."""
+def _one_line_errors(path: Path) -> Iterator[None]:
+    """Turns the readers' errors into ModelUnavailable, in one line that names the file."""
     try:
         yield
     except _READ_ERRORS as error:
@@ -280,7 +280,7 @@ def _told(path: Path) -> Iterator[None]:
             case struct.error() | UnicodeDecodeError():
                 line = f"{path} is damaged or cut off: download it again ({words})"
             case KeyError():
-                line = f"{path} says nothing of {words}: it is no model, or one that was badly converted"
+                line = f"{path} has no {words}: it is not a model, or was badly converted"
             case _:
-                line = f"{path} is no GGUF file that can be run: {words}"
+                line = f"{path} cannot be run: {words}"
         raise ModelUnavailable(line) from error

@@ -23,7 +23,7 @@ Stored = StoredTensor | StoredExperts
 
 
 class StoredLinear(nn.Module):
-    """Takes the place of a linear whose weights stay as the file stores them; `weight` dequantises them each time."""
+    """Replaces a linear whose weights stay as the file stores them; each read of `weight` dequantises them."""
 
     def __init__(self, stored: StoredTensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class StoredLinear(nn.Module):
 
 
 class StoredEmbedding(nn.Module):
-    """Takes the place of an embedding whose rows stay as the file stores them, until they are looked up."""
+    """Replaces an embedding whose rows stay as the file stores them until they are looked up."""
 
     def __init__(self, stored: StoredTensor) -> None:
         super().__init__()
@@ -43,12 +43,12 @@ class StoredEmbedding(nn.Module):
 
 
 def gguf_config(path: Path) -> PreTrainedConfig:
-    """Raises ModelUnavailable, and what transformers raises over values that make no sense."""
+    """The configuration in a file. Raises ModelUnavailable, and what transformers raises for values that make no sense."""
     return _config(GgufFile.read(path))
 
 
 def dense_model(path: Path, dtype: torch.dtype, **options: Any) -> Any:
-    """The model, its weights dequantised into this type. Raises ModelUnavailable."""
+    """The model with its weights dequantised into this type. Raises ModelUnavailable."""
     model, tensors = _empty_model(path, dtype, options)
     for name, stored in tensors.items():
         _set(model, name, stored.dense().to(dtype))
@@ -57,19 +57,16 @@ def dense_model(path: Path, dtype: torch.dtype, **options: Any) -> Any:
 
 
 def stored_model(path: Path) -> Any:
-    """The model, its linears a StoredLinear each and its embedding a StoredEmbedding; the rest in float32.
-
-    Raises ModelUnavailable.
-    """
+    """The model with StoredLinears and a StoredEmbedding; everything else is in float32. Raises ModelUnavailable."""
     model, whole = _empty_model(path, torch.float32, {})
-    # Engines that leave weights as they are stored have no code for experts.
+    # Engines that keep weights as stored have no code for experts.
     tensors = {name: stored for name, stored in whole.items() if isinstance(stored, StoredTensor)}
     embedding = tensors["model.embed_tokens.weight"]
     for name, part in list(model.named_modules()):
         own = {key: tensors.get(f"{name}.{key}") for key, _ in part.named_parameters(recurse=False)}
         weight, bias = own.get("weight"), own.get("bias")
         if isinstance(part, nn.Linear):
-            # A head that is not in the file shares the embedding.
+            # If the head is not in the file, it shares the embedding.
             model.set_submodule(name, StoredLinear(weight or embedding, bias.dense() if bias else None))
         elif isinstance(part, nn.Embedding):
             model.set_submodule(name, StoredEmbedding(embedding))
@@ -85,7 +82,7 @@ def _config(file: GgufFile) -> PreTrainedConfig:
 
 
 def _empty_model(path: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> tuple[Any, dict[str, Stored]]:
-    """A model without weights, and the tensors of the file by the names of its parameters, each of the right shape."""
+    """A model without weights, and the file's tensors by the names of its parameters, their shapes checked."""
     file = GgufFile.read(path)
     config = _config(file)
     with torch.device("meta"):
@@ -94,17 +91,17 @@ def _empty_model(path: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> 
     decoder.rotary_emb = type(decoder.rotary_emb)(config)
     frequencies = decoder.rotary_emb.inv_freq
     frequencies /= file.rope_factors(len(frequencies))
-    return model, _named(file, model)
+    return model, _match_names(file, model)
 
 
-def _named(file: GgufFile, model: Any) -> dict[str, Stored]:
+def _match_names(file: GgufFile, model: Any) -> dict[str, Stored]:
     config = model.config.to_dict()
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config)
     architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == file.architecture)
     names = get_tensor_name_map(architecture, model.config.num_hidden_layers)
     tensors = dict(file.weights())
     found: dict[str, Stored] = {}
-    # A head that is tied to the embedding is none of its own here.
+    # A head that is tied to the embedding has no tensor of its own.
     for name, parameter in model.named_parameters():
         parts = []
         for part in parts_of(name):
@@ -125,7 +122,7 @@ def _named(file: GgufFile, model: Any) -> dict[str, Stored]:
 
 
 def _in_order(processor: Any, stored: StoredTensor, name: str) -> NDArray[np.uint8]:
-    """The rows of a tensor where transformers has them: whole ones change places, whatever they hold."""
+    """The tensor with its rows in transformers' order. Whole rows are moved, whatever they hold."""
     rows: NDArray[np.uint8] = processor.process(weights=stored.read(), name=name).weights
     return rows
 

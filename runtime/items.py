@@ -1,4 +1,4 @@
-"""What conversations are made of, in whatever dialect they are told, and when two tell the same."""
+"""The items of conversations, independent of the dialect, and when two of them are the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KEY_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What somebody says."""
+    """A message, by anybody."""
 
     role: Role
     text: str
@@ -24,14 +24,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """What the model thinks before it speaks."""
+    """The model's reasoning before it speaks."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a tool; `arguments` is a JSON object as the model spelled it."""
+    """One call of a tool; `arguments` is a JSON object in the model's own spelling."""
 
     name: str
     arguments: str
@@ -40,7 +40,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What came of a call."""
+    """The result of a call."""
 
     text: str
     call_id: str = ""
@@ -50,17 +50,17 @@ Item = Message | Reasoning | Call | Output
 
 
 def is_assistants(item: Item) -> bool:
-    """Whether the model says it."""
+    """Whether the item is the model's."""
     return isinstance(item, Reasoning | Call) or (isinstance(item, Message) and item.role == "assistant")
 
 
 def keys_of(items: Sequence[Item]) -> tuple[bytes, ...]:
-    """A digest of each item: equal for items that tell the same, whatever their ids and however their JSON is spelled."""
+    """A digest of each item, equal for items that mean the same, whatever their ids and the spelling of their JSON."""
     return tuple(map(_key_of, items))
 
 
 def are_same(ours: Item, theirs: Item) -> bool:
-    """Whether a client's item is one of ours come back: trimmed, spelled anew, or reasoning without its text."""
+    """Whether a client's item is one of ours sent back: perhaps trimmed, re-serialised, or as reasoning without its text."""
     match ours, theirs:
         case Reasoning(text), Reasoning(said):
             return said.strip() in ("", text.strip())
@@ -71,7 +71,7 @@ def are_same(ours: Item, theirs: Item) -> bool:
 
 
 def parsed_arguments(arguments: str) -> dict[str, Any] | None:
-    """The object that a call's arguments spell; None where they are no JSON object that any client could have meant."""
+    """The object in a call's arguments; None if they are not a JSON object."""
     try:
         value = json.loads(arguments or "{}", parse_constant=_no_number)
         json.dumps(value, ensure_ascii=False).encode()
@@ -95,7 +95,10 @@ def _key_of(item: Item) -> bytes:
 
 
 def _canonical(arguments: str) -> str:
-    """The same text for all spellings of the same arguments. Numbers are those of clients whose numbers are all floats."""
+    """The same text for all spellings of the same arguments.
+
+    Numbers are compared as floats, because some clients have only these.
+    """
     value = parsed_arguments(arguments)
     return arguments if value is None else json.dumps(_as_floats(value), sort_keys=True)
 

@@ -1,4 +1,4 @@
-"""Every metric of the contract, declared once, in a registry of its own for each runtime."""
+"""Every metric of the contract, declared once. Each runtime has a registry of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-# How many of the last turns are kept.
+# How many of the last turns are kept for operators.
 RECENT_TURNS = 500
 
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
@@ -17,7 +17,7 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """How long a session took from a turn's first append to its first token, drawn after `history_length` tokens."""
+    """The time from a turn's first append to its first token, which was drawn after `history_length` tokens."""
 
     label: str
     history_length: int
@@ -83,7 +83,7 @@ class Metrics:
 
     @property
     def generated_token_count(self) -> int:
-        """What `generated_tokens_total` stands at."""
+        """The value of `generated_tokens_total`."""
         return int(self.registry.get_sample_value("perennial_generated_tokens_total") or 0)
 
     @property
@@ -92,6 +92,6 @@ class Metrics:
         return tuple(self._turns)
 
     def record_turn(self, turn: Turn) -> None:
-        """Counts a turn whose first token has come."""
+        """Counts a turn when its first token has been drawn."""
         self.time_to_first_token_seconds.observe(turn.time_to_first_token_s)
         self._turns.append(turn)

@@ -1,4 +1,4 @@
-"""A model's files, checked before a library reads them: what is damaged is told of in one line, and nothing outside is read."""
+"""Checks a model's files before a library reads them, so that damage is reported in one line, and no file outside is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from runtime.checks import is_number, shown
+from runtime.checks import is_number, short_repr
 from runtime.errors import ModelUnavailable
 
 CONFIG = "config.json"
@@ -19,7 +19,7 @@ _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-# Whole numbers of a configuration. To make the skeleton of a model takes time for each layer, before its size is known.
+# Bounds on whole numbers of a configuration: building a model takes time for each layer, before its size is known.
 _WHOLE = {
     "num_hidden_layers": (1, 2**10),
     "num_attention_heads": (1, 2**16),
@@ -50,8 +50,8 @@ _STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """In the block transformers writes no warnings: what is wrong with a model is said once, in our words."""
-    # It brings torch along, which a process that is given a tokenizer has no use for.
+    """Silences transformers' warnings in the block: what is wrong with a model is reported once, in our words."""
+    # Imported here because it imports torch, which a process that is only given a tokenizer does not need.
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -63,40 +63,40 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """What a JSON file holds. Raises ModelUnavailable where it is no object, or cannot be read."""
+    """The object in a JSON file. Raises ModelUnavailable if there is none, or the file cannot be read."""
     try:
         content = json.loads(file.read_bytes())
     except OSError as error:
         raise ModelUnavailable(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ModelUnavailable(f"{file} is damaged, for it is no JSON that can be read: get it again") from error
+        raise ModelUnavailable(f"{file} is damaged, because it is not valid JSON: download it again") from error
     if not isinstance(content, dict):
-        raise ModelUnavailable(f"{file} is damaged, for it is no JSON object: get it again")
+        raise ModelUnavailable(f"{file} is damaged, because it is not a JSON object: download it again")
     return content
 
 
 def read_checked_config(directory: Path) -> dict[str, Any]:
-    """A model's config.json, of which no number is one that no model could have. Raises ModelUnavailable."""
+    """A model's config.json. Raises ModelUnavailable if it has a number that no model could have."""
     file = directory / CONFIG
     config = read_json_object(file)
     for name, kind in _KINDS.items():
         if not isinstance(config.get(name), kind | None):
-            raise ModelUnavailable(f"{file}: {name} must be a {kind.__name__}, not {shown(config[name])}")
+            raise ModelUnavailable(f"{file}: {name} must be a {kind.__name__}, not {short_repr(config[name])}")
     for name in config.keys() & _WHOLE.keys():
         (low, high), value = _WHOLE[name], config[name]
         is_null = value is None and name in _MAY_BE_NULL
         if not (is_null or (type(value) is int and low <= value <= high)):
-            raise ModelUnavailable(f"{file}: {name} must be from {low} to {high}, not {shown(value)}")
+            raise ModelUnavailable(f"{file}: {name} must be from {low} to {high}, not {short_repr(value)}")
     epsilon = config.get("rms_norm_eps", 0.0)
     if not (is_number(epsilon) and 0 <= epsilon <= 1):
-        raise ModelUnavailable(f"{file}: rms_norm_eps must be from 0 to 1, not {shown(epsilon)}")
+        raise ModelUnavailable(f"{file}: rms_norm_eps must be from 0 to 1, not {short_repr(epsilon)}")
     _check_rotation(file, {"rope_theta": config.get("rope_theta")})
     for name in ("rope_parameters", "rope_scaling"):
         _check_rotation(file, config.get(name) or {})
     for name in ("dtype", "torch_dtype"):
         dtype = config.get(name)
         if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES:
-            raise ModelUnavailable(f"{file}: {name} must be one of {', '.join(_DTYPES)}, not {shown(dtype)}")
+            raise ModelUnavailable(f"{file}: {name} must be one of {', '.join(_DTYPES)}, not {short_repr(dtype)}")
     return config
 
 
@@ -107,14 +107,14 @@ def _check_rotation(file: Path, parameters: Mapping[str, Any]) -> None:
         elif name in _NAMES_OF_ROTATION or isinstance(value, bool | list | None):
             continue
         elif not (is_number(value) and 0 < value < _MOST_ROTATION):
-            raise ModelUnavailable(f"{file}: {name} must be a number over 0, not {shown(value)}")
+            raise ModelUnavailable(f"{file}: {name} must be a number over 0, not {short_repr(value)}")
 
 
 def check_weights(directory: Path, config: Mapping[str, Any]) -> None:
     """Raises ModelUnavailable unless all weights are plain numbers in whole safetensors files of this directory."""
     if (method := config.get("quantization_config")) is not None:
         raise ModelUnavailable(
-            f"the weights in {directory} are quantised by {shown(method.get('quant_method'))}, which no engine here reads: "
+            f"the weights in {directory} are quantised by {short_repr(method.get('quant_method'))}, which no engine here reads: "
             "get the model in 16 bits, and set weights to int8 or int4"
         )
     for file in _weight_files(directory):
@@ -125,7 +125,7 @@ def check_weights(directory: Path, config: Mapping[str, Any]) -> None:
                     if name.endswith(".weight") and dtype not in _STORED_DTYPES:
                         raise ModelUnavailable(f"{file}: {name} is of type {dtype}, which no engine here computes with")
         except (OSError, SafetensorError) as error:
-            raise ModelUnavailable(f"{file} is no whole file of weights: get it again ({error})") from error
+            raise ModelUnavailable(f"{file} is not a complete file of weights: download it again ({error})") from error
 
 
 def count_stored(directory: Path) -> int:
@@ -143,14 +143,14 @@ def _weight_files(directory: Path) -> Iterator[Path]:
     elif (directory / _INDEX).is_file():
         shards = read_json_object(directory / _INDEX).get("weight_map")
         if not isinstance(shards, dict) or not shards:
-            raise ModelUnavailable(f"{directory / _INDEX} names no files of weights: get it again")
+            raise ModelUnavailable(f"{directory / _INDEX} names no files of weights: download it again")
         for name in sorted(set(map(str, shards.values()))):
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise ModelUnavailable(
-                    f"{directory / _INDEX} names {shown(name)}, which is no safetensors file beside it"
+                    f"{directory / _INDEX} names {short_repr(name)}, which is not a safetensors file beside it"
                 )
             if not (directory / name).is_file():
-                raise ModelUnavailable(f"{directory} lacks {name}, which its index names: get it again")
+                raise ModelUnavailable(f"{directory} lacks {name}, which its index names: download it again")
             yield directory / name
     elif any(any(directory.glob(pattern)) for pattern in _PICKLED):
         raise ModelUnavailable(
@@ -161,7 +161,7 @@ def _weight_files(directory: Path) -> Iterator[Path]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, cut to a line."""
+    """An error's message, cut to one line."""
     words = " ".join(str(error).split())[:_MOST_WORDS]
-    # Some errors say no more than a key.
+    # The message of some errors is only a key.
     return f"{type(error).__name__}: {words}" if isinstance(error, LookupError) else words or type(error).__name__

@@ -1,4 +1,4 @@
-"""From the name of a model to the directory or GGUF file that holds it."""
+"""Finds the directory or GGUF file of a model by its name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from runtime.checks import shown
+from runtime.checks import short_repr
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.settings import Settings
 from runtime.smollm2 import SMOLLM2, find_smollm2
@@ -18,15 +18,15 @@ SEEDLING = "seedling"
 _WORDS = ("*.json", "*.jinja", "*.model", "*.txt")
 _FILES = (*_WORDS, "*.safetensors")
 _GGUF = ".gguf"
-# What llama.cpp keeps beside a model that sees, for its eyes.
+# Prefix of llama.cpp's files for a multimodal model's vision part.
 _EYES = "mmproj"
 
 
 def find_model(name: str, *, with_weights: bool = True) -> Path:
-    """The directory or GGUF file of a bundled model, a local path or a Hugging Face id, downloaded where it is not yet.
+    """The directory or GGUF file of a bundled model, a local path or a Hugging Face id, downloaded if it is missing.
 
-    A GGUF file on the hub is named `org/name:FILE.gguf`. Where nobody asks for weights, none are downloaded but those that
-    are in one file with the rest. Raises ModelUnavailable.
+    A GGUF file on the hub is named `org/name:FILE.gguf`. Without `with_weights` no weights are downloaded, unless they are
+    in one file with everything else. Raises ModelUnavailable.
     """
     if name == SEEDLING:
         return Path(__file__).parent / SEEDLING
@@ -58,7 +58,7 @@ def _is_directory(name: str) -> bool:
     try:
         return Path(name).is_dir()
     except OSError as error:
-        raise ModelUnavailable(f"the directory {shown(name)} cannot be looked at: {error.strerror}") from error
+        raise ModelUnavailable(f"the directory {short_repr(name)} cannot be looked at: {error.strerror}") from error
 
 
 def find_proposer_model(settings: Settings) -> Path:
@@ -74,7 +74,7 @@ def find_proposer_model(settings: Settings) -> Path:
 
 
 def _inside(directory: Path, name: str) -> Path:
-    """The directory, or the one GGUF file in it where it has no other weights."""
+    """The directory, or the one GGUF file in it if it has no other weights."""
     files = [file for file in sorted(directory.glob(f"*{_GGUF}")) if file.is_file() and not file.name.startswith(_EYES)]
     if files and not any(directory.glob("*.safetensors")):
         if len(files) > 1:
@@ -97,4 +97,4 @@ def _downloading(name: str) -> Iterator[None]:
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelUnavailable(f"{name!r} is no directory here and cannot be downloaded: {reason}") from error
+        raise ModelUnavailable(f"{name!r} is not a directory here and cannot be downloaded: {reason}") from error

@@ -1,8 +1,8 @@
 """A tree of conversations: their items, and the tokens that the model read and drew for them.
 
-A node holds items that came together: those that a client gave, or those of one answer. A *point* is a place in a node's tokens
-from which a conversation can go on; what goes on there is a child of the node. So branches share what they have in common, and
-the tokens of an answer stay those that were drawn.
+A node holds items that came together: those that a client sent, or those of one answer. A *point* is a place in a node's
+tokens from which a conversation can continue; what continues there is a child of the node. So branches share what they have
+in common, and the tokens of an answer stay those that were drawn.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Protocol
 from runtime.items import Item, Message, Reasoning, are_same, is_assistants, keys_of
 from runtime.script import Head
 
-# What a node costs beside its tokens and its text.
+# The size of a node besides its tokens and text, in bytes.
 _NODE_BYTES = 2048
 
 
@@ -35,7 +35,7 @@ class Span:
     characters: array[int]
 
     def offset_of(self, length: int) -> int | None:
-        """How many of the node's tokens say the first `length` characters; None where those end within a token."""
+        """How many of the node's tokens spell the first `length` characters; None if these end within a token."""
         at = bisect_left(self.characters, length)
         if at == len(self.characters) or self.characters[at] != length:
             return None
@@ -44,9 +44,9 @@ class Span:
 
 @dataclass(eq=False)
 class Node:
-    """Items that came together, and their tokens. `spans` are those of an answer; what was given has none.
+    """Items that came together, and their tokens. An answer has `spans`; items that a client sent have none.
 
-    A root has no parent, no items and no tokens, and instead the `head` of the prompts of its conversations.
+    A root has no parent, no items and no tokens; it has the `head` of the prompts of its conversations.
     """
 
     id: int
@@ -66,17 +66,17 @@ class Node:
 
     @cached_property
     def before(self) -> int:
-        """Tokens of the conversation that stand before the node's own."""
+        """How many tokens of the conversation precede the node's own."""
         return self.parent.length if self.parent else 0
 
     @cached_property
     def first(self) -> Node:
-        """The node that the conversation begins with."""
+        """The first node of the conversation, below the root."""
         return self.parent.node.first if self.parent and self.parent.node.parent else self
 
     @property
     def children(self) -> list[Node]:
-        """All that goes on from here."""
+        """All nodes that continue from here."""
         return [*chain.from_iterable(self.given.values()), *self.answers]
 
     @property
@@ -95,14 +95,14 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A place from which a conversation goes on: after the first `offset` tokens of a node."""
+    """A place from which a conversation can continue: after the first `offset` tokens of a node."""
 
     node: Node
     offset: int
 
     @property
     def length(self) -> int:
-        """Tokens from the conversation's beginning up to here."""
+        """How many tokens there are from the conversation's beginning up to here."""
         return self.node.before + self.offset
 
     @property
@@ -115,12 +115,12 @@ class Point:
 
     @property
     def items(self) -> list[Item]:
-        """The items from the conversation's beginning up to here; one that is cut off here as far as it goes."""
+        """The items from the conversation's beginning up to here; an item that is cut off here is included as far as it goes."""
         return [item for point in reversed([*self.path()]) for item in point.own_items]
 
     @property
     def recent_items(self) -> list[Item]:
-        """Those that came last and the ones before them."""
+        """The items of this node and of the one before it."""
         return [item for point in reversed([*islice(self.path(), 2)]) for item in point.own_items]
 
     @property
@@ -139,7 +139,7 @@ class Point:
 
     @property
     def head(self) -> Head:
-        """What stands at the beginning of the conversation's prompt."""
+        """The head of the conversation's prompt."""
         *_, first = self.path()
         assert first.node.head is not None
         return first.node.head
@@ -154,7 +154,7 @@ class Point:
         return array("I", chain.from_iterable(reversed(parts)))
 
     def path(self) -> Iterator[Point]:
-        """This point and those before it, the last one first."""
+        """This point and the points of the nodes before it, the last first."""
         point: Point | None = self
         while point is not None:
             yield point
@@ -162,7 +162,7 @@ class Point:
 
 
 def common_history(one: Point, other: Point, more: array[int]) -> int:
-    """How many tokens the history of a point has in common with that of another and `more` behind it."""
+    """How many first tokens the history of a point shares with that of another point followed by `more`."""
     offsets = {point.node: point.offset for point in other.path()}
     begin = 0
     for point in one.path():
@@ -178,9 +178,9 @@ def common_history(one: Point, other: Point, more: array[int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """How far a conversation is held: the point where it goes on, and how many of its items lie before that.
+    """How far a conversation is held: the point where it continues, and how many of its items lie before it.
 
-    `broke_at` is the index of the first item that differs from what is held; None where the conversation only goes on.
+    `broke_at` is the index of the first item that differs from what is held; None if the conversation only continues it.
     """
 
     point: Point
@@ -189,7 +189,7 @@ class Match:
 
 
 class Log(Protocol):
-    """Who is told of every change of a tree, before it is made. Raises StorageFailed where it may not be made."""
+    """An observer that is told of every change of a tree before it is made. It raises StorageFailed to prevent the change."""
 
     def rooted(self, node: Node) -> None: ...
 
@@ -203,7 +203,7 @@ class Log(Protocol):
 
 
 class PointTree:
-    """Conversations by what was said in them and by the names of points. Those used longest ago go where room is short."""
+    """Conversations, found by what was said in them or by the names of points. The least recently used are forgotten for room."""
 
     def __init__(self, most_bytes: float = inf) -> None:
         self._most_bytes = most_bytes
@@ -215,7 +215,7 @@ class PointTree:
         self._uses = 0
 
     def root(self, head: Head, as_id: int | None = None) -> Point:
-        """Where the conversations begin whose prompts begin with `head`."""
+        """The root of the conversations whose prompts have this head."""
         node = self._roots.get(head.digest)
         if node is None:
             node = Node(self._new_id(as_id), None, head=head)
@@ -225,11 +225,11 @@ class PointTree:
         return Point(node, 0)
 
     def roots(self) -> list[Point]:
-        """Where conversations begin, the one used last first."""
+        """The roots, the most recently used first."""
         return [Point(node, 0) for node in sorted(self._roots.values(), key=lambda node: -node.used)]
 
     def match(self, start: Point, items: Sequence[Item]) -> Match:
-        """The furthest point from `start` on whose items are the first of these; of several, the one used last."""
+        """The furthest point from `start` on whose items are the first of `items`; of several, the most recently used."""
         keys = keys_of(items)
         best, furthest = (0, 0, start), 0
         waiting = [(0, start)]
@@ -243,10 +243,10 @@ class PointTree:
                 if offset is not None:
                     waiting.append((count + taken, Point(child, offset)))
         count, _, point = best
-        # Who goes on from within an answer has had it cut off; who tells the rest of it otherwise has not.
+        # A client that continues within an answer had it cut off; one whose rest of the answer differs has changed it.
         has_branches = any(child.parent == point for child in point.node.children)
         is_broken = count <= furthest < len(items) and (has_branches or (count > 0 and is_assistants(items[count])))
-        # A conversation that only begins has nothing that could be broken.
+        # At the beginning of a conversation nothing is held that an item could differ from.
         is_broken = is_broken and (count > 0 or any(map(is_assistants, items)))
         return Match(point, count, furthest if is_broken else None)
 
@@ -258,7 +258,7 @@ class PointTree:
         spans: Sequence[Span] = (),
         as_id: int | None = None,
     ) -> Point:
-        """The point after these items, which follow `point`. What is there already is not held twice."""
+        """Adds these items after `point`; returns the point after them. Items that are there already are not added again."""
         keys = keys_of(items)
         for child in _branches(point, keys):
             if child.keys == keys and child.tokens == tokens:
@@ -277,16 +277,16 @@ class PointTree:
         return grown
 
     def use(self, point: Point) -> Point:
-        """Says that a conversation went on from here just now."""
+        """Records that a conversation continued from this point now."""
         self._uses += 1
         for each in point.path():
             each.node.used = self._uses
         return point
 
     def name(self, name: str, point: Point, record: bytes = b"") -> None:
-        """Has the point be found by this name from now on, and with it a record of whoever named it.
+        """Gives a point a name by which to find it, and a `record` that belongs to the name.
 
-        A point that the tree does not hold any more is found by no name.
+        The name is forgotten together with the point.
         """
         if not point.node.is_held:
             self.forget(name)
@@ -299,16 +299,16 @@ class PointTree:
         point.node.names.append(name)
 
     def named(self, name: str) -> Point | None:
-        """The point of this name."""
+        """The point with this name, or None."""
         found = self._named.get(name)
         return found and found[0]
 
     def record(self, name: str) -> bytes:
-        """What was kept with the name; empty where nothing was."""
+        """The record that belongs to the name; empty if there is none."""
         return self._named[name][1] if name in self._named else b""
 
     def forget(self, name: str) -> None:
-        """Has no point be found by this name any more."""
+        """Forgets a name."""
         if self._log and name in self._named:
             self._log.forgot(name)
         self._forget(name)
@@ -325,16 +325,16 @@ class PointTree:
 
     @property
     def size_bytes(self) -> int:
-        """About how much memory it takes."""
+        """About how much memory the tree takes, in bytes."""
         return self._bytes
 
     def bound(self, most_bytes: float) -> None:
-        """Holds no more than this from now on."""
+        """Bounds the tree to `most_bytes` from now on."""
         self._most_bytes = most_bytes
         self._make_room(None)
 
     def write_to(self, log: Log) -> None:
-        """Tells `log` of all that there is, and of every change from now on."""
+        """Tells `log` of everything in the tree, and of every change from now on."""
         for root in self._roots.values():
             log.rooted(root)
         for node in self.nodes():
@@ -344,7 +344,7 @@ class PointTree:
         self._log = log
 
     def go_on_in(self, log: Log) -> None:
-        """Tells `log`, which knows of all that there is, of every change from now on."""
+        """Tells `log`, which has everything in the tree already, of every change from now on."""
         self._log = log
 
     def nodes(self) -> Iterator[Node]:
@@ -357,7 +357,7 @@ class PointTree:
             waiting += node.children
 
     def _new_id(self, as_id: int | None) -> int:
-        """The next id; where one is given, that one, and none that is lower afterwards."""
+        """The next id, or `as_id` if given; later ids are higher than that."""
         found = self._next_id if as_id is None else as_id
         self._next_id = max(self._next_id, found + 1)
         return found
@@ -393,13 +393,13 @@ class PointTree:
 
 
 def _common(one: Sequence[object], other: Sequence[object]) -> int:
-    """How many of their first elements are the same."""
+    """How many first elements the two share."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (ours, theirs) in pairs if ours != theirs), min(len(one), len(other)))
 
 
 def _branches(point: Point, keys: Sequence[bytes]) -> list[Node]:
-    """What goes on from a point and may begin with items of these keys."""
+    """The nodes that continue from a point and may begin with items of these keys."""
     node = point.node
     return [child for child in (*node.given.get(_first(keys), ()), *node.answers) if child.parent == point]
 
@@ -409,9 +409,9 @@ def _first(keys: Sequence[bytes]) -> bytes:
 
 
 def _agreement(node: Node, items: Sequence[Item], keys: Sequence[bytes]) -> tuple[int, int | None]:
-    """How many of the items, with their keys, are those of a node, and how many of its tokens say them.
+    """How many of the items, which have these keys, are the node's, and how many of its tokens spell them.
 
-    None for the tokens where a conversation that begins with these items cannot go on within the node.
+    The tokens are None if a conversation that begins with these items cannot continue within the node.
     """
     if node.is_answer:
         return _answers_agreement(node, items)
@@ -429,7 +429,7 @@ def _answers_agreement(answer: Node, items: Sequence[Item]) -> tuple[int, int | 
             offset = answer.spans[ours].end
             ours, taken = ours + 1, taken + 1
         elif isinstance(mine, Reasoning) and not isinstance(theirs, Reasoning):
-            # Many clients leave it out.
+            # Many clients leave reasoning out.
             ours += 1
         else:
             if taken == len(said) - 1 and (cut := _cut(mine, theirs, answer.spans[ours])) is not None:
@@ -439,7 +439,7 @@ def _answers_agreement(answer: Node, items: Sequence[Item]) -> tuple[int, int | 
 
 
 def _cut(ours: Item, theirs: Item, span: Span) -> int | None:
-    """How many of an answer's tokens say as much of an item as a client had of it when it broke off."""
+    """How many of an answer's tokens spell as much of an item as a client had received when it broke off."""
     match ours, theirs:
         case (Message("assistant", text), Message("assistant", said)) | (Reasoning(text), Reasoning(said)):
             return span.offset_of(len(said)) if said and text.startswith(said) else None

@@ -1,4 +1,4 @@
-"""Tells what a model thinks from what it says, as both come in pieces."""
+"""Separates a model's reasoning from its words, while both arrive in pieces."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class _Part(Enum):
 
 
 class ReasoningReader:
-    """Splits an answer into reasoning, which stands between two tags at its beginning, and words.
+    """Splits an answer into words and reasoning, which is between two tags at its beginning.
 
     Line breaks beside the tags belong to neither.
     """
 
     def __init__(self, *, is_open: bool) -> None:
-        """`is_open`: the prompt has ended with the opening tag."""
+        """`is_open`: the prompt ended with the opening tag."""
         self._held = ""
         self._part = _Part.THINKING if is_open else _Part.BEGINNING
-        # Whether line breaks that come now follow a tag.
+        # Whether line breaks that come next follow a tag.
         self._is_behind_tag = is_open
 
     def feed(self, text: str) -> Iterator[tuple[bool, str]]:
-        """Whether it is reasoning, and the text, of all that is certain now that `text` has come."""
+        """Takes `text`; returns each piece of text that is certain now, with whether it is reasoning."""
         self._held += text
         if self._part is _Part.BEGINNING:
             begun = self._held.lstrip()
@@ -51,7 +51,7 @@ class ReasoningReader:
                 self._enter(_Part.SPEAKING, rest)
                 yield from self.feed("")
                 return
-            # With what may be the closing tag the line breaks before it are held back.
+            # Line breaks are held back together with what may be the closing tag after them.
             certain = thought[: len(thought) - overlap(thought, CLOSING)].rstrip("\n")
             self._held = thought[len(certain) :]
             yield from _said(True, certain)
@@ -60,7 +60,7 @@ class ReasoningReader:
             yield from _said(False, spoken)
 
     def end(self) -> Iterator[tuple[bool, str]]:
-        """What was held back, now that no more text comes."""
+        """Ends the text; returns what was held back."""
         rest, self._held = self._held, ""
         yield from _said(self._part is _Part.THINKING, rest)
 
@@ -69,7 +69,7 @@ class ReasoningReader:
 
 
 def begins_in_reasoning(cue: str) -> bool:
-    """Whether a prompt that ends so has the model begin within its reasoning."""
+    """Whether a prompt that ends with this cue makes the model begin with reasoning."""
     return re.search(rf"{OPENING}\s*$", cue) is not None
 
 

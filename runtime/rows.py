@@ -11,7 +11,7 @@ from runtime.slab import Slab
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One token of one session at one position. With `draw`, the token that follows it is drawn too."""
+    """One token of one session at one position. With `draw`, the token that follows is drawn too."""
 
     slab: Slab
     position: int
@@ -32,12 +32,12 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:
-    """The rows of one forward, those of a slab beside each other and in order of position."""
+    """The rows of one forward. Rows of one slab are adjacent and in order of position."""
 
     rows: tuple[Row, ...]
 
     def pieces(self) -> tuple[Piece, ...]:
-        """The batch cut wherever slab, extent or the side of the window's edge changes."""
+        """The batch, cut wherever the slab, the extent or the side of the window's edge changes."""
 
         def kind(numbered: tuple[int, Row]) -> tuple[int, int, bool]:
             row = numbered[1]

@@ -1,4 +1,7 @@
-"""Drawing tokens: a token is a function of the logits, what is allowed, the seed and its position, and of nothing else."""
+"""Draws tokens.
+
+A token depends on the logits, the allowed tokens, the sampling with its seed, and the position, and on nothing else.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from runtime.events import Logprobs, Sampling, Token
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """How one token is drawn, and what is told of it.
+    """How one token is drawn, and which logprobs come with it.
 
-    `allowed` is a bit for each token of the tokenizer, from the lowest of 32-bit words up; without it every token may
-    be drawn. With `top_logprobs`, the token comes with its logprob and those of so many likeliest tokens.
+    `allowed` has a bit for each token of the tokenizer, in 32-bit words from the lowest bit up; without it every token may
+    be drawn. With `top_logprobs` the token comes with its logprob and those of this many likeliest tokens.
     """
 
     sampling: Sampling
@@ -26,14 +29,14 @@ class Draw:
 
     @property
     def is_likeliest(self) -> bool:
-        """Whether it is the likeliest of all tokens, and nothing more is told of it."""
+        """Whether the likeliest of all tokens is drawn, without logprobs."""
         return self.sampling.temperature == 0.0 and self.allowed is None and self.top_logprobs is None
 
 
-def drawn(logits: Tensor, wanted: Draw, position: int) -> Token:
-    """The token for `position` from its `logits` [vocabulary], float32, as it is `wanted`."""
+def draw_token(logits: Tensor, wanted: Draw, position: int) -> Token:
+    """The token for `position`, drawn from `logits` [vocabulary] float32 as `wanted` says."""
     may = logits if wanted.allowed is None else logits.masked_fill(~allowed_tokens(wanted.allowed, logits), -torch.inf)
-    token_id = draw(may, wanted.sampling, position)
+    token_id = draw_id(may, wanted.sampling, position)
     if wanted.top_logprobs is None:
         return Token(token_id)
     logprobs = torch.log_softmax(logits, dim=-1)
@@ -43,28 +46,28 @@ def drawn(logits: Tensor, wanted: Draw, position: int) -> Token:
 
 
 def allowed_tokens(allowed: NDArray[np.int32], logits: Tensor) -> Tensor:
-    """The bits `allowed` as bool [vocabulary]; a token that the tokenizer does not have is not allowed."""
+    """The bits `allowed` as bool [vocabulary]. Tokens that the tokenizer lacks are not allowed."""
     bits = np.unpackbits(allowed.view(np.uint8), bitorder="little", count=len(logits))
     return torch.from_numpy(bits.view(np.bool_)).to(logits.device)
 
 
-def draw(logits: Tensor, sampling: Sampling, position: int) -> int:
+def draw_id(logits: Tensor, sampling: Sampling, position: int) -> int:
     """The token id for `position` from its `logits` [vocabulary], float32.
 
-    Greedy at temperature 0, else by the Gumbel-max trick (arXiv 1411.0030) with noise keyed by seed and position: the
-    same token comes out whoever draws it and whenever.
+    Greedy at temperature 0, else by the Gumbel-max trick (arXiv 1411.0030) with noise keyed by seed and position: the result
+    does not depend on who draws the token, or when.
     """
     if sampling.temperature == 0.0:
         return int(logits.argmax())
     exact = logits.cpu().double()
-    # From the largest down, so that no temperature is too low for the division.
+    # Relative to the largest, so that dividing by a very low temperature does not overflow.
     scaled = (exact - exact.max()) / sampling.temperature
     noise = torch.from_numpy(gumbel_noise(sampling.seed, position, len(logits)))
-    return int((scaled + noise).masked_fill(~kept(scaled, sampling), -torch.inf).argmax())
+    return int((scaled + noise).masked_fill(~candidates(scaled, sampling), -torch.inf).argmax())
 
 
-def kept(scaled: Tensor, sampling: Sampling) -> Tensor:
-    """Which tokens may be drawn, bool [vocabulary]: the `top_k` likeliest, then the fewest that reach `top_p`."""
+def candidates(scaled: Tensor, sampling: Sampling) -> Tensor:
+    """The tokens that may be drawn, bool [vocabulary]: the `top_k` likeliest, and of these the fewest that reach `top_p`."""
     count = len(scaled)
     top_k = min(sampling.top_k or count, count)
     if top_k == count and sampling.top_p == 1.0:

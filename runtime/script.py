@@ -1,7 +1,7 @@
-"""How a conversation is written down for the model: with its chat template, and only what is new of it.
+"""Writes conversations as tokens with the model's chat template, and of a known conversation only what is new.
 
-What a template writes for the items that follow depends on the turn before them and on nothing further back. So they are written
-behind a stand-in for that turn, however long the conversation is.
+What a template writes for the items that follow depends on the turn before them and on nothing further back. So new items
+are written after a short stand-in for that turn, however long the conversation is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from runtime.errors import MalformedRequest
 from runtime.items import Call, Item, Message, Output, Reasoning, is_assistants, parsed_arguments
 from runtime.text import Text
 
-# What stands where the text does not matter, and where it is looked for afterwards: nobody else writes this.
+# Text for places where the words do not matter, and which is searched for afterwards. Nobody else writes it.
 _DASH, _MARK = "-", f"mark{secrets.token_hex(8)}"
 
 Options = Mapping[str, Any]
@@ -29,9 +29,9 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Head:
-    """What a prompt is made of beside items: tools, options that show before the model's turn begins, and instructions.
+    """What a prompt has besides items: tools, options that have an effect before the model's turn, and instructions.
 
-    Instructions stand before all items, and are not a part of the conversation.
+    Instructions precede all items, and are not part of the conversation.
     """
 
     tools: tuple[str, ...] = ()
@@ -47,14 +47,14 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The tokens of items, and of the *cue* behind them by which the model begins its turn."""
+    """The tokens of items, and of the *cue* after them, with which the model's turn begins."""
 
     tokens: array[int]
     cue: array[int]
 
 
 def head_of(text: Text, tools: Sequence[Mapping[str, Any]], options: Options, instructions: str = "") -> Head:
-    """The head of a prompt whose template is given these tools and options."""
+    """The head of a prompt with these tools and options."""
     asked = [{"role": "user", "content": _DASH}]
     plain = text.apply_template(asked, is_turn_next=False) if options else ""
     shown = {
@@ -67,34 +67,34 @@ def head_of(text: Text, tools: Sequence[Mapping[str, Any]], options: Options, in
 
 
 def write(text: Text, head: Head, items: Sequence[Item], options: Options) -> Written:
-    """The tokens of a whole conversation. Raises MalformedRequest where the template refuses it."""
-    said, cue = _Sheet(text, head, options).written(items)
+    """The tokens of a whole conversation. Raises MalformedRequest if the template refuses it."""
+    said, cue = _Sheet(text, head, options).render(items)
     return Written(text.encode_masked(said), text.encode_masked(cue))
 
 
 def write_open_turn(text: Text, head: Head, items: Sequence[Item], options: Options) -> Written:
-    """The tokens of a whole conversation whose last item the model is to go on with. Raises MalformedRequest."""
+    """The tokens of a whole conversation whose last item the model is to continue. Raises MalformedRequest."""
     last = items[-1]
     if not isinstance(last, Message) or last.role != "assistant":
         raise MalformedRequest("only a message of the assistant's can be gone on with: end with one", "messages")
-    said, _ = _Sheet(text, head, options).written([*items[:-1], replace(last, text=last.text + _MARK)])
+    said, _ = _Sheet(text, head, options).render([*items[:-1], replace(last, text=last.text + _MARK)])
     return Written(text.encode_masked(said.partition(_MARK)[0]), array("I"))
 
 
 def write_on(
     text: Text, head: Head, before: Sequence[Item], new: Sequence[Item], options: Options, *, is_after_eos: bool
 ) -> Written | None:
-    """The tokens of `new` behind those that the model has of `before`; `is_after_eos` if an end-of-turn token is their last.
+    """The tokens of `new` after those that the model has for `before`; `is_after_eos` if these end with an end-of-turn token.
 
-    None where the template writes down anew, or elsewhere, what came before, or does not go on from there.
+    None if the template would now write the items before differently or in another place, or cannot continue from there.
     """
     sheet, context = _Sheet(text, head, options), _stand_in(before)
-    # A tool's result is no question, and moves nothing.
+    # A tool's result is not a question, after which templates write earlier turns differently.
     if any(isinstance(item, Message) for item in new) and sheet.moves_on([*before, *new]):
         return None
     try:
-        whole, cue = sheet.written([*context, *new])
-        already = "" if is_assistants(before[-1]) else sheet.written(context)[0].partition(_MARK)[2]
+        whole, cue = sheet.render([*context, *new])
+        already = "" if is_assistants(before[-1]) else sheet.render(context)[0].partition(_MARK)[2]
     except MalformedRequest:
         return None
     _, found, said = whole.partition(_MARK)
@@ -113,7 +113,7 @@ def write_on(
 
 
 class _Sheet:
-    """The template, with what it is given besides messages."""
+    """A chat template together with its arguments besides messages."""
 
     def __init__(self, text: Text, head: Head, options: Options) -> None:
         self._text = text
@@ -123,25 +123,25 @@ class _Sheet:
         self._manner = _Manner.of_template(text)
 
     def moves_on(self, items: Sequence[Item]) -> bool:
-        """Whether what stands at the beginning of these items would stand elsewhere once more have come."""
+        """Whether the template would move what it writes at the beginning of these items once more items follow."""
         has_system = self._instructions or any(isinstance(item, Message) and item.role == "system" for item in items)
         return bool((has_system and self._manner.moves_system) or (self._tools and self._manner.moves_tools))
 
-    def written(self, items: Sequence[Item]) -> tuple[str, str]:
-        """The text of the items, and the cue; that is empty where the template has none, or writes the items otherwise for it."""
-        items = self._manner.adapted([*self._instructions, *items])
-        messages = _messages(items, self._manner.no_content, _spelled_out)
+    def render(self, items: Sequence[Item]) -> tuple[str, str]:
+        """The text of the items, and the cue, which is empty if the template has none or writes the items differently with it."""
+        items = self._manner.adapt([*self._instructions, *items])
+        messages = _messages(items, self._manner.no_content, _as_object)
         try:
-            whole, asked = self._applied(messages)
+            whole, asked = self._apply(messages)
         except MalformedRequest:
-            # Some templates join the arguments of calls as text.
+            # Some templates concatenate the arguments of calls as text.
             as_text = _messages(items, self._manner.no_content, _as_text)
             if as_text == messages:
                 raise
-            whole, asked = self._applied(as_text)
+            whole, asked = self._apply(as_text)
         return (whole, asked[len(whole) :]) if asked.startswith(whole) else (asked, "")
 
-    def _applied(self, messages: list[dict[str, Any]]) -> tuple[str, str]:
+    def _apply(self, messages: list[dict[str, Any]]) -> tuple[str, str]:
         masked = self._text.masked(messages)
         return (
             self._text.apply_template(masked, self._tools, is_turn_next=False, options=self._options),
@@ -151,7 +151,7 @@ class _Sheet:
 
 @dataclass(frozen=True, slots=True)
 class _Manner:
-    """What a chat template takes, found out by asking it. `no_content` is the content of a turn with calls and no words."""
+    """What a chat template accepts, found out by trying. `no_content` is the content of a turn with calls and without words."""
 
     has_system: bool
     has_late_system: bool
@@ -161,26 +161,26 @@ class _Manner:
     no_content: str | None
 
     @classmethod
-    @lru_cache(maxsize=1)  # A server has one model.
+    @lru_cache(maxsize=1)  # One, since a server has one model.
     def of_template(cls, text: Text) -> _Manner:
         first, late = f"{_MARK}1", f"{_MARK}2"
         user = {"role": "user", "content": first}
         system = {"role": "system", "content": late}
-        late_system = _tried(text, [user, system, user]) or ""
+        late_system = _try(text, [user, system, user]) or ""
         turns = [user, {"role": "assistant", "content": _DASH}, {"role": "user", "content": _DASH}]
         tool = {"type": "function", "function": {"name": late, "description": _DASH, "parameters": {"type": "object"}}}
-        with_system, with_tool = _tried(text, [system, *turns]) or "", _tried(text, turns, [tool]) or ""
+        with_system, with_tool = _try(text, [system, *turns]) or "", _try(text, turns, [tool]) or ""
         return cls(
-            has_system=late in (_tried(text, [system, user]) or ""),
+            has_system=late in (_try(text, [system, user]) or ""),
             has_late_system=-1 < late_system.find(first) < late_system.find(late),
-            has_runs=_tried(text, [user, user]) is not None,
+            has_runs=_try(text, [user, user]) is not None,
             moves_system=-1 < with_system.find(first) < with_system.find(late),
             moves_tools=-1 < with_tool.find(first) < with_tool.find(late),
             no_content="" if _shows_calls(text, "") and not _shows_calls(text, None) else None,
         )
 
-    def adapted(self, items: Sequence[Item]) -> list[Item]:
-        """The items as the template takes them: a user says what it has no place for."""
+    def adapt(self, items: Sequence[Item]) -> list[Item]:
+        """The items in a form that the template accepts: roles that it lacks become the user's."""
         taken: list[Item] = []
         for item in items:
             if isinstance(item, Message) and item.role == "system":
@@ -196,7 +196,7 @@ class _Manner:
 
 
 def _stand_in(before: Sequence[Item]) -> list[Item]:
-    """A conversation as short as can be after which a template goes on as after this one. It ends with the mark."""
+    """The shortest conversation after which a template continues as after this one. It ends with the mark."""
     user = Message("user", _DASH)
     last = before[-1]
     match last:
@@ -221,7 +221,7 @@ def _call_of(before: Sequence[Item], call_id: str) -> Call:
 
 
 def _messages(items: Sequence[Item], no_content: str | None, spelled: Any) -> list[dict[str, Any]]:
-    """The items as chat templates know them: the model's own, up to what it says or calls next, are one message."""
+    """The items as messages for chat templates; consecutive items of the model's turn are one message."""
     messages: list[dict[str, Any]] = []
     names: dict[str, str] = {}
     turn: dict[str, Any] | None = None
@@ -244,7 +244,7 @@ def _messages(items: Sequence[Item], no_content: str | None, spelled: Any) -> li
                 turn["reasoning_content"] = thought
             case Call(name, _, call_id):
                 turn = turn or new_turn()
-                turn.setdefault("tool_calls", []).append(_called(item, spelled))
+                turn.setdefault("tool_calls", []).append(_call_message(item, spelled))
                 names[call_id] = name
             case Message(role, said, name):
                 turn = None
@@ -260,7 +260,7 @@ def _messages(items: Sequence[Item], no_content: str | None, spelled: Any) -> li
     return messages
 
 
-def _called(call: Call, spelled: Any) -> dict[str, Any]:
+def _call_message(call: Call, spelled: Any) -> dict[str, Any]:
     return {
         "id": call.call_id,
         "type": "function",
@@ -268,22 +268,22 @@ def _called(call: Call, spelled: Any) -> dict[str, Any]:
     }
 
 
-def _spelled_out(arguments: str) -> Any:
-    """Templates spell the arguments themselves, and so need the object. What is none is passed on as the text that it is."""
+def _as_object(arguments: str) -> Any:
+    """Templates spell the arguments themselves, so they need the object. Text that is no object is passed on as it is."""
     parsed = parsed_arguments(arguments)
     return arguments if parsed is None else parsed
 
 
 def _shows_calls(text: Text, content: str | None) -> bool:
-    """Whether a template writes the calls of a turn with this content, and nothing for what it does not say."""
-    for spelled in (_spelled_out, _as_text):
+    """Whether a template writes the calls of a turn with this content, and nothing for missing words."""
+    for spelled in (_as_object, _as_text):
         turn = {
             "role": "assistant",
             "content": content,
-            "tool_calls": [_called(Call(_MARK, "{}", "000000000"), spelled)],
+            "tool_calls": [_call_message(Call(_MARK, "{}", "000000000"), spelled)],
         }
-        said = _tried(text, [{"role": "user", "content": _DASH}, turn]) or ""
-        # A template that takes none for a word writes it.
+        said = _try(text, [{"role": "user", "content": _DASH}, turn]) or ""
+        # Some templates write None as a word.
         if _MARK in said and "None" not in said:
             return True
     return False
@@ -293,7 +293,7 @@ def _as_text(arguments: str) -> str:
     return arguments
 
 
-def _tried(text: Text, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str | None:
+def _try(text: Text, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str | None:
     try:
         return text.apply_template(messages, tools, is_turn_next=False)
     except MalformedRequest:

@@ -1,4 +1,4 @@
-"""What the doors and their client say of sessions: plain values, free of actors and engines."""
+"""Plain values about sessions, for the doors and their client. They depend on no actor and no engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """`reread_token_count` tokens were in the history when the session came here without a slab, and were read for this call."""
+    """`reread_token_count` tokens of the history were read again for this call: the session had come without its whole slab."""
 
     history_length: int
     evicted_token_count: int
@@ -17,7 +17,7 @@ class Appended:
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
-    """What a session says of itself. `history_digest` is BLAKE2b over the history as little-endian uint32."""
+    """Facts about a session. `history_digest` is BLAKE2b over the history as little-endian uint32."""
 
     history_length: int
     kv_live_bytes: int
@@ -31,10 +31,10 @@ class SessionInfo:
 
 @dataclass(frozen=True, slots=True)
 class SessionShape:
-    """What is the same for every session of an engine, and all that doors need to know of one.
+    """What is the same for every session of an engine, and all that doors need to know of the engine.
 
-    A token sees the `sink` first tokens and the `window` most recent. Each that is held takes `token_bytes`, and all together
-    `kept_bytes` more, however many they are; `ceiling_bytes` is the most that a session can ever hold.
+    A token sees the `sink` first tokens and the `window` most recent. A session holds `token_bytes` for each token in its
+    slab and `kept_bytes` for its recurrent layers, at most `ceiling_bytes`.
     """
 
     sink: int
@@ -46,13 +46,13 @@ class SessionShape:
 
     @property
     def visible(self) -> int:
-        """The most tokens that one token sees."""
+        """The most tokens that one token attends to."""
         return self.sink + self.window
 
 
 @dataclass(frozen=True, slots=True)
 class SessionSummary:
-    """What an operator sees of a session."""
+    """A session, as operators see it."""
 
     label: str
     history_length: int
@@ -83,9 +83,9 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What is to be known to make tokens for a model. `tokenizer_digest` is that of `runtime.text.Text`.
+    """What a client needs to know to make tokens for a model. `tokenizer_digest` is that of `runtime.text.Text`.
 
-    Servers of one `kernel_class` give each other's bits.
+    Servers of one `kernel_class` compute the same bits.
     """
 
     model: str

@@ -18,7 +18,7 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 @dataclass(frozen=True, slots=True)
 class Accepts:
-    """What a setting accepts, in words, and the check that says so."""
+    """What a setting accepts: in words, and as a check."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -89,7 +89,7 @@ FLAG = Accepts("true or false", lambda _: True)
 
 
 def _setting(default: Any, words: str, accepts: Accepts) -> Any:
-    # A key must not end up in a log, so the keys are not part of the representation.
+    # Keys must not appear in logs, so they are not part of the representation.
     return dataclasses.field(default=default, metadata={"help": words, "accepts": accepts}, repr=accepts is not KEYS)
 
 
@@ -177,9 +177,9 @@ class Settings:
             self.check_exposure(self.grpc_bind, "grpc_bind")
 
     def check_exposure(self, address: str, name: str) -> None:
-        """Raises InvalidSetting where `address` is reachable by others and no key protects it.
+        """Raises InvalidSetting if other machines can reach `address` and no key protects it.
 
-        Who may open a socket in the file system is told by the rights of its file.
+        A socket in the file system is protected by the permissions of its file.
         """
         if address.removeprefix(UNIX) != address != UNIX:
             return

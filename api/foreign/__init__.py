@@ -1,6 +1,6 @@
-"""What we need other libraries to do differently: subclasses of theirs, one file a library, each fit to be sent upstream.
+"""What we need other libraries to do differently: a file of subclasses for each library, each fit to be sent upstream.
 
-Nothing here changes a library for anybody else: whoever wants the difference makes the subclass. Each file names the upstream
+Importing these modules changes no library; who needs the difference uses the subclass. Each file names the upstream
 behaviour that it changes and the versions that it was tried with; `require` refuses to start with any other.
 """
 
@@ -22,7 +22,7 @@ def require(library: str, first: str, below: str) -> None:
 
 
 def _parts(written: str) -> tuple[int, ...]:
-    """The leading numbers of a version; what a pre-release adds is left out."""
+    """The leading numbers of a version, without the suffix of a pre-release."""
     parts: list[int] = []
     for part in written.split("."):
         if not part.isdecimal():

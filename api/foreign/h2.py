@@ -1,4 +1,4 @@
-"""h2, with bounds on what one peer can make it hold.
+"""h2 with bounds on what one peer can make it hold.
 
 | what h2 does | what it does here |
 | --- | --- |
@@ -35,14 +35,14 @@ def require_tested_h2() -> None:
 
 
 class ForgetfulConnection(H2Connection):
-    """Remembers few of the streams that are closed: a connection lives as long as its agent."""
+    """Remembers few closed streams, because a connection may live as long as its agent."""
 
-    # They are remembered in case frames for them are still on their way.
+    # Some are remembered because frames for them may still arrive.
     MAX_CLOSED_STREAMS = 256
 
 
 class BoundedConnection(ForgetfulConnection):
-    """Bounds what its peer can make it hold. Breaking a bound is a ProtocolError, as all that ends a connection."""
+    """Bounds what its peer can make it hold. Exceeding a bound is a ProtocolError, which ends the connection."""
 
     DEFAULT_MAX_HEADER_LIST_SIZE = MOST_HEADER_BYTES
 
@@ -59,7 +59,7 @@ class BoundedConnection(ForgetfulConnection):
 
 
 class BoundedFrameBuffer(FrameBuffer):
-    """Refuses a frame and a block of headers as soon as it is known to be too long."""
+    """Refuses a frame or a block of headers as soon as its length is known to be too much."""
 
     _header_bytes = 0
 

@@ -1,4 +1,4 @@
-"""Hypercorn 0.18's connections, made to end: with their client, with the server, and alone when they fail.
+"""Hypercorn 0.18 with connections that end: with their client, with the server, and on their own when they fail.
 
 `patch` puts these classes in the place of Hypercorn's. What each changes:
 
@@ -59,19 +59,19 @@ from api.foreign.wsproto import BoundedDeflate, require_tested_wsproto
 READ_AHEAD = 16
 """Parts of at most 64 KiB that a connection holds of what its client sends while something else is handled."""
 
-# What one deadline covers of a long answer: a slow reader is not one that does not read.
+# Bytes of a long answer sent under one deadline, so that a slow reader is told from one that does not read.
 _PART_BYTES = 2**16
-# What one step of the event loop takes of a client's frames, of which the shortest is 9 bytes long.
+# Bytes of a client's frames handled in one step of the event loop; the shortest frame has 9 bytes.
 _FRAMES_BYTES = 2**12
-# So many calls of one connection may be ending, whose streams are gone: no more frames are taken until fewer are.
+# The most calls of one connection that may be ending after their streams are gone; beyond it no frames are taken.
 _MOST_ENDING = 100
-# How long a connection that ends may take to say goodbye.
+# How long a connection that ends may take to say goodbye, in seconds.
 _GOODBYE_S = 2.0
-# How long before a host would cancel its connections they end by themselves.
+# Connections end by themselves this many seconds before their host would cancel them.
 _EARLY_S = 0.25
 # How long a client may take to send the head of a request that it has begun.
 _HEAD_S = 30.0
-# Where asyncio and trio say that they cannot accept.
+# The loggers in which asyncio and trio report that they cannot accept.
 _ACCEPTING = ("asyncio", "trio.serve_listeners")
 
 _log = logging.getLogger("perennial.http")
@@ -83,14 +83,14 @@ class _Connection(Protocol):
 
 @dataclass
 class Crowd:
-    """The connections that are open, at most `most`: one more takes the place of the one without a call for longest."""
+    """The open connections, at most `most`. For one more, the connection that has been without a call for longest ends."""
 
     most: int
     _busy: set[_Connection] = field(default_factory=set)
     _idle: dict[_Connection, None] = field(default_factory=dict)
 
     def enter(self, connection: _Connection) -> bool:
-        """Whether there is room."""
+        """Adds a connection; returns whether there was room for it."""
         if len(self._busy) + len(self._idle) >= self.most and not self.make_room():
             return False
         self._idle[connection] = None
@@ -119,7 +119,7 @@ class Crowd:
 
 
 class _OutOfRoom(logging.Filter):
-    """Makes room where a connection could not be accepted. That it could not, the loops say in their logs alone."""
+    """Makes room when a connection could not be accepted, which the event loops report in their logs alone."""
 
     def __init__(self, crowd: Crowd) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class _OutOfRoom(logging.Filter):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long clients are waited for, and who is told that the server stops, with the seconds that calls have left."""
+    """How long to wait for clients; `on_stop` is told when the server stops, with the seconds that calls have left."""
 
     reader_timeout_s: float
     on_stop: Callable[[float], None]
@@ -145,11 +145,11 @@ class Patience:
 
 
 def patch(patience: Patience) -> None:
-    """Makes servers that start from now on serve by the classes of this module. Raises UntestedLibrary."""
+    """Makes Hypercorn's servers that start from now on use the classes of this module. Raises UntestedLibrary."""
     require("hypercorn", "0.18", "0.19")
     require_tested_h2()
     require_tested_wsproto()
-    # There is no other place to name one's own.
+    # Hypercorn has no setting for these classes, and its types say that its own stay where they are.
     hypercorn.trio.run.TCPServer = partial(TrioConnection, patience)  # type: ignore[attr-defined, assignment]
     hypercorn.asyncio.run.TCPServer = partial(AsyncioConnection, patience)  # type: ignore[attr-defined, assignment]
     hypercorn.protocol.H2Protocol = partial(PatientH2, patience)  # type: ignore[attr-defined, assignment]
@@ -169,15 +169,15 @@ def _parts(data: bytes, most: int = _PART_BYTES) -> Iterator[memoryview]:
 
 
 def _is_in_head(protocol: ProtocolWrapper) -> bool:
-    """Whether the client has begun with a request of HTTP/1 and has not come to the end of its head."""
+    """Whether the client has sent a part of an HTTP/1 request's head."""
     spoken = protocol.protocol
     return isinstance(spoken, H11Protocol) and spoken.stream is None and bool(spoken.connection.trailing_data[0])
 
 
-def _failed(error: BaseException) -> None:
+def _log_failure(error: BaseException) -> None:
     left: BaseException | None = error
     if isinstance(error, BaseExceptionGroup):
-        # The application runs in a trio loop of its own, and its cancellation comes back as an error.
+        # The application runs in a trio loop of its own, whose cancellation arrives here as an error.
         _, left = error.split((trio.Cancelled, asyncio.CancelledError))
     if left is not None:
         _log.error("connection failed", exc_info=left)
@@ -204,12 +204,12 @@ class TrioConnection(TCPServer):
                     await super().run()
                     nursery.cancel_scope.cancel()
         except* Exception as errors:
-            _failed(errors)
+            _log_failure(errors)
         finally:
             crowd.leave(self)
 
     async def _end_when_cancelled(self) -> None:
-        """Ends what is shielded: an answer's last send ends when its connection does."""
+        """Cancels what Hypercorn shields, so that an answer's last send ends with its connection."""
         try:
             await self.context.terminated.wait()
             self._patience.on_stop(self.config.graceful_timeout)
@@ -229,10 +229,10 @@ class TrioConnection(TCPServer):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._handle_each, received)
             with suppress(trio.ClosedResourceError, trio.BrokenResourceError, trio.TooSlowError):
-                while data := await self._received():
+                while data := await self._next_bytes():
                     await ahead.send(data)
             nursery.cancel_scope.cancel()
-        # Who has left needs no answer, and one that is on its way is not waited for without end.
+        # A client that has left needs no answer, and an answer that is being sent has a time limit.
         self._scope.deadline = min(self._scope.deadline, trio.current_time() + _GOODBYE_S)
         await self.protocol.handle(Closed())
 
@@ -243,7 +243,7 @@ class TrioConnection(TCPServer):
             if is_in_head != (self._scope.deadline < inf):
                 self._scope.deadline = trio.current_time() + _HEAD_S if is_in_head else inf
 
-    async def _received(self) -> bytes:
+    async def _next_bytes(self) -> bytes:
         with trio.fail_after(self.config.read_timeout or inf):
             return bytes(await self.stream.receive_some(MAX_RECV))
 
@@ -267,7 +267,7 @@ class TrioConnection(TCPServer):
                 self._scope.cancel()
                 await self._let_go()
             except trio.Cancelled:
-                # A part of an answer would pass for the beginning of another.
+                # On a kept connection a part of an answer would look like the beginning of the next.
                 self._scope.cancel()
                 raise
 
@@ -296,15 +296,15 @@ class AsyncioConnection(AsyncioTCPServer):
         if not crowd.enter(self):
             self.cut()
             return
-        # What was sent is with the kernel: a close then waits for nobody.
-        # (Over TLS, a limit of none is one that is always reached.)
+        # Everything sent is handed to the kernel at once, so that a close waits for nobody. (Over TLS, a limit of 0 counts
+        # as always reached.)
         self.writer.transport.set_write_buffer_limits(high=1, low=0)
         serving = asyncio.create_task(super().run())
         watching = asyncio.create_task(self._end_with_the_server(serving))
         try:
             await asyncio.wait([serving])
         except asyncio.CancelledError:
-            # Not passed on: asyncio's streams take a connection's task that was cancelled for one that failed.
+            # Not raised again: asyncio's streams treat a cancelled connection task as a failed one.
             await self._end(serving)
         finally:
             watching.cancel()
@@ -312,17 +312,17 @@ class AsyncioConnection(AsyncioTCPServer):
                 self._head_timer.cancel()
             crowd.leave(self)
         if not serving.cancelled() and (error := serving.exception()) is not None:
-            _failed(error)
+            _log_failure(error)
 
     async def _end_with_the_server(self, serving: asyncio.Task[None]) -> None:
-        """Ends before Hypercorn cancels it: where it has to, it does not tell the application that the server stops."""
+        """Ends the connection before Hypercorn cancels it, for then the application would not hear that the server stops."""
         await self.context.terminated.wait()
         self._patience.on_stop(self.config.graceful_timeout)
         await asyncio.sleep(self.config.graceful_timeout - _EARLY_S)
         await self._end(serving)
 
     async def _end(self, serving: asyncio.Task[None]) -> None:
-        # What waits for its client has to be told before it can be cancelled.
+        # Tasks that wait for the client must be told before they can be cancelled.
         self.cut()
         await self._let_go()
         serving.cancel()
@@ -359,7 +359,7 @@ class AsyncioConnection(AsyncioTCPServer):
         if isinstance(event, Updated):
             self._patience.crowd.note(self, is_idle=event.idle)
         if not isinstance(event, RawData):
-            # A connection that ends starts no more tasks, not even the one that waits for its next request.
+            # A connection that is ending starts no more tasks, not even the one that waits for its next request.
             if not (self._is_over and isinstance(event, Updated)):
                 await super().protocol_send(event)
             return
@@ -367,7 +367,7 @@ class AsyncioConnection(AsyncioTCPServer):
             try:
                 for part in _parts(event.data):
                     if self.writer.transport.is_closing():
-                        # asyncio would take it, and log a line each time.
+                        # asyncio would accept the data, and log a line each time.
                         raise ConnectionResetError
                     self.writer.write(part)
                     await asyncio.wait_for(self.writer.drain(), self._patience.reader_timeout_s)
@@ -376,7 +376,7 @@ class AsyncioConnection(AsyncioTCPServer):
                 await self.protocol.handle(Closed())
 
     async def _close(self) -> None:
-        # What a close waits for is that all has been sent, which a client that does not read puts off for ever.
+        # A close waits until everything is sent, which a client that does not read delays for ever.
         timer = self.loop.call_later(_GOODBYE_S, self.cut)
         try:
             await super()._close()
@@ -385,7 +385,7 @@ class AsyncioConnection(AsyncioTCPServer):
 
 
 class PatientBuffer(StreamBuffer):
-    """What waits for a stream's window. Raises ReaderGone where nothing of it was taken for as long as a reader has."""
+    """Data that waits for a stream's window. Raises ReaderGone if the client takes none of it for as long as a reader may."""
 
     def __init__(self, patience: Patience, event_class: Any) -> None:
         super().__init__(event_class)
@@ -402,24 +402,24 @@ class PatientBuffer(StreamBuffer):
         self.buffer.extend(data)
         await self._is_empty.clear()
         if len(self.buffer) >= BUFFER_HIGH_WATER:
-            await self._while_it_is_taken(self._paused.wait)
+            await self._while_client_reads(self._paused.wait)
             await self._paused.clear()
 
     async def drain(self) -> None:
-        await self._while_it_is_taken(super().drain)
+        await self._while_client_reads(super().drain)
 
     async def pop(self, max_length: int) -> bytes:
         data = bytes(self.buffer[:max_length])
         del self.buffer[:max_length]
         self._taken += len(data)
-        # Hypercorn looks at the length of what was taken, and so lets an answer go on that nobody takes.
+        # Hypercorn checks only the length of what it took, and so lets an answer go on that nobody reads.
         if len(self.buffer) < BUFFER_LOW_WATER:
             await self._paused.set()
         if not self.buffer:
             await self._is_empty.set()
         return data
 
-    async def _while_it_is_taken(self, wait: Callable[[], Awaitable[None]]) -> None:
+    async def _while_client_reads(self, wait: Callable[[], Awaitable[None]]) -> None:
         while True:
             taken = self._taken
             with anyio.move_on_after(self._patience.reader_timeout_s):
@@ -430,11 +430,11 @@ class PatientBuffer(StreamBuffer):
 
 
 class ReaderGone(Exception):
-    """A client has not read its stream for as long as one may."""
+    """A client has not read its stream for longer than allowed."""
 
 
 class _Streams(dict[int, Any]):
-    """The streams of one connection; one that was answered already takes what comes for it and does nothing."""
+    """The streams of one connection. A stream that was answered already ignores what still arrives for it."""
 
     def __missing__(self, stream_id: int) -> _Answered:
         return _Answered()
@@ -448,7 +448,7 @@ class _Answered:
 
 
 class _Calls:
-    """The task group of a connection that knows how many of its calls have not ended."""
+    """The task group of a connection, which counts the calls that have not ended."""
 
     def __init__(self, group: Any) -> None:
         self._group = group
@@ -479,7 +479,7 @@ class PatientH2(H2Protocol):
         super().__init__(*arguments, **more)
         self.streams = _Streams()
         self._calls = _Calls(self.task_group)
-        self.task_group = self._calls  # type: ignore[assignment]
+        self.task_group = self._calls  # type: ignore[assignment] # It has what Hypercorn uses of one.
         settings = {
             SettingCodes.MAX_CONCURRENT_STREAMS: self.config.h2_max_concurrent_streams,
             SettingCodes.MAX_HEADER_LIST_SIZE: MOST_HEADER_BYTES,
@@ -492,7 +492,7 @@ class PatientH2(H2Protocol):
 
     async def initiate(self, *arguments: Any, **more: Any) -> None:
         await super().initiate(*arguments, **more)
-        # Of a connection that began with HTTP/1, Hypercorn takes the preface for a request that runs.
+        # If the connection began with HTTP/1, Hypercorn takes the preface for a running request.
         await self.send(Updated(idle=self.idle))
 
     async def handle(self, event: Event) -> None:
@@ -500,7 +500,7 @@ class PatientH2(H2Protocol):
             for part in _parts(event.data, _FRAMES_BYTES):
                 await super().handle(RawData(bytes(part)))
                 await anyio.lowlevel.checkpoint()
-                # A stream that was reset counts no more, and its call has yet to end.
+                # A stream that was reset is not counted any more, although its call has not ended yet.
                 await self._calls.until_at_most(self.connection.open_inbound_streams + _MOST_ENDING)
             return
         await super().handle(event)
@@ -512,7 +512,7 @@ class PatientH2(H2Protocol):
         try:
             buffer = self.stream_buffers.get(event.stream_id)
             if isinstance(event, StreamClosed) and isinstance(buffer, PatientBuffer) and not buffer.has_end:
-                # The answer failed on its way, and what has come of it must not pass for the whole.
+                # The answer failed half-way, and the part that was sent must not look complete.
                 await self._reset(event.stream_id, ErrorCodes.INTERNAL_ERROR)
             await super().stream_send(event)
         except ReaderGone:
@@ -521,7 +521,7 @@ class PatientH2(H2Protocol):
             await self.send(Updated(idle=self.idle))
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
-        # One by one: a stream may be opened and reset by what is read at once.
+        # One by one, because one read may both open and reset a stream.
         for event in events:
             if isinstance(event, h2.events.StreamReset):
                 await self._discard(event.stream_id)
@@ -530,7 +530,7 @@ class PatientH2(H2Protocol):
                 await self.send(Updated(idle=self.idle))
 
     async def _send_data(self, stream_id: int) -> None:
-        # Of a stream that is discarded while a part of it is sent, nothing is left to be sent or to be blocked.
+        # If the stream was discarded while a part of it was sent, nothing is left to send or to block.
         with suppress(KeyError, MissingStreamError):
             await super()._send_data(stream_id)
 
@@ -541,7 +541,7 @@ class PatientH2(H2Protocol):
             self.connection.reset_stream(request.stream_id or 0, ErrorCodes.PROTOCOL_ERROR)
 
     async def _priority_updated(self, event: h2.events.PriorityUpdated) -> None:
-        pass  # RFC 9113 has done away with them, and a client can name any number of streams in them.
+        pass  # RFC 9113 has deprecated priorities, and a client can name any number of streams in them.
 
     async def _reset(self, stream_id: int, code: ErrorCodes) -> None:
         await self._discard(stream_id)
@@ -550,7 +550,7 @@ class PatientH2(H2Protocol):
             await self._flush()
 
     async def _discard(self, stream_id: int) -> None:
-        """Ends whatever waits for the stream's window."""
+        """Forgets a stream and wakes whatever waits for its window."""
         if buffer := self.stream_buffers.pop(stream_id, None):
             await buffer.close()
             with suppress(MissingStreamError):

@@ -1,4 +1,4 @@
-"""wsproto, with a bound on what a compressed message may come to: upstream inflates whatever has come at once."""
+"""wsproto with a bound on the inflated size of a compressed message; upstream inflates whatever has arrived at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def require_tested_wsproto() -> None:
 
 
 class BoundedDeflate(PerMessageDeflate):
-    """Refuses a message of which one read would inflate to more than `MOST_INFLATED_BYTES`."""
+    """Refuses a message if one read of it would inflate to more than `MOST_INFLATED_BYTES`."""
 
     def frame_inbound_payload_data(self, proto: FrameDecoder | FrameProtocol, data: bytes) -> bytes | CloseReason:
         if not self._inbound_compressed or not self._inbound_is_compressible or self._decompressor is None:

@@ -35,7 +35,7 @@ from api.uploads import Upload, UploadRoom
 from runtime.errors import InvalidSetting, Saturated
 from runtime.settings import UNIX
 
-# Of all bodies at once: a client without a key can send some, too.
+# Bound on all bodies together, for clients without a key can send some too.
 MOST_UPLOAD_BYTES = 64 * 2**20
 # Each adds its routes.
 _FAMILIES = (add_standard_routes, add_chat_routes, add_response_routes, add_message_routes)
@@ -48,7 +48,7 @@ def make_app(server: Server) -> QuartTrio:
     body_class = partial(Upload, UploadRoom(MOST_UPLOAD_BYTES))
     app.request_class = cast(type[TrioRequest], type("UploadRequest", (TrioRequest,), {"body_class": body_class}))
     app.asgi_http_class = cast(type[Connection], partial(Connection, server))
-    # Nothing here has two spellings of its path, and a redirect would go to whatever Host the client has named.
+    # Each path has one spelling here, and a redirect would lead to whatever Host the client named.
     app.url_map.merge_slashes = False
     app.url_map.redirect_defaults = False
     settings = server.settings
@@ -66,7 +66,7 @@ def make_app(server: Server) -> QuartTrio:
             settings,
             request.headers,
             _address(request.scope),
-            # Of a path or a method that there is not, that is what a client is to hear of.
+            # For an unknown path or method the answer must say that, and not ask for another content type.
             has_body=request.method == "POST" and request.routing_exception is None,
             is_old=request.http_version == "1.0",
         )
@@ -86,7 +86,7 @@ def make_app(server: Server) -> QuartTrio:
             response.headers.update(DEPRECATION)
         return response
 
-    # A handshake for a WebSocket where there is none is refused by a response; there is no response where it is accepted.
+    # A handshake for a path without a WebSocket is refused with a response. An accepted handshake has no response.
     @app.after_websocket  # type: ignore[type-var] # It comes without a response where it is accepted.
     async def deprecate_refusal(response: Response | None) -> Response | None:
         if response is not None and door.family_of(websocket.path).is_deprecated:
@@ -100,7 +100,8 @@ def make_app(server: Server) -> QuartTrio:
 
     @app.after_request
     async def let_the_body_come(response: Response) -> Response:
-        # Hypercorn has to close a connection on which an answer overtakes its request, and the client would lose the next.
+        # If an answer is sent before its request has arrived, Hypercorn closes the connection, and the client's next request
+        # is lost.
         upload_of(request).pass_over()
         try:
             await request.get_data(cache=False)
@@ -128,19 +129,19 @@ def routes_of(app: QuartTrio) -> list[Route]:
 
 
 async def http_door(server: Server, bind: str, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
-    """Serves HTTP on `bind`, HOST:PORT or unix:PATH, until cancelled. Started in a nursery, it gives the URL.
+    """Serves HTTP on `bind`, HOST:PORT or unix:PATH, until cancelled. Started in a nursery, it returns the URL.
 
     Raises InvalidSetting.
     """
     settings = server.settings
-    # A drain that the server has begun by itself ends in its own time.
+    # Here the server drains by itself, so nobody needs to be told that Hypercorn stops.
     patch(Patience(settings.reader_timeout_s, on_stop=lambda _: None))
     config = Config()
     config.bind = [bind]
     config.keep_alive_timeout = settings.idle_connection_s
     config.errorlog = logging.getLogger("perennial.http")
     if not (settings.api_keys or settings.allow_unauthenticated):
-        # Of a socket in the file system: nobody else may open it.
+        # For a socket in the file system: no other user may open it.
         config.umask = 0o077
     async with _own_socket(bind), open_nursery() as nursery:
         with _listening(bind):
@@ -150,12 +151,12 @@ async def http_door(server: Server, bind: str, *, task_status: trio.TaskStatus[s
 
 @asynccontextmanager
 async def _own_socket(bind: str) -> AsyncIterator[None]:
-    """Sees to it that a path to be listened on is no other server's, and is gone when the block ends."""
+    """Checks that no other server listens on this path, and removes the socket when the block ends."""
     path = trio.Path(bind.removeprefix(UNIX))
     if not bind.startswith(UNIX):
         yield
         return
-    # Hypercorn puts a new socket where there is one that nobody listens on any more.
+    # Hypercorn replaces a socket that nobody listens on any more.
     with suppress(OSError):
         async with await trio.open_unix_socket(path):
             raise InvalidSetting(f"bind={bind} is listened on already: stop that server, or choose another path")
@@ -179,7 +180,7 @@ def _listening(bind: str) -> Iterator[None]:
 
 
 def _address(scope: HTTPScope | WebsocketScope | None) -> str | None:
-    """The address of ours that a client has connected to."""
+    """Our address to which the client has connected; None if it is not known."""
     server = scope and scope.get("server")
     return server[0] if server else None
 

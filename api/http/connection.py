@@ -22,11 +22,11 @@ from runtime.errors import PayloadTooLarge
 R = TypeVar("R")
 
 MOST_BODY_BYTES = 8 * 2**20
-# What a request counts as whose client left before it was answered.
+# Status under which requests are counted whose client left before the answer.
 _CLIENT_LEFT = "499"
-# Where a request keeps what it holds until its end.
+# Key of what a request holds until its end, in its scope.
 _HELD = "perennial.held"
-# What requests are counted by. A client that makes methods up would make a series of each.
+# Methods under which requests are counted: otherwise a client could create a series with each method that it invents.
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -36,7 +36,7 @@ def held_by(asked: Request) -> AsyncExitStack:
 
 
 async def read_question(server: Server, parse: Parse[R]) -> R:
-    """What the request's body asks, as `parse` reads it in another process. Raises what is wrong with it, NotServing."""
+    """The request's body, read by `parse` in another process. Raises what is wrong with the body, or NotServing."""
     with server.may_be_ended():
         async with request_body() as body:
             return await server.reader.read(ReadBody(parse, body), len(body))
@@ -48,7 +48,7 @@ def upload_of(asked: Request) -> Upload:
 
 @asynccontextmanager
 async def request_body() -> AsyncIterator[bytes]:
-    """The request's body, for the block."""
+    """The request's body; its room is given back when the block ends."""
     try:
         body = cast(bytes, await request.get_data(cache=False, as_text=False))
     except RequestEntityTooLarge:
@@ -76,8 +76,8 @@ class Connection(TrioASGIHTTPConnection):
             if event["type"] == "http.response.start":
                 status = str(event["status"])
             is_last = event["type"] == "http.response.body" and not event.get("more_body")
-            # From within the last call Hypercorn says that the client has left, which cancels this task, and only then
-            # does it close the connection or read on.
+            # Within the last call Hypercorn tells that the client has left, which cancels this task, and only afterwards
+            # closes the connection or reads on.
             with trio.CancelScope(shield=is_last):
                 await send(event)
 
@@ -88,7 +88,7 @@ class Connection(TrioASGIHTTPConnection):
                     cast(dict[str, object], request.scope)[_HELD] = held
                     await super().handle_request(nursery, request, send_and_note)
             finally:
-                # A part of it may come even now.
+                # A part of the body may still arrive.
                 upload_of(request).pass_over()
                 self._count(request, status, trio.current_time() - began)
 

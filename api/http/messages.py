@@ -69,7 +69,7 @@ def add_message_routes(door: Door) -> None:
         writer = MessageWriter(server.label, answers.prompt_tokens)
         if not asked.stream:
             while (said := await answers.next()) is not None:
-                _taken(writer, said[1])
+                _events_of_part(writer, said[1])
             return Response(json.dumps(writer.message), content_type=JSON)
         response = Response(content_type=f"{EVENTS}; charset=utf-8", headers={"Cache-Control": "no-cache"})
         response.response = _MessageEvents(answers, writer)
@@ -91,10 +91,10 @@ def add_message_routes(door: Door) -> None:
 
 
 class _MessageEvents(EventStream):
-    """The events of a message, as server-sent ones."""
+    """The events of a message as server-sent events."""
 
     def __init__(self, answers: Answers, writer: MessageWriter) -> None:
-        super().__init__(map(_sent, writer.begin()))
+        super().__init__(map(_server_sent_event, writer.begin()))
         self._answers = answers
         self._writer = writer
 
@@ -103,18 +103,18 @@ class _MessageEvents(EventStream):
         if said is None:
             self.close()
             return []
-        return [_sent(event) for event in _taken(self._writer, said[1])]
+        return [_server_sent_event(event) for event in _events_of_part(self._writer, said[1])]
 
     def silence(self) -> list[bytes]:
-        return [_sent({"type": "ping"})]
+        return [_server_sent_event({"type": "ping"})]
 
     def failure(self, error: Exception) -> list[bytes]:
-        return [_sent(as_messages_error(error)[1].model_dump())]
+        return [_server_sent_event(as_messages_error(error)[1].model_dump())]
 
 
-def _taken(writer: MessageWriter, part: Part | Ending) -> list[Event]:
+def _events_of_part(writer: MessageWriter, part: Part | Ending) -> list[Event]:
     return writer.end(part) if isinstance(part, Ending) else [*writer.take(part)]
 
 
-def _sent(event: Event) -> bytes:
+def _server_sent_event(event: Event) -> bytes:
     return named_event(event["type"], json.dumps(event))

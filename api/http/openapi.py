@@ -1,4 +1,4 @@
-"""What the HTTP door says of itself: an OpenAPI document, made of its routes and of the schemas that check and answer."""
+"""The HTTP door's OpenAPI document, made from its routes and from the models of their bodies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _IN_PATH = re.compile(r"<(?:\w+:)?(\w+)>")
 
 
 def document(routes: Iterable[Route], settings: Settings, label: str) -> dict[str, Any]:
-    """The OpenAPI document of a server of these settings whose model is called `label`."""
+    """The OpenAPI document of a server with these settings whose model is called `label`."""
     routes = [*routes]
     schemas = _Schemas(routes)
     for route in routes:
@@ -35,7 +35,7 @@ def document(routes: Iterable[Route], settings: Settings, label: str) -> dict[st
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         path = paths.setdefault(_IN_PATH.sub(r"{\1}", route.path), {})
-        path[route.method.lower()] = _described(route, schemas, is_locked=bool(settings.api_keys))
+        path[route.method.lower()] = _describe(route, schemas, is_locked=bool(settings.api_keys))
     return {
         "openapi": "3.1.0",
         "info": {
@@ -53,7 +53,7 @@ def document(routes: Iterable[Route], settings: Settings, label: str) -> dict[st
     }
 
 
-def _described(route: Route, schemas: _Schemas, *, is_locked: bool) -> dict[str, Any]:
+def _describe(route: Route, schemas: _Schemas, *, is_locked: bool) -> dict[str, Any]:
     operation, family = route.operation, route.family
     is_keyed = needs_key(route.path)
     guarded: tuple[type[Exception], ...] = () if is_locked else (ForbiddenHost, ForbiddenOrigin)
@@ -163,6 +163,6 @@ class _Schemas:
         }
 
     def narrow(self, kind: type[BaseModel], field: str, **keywords: object) -> None:
-        """Says what this server's settings leave of a field, if any body is of this kind."""
+        """Narrows a field to what this server's settings allow, if any body is of this kind."""
         if schema := self.components.get(kind.__name__):
             schema["properties"][field] |= keywords

@@ -38,7 +38,7 @@ from runtime.errors import (
 from runtime.points import Point
 
 RESPONSES = Family("/v1/responses", is_deprecated=False, as_error=as_responses_error)
-# Requests of one WebSocket that run or wait; more are not read from it.
+# The most requests of one WebSocket that run or wait; no more are read until one ends.
 _MOST_REQUESTS = 16
 
 
@@ -91,7 +91,7 @@ def add_response_routes(door: Door) -> None:
                 await turn.next()
             return Response(json.dumps(turn.response), content_type=JSON)
         response = Response(content_type=f"{EVENTS}; charset=utf-8", headers={"Cache-Control": "no-cache"})
-        response.response = _TurnEvents(turn, _server_sent)
+        response.response = _TurnEvents(turn, _server_sent_event)
         return response
 
     @door.route("GET", RESPONSES.base, _UPGRADE, RESPONSES)
@@ -121,12 +121,12 @@ def add_response_routes(door: Door) -> None:
 
 
 class _Turn:
-    """One response: its events in order. It is kept when the last one is made, and not before."""
+    """One response: its events in order. It is stored when its last event is made."""
 
     def __init__(
         self, server: Server, runtime: Runtime, asked: ResponseRequest, owner: str, answers: Answers | Ending
     ) -> None:
-        """An Ending alone is that of a response which was not asked for an answer."""
+        """`answers` is only an Ending if the request asked for no answer."""
         self._runtime = runtime
         self._asked = asked
         self._owner = owner
@@ -137,11 +137,11 @@ class _Turn:
 
     @property
     def response(self) -> dict[str, Any]:
-        """The response as it stands."""
+        """The response so far."""
         return self._writer.response
 
     async def next(self) -> list[Event]:
-        """The events that come next. Raises what ended the answer."""
+        """Waits for the next events. Raises what ended the answer."""
         if not self._is_begun:
             self._is_begun = True
             return self._writer.begin()
@@ -176,11 +176,11 @@ class _Turn:
 async def _open_turn(
     server: Server, runtime: Runtime, asked: ResponseRequest, question: Question, owner: str
 ) -> AsyncIterator[_Turn]:
-    """The turn of a request of somebody's. Raises PreviousResponseNotFound, and as `open_answers`."""
+    """The turn that answers one client's request. Raises PreviousResponseNotFound, and as `open_answers`."""
     start = _start_of(runtime, asked, owner)
     if asked.is_prewarm:
         prompt = await write_prompt(server.reader, runtime, question, start)
-        yield _Turn(server, runtime, asked, owner, _unanswered(runtime, prompt))
+        yield _Turn(server, runtime, asked, owner, _ending_without_answer(runtime, prompt))
         return
     async with open_answers(server, runtime, question, start) as answers:
         yield _Turn(server, runtime, asked, owner, answers)
@@ -201,17 +201,17 @@ def _start_of(runtime: Runtime, asked: ResponseRequest, owner: str) -> Point | N
 
 
 def _name_of(conversation_id: str, owner: str) -> str:
-    """The name of a conversation's last point. Its id is a client's choice, and so may be another's too."""
+    """The name of a conversation's last point. It has the owner in it, for clients choose ids and two may choose the same."""
     return f"conversation {owner} {conversation_id}"
 
 
 def _owner(headers: Headers) -> str:
-    """Who asks, as far as keys tell."""
+    """Identifies the client, as far as keys do."""
     key = headers.get("Authorization") or headers.get("x-api-key") or ""
     return blake2b(key.encode(), digest_size=16).hexdigest()
 
 
-def _unanswered(runtime: Runtime, prompt: Prompt) -> Ending:
+def _ending_without_answer(runtime: Runtime, prompt: Prompt) -> Ending:
     length = prompt.point.length
     usage = Usage(
         prompt=length,
@@ -230,11 +230,11 @@ async def _read_ahead(runtime: Runtime, point: Point) -> None:
         async with runtime.permit():
             await runtime.conversations.read_ahead(point)
     except RequestError:
-        pass  # Whoever goes on from there reads it then.
+        pass  # The turn that continues from there will read it.
 
 
 class _TurnEvents(EventStream):
-    """The events of a turn, each as `spell` spells it."""
+    """The events of a turn, each encoded by `spell`."""
 
     def __init__(self, turn: _Turn, spell: Callable[[Event], bytes]) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ class _TurnEvents(EventStream):
         return [self._spell(event) for event in self._turn.fail(error)]
 
 
-def _server_sent(event: Event) -> bytes:
+def _server_sent_event(event: Event) -> bytes:
     return named_event(event["type"], json.dumps(event))
 
 
@@ -263,7 +263,7 @@ def _as_frame(event: Event) -> bytes:
 
 
 class _Socket:
-    """One WebSocket: a lane for each `stream_id`, on which requests are answered one after the other."""
+    """One WebSocket: a lane for each `stream_id`; the requests of a lane are answered one after the other."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -273,7 +273,7 @@ class _Socket:
         self._sending = trio.Lock()
 
     async def serve(self) -> None:
-        """Answers until the client leaves, or has asked nothing for `idle_connection_s`."""
+        """Answers requests until the client leaves, or has been silent and idle for `idle_connection_s`."""
         async with open_nursery() as nursery:
             while True:
                 await self._room.acquire()
@@ -288,7 +288,7 @@ class _Socket:
         await websocket.close(1000)
 
     async def _next(self) -> Frame | None:
-        """The next frame as it was read; None where none has come for so long that nobody need wait."""
+        """The next frame, read; None if none has come for `idle_connection_s`."""
         while True:
             with trio.move_on_after(self._server.settings.idle_connection_s):
                 received = await websocket.receive()

@@ -1,4 +1,4 @@
-"""How a family of routes is put into the HTTP door: each with what the OpenAPI document says of it."""
+"""How families of routes are added to the HTTP door, each route with its description for the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DEPRECATION = {
 JSON = "application/json"
 EVENTS = "text/event-stream"
 
-# What every route that asks the model something may answer with.
+# Errors of every route that makes the model generate.
 ANSWER_ERRORS: tuple[type[Exception], ...] = (
     *(MalformedRequest, SlabOverflow, ModelNotFound, RequestTimeout, PayloadTooLarge, InvalidRequest),
     *(CapacityExhausted, Saturated, EngineFailed, SessionFailed, NotServing, DeadlineExceeded),
@@ -49,7 +49,7 @@ Handler = Callable[..., Awaitable[Response]]
 
 @dataclass(frozen=True)
 class EventKinds:
-    """Server-sent events, each with the JSON of one of these; a stream without an error ends with `last`, if there is one."""
+    """Server-sent events, each with the JSON of one of `kinds`. A stream without an error ends with the data `last`, if given."""
 
     kinds: tuple[type[BaseModel], ...]
     last: str | None = None
@@ -57,9 +57,9 @@ class EventKinds:
 
 @dataclass(frozen=True)
 class Family:
-    """What lies below a path: whether all its answers say that it is deprecated, and the shape of its errors.
+    """The routes below a path: whether their answers say that they are deprecated, and the shape of their errors.
 
-    `key_header` is where clients of it may send their key instead of `Authorization`.
+    `key_header` is the header in which clients may send their key instead of `Authorization`.
     """
 
     base: str
@@ -72,15 +72,15 @@ class Family:
         return path == self.base or path.startswith(f"{self.base.rstrip('/')}/")
 
 
-# Whatever no other family holds, unknown paths included.
+# Everything that no other family holds, unknown paths included.
 SHIM = Family("/")
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What a route is for, takes and answers, each media type of each status with the type of its body.
+    """A route's purpose, its request's body, and its answers: for each status and media type the type of the body.
 
-    `errors` are its own; those that any route may answer with are added.
+    `errors` are those of this route; the errors that any route may answer with are added.
     """
 
     summary: str
@@ -91,7 +91,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Route:
-    """A route of the door. In its path, what stands in angle brackets is a name."""
+    """A route of the door. Names in angle brackets in its path are parameters."""
 
     name: str
     method: str
@@ -111,7 +111,10 @@ class Door:
     def route(
         self, method: str, path: str, operation: Operation, family: Family = SHIM
     ) -> Callable[[Handler], Handler]:
-        """Has a function answer requests of this method for this path. Its name is that of the route."""
+        """Makes a function answer requests of this method for this path.
+
+        The function's name, unique in the door, names the route.
+        """
 
         def add(handler: Handler) -> Handler:
             name = handler.__name__

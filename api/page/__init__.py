@@ -1,4 +1,4 @@
-"""The page that shows the runtime at work, and what a browser may do for it."""
+"""The page that shows the runtime at work, and the headers that restrict it."""
 
 from __future__ import annotations
 

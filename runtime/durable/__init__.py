@@ -1,4 +1,4 @@
-"""Sessions that outlive the process: a `SessionStore` alone touches their files, or their objects in a bucket."""
+"""Sessions that outlive the process. Only a `SessionStore` touches their files, or their objects in a bucket."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def open_store(
     most_bytes: int = 0,
     lease_s: float = LEASE_S,
 ) -> AbstractContextManager[SessionStore]:
-    """The store in a directory, or at a URL, for a block. Raises InvalidSetting."""
+    """Opens the store in a directory or at a URL while the block runs. Raises InvalidSetting."""
     scheme, between, _ = place.partition("://")
     if not between:
         return DirectoryStore.open(place, history_identity, slab_identity, most_bytes=most_bytes)

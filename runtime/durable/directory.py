@@ -1,7 +1,8 @@
 """The store in a directory: sessions and snapshots of one server, and the only code that touches files there.
 
 Sessions that have a slab are *open*; the others sleep. A record is deleted when its session is closed, evicted or too long
-idle, and for the bound of the directory; never because of a fault. What is damaged is set aside whole and named in one line.
+idle, and for the bound of the directory; never because of a fault. A damaged record is set aside whole, and named in one log
+line.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _log = logging.getLogger("perennial.state")
 
 
 class DirectoryStore:
-    """The directory of one server. Its methods may be called from any thread, those about one session from one at a time."""
+    """The directory of one server. Any thread may call its methods; calls about one session must not overlap."""
 
     is_remote = False
     leaving_s = 5.0
@@ -82,7 +83,7 @@ class DirectoryStore:
         files: Files | None = None,
         now: Callable[[], float] = time.time,
     ) -> Iterator[Self]:
-        """The store in a directory, made where it is missing and locked for the block. Raises InvalidSetting."""
+        """Opens the store in a directory, which is made if missing and locked while the block runs. Raises InvalidSetting."""
         try:
             directory = Path(path).expanduser()
         except RuntimeError as error:
@@ -114,7 +115,7 @@ class DirectoryStore:
     # Conversations
 
     def open_points(self, most_bytes: int) -> PointTree:
-        """The tree of conversations in the directory, which from now on is written down there. Raises InvalidSetting."""
+        """The tree of conversations in the directory, whose changes are written there from now on. Raises InvalidSetting."""
         path = self._directory / "conversations.tree"
         most_bytes = min(most_bytes, self._most_bytes // 4) if self._most_bytes else most_bytes
         try:
@@ -128,7 +129,7 @@ class DirectoryStore:
     # Sessions
 
     def create(self, terms: Terms, history: array[int] | None = None) -> DirectoryDurable:
-        """A new session's record. Raises StorageFailed, and nothing is left behind then."""
+        """Makes the record of a new session. If it raises StorageFailed, nothing is left behind."""
         session_id = new_id()
         with self._lock, storage_errors("the session was not made"):
             self._make_room()
@@ -148,25 +149,25 @@ class DirectoryStore:
         return DirectoryDurable(self, self._records[session_id], journal)
 
     def may_wake(self, session_id: str) -> bool:
-        """Whether a session of this id is on disk and not open."""
+        """Whether a session with this id is on disk and not open."""
         record = self._records.get(session_id)
         return record is not None and not record.is_open
 
     def sleeping(self) -> list[Record]:
-        """Those that sleep, the one used longest ago first."""
+        """The sessions that sleep, the least recently used first."""
         with self._lock:
             return sorted((one for one in self._records.values() if not one.is_open), key=lambda one: one.use)
 
     def wake(self, session_id: str) -> tuple[DirectoryDurable, array[int]]:
-        """Opens a session that sleeps: its record and its history.
+        """Opens a sleeping session; returns its record and its history.
 
-        Raises SessionNotFound where it is damaged, and is set aside; StorageFailed where it cannot be read just now.
+        Raises SessionNotFound if it is damaged, which sets it aside, and StorageFailed if it cannot be read at present.
         """
         with self._lock:
             record = self._records.get(session_id)
             if record is None or record.is_open:
                 raise SessionNotFound("no session of this id sleeps")
-            # From here on it is nobody's to delete for its age or for room.
+            # From here on it must not be deleted for its age or to make room.
             record.is_open = True
         path = self._sessions / f"{session_id}{HISTORY}"
         try:
@@ -182,7 +183,7 @@ class DirectoryStore:
         return DirectoryDurable(self, record, journal), history
 
     def expire(self, idle_s: float) -> int:
-        """Deletes the sessions that have slept longer than this, and says how many."""
+        """Deletes the sessions that have slept longer than `idle_s`; returns how many."""
         oldest = self._now() - idle_s
         with self._lock:
             old = [one for one in self.sleeping() if one.used_at < oldest]
@@ -193,7 +194,7 @@ class DirectoryStore:
     # Snapshots
 
     def save(self, terms: Terms, history: array[int], slab: Slab) -> Snapshot:
-        """Writes a snapshot. Raises StorageFailed, and nothing is left behind then."""
+        """Writes a snapshot. If it raises StorageFailed, nothing is left behind."""
         snapshot_id = new_id()
         path = self._snapshots / f"{snapshot_id}{HISTORY}"
         beside = path.with_suffix(SLAB)
@@ -222,11 +223,11 @@ class DirectoryStore:
             return [summary(record) for record in sorted(self._saved.values(), key=lambda one: one.use)]
 
     def load(self, snapshot_id: str, slab: Slab) -> tuple[Terms, array[int]]:
-        """What a snapshot holds: terms and history, and in the empty `slab` as much of it as was saved for this engine.
+        """A snapshot's terms and history. Fills the empty `slab` with what was saved, if it was saved for this engine.
 
         Raises SnapshotNotFound, SnapshotMismatch, SnapshotUnreadable or StorageFailed.
         """
-        record = self._found(snapshot_id)
+        record = self._find_snapshot(snapshot_id)
         path = self._snapshots / f"{snapshot_id}{HISTORY}"
         try:
             with storage_errors("the snapshot stays as it is"):
@@ -239,7 +240,7 @@ class DirectoryStore:
 
     def delete_snapshot(self, snapshot_id: str) -> int:
         """Deletes a snapshot; returns the bytes that it took. Raises SnapshotNotFound or StorageFailed."""
-        record = self._found(snapshot_id)
+        record = self._find_snapshot(snapshot_id)
         path = self._snapshots / f"{snapshot_id}{HISTORY}"
         with storage_errors("the snapshot is still there"):
             self._files.remove(path)
@@ -258,18 +259,18 @@ class DirectoryStore:
     # What an open session asks for
 
     def read_slab(self, record: Record, slab: Slab, history: array[int]) -> Kept:
-        """Fills an empty slab with what is on disk of a session's."""
+        """Fills an empty slab from the session's slab on disk."""
         return self._read_slab(self._sessions / f"{record.id}{SLAB}", slab, history, record)
 
     def mark_used(self, record: Record, journal: Journal) -> None:
-        """Says that the session was used just now. What cannot be written is known until the next start alone."""
+        """Records that the session was used now. If that cannot be written, it is only known until the next start."""
         with self._lock:
             record.use, record.used_at = self._next_use(), self._now()
             with suppress(OSError):
                 journal.mark_used(record.use, record.used_at)
 
     def put_to_sleep(self, record: Record, journal: Journal) -> None:
-        """Has the session sleep."""
+        """Closes the session's record, so that the session sleeps."""
         journal.close()
         with self._lock:
             record.is_open = False
@@ -289,7 +290,7 @@ class DirectoryStore:
         record.slab_bytes = 0
 
     def new_writer(self, record: Record, slab: Slab, history: array[int]) -> SlabWriter:
-        """What leaves a session's slab on disk, piece by piece."""
+        """A writer that saves a session's slab on disk piece by piece."""
         path = self._sessions / f"{record.id}{SLAB}"
         return SlabWriter(self._files, path, self._slab_identity, slab, history)
 
@@ -326,7 +327,7 @@ class DirectoryStore:
             return Record(path.stem, head.terms, tip.length, tip.use, tip.used_at, tip.end, slab_bytes)
         return None
 
-    def _found(self, snapshot_id: str) -> Record:
+    def _find_snapshot(self, snapshot_id: str) -> Record:
         if not isinstance(snapshot_id, str):
             raise SnapshotNotFound("no snapshot has this id")
         record = self._saved.get(snapshot_id)
@@ -337,7 +338,7 @@ class DirectoryStore:
         return record
 
     def _read_slab(self, path: Path, slab: Slab, history: array[int], record: Record) -> Kept:
-        """Fills the slab where a file for this engine is whole; else the history will be read again."""
+        """Fills the slab if there is a whole file for this engine. Otherwise the history will be read again."""
         slab.clear()
         if not record.slab_bytes:
             return Kept.NOTHING
@@ -372,7 +373,7 @@ class DirectoryStore:
                 _log.warning("%s could not be deleted: %s", path.name, error.strerror)
 
     def _make_room(self) -> None:
-        """Keeps the directory within its bound: slabs of sleeping sessions go first, then these and snapshots, by last use."""
+        """Keeps the directory within its bound: deletes slabs of sleeping sessions, then sessions and snapshots, by last use."""
         if not self._most_bytes:
             return
         over = self.size - self._most_bytes
@@ -406,7 +407,7 @@ class DirectoryStore:
 
 
 class DirectoryDurable:
-    """An open session's record: what its actor writes. Closing it has the session sleep."""
+    """An open session's record, which its actor writes. Closing it lets the session sleep."""
 
     is_remote = False
     group_s = 0.0
@@ -422,7 +423,7 @@ class DirectoryDurable:
 
     @property
     def slab_length(self) -> int:
-        """How many tokens of the history the slab on disk has read."""
+        """How many tokens of the history the slab on disk holds."""
         return self._slab_length
 
     def read_slab(self, slab: Slab, history: array[int]) -> Kept:
@@ -431,10 +432,10 @@ class DirectoryDurable:
         return kept
 
     def check(self) -> None:
-        """The directory is this server's alone."""
+        """Does nothing: only this server uses the directory."""
 
     def record(self, start: int, token_ids: array[int]) -> None:
-        """Has the history on disk go on with these tokens from `start` on. Raises StorageFailed, and nothing changed then."""
+        """Writes these tokens to the history on disk from `start` on. If it raises StorageFailed, nothing has changed."""
         with storage_errors("nothing was changed"):
             self._journal.record(start, token_ids)
         self._record.history_bytes = self._journal.size
@@ -446,20 +447,20 @@ class DirectoryDurable:
         self._record.length = length
 
     def used(self, history: array[int]) -> None:
-        """Says that the session was used just now."""
+        """Records that the session was used now."""
         self._store.mark_used(self._record, self._journal)
 
     def new_writer(self, slab: Slab, history: array[int]) -> SlabWriter:
-        """Leaves the slab on disk, piece by piece."""
+        """A writer that saves the slab on disk piece by piece."""
         return self._store.new_writer(self._record, slab, history)
 
     def wrote(self, writer: SlabWriter) -> None:
-        """Says that the slab on disk is now the one that `writer` finished."""
+        """Records that the slab on disk is now the one that `writer` finished."""
         self._slab_length = writer.frontier
         self._record.slab_bytes = writer.size
 
     def forget_slab(self) -> None:
-        """Has the history read again when the session next wakes."""
+        """Deletes the slab on disk, so that the history is read again when the session wakes."""
         self._slab_length = 0
         self._store.forget_slab(self._record)
 
@@ -471,7 +472,7 @@ class DirectoryDurable:
         self._store.put_to_sleep(self._record, self._journal)
 
     def end(self) -> None:
-        """Nothing is to be told to other servers."""
+        """Does nothing: there are no other servers to tell."""
 
     def delete(self) -> None:
         """Ends the record for good."""

@@ -1,4 +1,4 @@
-"""The file operations of the store, and no other ones: a test that makes one of them fail stands in this place."""
+"""All file operations of the store, so that a test can put a class here that makes one of them fail."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from runtime.errors import StorageFailed, StorageFull
 
-# What making room, or waiting, mends.
+# Errors that making room, or waiting, can cure.
 _PASSING = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.EFBIG, errno.ETIMEDOUT}
 )
-# Whatever the umask is, nobody else reads what was said.
+# Whatever the umask, no other user may read conversations.
 FILE_MODE, FOLDER_MODE = 0o600, 0o700
 
 
@@ -22,22 +22,22 @@ class Files:
     """Every method raises OSError."""
 
     def create(self, path: Path) -> int:
-        """A descriptor of a new, empty file, to be read and written."""
-        return self._opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        """Creates an empty file; returns its descriptor, for reading and writing."""
+        return self._open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
 
     def reuse(self, path: Path) -> int:
-        """A descriptor of a file to be written over, or of a new one."""
-        return self._opened(path, os.O_RDWR | os.O_CREAT)
+        """Opens a file to overwrite it, or creates it; returns its descriptor."""
+        return self._open(path, os.O_RDWR | os.O_CREAT)
 
     def truncate(self, file: int, size: int) -> None:
         os.ftruncate(file, size)
 
     def open(self, path: Path) -> int:
-        """A descriptor of a file that is there, to be read and written."""
-        return self._opened(path, os.O_RDWR)
+        """Opens an existing file; returns its descriptor, for reading and writing."""
+        return self._open(path, os.O_RDWR)
 
     def read(self, file: int, offset: int, count: int) -> bytes:
-        """Up to `count` bytes from `offset` on, fewer at the file's end alone."""
+        """`count` bytes from `offset` on; fewer only at the end of the file."""
         parts = []
         while count:
             part = os.pread(file, count, offset)
@@ -49,7 +49,7 @@ class Files:
         return b"".join(parts)
 
     def write(self, file: int, offset: int, content: bytes | memoryview) -> None:
-        """Writes all of `content` at `offset`, or raises; a part of it may be there then."""
+        """Writes all of `content` at `offset`. If it raises, a part may have been written."""
         rest = memoryview(content)
         while rest:
             written = os.pwrite(file, rest, offset)
@@ -63,11 +63,11 @@ class Files:
         source.replace(target)
 
     def remove(self, path: Path) -> None:
-        """Removes a file; one that is not there is removed already."""
+        """Removes a file, if it exists."""
         path.unlink(missing_ok=True)
 
     def make_folder(self, path: Path) -> None:
-        """A folder of our own, made where it is missing."""
+        """Makes a folder that only this user can read, if it is missing."""
         path.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
         path.chmod(FOLDER_MODE)
 
@@ -75,22 +75,22 @@ class Files:
         return os.listdir(folder)
 
     def size(self, path: Path) -> int:
-        """Bytes of a file, 0 where there is none."""
+        """The size of a file in bytes; 0 if it does not exist."""
         try:
             return path.stat().st_size
         except FileNotFoundError:
             return 0
 
-    def _opened(self, path: Path, flags: int) -> int:
+    def _open(self, path: Path, flags: int) -> int:
         file = os.open(path, flags | os.O_CLOEXEC, FILE_MODE)
-        # An older server may have left it readable to others.
+        # An older server may have left the file readable to others.
         os.fchmod(file, FILE_MODE)
         return file
 
 
 @contextmanager
 def storage_errors(consequence: str) -> Iterator[None]:
-    """Turns what the file system raises in the block into StorageFailed, which says what it means for who asked."""
+    """Turns errors of the file system in the block into StorageFailed, whose message says what it means for the caller."""
     try:
         yield
     except OSError as error:

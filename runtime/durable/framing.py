@@ -1,4 +1,4 @@
-"""How our files begin, and the checksums in them: a file that was cut, swapped or touched is told from a whole one."""
+"""The header of our files, and their checksums, which tell a file that was cut, swapped or changed from a whole one."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from runtime.durable.files import Files
 
 CHECKSUM_BYTES = 16
-_HEAD = struct.Struct("<8sII")  # magic, version, bytes of the header behind it
+_HEAD = struct.Struct("<8sII")  # magic, version, size of the header that follows in bytes
 _MOST_HEADER_BYTES = 2**20
 
 
 class Damaged(Exception):
-    """The file is not what was written."""
+    """The file is damaged: it is not as it was written."""
 
 
 class Unknown(Exception):
-    """The file is whole, and of a version or a model that this server does not read."""
+    """The file is whole, but of a version or a model that this server does not read."""
 
 
 def checksum(*parts: bytes | memoryview) -> bytes:
@@ -30,7 +30,7 @@ def checksum(*parts: bytes | memoryview) -> bytes:
 
 
 def write_header(files: Files, file: int, magic: bytes, version: int, header: dict[str, Any]) -> tuple[int, bytes]:
-    """Begins a file; returns where its content begins and the checksum of what is before it. Raises OSError."""
+    """Writes a file's header; returns the offset of the content, and the checksum of the header. Raises OSError."""
     text = json.dumps(header, sort_keys=True).encode()
     head = _HEAD.pack(magic, version, len(text)) + text
     seal = checksum(head)
@@ -39,7 +39,7 @@ def write_header(files: Files, file: int, magic: bytes, version: int, header: di
 
 
 def read_header(files: Files, file: int, magic: bytes, version: int) -> tuple[dict[str, Any], int, bytes]:
-    """The header of a file, where its content begins, and the header's checksum. Raises OSError, Damaged or Unknown."""
+    """A file's header, the offset of the content, and the header's checksum. Raises OSError, Damaged or Unknown."""
     head = files.read(file, 0, _HEAD.size)
     if len(head) < _HEAD.size:
         raise Damaged("it ends within its header")

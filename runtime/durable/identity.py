@@ -1,4 +1,4 @@
-"""What makes a session on disk one that can go on here: the model for its history, and every source of bits for its slab."""
+"""What must match for a stored session to continue here: for its history the model, for its slab all that its bits depend on."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Self
 from runtime.errors import ModelUnavailable
 from runtime.events import Overflow
 
-# Of longer files only the ends and some places between are read for a fingerprint: two models differ everywhere.
+# Of longer files a fingerprint reads only the ends and some places between: two models differ everywhere.
 _WHOLE_BYTES = 64 * 2**20
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryIdentity:
-    """The model whose tokens a history holds. A history outlives a change of engine, not one of model."""
+    """The model whose tokens a history holds. A history can be used by another engine, but not by another model."""
 
     model: str
     vocabulary: int
@@ -29,7 +29,7 @@ class HistoryIdentity:
 
 @dataclass(frozen=True, slots=True)
 class SlabIdentity:
-    """All that a slab's bits depend on, besides its tokens. `version` changes with the arithmetic of our engines."""
+    """All that a slab's bits depend on besides its tokens. `version` changes when our engines' arithmetic does."""
 
     model: str
     backend: str
@@ -59,7 +59,7 @@ class Terms:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Raises ValueError where `text` is no terms."""
+        """Raises ValueError if `text` is not the JSON of terms."""
         eos_token_ids, overflow, label = json.loads(text)
         return cls(frozenset(eos_token_ids), Overflow(overflow), label)
 

@@ -1,4 +1,4 @@
-"""The record of a session: every token of its history in a file of its own.
+"""The record of a session: a file with every token of its history.
 
 Behind the header lie two places for the *tip*, written in turn, then the tokens in pieces. A piece says where in the history it
 begins, so that it may take earlier ones back, and carries a checksum over itself and the piece before it. The tip says how far
@@ -25,19 +25,19 @@ from runtime.durable.identity import HistoryIdentity, Terms
 MAGIC, VERSION = b"PERHIST\n", 1
 _TIP = struct.Struct(
     "<QQQQd"
-)  # number of the write, end of the pieces, length of the history, order of use, time of use
-_TIP_BYTES = _TIP.size + 2 * CHECKSUM_BYTES  # the last piece's checksum, and the tip's own
-_PIECE = struct.Struct("<QI")  # where in the history it begins, and its tokens
+)  # number of the write, end of the pieces in bytes, length of the history, order of use, time of use
+_TIP_BYTES = _TIP.size + 2 * CHECKSUM_BYTES  # checksum of the last piece, checksum of the tip
+_PIECE = struct.Struct("<QI")  # position in the history where it begins, count of its tokens
 _TOKEN_BYTES = 4
-# Behind the tip lies one append at most, and what a fault left of one.
+# Beyond the tip there is at most one append, and the remains of one that a fault interrupted.
 _MOST_UNTOLD_BYTES = 4 * 2**20
-# A history that was generated is one piece a token; so many are made one when the session is next opened.
+# Generation writes one piece a token; more pieces than this are joined when the session is next opened.
 _MOST_PIECES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Tip:
-    """How far a journal goes: the bytes and the tokens, the checksum of the last piece, and when the session was used."""
+    """Where a journal ends, in bytes and tokens; the checksum of its last piece, and when the session was used."""
 
     write: int
     end: int
@@ -53,7 +53,7 @@ class Tip:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a journal's file says before its pieces are read."""
+    """What the beginning of a journal's file says, before its pieces are read."""
 
     terms: Terms
     tip: Tip
@@ -62,7 +62,7 @@ class Head:
 class Journal:
     """One session's record, open for writing. Tokens are recorded before anybody is told of them.
 
-    Every method that writes raises OSError, and has changed nothing then that a reader would see.
+    Methods that write raise OSError; then nothing has changed that a reader would see.
     """
 
     def __init__(self, files: Files, path: Path, file: int, terms: Terms, tips_at: int, tip: Tip) -> None:
@@ -85,7 +85,7 @@ class Journal:
         use: int,
         used_at: float,
     ) -> Journal:
-        """A journal of this history, whole or not at all."""
+        """Creates a journal with this history. If it fails, no file is left."""
         fresh = path.with_suffix(".new")
         file = files.create(fresh)
         try:
@@ -104,7 +104,7 @@ class Journal:
 
     @classmethod
     def peek(cls, files: Files, path: Path, identity: HistoryIdentity) -> Head:
-        """What the file says before its pieces. Raises OSError, Damaged or Unknown."""
+        """Reads the beginning of a file, without its pieces. Raises OSError, Damaged or Unknown."""
         file = files.open(path)
         try:
             terms, _, _, tip = _begin(files, file, path, identity)
@@ -116,7 +116,7 @@ class Journal:
     def open(
         cls, files: Files, path: Path, identity: HistoryIdentity, is_token: Callable[[array[int]], bool]
     ) -> tuple[Journal, array[int]]:
-        """The journal in a file and the history in it. Raises OSError, Damaged or Unknown."""
+        """Opens the journal in a file; returns it and its history. Raises OSError, Damaged or Unknown."""
         file = files.open(path)
         try:
             terms, tips_at, seal, tip = _begin(files, file, path, identity)
@@ -129,7 +129,7 @@ class Journal:
             raise
         if pieces <= _MOST_PIECES:
             return journal, history
-        # Where there is no room for a shorter one, the long one serves.
+        # If there is no room to write a shorter file, keep the long one.
         with suppress(OSError):
             shorter = cls.create(files, path, identity, terms, history, tip.use, tip.used_at)
             journal.close()
@@ -146,23 +146,23 @@ class Journal:
         return self._tip.end
 
     def record(self, start: int, token_ids: array[int]) -> None:
-        """Has the history go on with these tokens from `start` on; what was recorded there before is taken back."""
+        """Records these tokens from position `start` on, in place of any that were recorded there."""
         if token_ids or start != self._tip.length:
             self._write_piece(start, token_ids)
 
     def take_back(self, length: int) -> None:
-        """Forgets the tokens from `length` on. What cannot be written now is written with what comes next."""
+        """Forgets the tokens from `length` on. If that cannot be written now, it is written with the next change."""
         self._owed = length
         with suppress(OSError):
             self.settle()
 
     def settle(self) -> None:
-        """Writes what could not be written before."""
+        """Writes changes that could not be written before."""
         if self._owed is not None:
             self._write_piece(self._owed, array("I"))
 
     def mark_used(self, use: int, used_at: float) -> None:
-        """Says that the session was used, as the `use`-th of all uses, at this time."""
+        """Records that the session was used at this time, as the `use`-th of all uses."""
         self._write_tip(replace(self._tip, use=use, used_at=used_at))
 
     def close(self) -> None:
@@ -185,12 +185,12 @@ class Journal:
         self._owed = None
 
     def _undo(self) -> None:
-        """Has a reader not find a piece, or a tip, of which a fault left more than nobody was told."""
+        """After a failed write: makes sure that a reader does not find the piece or tip that was being written."""
         if self._owed is None:
             self._owed = self._tip.length
         with suppress(OSError):
             self._write_tip(self._tip)
-            # A whole piece behind the tip would be believed.
+            # A reader would accept a whole piece beyond the tip.
             self._files.write(self._file, self._tip.end, bytes(_PIECE.size + CHECKSUM_BYTES))
 
     def _write_tip(self, tip: Tip) -> None:
@@ -200,7 +200,7 @@ class Journal:
 
 
 def _begin(files: Files, file: int, path: Path, identity: HistoryIdentity) -> tuple[Terms, int, bytes, Tip]:
-    """Terms, where the tips are, the header's checksum, and the newer tip."""
+    """Reads the beginning: terms, offset of the tips, the header's checksum, and the newer tip."""
     header, tips_at, seal = read_header(files, file, MAGIC, VERSION)
     try:
         name, made_for, terms = header["id"], header["identity"], Terms.from_json(header["terms"])
@@ -226,7 +226,7 @@ def _tip_of(content: bytes) -> Tip | None:
 
 
 def _read_pieces(files: Files, file: int, begin: int, seal: bytes, tip: Tip) -> tuple[array[int], Tip, int]:
-    """The history, the tip as it should be, and how many pieces there are."""
+    """Reads the pieces; returns the history, the tip as it should be, and the number of pieces."""
     told = tip.end - begin
     content = files.read(file, begin, told + _MOST_UNTOLD_BYTES)
     history = array("I")
@@ -238,14 +238,14 @@ def _read_pieces(files: Files, file: int, begin: int, seal: bytes, tip: Tip) -> 
         history.frombytes(tokens)
         pieces += 1
         is_as_told = is_as_told or (at, len(history), seal) == (told, tip.length, tip.seal)
-    # What lies behind was torn before anybody was told of it.
+    # A torn piece beyond the tip was never reported to anybody.
     if not is_as_told:
         raise Damaged("a piece of it was changed or is missing")
     return history, replace(tip, end=begin + at, length=len(history), seal=seal), pieces
 
 
 def _piece_at(content: bytes, at: int, before: bytes, length: int) -> tuple[int, bytes, bytes, int] | None:
-    """Where a whole piece at this place begins in the history, its tokens, its checksum and where it ends."""
+    """The piece at offset `at`, if it is whole: its position in the history, tokens, checksum, and the offset of its end."""
     if at + _PIECE.size + CHECKSUM_BYTES > len(content):
         return None
     start, count = _PIECE.unpack_from(content, at)

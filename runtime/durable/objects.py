@@ -1,6 +1,6 @@
-"""The operations on an object store, and no other ones: a test that makes one of them fail or wait stands in this place.
+"""All operations on an object store, so that a test can put a class here that makes one of them fail or wait.
 
-obstore comes with an extra, so it is imported where it is called.
+obstore is installed by an extra, so it is imported where it is called.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 SCHEMES = ("s3", "gs", "az", "memory", "file")
-# A call that waits for the store waits so long at most, tries included.
+# The longest that one call waits for the store, retries included, in seconds.
 _LONGEST_CALL = timedelta(seconds=20)
 _LONGEST_TRY = timedelta(seconds=10)
 _TRIES = 4
@@ -35,27 +35,27 @@ class Listed:
 
 
 class Objects:
-    """Every method raises OSError. After one that timed out, what was to be written may be there, or come to be there."""
+    """Every method raises OSError. After a write that timed out the object may exist, or may still appear later."""
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
 
     def create(self, key: str, content: bytes) -> None:
-        """Writes an object that is not there yet. Raises FileExistsError where one is."""
+        """Writes a new object. Raises FileExistsError if it exists."""
         import obstore
 
         with _os_errors():
             obstore.put(self._store, key, content, mode="create", use_multipart=False)
 
     def put(self, key: str, content: bytes | memoryview) -> None:
-        """Writes an object whole, over the one that is there."""
+        """Writes a whole object, replacing the one that exists."""
         import obstore
 
         with _os_errors():
             obstore.put(self._store, key, content, use_multipart=False)
 
     def read(self, key: str) -> bytes:
-        """Raises FileNotFoundError where there is none."""
+        """The object's content. Raises FileNotFoundError if there is none."""
         import obstore
 
         with _os_errors():
@@ -72,7 +72,7 @@ class Objects:
             return True
 
     def list(self, prefix: str) -> list[Listed]:
-        """Every object whose key begins with `prefix`, a folder's name."""
+        """Every object whose key begins with `prefix`, the name of a folder."""
         import obstore
 
         with _os_errors():
@@ -82,7 +82,7 @@ class Objects:
             ]
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Deletes objects in no order; one that is not there is deleted already."""
+        """Deletes objects in no particular order; missing ones are ignored."""
         import obstore
 
         if not keys:
@@ -97,9 +97,9 @@ class Objects:
 
 
 def open_objects(url: str) -> Objects:
-    """The object store that a URL names, found to honour conditional writes. Raises InvalidSetting.
+    """Opens the object store at a URL and checks that it honours conditional writes. Raises InvalidSetting.
 
-    Its credentials come from the environment, as each vendor's own tools have them.
+    Credentials come from the environment, as in each vendor's own tools.
     """
     try:
         from obstore.store import LocalStore, from_url
@@ -111,7 +111,7 @@ def open_objects(url: str) -> Objects:
         else:
             store = from_url(
                 url,
-                # Who names an endpoint without TLS, as of a server beside this one, means it: none is without being named so.
+                # An endpoint without TLS has to be named explicitly, such as a server on this machine, so it is intended.
                 client_options={"timeout": _LONGEST_TRY, "allow_http": True},
                 retry_config={"max_retries": _TRIES, "retry_timeout": _LONGEST_CALL},
             )
@@ -123,8 +123,8 @@ def open_objects(url: str) -> Objects:
 
 
 def check_conditional_writes(objects: Objects, url: str) -> None:
-    """Raises InvalidSetting where a store writes an object twice that is to be created."""
-    # A store that takes no notice of If-None-Match would let two servers write one session.
+    """Raises InvalidSetting if the store lets the same object be created twice."""
+    # A store that ignores If-None-Match would let two servers write one session.
     key = f"probes/{secrets.token_urlsafe(12)}"
     try:
         objects.create(key, b"is this written once?")
@@ -141,7 +141,7 @@ def check_conditional_writes(objects: Objects, url: str) -> None:
 
 @contextmanager
 def _os_errors() -> Iterator[None]:
-    """Raises what obstore raises in the block as the errors that files have."""
+    """Turns obstore's errors in the block into the OSErrors that files raise."""
     from obstore.exceptions import (
         AlreadyExistsError,
         BaseError,

@@ -1,6 +1,7 @@
-"""Slabs in an object store: the same bytes as in a file, cut into parts, and an object that names them, written last.
+"""Slabs in an object store: the same bytes as in a file, cut into parts, and an object that names the parts, written last.
 
-Each writing has parts of its own, so that one that was given up, or that another server does at the same time, mixes with none.
+Each writer has parts of its own, so a write that was given up, or that another server does at the same time, does not
+interfere.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from runtime.durable.objects import Objects
 from runtime.durable.slab_file import PARTIAL
 
 PART_BYTES = 8 * 2**20
-# Parts of a slab that is read which are on their way or wait to be taken.
+# The most parts of a slab that are fetched ahead while it is read.
 _AHEAD = 4
 
 
 @dataclass(slots=True)
 class _Upload:
-    """A slab that is being written: what was not sent yet, and how much was."""
+    """A slab that is being written: the bytes not sent yet, and the size so far."""
 
     path: Path
     folder: str
@@ -47,7 +48,7 @@ class _Download:
 
 
 class PartFiles(Files):
-    """The file operations that slabs are written and read with, in order, in an object store; a path is a key."""
+    """The file operations with which slabs are written and read, on an object store. A path is a key; access is sequential."""
 
     def __init__(self, objects: Objects, part_bytes: int = PART_BYTES) -> None:
         self._objects = objects
@@ -58,7 +59,7 @@ class PartFiles(Files):
         self._places: dict[Path, int] = {}
 
     def reuse(self, path: Path) -> int:
-        """A descriptor of what is written anew, whatever of it there was."""
+        """Begins to write an object anew; returns a descriptor."""
         file = next(self._numbers)
         self._uploads[file] = _Upload(path, f"{_parts_of(path)}{secrets.token_urlsafe(9)}/")
         self._places[path] = file
@@ -74,13 +75,13 @@ class PartFiles(Files):
             self._send(upload, self._part_bytes)
 
     def truncate(self, file: int, size: int) -> None:
-        """Says that what was written is whole."""
+        """Sends the rest: what was written is whole."""
         upload = self._uploads[file]
         if upload.rest:
             self._send(upload, len(upload.rest))
 
     def replace(self, source: Path, target: Path) -> None:
-        """Has what was written to `source` be what `target` holds."""
+        """Makes `target` name what was written to `source`."""
         upload = self._uploads[self._places[source]]
         told = {"folder": upload.folder, "parts": upload.parts, "size": upload.size}
         self._objects.put(_key(target), json.dumps(told).encode())
@@ -116,7 +117,7 @@ class PartFiles(Files):
             download.pool.shutdown(wait=False, cancel_futures=True)
 
     def remove(self, path: Path) -> None:
-        """Removes a slab. What was given up half-way goes with the next one that is finished."""
+        """Removes a slab. Parts of a write that was given up are removed by the next finished write."""
         if path.suffix != PARTIAL:
             listed = self._objects.list(_parts_of(path))
             self._objects.delete([_key(path), *(one.key for one in listed)])

@@ -1,7 +1,7 @@
-"""The tree of conversations on disk: a record for each change of it, one after the other in one file.
+"""The tree of conversations on disk: one file with a record for each change.
 
-Each record has a checksum. What lies behind one that was torn or damaged is not believed; the file is set aside then, and a
-new one begins with what could be read. A file of which most is outdated is written anew when it is opened.
+Each record has a checksum. Everything after a torn or damaged record is ignored; the file is then set aside, and a new one
+begins with what could be read. A file that is mostly outdated is rewritten when it is opened.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from runtime.points import Node, Point, PointTree, Span
 from runtime.script import Head
 
 MAGIC, VERSION = b"PERTREE\n", 1
-_RECORD = struct.Struct("<II")  # bytes of JSON, and of what follows it
+_RECORD = struct.Struct("<II")  # size of the JSON, and of the data that follows it, in bytes
 _MOST_RECORD_BYTES = 256 * 2**20
-# Of a file that is smaller than this, however much of it may be outdated.
+# A file smaller than this is never rewritten, however much of it is outdated.
 _SMALL_BYTES = 2**20
 
 _KINDS: dict[str, type[Item]] = {"message": Message, "reasoning": Reasoning, "call": Call, "output": Output}
@@ -35,7 +35,7 @@ _log = logging.getLogger("perennial.state")
 
 
 class PointLog:
-    """Writes down every change of a tree. Its methods raise StorageFailed, and nothing is changed on disk then."""
+    """Writes every change of a tree to the file. Its methods raise StorageFailed; then nothing has changed on disk."""
 
     def __init__(self, files: Files, file: int, end: int) -> None:
         self._files = files
@@ -59,7 +59,7 @@ class PointLog:
             "id": node.id,
             "parent": node.parent.node.id,
             "at": node.parent.offset,
-            "items": [_spelled(item) for item in node.items],
+            "items": [_as_json(item) for item in node.items],
             "tokens": len(node.tokens),
             "spans": [[span.begin, span.end, len(span.characters)] for span in node.spans],
         }
@@ -95,7 +95,7 @@ def open_points(
     most_bytes: int,
     is_token: Callable[[array[int]], bool],
 ) -> tuple[PointTree, PointLog]:
-    """The tree in a file, which is made where it is missing, and what goes on writing to it. Raises OSError."""
+    """Opens the file, which is made if missing; returns its tree, whose changes are written there. Raises OSError."""
     tree, is_whole, size = PointTree(), True, 0
     if files.size(path):
         file = files.open(path)
@@ -128,7 +128,7 @@ def open_points(
 def _read(
     files: Files, file: int, identity: HistoryIdentity, tree: PointTree, is_token: Callable[[array[int]], bool]
 ) -> tuple[bool, int]:
-    """Fills the tree with what a file holds; whether all of it could be read, and where that ends."""
+    """Fills the tree from a file; returns whether all of it could be read, and the offset where the readable part ends."""
     try:
         header, at, _ = read_header(files, file, MAGIC, VERSION)
         if header.get("identity") != identity.to_json():
@@ -191,7 +191,7 @@ def _apply(
             tree.forget(told["name"])
 
 
-def _spelled(item: Item) -> list[str]:
+def _as_json(item: Item) -> list[str]:
     match item:
         case Message(role, text, name):
             fields = [role, text, name]

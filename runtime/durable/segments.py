@@ -1,4 +1,4 @@
-"""The pieces of a history in an object store, each an object that is written once.
+"""A history in an object store, in segments. Each is an object that is written once.
 
 Segments are numbered from 0 without a gap, and a number is taken by whoever creates its object first. So of two servers that
 would write the same session one fails, whatever their clocks say. A segment says where in the history it begins, so that
@@ -18,12 +18,12 @@ from runtime.durable.framing import CHECKSUM_BYTES, Damaged, Unknown, checksum
 from runtime.durable.identity import HistoryIdentity, Terms
 
 MAGIC, VERSION = b"PERSEGM\n", 1
-_HEAD = struct.Struct("<8sII")  # magic, version, bytes of the header behind it
+_HEAD = struct.Struct("<8sII")  # magic, version, size of the header that follows in bytes
 _TOKEN_BYTES = 4
 
 
 class Kind(Enum):
-    """What a segment does besides what it says of the history."""
+    """What a segment does besides recording tokens."""
 
     CREATE = "create"
     """Begins a session; its writer holds it."""
@@ -40,7 +40,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """`before` is the seal of the segment with the number before; a base's is that of the segment whose number it has.
+    """`before` is the seal of the preceding segment; for a base, that of the segment whose number it has.
 
     Only a CREATE and a BASE have identity and terms.
     """
@@ -75,12 +75,12 @@ class Segment:
 
 
 def seal_of(content: bytes) -> bytes:
-    """What the next segment calls `before`."""
+    """The seal of a segment, which the next segment has as `before`."""
     return content[-CHECKSUM_BYTES:]
 
 
 def read_segment(content: bytes, session_id: str, number: int, identity: HistoryIdentity) -> Segment:
-    """The segment in an object. Raises Damaged, or Unknown where another version or model wrote it."""
+    """The segment in an object. Raises Damaged, or Unknown if another version or model wrote it."""
     body = content[:-CHECKSUM_BYTES]
     if len(body) < _HEAD.size or seal_of(content) != checksum(body):
         raise Damaged(f"segment {number} was changed or cut short")

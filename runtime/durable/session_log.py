@@ -1,4 +1,4 @@
-"""A session's history in an object store, and the lease on it, which is a part of the same log.
+"""A session's history in an object store, and the lease on the session, which is part of the same log.
 
 Who holds a session is who wrote its last segment, for so long as that is young; a RELEASE gives it up, and a CREATE alone holds
 nothing. Another one takes it
@@ -24,18 +24,18 @@ from runtime.durable.objects import Listed, Objects
 from runtime.durable.segments import Kind, Segment, read_segment, seal_of
 from runtime.errors import SessionMoved, SessionNotFound
 
-# So many segments are made one object, when their holder has the history at hand.
+# When a log has this many segments, its holder replaces them with one object.
 MOST_SEGMENTS = 64
-# A listing is no longer true once the session's holder has deleted what it made one object.
+# A listing may be outdated because the session's holder has just replaced segments with one object: list again, this often.
 _LISTINGS = 5
 _READ_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Whose turn it is to write a session: `holder` has it in this epoch, unless it was given up, and since when.
+    """Who may write a session: in this epoch its `holder`, unless it was released.
 
-    Nobody has one that was made and never written: who makes a session need not be who is asked for it.
+    A session that was made and never used has no holder, because another server may be asked for it first.
     """
 
     holder: str
@@ -47,7 +47,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A session's log as it was read: up to the segment of this number, which has this seal."""
+    """A session's log as it was read, up to the segment with this number and this seal."""
 
     terms: Terms
     history: array[int]
@@ -63,8 +63,8 @@ class Found:
 class SessionLog:
     """One session's log, open for writing by one holder.
 
-    Methods that write raise OSError, after which what was to be written may be there or not, or SessionMoved, after which it
-    is not. A later write finds out, and takes back what was told to nobody.
+    Methods that write raise OSError, after which the segment may exist or not, or SessionMoved, after which it does not. A
+    later write finds out, and takes back tokens that nobody was told of.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class SessionLog:
         holder: str,
         history: array[int],
     ) -> SessionLog:
-        """The log of a new session with this history. Raises OSError, and nobody knows of the session then."""
+        """Creates the log of a new session with this history. If it raises OSError, nobody knows of the session."""
         log = cls(objects, session_id, identity, terms, holder, 1)
         log._write(Kind.CREATE, 0, history)
         return log
@@ -124,9 +124,9 @@ class SessionLog:
         is_token: Callable[[array[int]], bool],
         has_lapsed: Callable[[Lease], bool],
     ) -> tuple[SessionLog, array[int]]:
-        """Takes a session that is free or was never used, or whose holder has it no more or is this one; and its history.
+        """Takes a session that nobody holds, or whose lease has lapsed or is this holder's; returns its log and its history.
 
-        Raises SessionNotFound, SessionMoved where another holds it, OSError, Damaged or Unknown.
+        Raises SessionNotFound, SessionMoved if another server holds it, OSError, Damaged or Unknown.
         """
         found = read_log(objects, session_id, identity)
         if found.is_closed:
@@ -162,11 +162,11 @@ class SessionLog:
 
     @property
     def length(self) -> int:
-        """Tokens that are recorded."""
+        """The number of tokens recorded."""
         return self._length
 
     def record(self, start: int, tokens: array[int]) -> None:
-        """Has the history go on with these tokens from `start` on; what was recorded there before is taken back."""
+        """Records these tokens from position `start` on, in place of any that were recorded there."""
         if tokens or start != self._length:
             self._write(Kind.TOKENS, start, tokens)
         self._owed = None
@@ -176,17 +176,17 @@ class SessionLog:
         self._owed = length
 
     def settle(self) -> None:
-        """Writes what is owed."""
+        """Writes a change that is still to be written."""
         if self._owed is not None:
             self.record(self._owed, array("I"))
 
     def check(self) -> None:
-        """Raises SessionMoved where another has gone on with the session."""
+        """Raises SessionMoved if another server has taken the session."""
         while self._objects.has(self._key(self._number + 1)):
             self._follow(self._objects.read(self._key(self._number + 1)))
 
     def gather(self, history: array[int]) -> None:
-        """Writes the whole history as one object, once there are many segments, and deletes these. What fails is left."""
+        """Once there are many segments, writes the whole history as one object and deletes them. Failures are ignored."""
         if self._segments < MOST_SEGMENTS or len(history) != self._length:
             return
         base = Segment(
@@ -209,16 +209,16 @@ class SessionLog:
             self._objects.delete([*keys, f"{_folder(self.session_id)}base/{before:012d}"] if before >= 0 else keys)
 
     def release(self) -> None:
-        """Gives the session up: whoever is asked for it may take it at once."""
+        """Gives the session up, so that any server may take it at once."""
         start = self._length if self._owed is None else self._owed
         self._write(Kind.RELEASE, start, array("I"))
 
     def end(self) -> None:
-        """Says that the session has ended: nobody can take it any more."""
+        """Records that the session has ended, so that no server can take it."""
         self._write(Kind.CLOSE, self._length, array("I"))
 
     def delete(self) -> None:
-        """Deletes what is left of a session that has ended, but what keeps writes of earlier holders out."""
+        """Deletes the objects of a session that has ended, except the one that blocks writes by earlier holders."""
         folder = _folder(self.session_id)
         kept = {self._key(number) for number in (*self._kept, self._number)}
         self._objects.delete([one.key for one in self._objects.list(folder) if one.key not in kept])
@@ -252,14 +252,14 @@ class SessionLog:
             return
 
     def _follow(self, content: bytes) -> None:
-        """Goes on behind a segment that is there: one of ours whose answer was lost. Raises SessionMoved for another's."""
+        """Continues after an existing segment if it is ours, of a write whose answer was lost. Otherwise raises SessionMoved."""
         try:
             segment = read_segment(content, self.session_id, self._number + 1, self._identity)
         except Damaged as error:
             raise SessionMoved(f"moved: the session cannot go on here: {error}") from None
         if (segment.holder, segment.epoch) != (self._holder, self.epoch):
             raise SessionMoved(f"moved: another server has taken the session, in epoch {segment.epoch}; ask that one")
-        # It was told to nobody, so the history is as it was.
+        # Nobody was told of its tokens, so the history is unchanged.
         if self._owed is None:
             self._owed = self._length
         self._advance(segment, content)
@@ -274,25 +274,25 @@ class SessionLog:
 
 
 def read_log(objects: Objects, session_id: str, identity: HistoryIdentity) -> Found:
-    """A session's log as it is. Raises SessionNotFound, OSError, Damaged or Unknown."""
+    """Reads a session's log. Raises SessionNotFound, OSError, Damaged or Unknown."""
     listings = 0
     while True:
         listed = objects.list(_folder(session_id))
         try:
             return _read_listed(objects, session_id, identity, listed)
         except (FileNotFoundError, _Missing) as error:
-            # Its holder may have made one object of many between the listing's pages, or behind it.
+            # The session's holder may have replaced segments with one object during the listing or after it.
             listings += 1
             if listings == _LISTINGS:
                 raise Damaged("a segment of it is missing") from error
 
 
 class _Missing(Exception):
-    """A listing has a gap."""
+    """The listing has a gap."""
 
 
 def _read_listed(objects: Objects, session_id: str, identity: HistoryIdentity, listed: list[Listed]) -> Found:
-    log, bases = (_numbered(listed, f"{_folder(session_id)}{folder}/") for folder in ("log", "base"))
+    log, bases = (_by_number(listed, f"{_folder(session_id)}{folder}/") for folder in ("log", "base"))
     if not log and not bases:
         raise SessionNotFound("no session has this id")
     base = max(bases, default=-1)
@@ -313,7 +313,7 @@ def _read_listed(objects: Objects, session_id: str, identity: HistoryIdentity, l
         is_base = segment.kind is Kind.BASE
         if segment.start > len(history) or (segment.before != seal and not is_base):
             raise Damaged(f"segment {at} does not follow the one before it")
-        # A base is never made of a log whose last segment gives the session up.
+        # A base is only written by a holder, so the log that it replaces did not end with a release.
         if segment.kind is Kind.CLAIM and last is not None and last.kind is not Kind.RELEASE:
             kept.append(at)
         del history[segment.start :]
@@ -345,9 +345,9 @@ def _read_all(objects: Objects, keys: list[str]) -> list[bytes]:
         return list(pool.map(objects.read, keys))
 
 
-def _numbered(listed: list[Listed], prefix: str) -> dict[int, Listed]:
+def _by_number(listed: list[Listed], prefix: str) -> dict[int, Listed]:
     names = ((one.key.removeprefix(prefix), one) for one in listed if one.key.startswith(prefix))
-    # What others left there is none of ours.
+    # Objects with other names are not ours.
     return {int(name): one for name, one in names if name.isdecimal()}
 
 

@@ -1,4 +1,4 @@
-"""The store in a bucket, or whatever else obstore opens: sessions that several servers share, each held by one at a time.
+"""The store in a bucket, or in anything else that obstore opens: several servers share its sessions, each held by one at a time.
 
 A session lies under `sessions/ID/`: its log and bases of it, and its slab in parts; a snapshot under `snapshots/ID/`. Nothing is
 listed as a whole at a start or later, however many sessions there are: what nobody asks for is the bucket's to delete by age.
@@ -41,7 +41,7 @@ from runtime.sessions import Snapshot
 from runtime.slab import Slab
 
 LEASE_S = 10.0
-# A write a token would cost more than to draw it: at a million sessions some 800,000 requests a second.
+# One write for each token would cost more than drawing it: a million sessions would make some 800,000 requests a second.
 GROUP_S = 0.25
 _ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 _READ_AT_ONCE = 16
@@ -50,7 +50,7 @@ _log = logging.getLogger("perennial.state")
 
 
 class SharedStore:
-    """One server's end of the store. Its methods may be called from any thread, those about one session from one at a time."""
+    """One server's access to the store. Any thread may call its methods; calls about one session must not overlap."""
 
     is_remote = True
     leaving_s = 60.0
@@ -65,9 +65,9 @@ class SharedStore:
         group_s: float = GROUP_S,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """A session to which its holder has written nothing for `lease_s` is anybody's who is asked for it.
+        """Any server may take a session to which its holder has written nothing for `lease_s` seconds.
 
-        Behind the first one, tokens are written together that are drawn within `group_s`, and told then.
+        After the first token of a generation, those drawn within `group_s` seconds are written together, and then sent.
         """
         self._group_s = group_s
         self._objects = objects
@@ -75,7 +75,7 @@ class SharedStore:
         self._slab_identity = slab_identity
         self._lease_s = lease_s
         self._now = now
-        # Of this process and no other one, so that a server that starts anew waits for its own lease as any other does.
+        # Unique to this process, so that a restarted server waits for its old leases as any other server does.
         self._holder = secrets.token_urlsafe(12)
         self._slabs = PartFiles(objects)
         self._lock = threading.Lock()
@@ -95,7 +95,7 @@ class SharedStore:
         most_bytes: int = 0,
         lease_s: float = LEASE_S,
     ) -> Iterator[Self]:
-        """The store at a URL, for the block. Raises InvalidSetting."""
+        """Opens the store at a URL while the block runs. Raises InvalidSetting."""
         if most_bytes:
             raise InvalidSetting(
                 f"state_max_bytes bounds a directory, and state_dir={url} is none: give the bucket a rule for its lifecycle"
@@ -109,31 +109,31 @@ class SharedStore:
         yield store
 
     def open_points(self, most_bytes: int) -> PointTree | None:
-        """None: conversations end with the server that had them."""
+        """Always None: conversations end with their server."""
         return None
 
     # Sessions
 
     def create(self, terms: Terms, history: array[int] | None = None) -> SharedDurable:
-        """A new session's record, held by this server. Raises StorageFailed."""
+        """Makes the record of a new session, held by this server. Raises StorageFailed."""
         tokens = history or array("I")
         with storage_errors("the session was not made"):
             log = SessionLog.create(self._objects, new_id(), self._history_identity, terms, self._holder, tokens)
-        return self._opened(log, has_moved_here=False)
+        return self._open_record(log, has_moved_here=False)
 
     def may_wake(self, session_id: str) -> bool:
-        """Whether this could be a session's id: only the store knows whether it is one."""
+        """Whether this could be the id of a session; only reading the store would tell whether it is one."""
         return _ID.fullmatch(session_id) is not None and session_id not in self._set_aside
 
     def sleeping(self) -> list[Record]:
-        """Those that this server had last, as far as it knows, the one used longest ago first."""
+        """The sessions that this server was, as far as it knows, the last to hold; the least recently used first."""
         with self._lock:
             return sorted(self._asleep.values(), key=lambda one: one.use)
 
     def wake(self, session_id: str) -> tuple[SharedDurable, array[int]]:
-        """Takes a session that is free, or whose holder has not written for so long that it counts as gone.
+        """Takes a session that is free, or whose lease has lapsed; returns its record and its history.
 
-        Raises SessionNotFound, SessionMoved where another server holds it, or StorageFailed.
+        Raises SessionNotFound, SessionMoved if another server holds it, or StorageFailed.
         """
         with self._lock:
             self._asleep.pop(session_id, None)
@@ -152,19 +152,19 @@ class SharedStore:
                 self._set_aside.add(session_id)
             _log.error("a record was set aside: sessions/%s: %s; it stays where it is", session_id, error)
             raise SessionNotFound("the session's record cannot be read") from None
-        return self._opened(log, has_moved_here=log.taken_from != self._holder), history
+        return self._open_record(log, has_moved_here=log.taken_from != self._holder), history
 
     def expire(self, idle_s: float) -> int:
-        """Deletes the sessions that this server had last and that nobody has used for longer than this."""
+        """Deletes the sessions that this server was the last to hold and that nobody has used for `idle_s`; returns how many."""
         oldest = self._now() - idle_s
         with self._lock:
             old = [one for one in self._asleep.values() if one.used_at < oldest]
-        return sum(self._expired(record) for record in old)
+        return sum(self._delete_if_unused(record) for record in old)
 
     def delete(self, record: Record) -> None:
-        self._expired(record)
+        self._delete_if_unused(record)
 
-    def _expired(self, record: Record) -> bool:
+    def _delete_if_unused(self, record: Record) -> bool:
         try:
             durable, _ = self.wake(record.id)
         except (SessionNotFound, SessionMoved, StorageFailed):
@@ -178,7 +178,7 @@ class SharedStore:
             return True
         return False
 
-    def _opened(self, log: SessionLog, has_moved_here: bool) -> SharedDurable:
+    def _open_record(self, log: SessionLog, has_moved_here: bool) -> SharedDurable:
         return SharedDurable(self, log, self._slabs, self._slab_identity, has_moved_here, self._group_s)
 
     def _has_lapsed(self, lease: Lease) -> bool:
@@ -190,7 +190,7 @@ class SharedStore:
     # Snapshots
 
     def save(self, terms: Terms, history: array[int], slab: Slab) -> Snapshot:
-        """Writes a snapshot. Raises StorageFailed, and none is there then."""
+        """Writes a snapshot. If it raises StorageFailed, there is none."""
         snapshot_id = new_id()
         slab_bytes = write_slab(self._slabs, _snapshot_slab(snapshot_id), self._slab_identity, slab, history)
         identity = self._history_identity
@@ -204,12 +204,12 @@ class SharedStore:
         return summary(record)
 
     def snapshots(self) -> list[Snapshot]:
-        """Those that were there when this server started, and those made here since, the oldest first."""
+        """The snapshots that existed when this server started and those made by it since, the oldest first."""
         with self._lock:
             return [summary(record) for record in sorted(self._saved.values(), key=lambda one: one.used_at)]
 
     def load(self, snapshot_id: str, slab: Slab) -> tuple[Terms, array[int]]:
-        """A snapshot that any server made: terms and history, and the slab where it was saved for this engine.
+        """The terms and history of a snapshot, made by any server. Fills `slab` if the slab was saved for this engine.
 
         Raises SnapshotNotFound, SnapshotMismatch, SnapshotUnreadable or StorageFailed.
         """
@@ -272,7 +272,7 @@ class SharedStore:
     # What an open session asks for
 
     def fell_asleep(self, session_id: str, terms: Terms, length: int) -> None:
-        """Remembers a session that this server has given up."""
+        """Remembers that this server was the last to hold a session."""
         with self._lock:
             self._uses += 1
             self._asleep[session_id] = Record(session_id, terms, length, self._uses, self._now(), 0)
@@ -323,7 +323,7 @@ class SharedDurable:
         self._log.take_back(length)
 
     def used(self, history: array[int]) -> None:
-        # What could not be written is found out about, or taken back, with the next write.
+        # If this fails, the next write finds out, or takes the tokens back.
         with suppress(OSError, SessionMoved):
             self._log.settle()
             self._log.gather(history)
@@ -365,7 +365,7 @@ class SharedDurable:
 
 
 def fill(slabs: PartFiles, path: Path, identity: SlabIdentity, slab: Slab, history: array[int]) -> Kept:
-    """Fills the slab where one for this engine is whole in the store; else the history will be read again."""
+    """Fills the slab if the store has a whole one for this engine. Otherwise the history will be read again."""
     slab.clear()
     try:
         read_slab(slabs, path, identity, slab, history)

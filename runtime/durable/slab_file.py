@@ -1,6 +1,6 @@
 """A slab on disk: keys and values layer by layer, then what recurrent layers keep, in pieces with a checksum each.
 
-A piece is written or read at a time, so that whoever waits for the slab waits for one piece, and memory holds one.
+Pieces are written and read one at a time, so that a call that needs the slab waits for one piece, and memory holds one.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from runtime.slab import Slab
 from runtime.slab_spec import SlabSpec
 
 MAGIC = b"PERSLAB\n"
-# The formats of slabs of layers that attend alone, and of those with recurrent layers too.
+# The format of slabs without recurrent layers, and of those with them.
 _PLAIN_VERSION, _RECURRENT_VERSION = 1, 2
-# The suffix of a slab that is being written.
+# Suffix of the file of a slab that is being written.
 PARTIAL = ".slab-new"
-# A piece of so many bytes is copied, sealed and written in some ten milliseconds on a busy machine.
+# A piece of this size is copied, summed and written in some ten milliseconds on a busy machine.
 MOST_PIECE_BYTES = 2 * 2**20
 
 
 class SlabWriter:
-    """Writes a slab into a file beside its place, piece by piece; nothing is in its place before `finish`.
+    """Writes a slab piece by piece into a temporary file, which `finish` moves into place.
 
-    What is given up half-way stays and is written over by the next one: to free a gigabyte takes longer than a call may wait.
-    `step` and `finish` raise StorageFailed, and leave nothing beside.
+    A file that was given up half-way stays, and the next writer overwrites it: freeing a gigabyte takes longer than a call
+    may wait. `step` and `finish` raise StorageFailed, and then remove it.
     """
 
     def __init__(self, files: Files, path: Path, identity: SlabIdentity, slab: Slab, history: array[int]) -> None:
-        """The slab has read the first tokens of `history`, up to its frontier."""
+        """The slab has read `history` up to its frontier."""
         self.frontier = slab.frontier
         self.size = 0
         self._files = files
@@ -60,7 +60,7 @@ class SlabWriter:
         self._left = _contents(slab, slab.used)
 
     def step(self) -> bool:
-        """Writes the next piece; False once there is none left."""
+        """Writes the next piece; returns False once none is left."""
         with self._errors():
             if self._file is None:
                 self._file = self._files.reuse(self._fresh)
@@ -77,7 +77,7 @@ class SlabWriter:
             return True
 
     def finish(self) -> None:
-        """Puts the file into its place."""
+        """Moves the file into place."""
         assert self._file is not None
         with self._errors():
             self._files.truncate(self._file, self.size)
@@ -114,16 +114,16 @@ def write_slab(files: Files, path: Path, identity: SlabIdentity, slab: Slab, his
 
 
 def read_slab(files: Files, path: Path, identity: SlabIdentity, slab: Slab, history: array[int]) -> None:
-    """Fills an empty slab with what a file holds of it, which has read the first tokens of `history`.
+    """Fills an empty slab from a file that was written for this `history` or a beginning of it.
 
-    Raises OSError, Damaged, or Unknown where another engine wrote it; the slab is empty then.
+    Raises OSError, Damaged, or Unknown if another engine wrote it; then the slab stays empty.
     """
     slab.clear()
-    with _opened(files, path) as file:
+    with _open(files, path) as file:
         header, at, seal = read_header(files, file, MAGIC, _version_of(slab.spec))
         try:
             frontier = int(header["frontier"])
-            # Where a file does not say it, a slab may have gone back by less than a tile.
+            # If the file does not say how far the slab was written, it may have gone back by less than a tile.
             written = int(header.get("written", frontier + slab.spec.row_tile))
             if header["id"] != path.stem or header["history"] != digest_of(history[:frontier]):
                 raise Damaged("it is another history's")
@@ -163,7 +163,7 @@ def digest_of(history: array[int]) -> str:
 
 
 def _pieces(spec: SlabSpec, used: int) -> Iterator[tuple[int, int, int, slice]]:
-    """Layer, keys (0) or values (1), kv head, and slots, of each piece in the order in which they lie."""
+    """For each piece, in file order: the layer, keys (0) or values (1), the kv head, and the slots."""
     at_once = max(1, MOST_PIECE_BYTES // (spec.width * spec.item_bytes))
     for layer in range(spec.layers):
         for side in (0, 1):
@@ -173,13 +173,13 @@ def _pieces(spec: SlabSpec, used: int) -> Iterator[tuple[int, int, int, slice]]:
 
 
 def _kept_pieces(slab: Slab) -> Iterator[Tensor]:
-    """What recurrent layers keep, in parts that are written or read at once, in place."""
+    """What recurrent layers keep, as views in pieces of the size that is written or read at once."""
     for kept in slab.kept():
         yield from kept.view(-1).split(MOST_PIECE_BYTES // kept.itemsize)
 
 
 def _contents(slab: Slab, used: int) -> Iterator[Tensor]:
-    """The pieces of a slab of which so many slots are used, in the order in which they lie."""
+    """The content of each piece, in file order, of a slab of which `used` slots are used."""
     for layer, side, head, slots in _pieces(slab.spec, used):
         yield slab.held(layer)[side][head, slots]
     yield from _kept_pieces(slab)
@@ -200,7 +200,7 @@ def _tensor_of(content: bytes, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _opened(files: Files, path: Path) -> Iterator[int]:
+def _open(files: Files, path: Path) -> Iterator[int]:
     file = files.open(path)
     try:
         yield file

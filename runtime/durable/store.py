@@ -1,4 +1,4 @@
-"""What actors ask of wherever sessions are kept: a directory, or an object store that several servers share."""
+"""What actors need of a store of sessions, be it a directory or an object store that several servers share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HISTORY, SLAB = ".history", ".slab"
 
 @dataclass(slots=True)
 class Record:
-    """What a store knows of a session or snapshot without reading its history."""
+    """What a store knows about a session or snapshot without reading its history."""
 
     id: str
     terms: Terms
@@ -36,7 +36,7 @@ class Record:
 
 
 class Kept(Enum):
-    """What there was of a session's slab when it was woken."""
+    """How much of a session's slab was found when it was woken."""
 
     SLAB = "slab"
     NOTHING = "nothing"
@@ -47,10 +47,10 @@ class Kept(Enum):
 
 
 class Durable(Protocol):
-    """An open session's record: what its actor writes. Closing it has the session sleep.
+    """An open session's record, which its actor writes. Closing it lets the session sleep.
 
-    Where it `is_remote`, every method may wait for a network and is called beside the event loop. Methods about a session
-    that another server has taken raise SessionMoved.
+    If it `is_remote`, every method may wait for a network and is called in a thread, except those that say otherwise. If
+    another server has taken the session, methods raise SessionMoved.
     """
 
     @property
@@ -64,29 +64,29 @@ class Durable(Protocol):
 
     @property
     def group_s(self) -> float:
-        """For how long tokens of a generation are to wait for each other, so that one call of `record` has several."""
+        """How long tokens of a generation wait for each other, in seconds, so that one call of `record` has several."""
         ...
 
     @property
     def has_moved_here(self) -> bool:
-        """Whether another server had it last."""
+        """Whether another server was the last to hold the session."""
         ...
 
     @property
     def slab_length(self) -> int:
-        """How many tokens of the history the slab that is kept has read."""
+        """How many tokens of the history the stored slab holds."""
         ...
 
     def read_slab(self, slab: Slab, history: array[int]) -> Kept:
-        """Fills an empty slab with what is kept of it, and says what that was; else the history will be read again."""
+        """Fills an empty slab from the store; returns how much was found. The rest of the history will be read again."""
         ...
 
     def check(self) -> None:
-        """Raises SessionMoved where another server has gone on with the session, StorageFailed where that is not known."""
+        """Raises SessionMoved if another server has taken the session, StorageFailed if that cannot be found out."""
         ...
 
     def record(self, start: int, token_ids: array[int]) -> None:
-        """Has the history go on with these tokens from `start` on. Raises StorageFailed, and nobody may be told of them."""
+        """Records these tokens from position `start` on. If it raises StorageFailed, nobody may be told of them."""
         ...
 
     def take_back(self, length: int) -> None:
@@ -94,19 +94,19 @@ class Durable(Protocol):
         ...
 
     def used(self, history: array[int]) -> None:
-        """Says that the session was used just now, and that this is its history. What cannot be written is no fault."""
+        """Records that the session was used now, with this history. Failures to write are ignored."""
         ...
 
     def new_writer(self, slab: Slab, history: array[int]) -> SlabWriter:
-        """Leaves the slab in the store, piece by piece. It waits for no network."""
+        """A writer that saves the slab in the store piece by piece. It waits for no network."""
         ...
 
     def wrote(self, writer: SlabWriter) -> None:
-        """Says that the slab in the store is now the one that `writer` finished. It waits for no network."""
+        """Records that the slab in the store is now the one that `writer` finished. It waits for no network."""
         ...
 
     def forget_slab(self) -> None:
-        """Has the history read again when the session next wakes."""
+        """Deletes the stored slab, so that the history is read again when the session wakes."""
         ...
 
     def save(self, slab: Slab, history: array[int]) -> Snapshot:
@@ -114,22 +114,22 @@ class Durable(Protocol):
         ...
 
     def close(self) -> None:
-        """Has the session sleep, for any server to wake."""
+        """Lets the session sleep, for any server to wake."""
         ...
 
     def end(self) -> None:
-        """Says for good that the session has ended. Raises StorageFailed, and it goes on then."""
+        """Records that the session has ended, for good. If it raises StorageFailed, the session goes on."""
         ...
 
     def delete(self) -> None:
-        """Removes what is left of a session that has ended. What cannot be removed is no fault."""
+        """Removes what is left of a session that has ended. Failures are ignored."""
         ...
 
 
 class SessionStore(Protocol):
-    """Where sessions and snapshots outlive the process.
+    """A store in which sessions and snapshots outlive the process.
 
-    Where it `is_remote`, methods may wait for a network and are called beside the event loop, but for those that say otherwise.
+    If it `is_remote`, methods may wait for a network and are called in a thread, except those that say otherwise.
     """
 
     @property
@@ -137,43 +137,43 @@ class SessionStore(Protocol):
 
     @property
     def leaving_s(self) -> float:
-        """How long sessions may take to leave their slabs here when the server stops."""
+        """How long sessions may take to save their slabs when the server stops, in seconds."""
         ...
 
     def open_points(self, most_bytes: int) -> PointTree | None:
-        """The tree of conversations that is kept here, if one is. It waits for no network. Raises InvalidSetting."""
+        """The tree of conversations in this store, or None if it keeps none. It waits for no network. Raises InvalidSetting."""
         ...
 
     def create(self, terms: Terms, history: array[int] | None = None) -> Durable:
-        """A new session's record. Raises StorageFailed, and nothing is left behind then."""
+        """Makes the record of a new session. If it raises StorageFailed, nothing is left behind."""
         ...
 
     def may_wake(self, session_id: str) -> bool:
-        """Whether a session of this id may be here and is not open. It waits for no network, and so may not be sure."""
+        """Whether a session with this id may be asleep here. It waits for no network, so a True may be wrong."""
         ...
 
     def sleeping(self) -> list[Record]:
-        """Those that this server knows to sleep, the one used longest ago first. It waits for no network."""
+        """The sessions that this server knows to be asleep, the least recently used first. It waits for no network."""
         ...
 
     def wake(self, session_id: str) -> tuple[Durable, array[int]]:
-        """Opens a session that sleeps, or that another server has lost: its record and its history.
+        """Opens a session that sleeps, or whose lease has lapsed; returns its record and its history.
 
-        Raises SessionNotFound, also where it is damaged, and set aside; SessionMoved where another server holds it;
-        StorageFailed where it cannot be read just now.
+        Raises SessionNotFound, also if it is damaged, which sets it aside; SessionMoved if another server holds it;
+        StorageFailed if it cannot be read at present.
         """
         ...
 
     def expire(self, idle_s: float) -> int:
-        """Deletes the sessions that have slept longer than this, and says how many."""
+        """Deletes the sessions that have slept longer than `idle_s`; returns how many."""
         ...
 
     def snapshots(self) -> list[Snapshot]:
-        """Every snapshot that this server knows of, the oldest first. It waits for no network."""
+        """Every snapshot that this server knows, the oldest first. It waits for no network."""
         ...
 
     def load(self, snapshot_id: str, slab: Slab) -> tuple[Terms, array[int]]:
-        """What a snapshot holds: terms and history, and in the empty `slab` as much of it as was saved for this engine.
+        """A snapshot's terms and history. Fills the empty `slab` with what was saved, if it was saved for this engine.
 
         Raises SnapshotNotFound, SnapshotMismatch, SnapshotUnreadable or StorageFailed.
         """
@@ -184,7 +184,7 @@ class SessionStore(Protocol):
         ...
 
     def delete(self, record: Record) -> None:
-        """Ends a session that sleeps for good."""
+        """Deletes a sleeping session for good."""
         ...
 
 
@@ -193,5 +193,5 @@ def new_id() -> str:
 
 
 def summary(record: Record) -> Snapshot:
-    """What is told of a snapshot."""
+    """The Snapshot that users see of a record."""
     return Snapshot(record.id, record.terms.label, record.length, record.size, record.used_at)

@@ -1,4 +1,4 @@
-"""What runs the model. A backend is imported only when it is chosen."""
+"""The engines, which run the model. A backend is imported only when it is chosen."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _log = logging.getLogger("perennial.engine")
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What this machine gives for the chosen model.
+    """Facts about the chosen model on this machine.
 
-    A forward runs at most `row_tile` rows, and costs what the next multiple of `row_step` costs. `form_reason` says why a
-    form was taken that no setting named. Where bit-exactness is claimed, `claims` are its grounds, a line each, and `tried`
-    is what a probe tried on top. Machines of one `kernel_class` give each other's bits. `tensors` says of each kind in a
-    GGUF file what became of it, where the engine keeps its weights as the file has them.
+    A forward runs at most `row_tile` rows, and costs what the next multiple of `row_step` costs. `form_reason` says why this
+    form was chosen where no setting named one. If forwards are bit-exact, `claims` are the grounds for that, a line each,
+    and `tried` is what a probe checked besides. Machines of one `kernel_class` compute the same bits. `tensors` says for
+    each kind of tensor in a GGUF file how the engine holds it, if it keeps weights as the file has them.
     """
 
     backend: str
@@ -59,7 +59,7 @@ class EngineFacts:
 
     @property
     def shape(self) -> SessionShape:
-        """What doors need to know of this."""
+        """What doors need to know about the engine."""
         slab = self.slab
         sizes = slab.token_bytes, slab.kept_bytes, slab.ceiling_bytes
         return SessionShape(slab.sink, slab.window, *sizes, is_bit_exact=self.is_bit_exact)
@@ -81,9 +81,9 @@ class Engine(Protocol):
 
 
 def load_engine(settings: Settings, directory: Path, beside: EngineFacts | None = None) -> Engine:
-    """The engine of `settings` with the model in `directory`; the memory and threads of one that is `beside` it stay its own.
+    """Loads the engine that `settings` ask for, with the model in `directory`, which may also be a GGUF file.
 
-    Instead of a directory it may be a GGUF file.
+    It takes no memory and no threads from an engine that is loaded `beside` it.
 
     Raises InvalidSetting, ModelUnavailable or NotEnoughMemory, each with one line that says what to do.
     """
@@ -107,7 +107,7 @@ def _without_collecting() -> Iterator[None]:
 
 
 def _check_forward(engine: Engine, directory: Path) -> None:
-    """Raises ModelUnavailable where a forward fails, or comes to no numbers, in which a server would answer nothing for ever."""
+    """Raises ModelUnavailable if a forward fails or its logits are not finite, with which a server could never answer."""
     row = Row(engine.new_pool(1).acquire(), 0, 0, Draw(Sampling(), top_logprobs=1))
     try:
         (token,) = engine.forward(RowBatch((row,)))
@@ -141,7 +141,7 @@ def _chosen_engine(settings: Settings, directory: Path, beside: EngineFacts | No
 
 
 def _on_openvino(settings: Settings, directory: Path, beside: EngineFacts | None) -> Engine | None:
-    """The OpenVINO engine where it is known to be the fastest, and is bit-exact if that is asked for."""
+    """The OpenVINO engine if it is known to be the fastest here, and bit-exact if `determinism` asks for that; else None."""
     if not find_spec("openvino"):
         return None
     from runtime.engine.openvino_fit import is_best_by
@@ -158,7 +158,7 @@ def _on_openvino(settings: Settings, directory: Path, beside: EngineFacts | None
 
 
 def _on_cuda(settings: Settings, directory: Path, beside: EngineFacts | None) -> Engine | None:
-    """The engine of one captured step, where there is a CUDA device, and it has code for the model."""
+    """The engine of one captured step, if there is a CUDA device and the engine has code for the model; else None."""
     from runtime.engine.architectures import missing_parts
     from runtime.engine.configuration import read_config
     from runtime.engine.torch_model import choose_device
@@ -176,7 +176,7 @@ def _on_cuda(settings: Settings, directory: Path, beside: EngineFacts | None) ->
 
 
 def _is_best_by_mlx(directory: Path) -> bool:
-    """Whether this is Apple silicon, and the MLX engine is there and has code for the model."""
+    """Whether this is Apple silicon, mlx-lm is installed, and the MLX engine has code for the model."""
     if (platform.system(), platform.machine()) != ("Darwin", "arm64") or not find_spec("mlx_lm"):
         return False
     from runtime.engine.architectures import missing_parts

@@ -1,6 +1,6 @@
 """The architectures that run: what each has beyond the layers of Llama, and which engines have code for that.
 
-A row of the table feeds the engines, what a refusal says, the tests and the README. docs/architectures.md tells how to add one.
+A row of the table is used by the engines, refusals, the tests and the README. docs/architectures.md tells how to add one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from runtime.slab_spec import RecurrentSpec
 
 
 class Part(StrEnum):
-    """What layers may have that those of Llama have not, in the words of the README and of refusals."""
+    """What a model's layers may have that Llama's do not, in the words of the README and of refusals."""
 
     BIASES = "biases of queries, keys and values"
     HEAD_NORMS = "norms of queries and keys"
@@ -35,10 +35,10 @@ class Part(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One of transformers' model types. `models` is what people call those that have it.
+    """One of transformers' model types. `models` are the names of models that have it.
 
-    With `has_half_angles` its layers take one angle for both halves of a head, instead of each angle twice. `inside` is the
-    model type of those that hold it beside other senses, where transformers loads the text of these alone.
+    If it `has_half_angles`, its layers take each angle once for both halves of a head, instead of twice. `inside` is the
+    model type of multimodal models of which it is the text part.
     """
 
     name: str
@@ -50,9 +50,9 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """How a layer attends: over its own window, if it has one, and turned by the rotary embedding of this name, if by any.
+    """How a layer attends: over a `window` of its own if it has one, and with the rotary embedding of this name if it has one.
 
-    One that `is_recurrent` does not attend at all.
+    A layer that `is_recurrent` does not attend.
     """
 
     window: int | None
@@ -60,7 +60,7 @@ class LayerKind:
     is_recurrent: bool = False
 
 
-# The name of the rotary embedding where all layers are turned by one.
+# The name of the rotary embedding if all layers share one.
 ONE_ROTARY = "one"
 _SLIDING = "sliding_attention"
 _RECURRENT = ("conv", "linear_attention")
@@ -106,7 +106,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def fault_of_layers(config: PreTrainedConfig) -> str:
-    """What a configuration says of its layers that no model of its architecture has; empty where all is well."""
+    """What is wrong with the layers that a configuration describes; empty if nothing is."""
     layers = config.num_hidden_layers
     for name in ("layer_types", "no_rope_layers"):
         listed = getattr(config, name, None)
@@ -118,7 +118,7 @@ def fault_of_layers(config: PreTrainedConfig) -> str:
 
 
 def missing_parts(config: PreTrainedConfig, engine: str) -> frozenset[Part]:
-    """What a model of this configuration has and this engine has no code for."""
+    """The parts of a model of this configuration for which this engine has no code."""
     parts = ARCHITECTURES[config.model_type].parts
     if len({kind.window for kind in attending_kinds(config)}) > 1:
         parts |= {Part.LAYER_WINDOWS}
@@ -142,18 +142,18 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
 
 
 def attending_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
-    """The kind of each layer that attends, in their order."""
+    """The kind of each layer that attends, in order."""
     return tuple(kind for kind in layer_kinds(config) if not kind.is_recurrent)
 
 
 def recurrent_spec(config: PreTrainedConfig) -> RecurrentSpec | None:
-    """What the recurrent layers of a model keep of a session, if it has any."""
+    """What a model's recurrent layers keep of a session; None if it has no such layers."""
     layers = sum(kind.is_recurrent for kind in layer_kinds(config))
     if not layers:
         return None
     if Part.SHORT_CONVOLUTIONS in ARCHITECTURES[config.model_type].parts:
         return RecurrentSpec(layers, config.hidden_size, config.conv_L_cache - 1)
     heads, keys, values = config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
-    # Queries, keys and values, and for each head what it forgets and how much it learns.
+    # Queries, keys and values, and for each head its decay and its learning rate.
     columns = 2 * config.linear_num_key_heads * keys + heads * values + 2 * heads
     return RecurrentSpec(layers, columns, config.linear_conv_kernel_dim - 1, (heads, keys, values))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.engine.attention_plan import ForwardPlan, Stack, padded
+from runtime.engine.attention_plan import ForwardPlan, Stack, pad_rows
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.rotary import rotate
 from runtime.engine.softmax import Scoring, attend_blocks
@@ -66,7 +66,7 @@ def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, *, scoring: Sc
     queries = query.index_select(1, plan.rows)
     kind = plan.kinds[layer]
     turn = plan.sink_turns.get(kind.rotary)
-    # In float32, for their difference is small beside them.
+    # In float32, because the difference is small beside the queries.
     reach = rotate(queries.float(), *turn) - queries.float() if turn else None
     parts = [
         _attend_stack(queries, reach, layer, stack, stack.hidden[kind.window], plan.lasting_sinks[kind.window], scoring)
@@ -81,26 +81,25 @@ def _attend_stack(
 ) -> Tensor:
     """Softmax attention of a stack's `queries` [G*Q, queries, D] over its extent, in which some slots are `hidden`.
 
-    `reach` is what to add to a query for it to meet the `sinks` within the window. Returns [G*Q, the stack's queries, D].
+    Past the window, `reach` is added to a query for its scores with the `sinks`, which brings them within the window's
+    distance. Returns [G*Q, the stack's queries, D].
     """
     heads, _, head_dim = queries.shape
     keys, values = (held.transpose(0, 1) for held in stack.store.stacked(layer, stack.slabs, stack.extent))
     groups, size = len(keys), hidden.shape[-2]
     each = heads // groups
 
-    def folded(some: Tensor) -> Tensor:  # [G, blocks, M, columns]
+    def fold(some: Tensor) -> Tensor:  # [G, blocks, M, columns]
         in_blocks = some[:, stack.queries].reshape(groups, each, stack.blocks, -1, some.shape[-1])
-        return padded(in_blocks.transpose(1, 2).flatten(2, 3), size)
+        return pad_rows(in_blocks.transpose(1, 2).flatten(2, 3), size)
 
     if stack.is_past_window and sinks.start < sinks.stop:
-        # Scores beyond those of the query itself, none where the layer turns nothing. A sum over a row, not a product, whose
-        # kernel would depend on the blocks.
-        beyond = 0 if reach is None else (folded(reach).unsqueeze(3) * keys[:, :, None, sinks].float()).sum(dim=-1)
+        # What `reach` adds to the scores: nothing if the layer has no rotary embedding. It is summed over a row, since the
+        # kernel of a matrix product would depend on the blocks.
+        beyond = 0 if reach is None else (fold(reach).unsqueeze(3) * keys[:, :, None, sinks].float()).sum(dim=-1)
         hidden[..., sinks] = beyond * scoring.scaling
     learned = None if scoring.sinks is None else scoring.sinks.view(-1, 1, 1).expand(-1, queries.shape[1], -1)
-    attended = attend_blocks(
-        folded(queries), keys, values, hidden, scoring, None if learned is None else folded(learned)
-    )
+    attended = attend_blocks(fold(queries), keys, values, hidden, scoring, None if learned is None else fold(learned))
     used = each * (stack.queries.stop - stack.queries.start) // stack.blocks
     apart: Tensor = attended[:, :, :used].unflatten(2, (each, -1))
     return apart.transpose(1, 2).reshape(heads, -1, head_dim)

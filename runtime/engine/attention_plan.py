@@ -1,4 +1,4 @@
-"""What a forward works out once for the attention of all of its layers: where rows go, and which slots they see."""
+"""What a forward computes once for the attention of all layers: into which slots rows are written, and which slots they see."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from runtime.slab import visible_slots
 from runtime.slab_spec import SlabSpec
 
 _LINE_BYTES = 64
-# Fewer queries in a block cost a lone row nothing less.
+# A block of fewer queries would not be faster for a single row.
 _LEAST_QUERIES = 4
-# Each thread's share of flash attention's buffers is a whole number of lines where a block has a multiple of so many.
+# If a block has a multiple of this many queries, each thread's share of flash attention's buffers is a whole number of
+# lines.
 _QUERY_STEP = 8
 
 
 @dataclass(frozen=True, slots=True)
 class PiecePlan:
-    """The positions of one piece, from `begin` to `end` (exclusive), and where its keys and values go."""
+    """The positions of one piece, from `begin` to `end` (exclusive), and the slots for its keys and values."""
 
     piece: Piece
     begin: int
@@ -34,39 +35,40 @@ class PiecePlan:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Blocks that one call serves: those of one piece, or one each of pieces over slabs that lie side by side."""
+    """Blocks for one call of attention: all blocks of one piece, or one block each of pieces whose slabs lie side by side."""
 
     store: SlabStore
     slabs: slice
     extent: int
     blocks: int
-    queries: slice  # of the forward's queries, one block's behind the other's
+    queries: slice  # a range of the forward's queries, block after block
     # [1 or G, blocks, M, extent], 0 where a query sees a slot, else -inf. Past the window each layer writes into its first
-    # columns what brings the sinks within reach.
-    # By the windows that layers have of their own.
+    # columns what brings the sinks within reach. Keyed by the layers' own windows.
     hidden: Mapping[int | None, Tensor]
     is_past_window: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardPlan:
-    """The pieces and stacks, and what is done for the queries of all of them at once: worked out once a forward."""
+    """The pieces and stacks of a forward, and the parts of the plan that all of its queries share."""
 
     pieces: tuple[PiecePlan, ...]
     stacks: tuple[Stack, ...]
-    rows: Tensor  # [queries], the row of the batch that each query is
-    places: Tensor  # [rows], a query that is the row
+    rows: Tensor  # [queries]: the batch's row for each query
+    places: Tensor  # [rows]: a query for each of the batch's rows
     kinds: tuple[LayerKind, ...]
-    # Cosines and sines [queries, D] that bring a query within reach, by the names of rotary embeddings.
+    # Cosines and sines [queries, D] that turn a query to within the window's distance of the sinks, by the name of the
+    # rotary embedding.
     sink_turns: Mapping[str | None, tuple[Tensor, Tensor]]
-    # Which sinks a query past the window sees, by the windows that layers have of their own.
+    # The sinks that a query past the window sees, keyed by the layers' own windows.
     lasting_sinks: Mapping[int | None, slice]
 
 
 def block_shape(spec: SlabSpec, heads: int, threads: int) -> tuple[int, int]:
-    """How many rows R make a block, and how many queries M it has: those of all Q heads of a group, and padding.
+    """The rows R of a block, and its queries M: those of all Q heads of a group, and padding.
 
-    Blocks come to threads head by head, so that a head's are one thread's where threads share the heads out evenly.
+    Blocks are given to threads head by head, so if threads can share the heads evenly, all blocks of a head go to one
+    thread.
     """
     heads_a_group = heads // spec.kv_heads
     rows = max(1, _LEAST_QUERIES // heads_a_group)
@@ -86,7 +88,7 @@ def plan_forward(
     keys = as_torch(batch.rows[0].slab).store.keys
     size, queries = block_shape(spec, heads, torch.get_num_threads())
     positions = torch.tensor([row.position for row in batch.rows], device=keys.device)
-    # Other devices than CPUs take a mask of the queries' own type alone.
+    # Devices other than CPUs only take a mask of the queries' type.
     dtype = torch.float32 if keys.device.type == "cpu" else keys.dtype
     extent = max(piece.extent for piece in pieces)
     hidden = {
@@ -98,14 +100,15 @@ def plan_forward(
     row_of: list[int] = []
     place_of = [0] * len(batch.rows)
     stacks = []
-    for members in _stacked(pieces, size):
+    for members in _group_pieces(pieces, size):
         begin, first, lead = len(row_of), members[0], as_torch(members[0].slab)
         for piece in members:
             count = piece.stop - piece.start
             place_of[piece.start : piece.stop] = range(len(row_of), len(row_of) + count)
             row_of += [*range(piece.start, piece.stop), *[piece.stop - 1] * (-count % size)]
         if spec.kv_heads == 1 and len(row_of) - begin == size:
-            # A call for a single block would run outside torch's threads, where the product inside it has threads of its own.
+            # A call for a single block would run outside torch's threads, and the matrix product inside it would start
+            # threads of its own.
             row_of += [row_of[-1]] * size
         blocks = (len(row_of) - begin) // size
         of_each_head = spec.kv_heads if first.is_past_window and spec.sink else 1
@@ -151,21 +154,23 @@ def plan_forward(
 
 
 def _in_blocks(hidden: Tensor, shape: tuple[int, int, int, int, int], queries: int) -> Tensor:
-    """What is `hidden` [queries, slots] as [1 or G, blocks, M, extent], for a `shape` [1 or G, blocks, Q, R, extent]."""
+    """The mask `hidden` [queries, slots] as [1 or G, blocks, M, extent], for a `shape` [1 or G, blocks, Q, R, extent]."""
     _, blocks, _, size, extent = shape
     of_each_head = hidden[:, :extent].view(1, blocks, 1, size, extent).expand(shape)
-    return padded(of_each_head.flatten(2, 3), queries).contiguous()
+    return pad_rows(of_each_head.flatten(2, 3), queries).contiguous()
 
 
-def padded(blocks: Tensor, queries: int) -> Tensor:
-    """Blocks [..., queries so far, columns] with rows of zeros behind them, up to so many."""
+def pad_rows(blocks: Tensor, queries: int) -> Tensor:
+    """Blocks [..., rows, columns] with rows of zeros appended, up to `queries` rows."""
     missing = queries - blocks.shape[-2]
     return nn.functional.pad(blocks, (0, 0, 0, missing)) if missing else blocks
 
 
-def _stacked(pieces: tuple[Piece, ...], size: int) -> list[list[Piece]]:
-    """The pieces of one block each in runs of slabs that follow each other in one store, of one extent and side of the
-    window's edge; each longer piece by itself.
+def _group_pieces(pieces: tuple[Piece, ...], size: int) -> list[list[Piece]]:
+    """Groups pieces for stacks.
+
+    Pieces of one block form runs whose slabs follow each other in one store, with the same extent and on the same side of
+    the window's edge; each longer piece is alone.
     """
 
     def kind(piece: Piece) -> tuple[int, int, bool]:

@@ -1,4 +1,4 @@
-"""Tries attention by itself, for what linears round away, its output still shows."""
+"""Tries attention by itself, because the linears after it would round small differences away."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtime.dtypes import dtype_named
 from runtime.engine.architectures import ONE_ROTARY, LayerKind
 from runtime.engine.attention import attend
 from runtime.engine.attention_plan import plan_forward
-from runtime.engine.findings import found
+from runtime.engine.findings import find_or_probe
 from runtime.engine.probe import hard_rows, is_exact_at_every_count
 from runtime.engine.rotary import ExactRotary
 from runtime.engine.softmax import Scoring
@@ -24,7 +24,7 @@ from runtime.rows import RowBatch
 from runtime.slab import SlabPool
 from runtime.slab_spec import SlabSpec
 
-# Attention is tried over no longer windows: more runs of slots are the same product again.
+# Attention is not tried over longer windows, since more runs of slots only repeat the same products.
 _PROBED_WINDOW = 1020
 _PROBED_TOKENS = 64
 
@@ -32,7 +32,7 @@ _log = logging.getLogger("perennial.engine")
 
 
 class Manner(NamedTuple):
-    """A way in which layers attend: their kind, a soft cap on scores, and whether the softmax has learned sinks."""
+    """A manner of attending: the kind of layer, a soft cap on scores, and whether the softmax has learned sinks."""
 
     kind: LayerKind
     cap: float | None = None
@@ -43,7 +43,7 @@ PLAIN = Manner(LayerKind(None, ONE_ROTARY))
 
 
 class AttentionAlone:
-    """A model that is nothing but attention over slabs, of a query, keys and values for each token of a `table`."""
+    """A model that consists of attention over slabs alone: query, keys and values of each token come from a `table`."""
 
     def __init__(
         self, spec: SlabSpec, heads: int, rotaries: Mapping[str, ExactRotary], table: Tensor, manner: Manner = PLAIN
@@ -57,7 +57,7 @@ class AttentionAlone:
 
     @torch.inference_mode()
     def logits(self, batch: RowBatch) -> Tensor:
-        """What each row with `draw` attends to, [rows, Q*G*D]."""
+        """The attention's output for each row with `draw`, [rows, Q*G*D]."""
         kind, cap, has_sinks = self._manner
         plan = plan_forward(batch, self._rotaries, self._heads, (kind,))
         parts = self._table[[row.token_id for row in batch.rows]].transpose(0, 1)
@@ -79,7 +79,7 @@ def attention_is_exact(
     for manner in manners:
         alone = AttentionAlone(tried, heads, rotaries, table, manner)
         described = f"attention of {heads} heads over {tried} on {device}{'' if manner == PLAIN else f' {manner}'}"
-        if not found(described, partial(is_exact_at_every_count, alone, tried, _PROBED_TOKENS)):
+        if not find_or_probe(described, partial(is_exact_at_every_count, alone, tried, _PROBED_TOKENS)):
             _log.warning("a row gets other bits in other batches of %s", described)
             return False
     return True

@@ -1,4 +1,4 @@
-"""Quantised matrices of GGUF files as whole numbers with scales, none of them rounded again.
+"""Quantised matrices of GGUF files as whole numbers with scales, without rounding any value again.
 
 A weight is `step * scale + offset`, the scale and the offset being those of its group. Steps lie around zero where the file
 counts them from zero up, so that the rows that are multiplied with them lose less when they are rounded to 8 bits.
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from runtime.gguf_file import StoredTensor
 
-# Twice what each number of a sign, two bits of exponent and one more stands for (OCP's microscaling formats, E2M1).
+# Twice the value of each code of a sign, two bits of exponent and one of mantissa (OCP's microscaling formats, E2M1).
 _FP4 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
-# Steps, scales, offsets, and the bits that a step needs.
+# Steps, scales, offsets, and the number of bits that a step needs.
 _Parts = tuple[Tensor, Tensor, Tensor | None, int]
 
 
@@ -52,13 +52,13 @@ class Blocks:
 
 
 def unpack(stored: StoredTensor) -> Blocks | None:
-    """The matrix in the form that holds each of its values, or None where its kind has none here."""
+    """The matrix as Blocks, exactly; None for a kind that Blocks cannot hold."""
     make = _KINDS.get(stored.kind)
     if make is None:
         return None
     outputs, inputs = stored.shape
     values, _ = GGML_QUANT_SIZES[stored.kind]
-    # A copy, so that the file can be let go.
+    # A copy, so that the file can be unmapped.
     raw = torch.from_numpy(np.array(stored.read())).view(outputs * inputs // values, -1)
     steps, scales, offsets, bits = make(raw)
     groups = inputs // steps.shape[-1]
@@ -100,22 +100,22 @@ def _q4_k(raw: Tensor) -> _Parts:
 
 def _q5_k(raw: Tensor) -> _Parts:
     scales, least = _scales_and_least(raw)
-    high = _shifted(raw[:, 16:48], range(8), 32) & 1
+    high = _shift(raw[:, 16:48], range(8), 32) & 1
     steps = _nibbles(raw[:, 48:], 32) + 16 * high.to(torch.int8) - 16
     return steps.view(-1, 32), scales, 16 * scales - least, 8
 
 
 def _q6_k(raw: Tensor) -> _Parts:
     low = _nibbles(raw[:, :128], 64)
-    high = (_shifted(raw[:, 128:192], (0, 2, 4, 6), 32) & 3).to(torch.int8)
+    high = (_shift(raw[:, 128:192], (0, 2, 4, 6), 32) & 3).to(torch.int8)
     scales = _half(raw, 208).float() * raw[:, 192:208].contiguous().view(torch.int8)
     return (low + 16 * high - 32).view(-1, 16), scales, None, 8
 
 
 def _mxfp4(raw: Tensor) -> _Parts:
-    """Its numbers of 4 bits, doubled, are whole ones from -12 to 12; its scales are powers of 2, halved here."""
+    """Its numbers of 4 bits, doubled, are whole numbers from -12 to 12; so its scales, powers of 2, are halved here."""
     exponents = raw[:, :1].int()
-    # The smallest two are below what a float32 with an exponent of its own can be.
+    # The two smallest scales are subnormal in float32.
     scales = torch.where(exponents < 2, 0x200000 << exponents, (exponents - 1) << 23).view(torch.float32)
     return _FP4[_nibbles(raw[:, 1:], 16).int()], scales, None, 8
 
@@ -134,11 +134,11 @@ _KINDS: Mapping[Kind, Callable[[Tensor], _Parts]] = {
 
 
 def _half(raw: Tensor, at: int) -> Tensor:
-    """The number in half precision at this byte of each block, [blocks, 1]."""
+    """The half-precision number at byte `at` of each block, [blocks, 1]."""
     return raw[:, at : at + 2].contiguous().view(torch.float16)
 
 
-def _shifted(raw: Tensor, shifts: range | tuple[int, ...], width: int) -> Tensor:
+def _shift(raw: Tensor, shifts: range | tuple[int, ...], width: int) -> Tensor:
     """Bytes [blocks, n] in runs of `width`, each run shifted right by each of `shifts` in turn, [blocks, n * shifts]."""
     by = torch.tensor(shifts, dtype=torch.uint8).view(1, 1, -1, 1)
     shifted: Tensor = raw.unflatten(1, (-1, 1, width)) >> by
@@ -146,7 +146,7 @@ def _shifted(raw: Tensor, shifts: range | tuple[int, ...], width: int) -> Tensor
 
 
 def _nibbles(raw: Tensor, width: int) -> Tensor:
-    """Four bits each, from 0 to 15 int8: in each run of `width` bytes the low halves first, then the high ones."""
+    """Numbers of four bits as int8 from 0 to 15: for each run of `width` bytes first the low halves, then the high ones."""
     runs = raw.unflatten(1, (-1, width))
     return torch.stack((runs & 15, runs >> 4), dim=2).flatten(1).view(torch.int8)
 
@@ -158,7 +158,7 @@ def _fifth_bits(raw: Tensor) -> Tensor:
 
 
 def _scales_and_least(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and least values [blocks, 8] of the groups of Q4_K and Q5_K, each of 6 bits times one of the block's."""
+    """Scales and minima [blocks, 8] of the groups of Q4_K and Q5_K: numbers of 6 bits times the block's own scales."""
     low, middle, high = raw[:, 4:8], raw[:, 8:12], raw[:, 12:16]
     scales = torch.cat((low & 63, (high & 15) | (low >> 6 << 4)), dim=1)
     least = torch.cat((middle & 63, (high >> 4) | (middle >> 6 << 4)), dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from runtime.engine.architectures import (
     missing_parts,
     recurrent_spec,
 )
+from runtime.engine.exact import Claim
+from runtime.engine.machine import features
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory, NotExact
 from runtime.gguf_model import gguf_config
 from runtime.model_files import one_line, quiet_transformers, read_checked_config
@@ -26,13 +28,14 @@ from runtime.proposers.ngram import PromptLookup
 from runtime.settings import Settings
 from runtime.slab_spec import BUCKET_SLOTS, SlabSpec
 
-# How weights are held that stay as a GGUF file has them.
+# The name of the form of weights that stay as a GGUF file has them.
 KEPT = "kept"
-# The more rows in a forward, the faster a prompt is read.
+# Rows of a forward; with more of them prompts are read faster.
 ROW_TILE = 256
-# Recurrent layers keep a state for each chunk of a tile.
+# Smaller, because recurrent layers keep a state for each chunk of a tile.
 _RECURRENT_TILE = 32
-# Handing so little out to more threads costs more than it saves, several times more where other programs run.
+# A model below this size runs on one thread: sharing so little work costs more than it saves, and much more beside busy
+# programs.
 _ONE_THREAD_BYTES = 32 * 2**20
 
 
@@ -48,7 +51,7 @@ class Form:
         return f"dtype={name_of(self.dtype)} weights={self.weights}"
 
     def after(self, failed: Sequence[Form]) -> Form:
-        """This form, its reason being that those before it `failed` too."""
+        """This form, with the `failed` ones before it added to its reason."""
         reasons = [*(f"{one} is not bit-exact in batches here" for one in failed), self.reason]
         return replace(self, reason=", ".join(filter(None, reasons)))
 
@@ -73,14 +76,14 @@ def read_config(directory: Path) -> PreTrainedConfig:
             f"{directory} is of architecture {config.model_type!r}; this release runs {', '.join(ARCHITECTURES)}"
         )
     if getattr(config, "use_bidirectional_attention", False):
-        raise ModelUnavailable(f"{directory} looks ahead, as models of embeddings do: it cannot generate")
+        raise ModelUnavailable(f"{directory} attends in both directions, as embedding models do: it cannot generate")
     if fault := fault_of_layers(config):
         raise ModelUnavailable(f"the configuration in {directory} makes no model: {fault}")
     return config
 
 
 def check_covered(config: PreTrainedConfig, engine: str) -> None:
-    """Raises ModelUnavailable where a model of this configuration has parts for which an engine has no code."""
+    """Raises ModelUnavailable if a model of this configuration has parts for which this engine has no code."""
     if missing := missing_parts(config, engine):
         raise ModelUnavailable(
             f"backend={engine} has no code for {', '.join(sorted(missing))}, which {config.model_type} has: set backend to auto "
@@ -89,7 +92,7 @@ def check_covered(config: PreTrainedConfig, engine: str) -> None:
 
 
 def count_weights(config: PreTrainedConfig, directory: Path) -> int:
-    """How many weights the model in `directory` has. Raises ModelUnavailable."""
+    """The number of weights of the model in `directory`. Raises ModelUnavailable."""
     try:
         with torch.device("meta"), quiet_transformers():
             return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
@@ -98,12 +101,12 @@ def count_weights(config: PreTrainedConfig, directory: Path) -> int:
 
 
 def is_small(weights: int) -> bool:
-    """Whether a model of so many weights stays in a CPU's cache, and runs fastest on one thread."""
+    """Whether a model with this many weights fits into a CPU's cache, and runs fastest on one thread."""
     return weights * torch.float32.itemsize < _ONE_THREAD_BYTES
 
 
 def attention_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """How many heads ask, how many hold keys and values, and how wide each is."""
+    """The number of query heads, the number of kv heads, and their dimension."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -118,7 +121,7 @@ def slab_spec(
     bucket: int = BUCKET_SLOTS,
     others: Sequence[str] = (),
 ) -> SlabSpec:
-    """The shape of slabs of an engine that computes in `dtype`, and whose attention reads slabs of `others` too.
+    """The shape of slabs for an engine that computes in `dtype` and whose attention can also read slabs of the types `others`.
 
     The window is cut down to what the model can see. Raises InvalidSetting.
     """
@@ -128,7 +131,7 @@ def slab_spec(
             f"kv_dtype={settings.kv_dtype} cannot be had beside dtype={own} here: set kv_dtype to auto, or backend to openvino"
         )
     longest = config.max_position_embeddings
-    # What no layer sees need not be kept.
+    # Tokens that no layer can see need not be kept.
     kinds = attending_kinds(config)
     longest = max(min(longest, kind.window or longest) for kind in kinds)
     if settings.sink >= longest:
@@ -149,9 +152,9 @@ def slab_spec(
 
 
 def check_memory(weights: int, free: int, settings: Settings, spec: SlabSpec, beside: EngineFacts | None) -> None:
-    """Raises NotEnoughMemory where so many bytes of weights, and all slabs once full, exceed the `free` ones."""
+    """Raises NotEnoughMemory if `weights` bytes and all slabs, once full, exceed `free` bytes."""
     slabs = settings.capacity + settings.max_concurrent
-    # Slabs take their memory as they fill.
+    # Slabs take their memory as they fill, so that of the other engine is not taken yet.
     others = slabs * beside.slab.ceiling_bytes if beside else 0
     if settings.proposer == "ngram":
         others += slabs * PromptLookup.ceiling_bytes()
@@ -163,8 +166,45 @@ def check_memory(weights: int, free: int, settings: Settings, spec: SlabSpec, be
         )
 
 
+def engine_facts(
+    backend: str,
+    config: PreTrainedConfig,
+    form: Form,
+    spec: SlabSpec,
+    *,
+    device: str,
+    weights_bytes: int,
+    row_step: int,
+    kernel_class: str,
+    is_bit_exact: bool,
+    claims: Iterable[Claim],
+    tried: str,
+    tensors: tuple[str, ...] = (),
+) -> EngineFacts:
+    """The facts of an engine of this `form`. `claims` and `tried` are used only if it is bit-exact."""
+    return EngineFacts(
+        backend=backend,
+        device=device,
+        dtype=name_of(form.dtype),
+        weights=form.weights,
+        form_reason=form.reason,
+        architecture=config.model_type,
+        vocabulary=config.vocab_size,
+        weights_bytes=weights_bytes,
+        row_tile=spec.row_tile,
+        row_step=row_step,
+        is_bit_exact=is_bit_exact,
+        claims=tuple(map(str, claims)) if is_bit_exact else (),
+        tried=tried if is_bit_exact else "",
+        cpu_features=features(),
+        kernel_class=kernel_class,
+        slab=spec,
+        tensors=tensors,
+    )
+
+
 def refuse(failed: Sequence[Form]) -> NotExact:
-    """What is said where none of the forms that the settings leave is bit-exact on this machine."""
+    """The error if none of the forms that the settings allow is bit-exact on this machine."""
     return NotExact(
         f"determinism=strict cannot be had here with {' or '.join(map(str, failed))}: a row gets other bits in other "
         "batches; set dtype and weights to auto, or determinism to fast"

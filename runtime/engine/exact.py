@@ -1,4 +1,4 @@
-"""Why a row's bits cannot depend on the rows beside it: the grounds that a strict forward stands on.
+"""The grounds of strict forwards: why a row's bits cannot depend on the rows beside it.
 
 A kernel chooses its order of sums by the shape of its input, how many threads it has, and where in the input a value
 lies. A strict forward calls a kernel only in a way in which none of these reaches a row's bits.
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# torch hands up to so many values to one thread.
+# torch gives at most this many values to one thread.
 _GRAIN = 32_768
-# torch's loops over values take two vectors of 64 bytes at once, and what is left over by code that rounds otherwise.
+# torch's loops take two vectors of 64 bytes at a time; for the remaining values other code runs, which rounds differently.
 _LOOP_BYTES = 128
 
 
@@ -48,8 +48,8 @@ class Claim:
 def row_by_row(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     """An elementwise `function` of `rows` [..., columns], such that a value's bits depend on it and its column alone.
 
-    Functions like exp round otherwise in a loop's last values than in its vectors, and each thread has a loop of its own.
-    So rows are handed over as many at once as one thread takes, or one at a time where vectors do not fill a row.
+    Functions such as exp round the last values of a loop differently from its vectors, and each thread has a loop of its
+    own. So `function` is called with as many rows as one thread takes, or with one row if vectors do not fill it evenly.
     """
     flat = rows.reshape(-1, rows.shape[-1])
     columns = flat.shape[1]

@@ -1,4 +1,4 @@
-"""What probes found on this machine, kept in a file: what fails as well as what holds, since either takes seconds to find."""
+"""Results of probes on this machine, kept in a file; failures too, because either takes seconds to find."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import torch
 from runtime.caches import cache_folder
 from runtime.engine.machine import cpu_flags, kernel_class
 
-# Raised when a probe tries more than before, so that what an older one found is not believed.
+# Incremented when a probe tries more than before, so that results of older probes are ignored.
 _PROBE_VERSION = 2
 
 
-def found(subject: str, probe: Callable[[], bool]) -> bool:
-    """What `probe` finds of a `subject` of this description here, from the file if it was found before."""
+def find_or_probe(subject: str, probe: Callable[[], bool]) -> bool:
+    """The result of `probe` for the subject described by `subject`; taken from the file if it was found before."""
     key = _key(subject)
     before = _read().get(key)
     if isinstance(before, bool):
@@ -31,21 +31,21 @@ def found(subject: str, probe: Callable[[], bool]) -> bool:
 
 
 def _key(subject: str) -> str:
-    """A digest of all on which the choice of a kernel may depend."""
+    """A digest of everything that the choice of a kernel may depend on."""
     gpu = kernel_class(torch.device("cuda")) if torch.cuda.is_available() else ""
     machine = (platform.node(), cpu_flags(), kernel_class(), gpu, torch.__version__, torch.__config__.show())
     return hashlib.sha256(repr((_PROBE_VERSION, machine, subject)).encode()).hexdigest()
 
 
 def _file() -> Path | None:
-    """Where findings are kept; a user without a home has no such place."""
+    """The file of results; None for a user without a home."""
     folder = cache_folder()
     return folder and folder / "findings.json"
 
 
 def _read() -> dict[str, object]:
     file = _file()
-    # Whatever is wrong with it, the probe can tell anew.
+    # Whatever is wrong with the file, the probe can run again.
     with suppress(OSError, ValueError, RecursionError):
         content = json.loads(file.read_text()) if file else {}
         if isinstance(content, dict):

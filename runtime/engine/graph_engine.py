@@ -1,7 +1,7 @@
 """The engine for CUDA: one step of fixed shape, captured once as a graph and replayed for every forward.
 
-A kernel chooses its order of sums by the shape of its input. Here each has one shape: a step always has `ROWS_ON_GPU` rows, and
-rows that a batch does not bring run along unread. What a row costs beyond one does not show on a GPU, which waits for the
+A kernel chooses its order of sums by the shape of its input. Here each input has one shape: a step always has `ROWS_ON_GPU`
+rows, of which a batch may leave some unused. More rows than one cost nothing on a GPU, whose time goes into reading the
 weights. On a CPU the same step runs without being captured, which is how it is tested where there is no GPU.
 """
 
@@ -21,18 +21,19 @@ from runtime.engine.configuration import (
     check_covered,
     check_memory,
     count_weights,
+    engine_facts,
     read_config,
     refuse,
     slab_spec,
 )
 from runtime.engine.drawing import draw_tokens
 from runtime.engine.exact import Claim, Ground
-from runtime.engine.findings import found
+from runtime.engine.findings import find_or_probe
 from runtime.engine.linears import ROWS_ON_GPU, RowLinear, weights_bytes
-from runtime.engine.machine import features, kernel_class
+from runtime.engine.machine import kernel_class
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact
 from runtime.engine.step_attention import STEP_ATTENTION_NAME
-from runtime.engine.step_model import StepModel, captured, kernels_for
+from runtime.engine.step_model import StepModel, capture, kernels_for
 from runtime.engine.torch_model import (
     Loaded,
     first_layers,
@@ -59,22 +60,22 @@ _REST = Claim("norms, activations, rotation", "torch's kernels, of one shape", G
 
 
 class GraphEngine:
-    """A causal language model on one CUDA device, or on a CPU as its double. All of its slabs are there from the start."""
+    """A causal language model on one CUDA device, or on a CPU as its double. All of its slabs are allocated at the start."""
 
     def __init__(self, loaded: Loaded, spec: SlabSpec, form: Form, slabs: int, *, is_bit_exact: bool) -> None:
-        """Pools of `slabs` slabs in all can be had at once. `form` says what the model's linears are."""
+        """Pools can have `slabs` slabs in all at a time. `form` describes the model's linears."""
         self._config = loaded.model.config
         self._spec, self._form = spec, form
         self._device: torch.device = loaded.model.device
         self._is_bit_exact = is_bit_exact
         self._linears = [part for part in loaded.model.modules() if isinstance(part, RowLinear)]
         self._weights_bytes = weights_bytes(loaded.model)
-        # One more is the step's own.
+        # One more for the unused rows of a step.
         self._arena = SlabArena(spec, slabs + 1, self._device)
         self._kernels = kernels_for(self._device, self._config.num_attention_heads // spec.kv_heads)
         self._model = StepModel(loaded, self._arena, self._kernels)
-        self._body = captured(self._model.body, self._device)
-        self._head = captured(self._model.head, self._device)
+        self._body = capture(self._model.body, self._device)
+        self._head = capture(self._model.head, self._device)
 
     @classmethod
     def load(
@@ -102,47 +103,37 @@ class GraphEngine:
 
     @cached_property
     def facts(self) -> EngineFacts:
-        return EngineFacts(
-            backend="torch",
+        return engine_facts(
+            "torch",
+            self._config,
+            self._form,
+            self._spec,
             device=self._device.type,
-            dtype=self._spec.dtype,
-            weights=self._form.weights,
-            form_reason=self._form.reason,
-            architecture=self._config.model_type,
-            vocabulary=self._config.vocab_size,
             weights_bytes=self._weights_bytes,
-            row_tile=self._spec.row_tile,
             row_step=self._spec.row_tile,
-            is_bit_exact=self._is_bit_exact,
-            claims=self._claims() if self._is_bit_exact else (),
-            tried=f"each linear on {PROBED_ROWS} rows or more, a layer in batches of two sessions"
-            if self._is_bit_exact
-            else "",
-            cpu_features=features(),
             kernel_class=kernel_class(self._device),
-            slab=self._spec,
+            is_bit_exact=self._is_bit_exact,
+            claims=(*linear_claims(self._linears), self._kernels.claim, _REST),
+            tried=f"each linear on {PROBED_ROWS} rows or more, a layer in batches of two sessions",
         )
 
-    def _claims(self) -> tuple[str, ...]:
-        return tuple(map(str, (*linear_claims(self._linears), self._kernels.claim, _REST)))
-
     def new_pool(self, count: int) -> SlabPool:
-        """Raises CapacityExhausted where fewer slabs are left."""
+        """Raises CapacityExhausted if fewer slabs are left."""
         return self._arena.pool(count)
 
     @torch.inference_mode()
     def logits(self, batch: RowBatch) -> Tensor:
         logits = self._model.logits[: self._run(batch)].clone()
         if self._device.type == "cuda":
-            # The inputs may be filled again once the step has read them.
+            # Wait until the step has read its inputs, so that they may be filled again.
             torch.cuda.synchronize(self._device)
         return logits
 
     @torch.inference_mode()
     def forward(self, batch: RowBatch) -> tuple[Token, ...]:
-        """As the protocol has it. The device is waited for once: for the tokens, where all are the likeliest, or for logits.
+        """As in the protocol. It waits for the device once: for tokens if every row draws the likeliest, else for logits.
 
-        Other tokens are drawn on the CPU, since its logarithms make the noise that a position is promised.
+        Sampled tokens are drawn on the CPU, whose logarithms make the noise that is promised for a position.
         """
         draws = [row.draw for row in batch.rows if row.draw is not None]
         count = self._run(batch)
@@ -174,6 +165,6 @@ def _is_proven(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
         engine = GraphEngine(Loaded(short, loaded.rotaries), tried, form, _PROBED_SLABS, is_bit_exact=False)
         return is_bit_exact(engine, tried, config.vocab_size)
 
-    return linears_are_exact(loaded.model, form, loaded.model.device) and found(
+    return linears_are_exact(loaded.model, form, loaded.model.device) and find_or_probe(
         f"a step of {config} {form} {tried}", probe
     )

@@ -1,4 +1,4 @@
-"""Vectors of 16 numbers for kernels that numba compiles, computed in the order that a kernel says.
+"""Vectors of 16 numbers for kernels that numba compiles, computed exactly in the order that the kernel states.
 
 LLVM makes them of what the CPU has: one register of AVX-512, two of AVX2. Every operation is that of IEEE 754, and none is
 reordered or fused that is not written so: the same numbers come to the same bits wherever a kernel meets them.
@@ -29,13 +29,14 @@ _FLOATS, _INTS, _BOOLS = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _INT, 
 
 
 def kernel(function: _Function) -> _Function:
-    """The function compiled for this CPU, to be called by any thread beside others; kept in this user's cache."""
+    """Compiles a function for this CPU, kept in this user's cache. Several threads may call the result at once."""
     compiled: _Function = njit(nogil=True)(function)
     folder = cache_folder()
     if folder is not None:
         before, config.CACHE_DIR = config.CACHE_DIR, str(folder / "kernels")
         try:
-            # Beside its source, where numba keeps it otherwise, it would stay when the package is gone, and pass for it.
+            # By default numba caches beside the source; that file would stay after an uninstall, and be taken for the
+            # package.
             with suppress(RuntimeError, OSError):
                 compiled = njit(cache=True, nogil=True)(function)
         finally:
@@ -80,7 +81,7 @@ def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
 
 
 def _read(builder: Any, place: Any, kind: Any = _FLOATS) -> Any:
-    # Rows lie at any multiple of what they consist of.
+    # Rows are aligned only to their elements.
     return builder.load(builder.bitcast(place, kind.as_pointer()), align=1)
 
 
@@ -274,7 +275,7 @@ def _sums_of_each(builder: Any, vectors: list[Any]) -> Any:
     """The sum over the lanes of each of 16 vectors: neighbours first, then pairs of them, and so on."""
     distance = 1
     while len(vectors) > 1:
-        # A lane whose number has the bit `distance` adds what the right vector has there, another what the left one has.
+        # Lanes whose number has the bit `distance` set take from the right vector, the others from the left.
         own = [lane + LANES * bool(lane & distance) for lane in range(LANES)]
         across = [(lane ^ distance) + LANES * bool(lane & distance) for lane in range(LANES)]
         vectors = [
@@ -314,7 +315,7 @@ def add_weighted(
             for place, one in zip(places, found, strict=True):
                 _write(builder, one, place)
 
-        # Sums wait for each other: four at once, as far as the width goes, take as long as one.
+        # A sum waits for the sum before; four at once take as long as one, so use four as far as the width allows.
         many = ir.Constant(columns.type, 4 * LANES)
         edge = builder.sub(columns, builder.srem(columns, many))
         none = ir.Constant(columns.type, 0)

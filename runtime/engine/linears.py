@@ -1,6 +1,6 @@
-"""Linear layers in forms in which a row has the same bits whatever rows are beside it, and the quantised ones.
+"""Linear layers in forms in which a row gets the same bits whatever rows are beside it, among them quantised ones.
 
-Each form names the ground on which that stands (`runtime.engine.exact`); docs/adr/0010 has the sources.
+Each form names its ground (`runtime.engine.exact`); docs/adr/0010 has the sources.
 """
 
 from __future__ import annotations
@@ -18,41 +18,41 @@ from runtime.engine.exact import Ground
 from runtime.engine.machine import Level, level
 from runtime.errors import InvalidSetting
 
-# No kernel is called with more rows, so that every count of them can be tried.
+# The most rows in one call of a kernel, so that a probe can try every count.
 MOST_ROWS = 128
-# A head draws for one row of each session, and its probe takes longest.
+# The head has few rows, one for each session, and its probe takes longest.
 HEAD_MOST_ROWS = 32
 
-# A product in 16 bits on AMX costs for one row what it costs for so many; elsewhere few rows cost less.
+# On AMX a product in 16 bits costs the same for one row as for this many; elsewhere fewer rows cost less.
 _FIXED_ROWS_ON_AMX, _FIXED_ROWS_ON_CPU = 32, 4
-# A GPU waits for the weights of a product, and so many rows take no longer than one.
+# A GPU waits for the weights of a product, so this many rows take no longer than one.
 ROWS_ON_GPU = 64
 
-# FBGEMM's kernels for AVX2 sum the rows of a block of 3 to 6 in one order, and those of a smaller one in another.
+# FBGEMM's kernels for AVX2 sum rows in blocks of 3 to 6 in one order, and in smaller blocks in another.
 _BLOCK_ROWS = 6
 _SMALLEST_BLOCK_ROWS = 3
 
-# A weight that half precision moves by no more than this, half its smallest step, moves a sum by less than float32 rounds.
+# If half precision moves a weight by no more than this, half its smallest step, a sum moves by less than float32's rounding.
 _HALF_ROUNDING = 2.0**-25
 
-# The low half of a weight lies so many bits below the high one; both are scaled to use the largest exponents that half has.
+# The low half of a weight is this many bits below the high one; both are scaled to use half precision's largest exponents.
 _LOW_SHIFT = 2.0**11
 _LARGEST_EXPONENT = 14
 
-# A row is multiplied as two digits from -64 to 64 each: sums of two products of 7 and 8 bits fit into the 16 that AVX2 has
-# for them, and together the digits hold 14 bits.
+# A row is multiplied as two digits from -64 to 64: sums of two products of 7 and 8 bits fit into the 16 bits that AVX2 has
+# for them, and both digits together hold 14 bits.
 _DIGIT = 128
 _DIGIT_ZERO = 64
 _LARGEST_ROW_STEP = 63 * _DIGIT + 63
 
-# Weights of a row in so many columns share a scale and a zero.
+# Weights of a row in this many columns share a scale and a zero.
 INT4_GROUP = 32
 _INT4_OUTPUTS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Weights as FBGEMM holds them, and how many bytes they are. Never changed, so copies of a model share them."""
+    """Weights in FBGEMM's form, and their size in bytes. They never change, so copies of a model share them."""
 
     weights: torch.ScriptObject
     bytes: int
@@ -62,7 +62,7 @@ class Packed:
 
 
 class RowLinear(nn.Module):
-    """A linear that multiplies rows of any shape as one list of them, at most `most_rows` at once; its bias comes on top."""
+    """A linear that multiplies rows of any shape as one list, at most `most_rows` at once, and then adds its bias."""
 
     ground: ClassVar[Ground]
     bias: nn.Parameter | None
@@ -80,12 +80,12 @@ class RowLinear(nn.Module):
         return result if self.bias is None else result + self.bias
 
     def multiply(self, flat: Tensor) -> Tensor:
-        """Rows [N, inputs], at most `most_rows`, times the weights, in whichever type it computes."""
+        """Rows [N, inputs], at most `most_rows`, times the weights; the type of the result is that in which the form computes."""
         raise NotImplementedError
 
 
 class FixedRowsLinear(RowLinear):
-    """torch's own linear, always on the same number of rows: its kernels choose their order of sums by that number."""
+    """torch's own linear, always called with the same number of rows, by which its kernels choose their order of sums."""
 
     ground = Ground.FIXED_ROWS
 
@@ -115,12 +115,12 @@ class HalfLinear(RowLinear):
 
     @staticmethod
     def holds(linear: nn.Linear) -> bool:
-        """Whether half precision rounds no weight away."""
+        """Whether half precision can hold every weight of this linear."""
         weight = linear.weight.detach()
         low, high = torch.aminmax(weight)
         if max(-low, high) > torch.finfo(torch.float16).max:
             return False
-        # bfloat16 has fewer digits than half precision, and is told by its lower bits.
+        # Weights that came from bfloat16 are recognised by their lower bits; it has fewer digits than half precision.
         is_bfloat16 = not (weight.view(torch.int32) & 0xFFFF).any()
         return is_bfloat16 or bool((weight.half().float() - weight).abs().max() <= _HALF_ROUNDING)
 
@@ -129,7 +129,7 @@ class HalfLinear(RowLinear):
 
 
 class TwoHalvesLinear(RowLinear):
-    """A linear whose weights in float32 are read as two halves each, the rounded one and what it leaves, by FBGEMM.
+    """A linear whose float32 weights are held as two half-precision numbers each, rounded weight and remainder, by FBGEMM.
 
     Together they hold a weight to half of its last bit, unless it is 2^-25 times as small as the largest or less.
     """
@@ -185,7 +185,7 @@ class IntegerLinear(RowLinear):
         size = torch.linalg.vector_norm(flat, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-30)
         exact = flat * (_LARGEST_ROW_STEP / _DIGIT / size)
         high = exact.round()
-        digits = torch.cat((high, (exact - high) * _DIGIT))  # The kernel rounds the low ones.
+        digits = torch.cat((high, (exact - high) * _DIGIT))  # The kernel rounds the low digits.
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         products: Tensor = multiply(digits, 1.0, _DIGIT_ZERO, self.packed.weights)
         high_products, low_products = products.chunk(2)
@@ -203,7 +203,7 @@ class Int8Linear(RowLinear):
     def __init__(self, linear: nn.Linear, most_rows: int = MOST_ROWS) -> None:
         super().__init__(linear, most_rows)
         weight = linear.weight.detach().float()
-        # The weights are rounded against the scale as it is kept, so that its own rounding costs nothing.
+        # Weights are rounded against the scale as stored, so that the scale's own rounding adds no error.
         scales = (weight.abs().amax(dim=1).clamp(min=1e-12) / 127).bfloat16()
         steps = (weight / scales.float().unsqueeze(1)).round().clamp(-128, 127)
         self.register_buffer("weight", steps.to(torch.int8), persistent=False)
@@ -222,7 +222,7 @@ class Int4Linear(RowLinear):
     scales_and_zeros: Tensor
 
     def __init__(self, linear: nn.Linear, most_rows: int = MOST_ROWS) -> None:
-        """Raises InvalidSetting where the weights do not divide into groups."""
+        """Raises InvalidSetting if the weights do not divide into groups."""
         super().__init__(linear, most_rows)
         outputs, inputs = linear.weight.shape
         if inputs % INT4_GROUP or outputs % _INT4_OUTPUTS:
@@ -233,7 +233,7 @@ class Int4Linear(RowLinear):
         groups = linear.weight.detach().float().view(outputs, -1, INT4_GROUP)
         low, high = groups.amin(dim=2), groups.amax(dim=2)
         scales = ((high - low).clamp(min=1e-12) / 15).bfloat16()
-        # A step of 8 stands for the zero.
+        # A step of 8 represents zero.
         zeros = (low + 8 * scales.float()).bfloat16()
         steps = (groups - zeros.float().unsqueeze(2)) / scales.float().unsqueeze(2) + 8
         whole = steps.round().clamp(0, 15).to(torch.int32).view(outputs, inputs)
@@ -272,23 +272,23 @@ class Int4OnGpuLinear(Int4Linear):
 
 
 def _inner_tiles(inputs: int) -> int:
-    """How many tiles of 16 columns CUDA's kernel takes at once: 8, or as many as divide the inputs."""
+    """The number of tiles of 16 columns that CUDA's kernel takes at once: 8, or fewer if that divides the inputs."""
     return next(tiles for tiles in (8, 4, 2) if inputs % (16 * tiles) == 0)
 
 
 def replace_linears(
     model: nn.Module, head: nn.Module, weights: str, dtype: torch.dtype, device: torch.device, *, is_strict: bool = True
 ) -> None:
-    """Gives the linears of `model` the form for this setting of `weights`, one after the other, so that memory holds one twice.
+    """Gives the linears of `model` the form for this setting of `weights`, one at a time, so that only one is held twice.
 
-    The `head` is kept in 8 bits under int4 too: it decides between tokens. Unless `is_strict`, linears that would be given
-    a fixed number of rows stay torch's own. Raises InvalidSetting.
+    Under int4 the `head` is held in 8 bits, because it decides between tokens. Unless `is_strict`, linears that need a fixed
+    number of rows to be exact stay torch's own. Raises InvalidSetting.
     """
     if weights != "none" and device.type not in ("cpu", "cuda"):
         raise InvalidSetting(
             f"weights={weights} does not run on device={device.type}: set weights to none, or device to cpu"
         )
-    # By their names, for a list of linears would keep each to the end.
+    # By name, because a list of linears would keep each of them in memory to the end.
     parents = [part for part in model.modules() if not isinstance(part, nn.Linear)]
     for parent in parents:
         for name in [name for name, _ in parent.named_children()]:
@@ -304,14 +304,14 @@ def _form_of(
 ) -> Callable[[nn.Linear], RowLinear]:
     most_rows = HEAD_MOST_ROWS if is_head else MOST_ROWS
     if linear.out_features < _INT4_OUTPUTS:
-        # Gates of a column or a few, which fewer bits make no faster.
+        # Gates with few columns, which fewer bits would not make faster.
         weights = "none"
     if weights != "none" and device.type == "cuda":
         return partial(Int8Linear if is_head or weights == "int8" else Int4OnGpuLinear, most_rows=ROWS_ON_GPU)
     if weights == "int4" and not is_head:
         return partial(Int4Linear, most_rows=most_rows)
     if weights in ("int8", "int4"):
-        # With AVX-512 torch's own kernel reads as fast and leaves less to do around it.
+        # With AVX-512 torch's own kernel is as fast, and needs less work around it.
         is_integer = has_fbgemm() and level() == Level.AVX2
         return partial(IntegerLinear if is_integer else Int8Linear, most_rows=most_rows)
     if dtype == torch.float32 and device.type == "cpu" and has_fbgemm():
@@ -323,14 +323,14 @@ def _form_of(
 
 
 def has_fbgemm() -> bool:
-    """Whether FBGEMM is there with the kernels whose order of sums is known: those for AVX2 and AVX-512."""
-    # Tensors of quantised types, from which it packs, are to leave torch.
+    """Whether FBGEMM is available, with kernels whose order of sums is known: those for AVX2 and AVX-512."""
+    # torch deprecates the quantised tensor types from which FBGEMM packs.
     has_operators = hasattr(torch, "quantize_per_channel") and "fbgemm" in torch.backends.quantized.supported_engines
     return has_operators and level() >= Level.AVX2
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """What the weights of a model take, in whichever form its linears hold theirs."""
+    """The size in bytes of a model's weights, in the forms in which its linears hold them."""
     modules = list(model.modules())
     held = [buffer for part in modules if isinstance(part, (Int8Linear, Int4Linear)) for buffer in part.buffers()]
     packed = [value for part in modules for value in vars(part).values() if isinstance(value, Packed)]

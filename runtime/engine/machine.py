@@ -1,4 +1,4 @@
-"""What this machine's kernels are: what its CPU multiplies, and the class of machines that give each other's bits."""
+"""This machine's kernels: its CPU's vector instructions, and the class of machines that compute the same bits."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 
 _CPU = torch.device("cpu")
 _VENDORS = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
-# What ONEDNN_MAX_CPU_ISA may name begins with one of these, the longest first.
+# The values of ONEDNN_MAX_CPU_ISA begin with one of these; the longest come first.
 _ONEDNN_LIMITS = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX512", "AVX2", "AVX", "SSE41")
 
 
 class Level(IntEnum):
-    """Vector instructions of which torch's libraries have kernels of their own; each includes those before it."""
+    """Sets of vector instructions for which torch's libraries have kernels; each includes those before it."""
 
     OTHER = 0
     AVX2 = 1
@@ -28,7 +28,7 @@ class Level(IntEnum):
 
 
 def hardware_level() -> Level:
-    """The highest level that the CPU itself has."""
+    """The highest level that the CPU has."""
     has = {
         Level.AMX: torch.cpu._is_amx_tile_supported(),  # noqa: SLF001 (torch has no public name, here and below)
         Level.AVX512_BF16: torch.cpu._is_avx512_bf16_supported(),  # noqa: SLF001
@@ -39,33 +39,33 @@ def hardware_level() -> Level:
 
 
 def level() -> Level:
-    """The highest level that torch and oneDNN use, as the environment may limit them."""
+    """The highest level that both torch and oneDNN use; the environment may limit them."""
     limits = {"AVX512": Level.AMX, "AVX2": Level.AVX2}
     aten = limits.get(torch.backends.cpu.get_cpu_capability(), Level.OTHER)
     return min(hardware_level(), aten, _onednn_limit())
 
 
 def features() -> str:
-    """The level in words, and what holds it below the CPU's own."""
+    """The level in words, and what limits it if the CPU has more."""
     own, used = hardware_level(), level()
     return used.name if own == used else f"{used.name} (the CPU has {own.name}; the environment limits it)"
 
 
 def kernel_class(device: torch.device = _CPU) -> str:
-    """Names the machines whose kernels give the same bits as this one's: for a session that moves, or a file of digests."""
+    """A name for all machines whose kernels compute the same bits as this one's: for sessions that move, and files of digests."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"cuda {torch.cuda.get_device_name(device)}, sm {major}.{minor}, toolkit {torch.version.cuda}"
     own, used = hardware_level(), level()
     limited = "" if own == used else f" of {own.name.lower()}"
-    # Libraries choose blocks by the sizes of caches, which differ between models.
+    # Libraries choose the sizes of blocks by those of caches, which differ between CPU models.
     model = "-".join(part for part in (_vendor(), _cpuinfo("cpu family"), _cpuinfo("model")) if part)
     return f"{platform.machine()} {model} {used.name.lower()}{limited}, threads {torch.get_num_threads()}"
 
 
 @cache
 def cpu_flags() -> str:
-    """Every feature that the system tells of the CPU, on one line."""
+    """Every feature of the CPU that the system lists, on one line."""
     return _cpuinfo("flags") or _cpuinfo("Features") or platform.processor()
 
 

@@ -1,8 +1,8 @@
 """Attention of a row batch over slabs, in the place where mlx-lm's models call theirs.
 
-The same as for torch, in MLX's operations: the sink and the window as of each query's own position, the distance to a
-sink no longer than the longest inside the window. mlx-lm's own rotating cache does not give that: it keeps what a call
-left of the history, so that a token sees more or less of it by how the history was cut.
+The same as for torch, in MLX's operations: the sink and the window as of each query's own position, the distance to a sink
+no longer than the longest inside the window. mlx-lm's rotating cache does not do that: there, how much a token sees depends
+on how the history was cut into calls.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from runtime.rows import Piece, Row, RowBatch
 from runtime.slab import visible_slots
 from runtime.slab_spec import SlabSpec
 
-Turn = tuple[mx.array, mx.array]  # cosines and sines [N, D]
+Angles = tuple[mx.array, mx.array]  # cosines and sines [N, D]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +36,18 @@ class PiecePlan:
     end: int
     extent: int
     sink: int
-    filler: int  # times that the last query is repeated, up to the fixed number of rows
+    filler: int  # how often the last query is repeated to reach the fixed number of rows
     hidden: mx.array  # [N, extent]: 0 where a query sees a slot, else -inf; N counts the filler too
-    sink_turn: Turn | None  # brings the queries within reach of the sinks, past the window
+    sink_turn: Angles | None  # past the window: turns the queries to within the window's distance of the sinks
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardPlan:
-    """What every layer needs of a batch; as `offset` of a cache it comes to the rotary embedding too."""
+    """What every layer needs to know of a batch. The rotary embedding gets it as the `offset` of a cache."""
 
     pieces: tuple[PiecePlan, ...]
-    turn: Turn
-    filler: int  # rows behind the batch's own
+    turn: Angles
+    filler: int  # rows appended to the batch's own
 
 
 def plan_forward(batch: RowBatch, rows: int, rotary: ExactRotary) -> ForwardPlan:
@@ -94,43 +94,46 @@ def _plan_piece(
 
 
 def _runs(slots: list[int]) -> tuple[Run, ...]:
-    """The slots of rows one behind the other, cut where the ring begins anew."""
+    """The slots of consecutive rows as runs, cut where the ring wraps around."""
     begins = [row for row, slot in enumerate(slots) if row == 0 or slot != slots[row - 1] + 1]
     return tuple(Run(slots[row], row, end) for row, end in zip(begins, [*begins[1:], len(slots)], strict=True))
 
 
 class PlannedRotary:
-    """Takes the place of a model's rotary embedding: turns rows by the angles of the plan that comes as `offset`."""
+    """Replaces a model's rotary embedding: turns rows by the angles of the plan that it gets as `offset`."""
 
     def __call__(self, vectors: mx.array, offset: ForwardPlan) -> mx.array:
         return rotate(vectors, *offset.turn)
 
 
 class SlabCache:
-    """What mlx-lm takes for the cache of one layer."""
+    """Plays the cache of one layer for mlx-lm."""
 
     def __init__(self, plan: ForwardPlan, layer: int) -> None:
         self.offset = plan
         self._layer = layer
 
     def make_mask(self, *_: Any, **__: Any) -> None:
-        """Every piece has a mask of its own."""
+        """None: every piece has a mask of its own."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Writes `keys` and `values` [1, G, rows, D] into the slabs. What is returned, `attend` does not look at."""
+        """Writes `keys` and `values` [1, G, rows, D] into the slabs. `attend` ignores what it returns."""
         for piece in self.offset.pieces:
             piece.slab.write(self._layer, piece.runs, piece.end, keys[0, :, piece.rows], values[0, :, piece.rows])
         return keys, values
 
     def attend(self, queries: mx.array, scale: float) -> mx.array:
-        """What `queries` [1, G*Q, rows, D] attend to, of the same shape; zeros for rows that fill the batch up."""
+        """The attention of `queries` [1, G*Q, rows, D], of the same shape; zeros for rows that only fill up the batch."""
         found = [self._attend(queries[0], piece, scale) for piece in self.offset.pieces]
         if self.offset.filler:
             found.append(mx.zeros((queries.shape[1], self.offset.filler, queries.shape[3]), queries.dtype))
         return mx.concatenate(found, axis=1)[None]
 
     def _attend(self, queries: mx.array, piece: PiecePlan, scale: float) -> mx.array:
-        """Softmax attention of one piece, in explicit steps: fused kernels tile by count. Returns [G*Q, its rows, D]."""
+        """Softmax attention of one piece in explicit steps, because fused kernels tile by the number of rows.
+
+        Returns [G*Q, rows, D].
+        """
         heads, _, head_dim = queries.shape
         keys, values = piece.slab.seen(self._layer, piece.extent)
         groups, size = keys.shape[0], piece.hidden.shape[0]
@@ -154,7 +157,7 @@ class SlabCache:
 
 
 class AttentionOrSlabs:
-    """A model's attention function, but for rows whose cache is a SlabCache."""
+    """A model's attention function, except that attention over a SlabCache is ours."""
 
     def __init__(self, original: Callable[..., mx.array]) -> None:
         self._original = original
@@ -166,10 +169,10 @@ class AttentionOrSlabs:
 
 
 def let_attend_over_slabs(module: ModuleType) -> None:
-    """Has the models of a module of mlx-lm call ours for our caches. It has no registry of attention functions."""
+    """Makes the models of one of mlx-lm's modules call our attention for our caches, since mlx-lm has no registry for that."""
     original = module.scaled_dot_product_attention
     if not isinstance(original, AttentionOrSlabs):
-        module.scaled_dot_product_attention = AttentionOrSlabs(original)  # type: ignore[attr-defined]
+        module.scaled_dot_product_attention = AttentionOrSlabs(original)  # type: ignore[attr-defined] # Not of every module.
 
 
 def rotate(vectors: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:

@@ -26,14 +26,15 @@ from runtime.engine.configuration import (
     Form,
     check_covered,
     check_memory,
+    engine_facts,
     read_config,
     refuse,
     slab_spec,
 )
 from runtime.engine.drawing import draw_tokens
 from runtime.engine.exact import Claim, Ground
-from runtime.engine.findings import found
-from runtime.engine.machine import features, kernel_class
+from runtime.engine.findings import find_or_probe
+from runtime.engine.machine import kernel_class
 from runtime.engine.mlx_attention import PlannedRotary, SlabCache, let_attend_over_slabs, plan_forward
 from runtime.engine.mlx_slab import as_mlx, mlx_pool, to_torch
 from runtime.engine.probe import is_bit_exact
@@ -46,18 +47,19 @@ from runtime.settings import Settings
 from runtime.slab import SlabPool
 from runtime.slab_spec import SlabSpec
 
-# On a CPU MLX's products take as long for each row of many as for one alone. On a GPU one row costs what so many cost.
+# On a CPU MLX's products take as long for each of many rows as for a single one. On a GPU one row costs as much as this
+# many.
 _FIXED_ROWS_ON_CPU, _FIXED_ROWS_ON_GPU = 1, 32
 _ROW_TILE_ON_CPU = 32
-# Over 256 slots attention of a lone short history would take an eighth of a step.
+# With buckets of 256 slots, attention over a short history would take an eighth of a step.
 _BUCKET_SLOTS = 64
 _BITS = {"int8": 8, "int4": 4}
-# The largest first: weights in a row of so many share a scale and a zero.
+# Sizes of the groups of weights that share a scale and a zero, the largest first.
 _GROUPS = (64, 32)
 
 
 class Plugged(NamedTuple):
-    """A model of mlx-lm whose layers turn and attend as ours, what it is, and the angles that it turns by."""
+    """A model of mlx-lm with our rotary embedding and attention, its configuration, and the rotary angles."""
 
     model: Any
     config: PreTrainedConfig
@@ -68,7 +70,7 @@ class MlxEngine:
     """A causal language model of one of `ARCHITECTURES` on MLX's default device or the CPU."""
 
     def __init__(self, plugged: Plugged, spec: SlabSpec, form: Form, fixed_rows: int | None) -> None:
-        """Of the model's layers run as many as the slabs of `spec` have, and of a batch `fixed_rows` at once, or all."""
+        """It runs as many of the model's layers as `spec` has, and `fixed_rows` of a batch at once, or all rows if None."""
         self._model, self._config, self._rotary = plugged
         self._spec, self._form, self._fixed_rows = spec, form, fixed_rows
 
@@ -86,12 +88,12 @@ class MlxEngine:
         dtype = _choose_dtype(settings)
         is_strict = settings.determinism == "strict"
         tile = _ROW_TILE_ON_CPU if is_strict and _is_on_cpu() else ROW_TILE
-        # Its arrays are MLX's own; what torch computes for it, it computes on the CPU.
+        # The arrays are MLX's; torch computes only on the CPU here.
         spec = slab_spec(config, settings, dtype, row_tile=tile, bucket=_BUCKET_SLOTS)
-        # A checkpoint that is quantised says so itself.
+        # A quantised checkpoint says itself how its weights are held.
         form = Form(dtype, "none" if settings.weights == "auto" else settings.weights)
         model = _load_model(directory, form)
-        # Nothing was read from the files yet.
+        # Weights are loaded lazily: nothing was read from the files yet.
         check_memory(_weights_bytes(model), psutil.virtual_memory().available, settings, spec, beside)
         try:
             mx.eval(model.parameters())
@@ -112,34 +114,23 @@ class MlxEngine:
         plugged = Plugged(self._model, self._config, self._rotary)
         engine = MlxEngine(plugged, tried, self._form, self._fixed_rows)
         described = f"mlx {version('mlx')} {mx.default_device()} {self._config} {self._form} {tried} {self._fixed_rows}"
-        return found(described, partial(is_bit_exact, engine, tried, self._config.vocab_size))
+        return find_or_probe(described, partial(is_bit_exact, engine, tried, self._config.vocab_size))
 
     @cached_property
     def facts(self) -> EngineFacts:
-        return EngineFacts(
-            backend="mlx",
+        return engine_facts(
+            "mlx",
+            self._config,
+            self._form,
+            self._spec,
             device=mx.default_device().type.name,
-            dtype=self._spec.dtype,
-            weights=self._form.weights,
-            form_reason=self._form.reason,
-            architecture=self._config.model_type,
-            vocabulary=self._config.vocab_size,
             weights_bytes=_weights_bytes(self._model),
-            row_tile=self._spec.row_tile,
             row_step=self._fixed_rows or 1,
-            is_bit_exact=self._fixed_rows is not None,
-            claims=self._claims(),
-            tried="a layer and the head in batches of two sessions" if self._fixed_rows else "",
-            cpu_features=features(),
             kernel_class=f"{kernel_class()}, mlx {version('mlx')} on {mx.default_device().type.name}",
-            slab=self._spec,
+            is_bit_exact=self._fixed_rows is not None,
+            claims=[Claim("whole forwards", f"{self._fixed_rows} rows", Ground.FIXED_ROWS)],
+            tried="a layer and the head in batches of two sessions",
         )
-
-    def _claims(self) -> tuple[str, ...]:
-        if self._fixed_rows is None:
-            return ()
-        claim = Claim("whole forwards", f"{self._fixed_rows} rows", Ground.FIXED_ROWS)
-        return (str(claim),)
 
     def new_pool(self, count: int) -> SlabPool:
         return mlx_pool(self._spec, count)
@@ -148,7 +139,7 @@ class MlxEngine:
         return draw_tokens(self.logits(batch), batch)
 
     def logits(self, batch: RowBatch) -> Tensor:
-        """As every engine's; all is evaluated when it returns, so that a forward's time is a forward's time."""
+        """As in every engine. Everything is evaluated when it returns, so that the time of a forward is its own."""
         rows = batch.rows
         assert 0 < len(rows) <= self._spec.row_tile
         at_once = self._fixed_rows or len(rows)
@@ -156,7 +147,7 @@ class MlxEngine:
         return torch.cat([self._logits(part, at_once) for part in parts])
 
     def _logits(self, batch: RowBatch, size: int) -> Tensor:
-        """Of a batch that is padded to `size` rows, each piece of it too."""
+        """The logits of a batch that is padded to `size` rows, as each of its pieces is."""
         rows = batch.rows
         plan = plan_forward(batch, size, self._rotary)
         for piece in plan.pieces:
@@ -197,12 +188,12 @@ def _choose_device(settings: Settings) -> mx.Device:
 def _choose_dtype(settings: Settings) -> torch.dtype:
     if settings.dtype != "auto":
         return dtype_named(settings.dtype)
-    # On a CPU bfloat16 saves one row nothing, and float32 is what the torch engine computes in there.
+    # On a CPU bfloat16 is no faster for one row, and the torch engine computes in float32 there too.
     return torch.float32 if _is_on_cpu() else torch.bfloat16
 
 
 def _load_model(directory: Path, form: Form) -> Any:
-    """The model, its weights still to be read. A checkpoint that is quantised stays so."""
+    """The model, with weights that are not read yet. A quantised checkpoint stays quantised."""
     try:
         model, config = load_model(directory, lazy=True)
     except FILE_ERRORS as error:
@@ -218,7 +209,7 @@ def _quantise(model: Any, weights: str) -> None:
     group = next((size for size in _GROUPS if all(width % size == 0 for width in widths)), None)
     if group is None:
         raise InvalidSetting(
-            f"weights={weights} cannot hold layers of {min(widths)} columns, which are no multiple of {_GROUPS[-1]}: set "
+            f"weights={weights} cannot hold layers of {min(widths)} columns, which are not a multiple of {_GROUPS[-1]}: set "
             "weights to none"
         )
     quantize(model, group_size=group, bits=_BITS[weights])
@@ -238,7 +229,7 @@ def _check_numbers(model: Any, directory: Path) -> None:
     weights: Any = tree_flatten(model.parameters())
     for name, array in weights:
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
-            raise ModelUnavailable(f"the weights in {directory} are damaged: {name} holds what is no number")
+            raise ModelUnavailable(f"the weights in {directory} are damaged: {name} has values that are not finite")
 
 
 def _weights_bytes(model: Any) -> int:

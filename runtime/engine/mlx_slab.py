@@ -1,6 +1,6 @@
 """Slabs of MLX arrays. They grow by whole buckets as tokens arrive, and are written in place.
 
-An array that was evaluated may be read on any thread; nothing that is still to be evaluated leaves the thread that made it.
+An evaluated array may be read on any thread; an unevaluated one must not leave the thread that made it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class MlxSlab(Slab):
         self._arrays: list[mx.array] = []
 
     def reserve(self, slots: int) -> None:
-        """Has at least so many slots from now on; new ones are zeros, for a masked slot is multiplied by 0."""
+        """Grows to at least `slots` slots. New ones are zeros, because a masked slot is multiplied by 0."""
         spec = self.spec
         missing = slots - (self._arrays[0].shape[1] if self._arrays else 0)
         if missing <= 0:
@@ -47,7 +47,7 @@ class MlxSlab(Slab):
     def write(self, layer: int, runs: tuple[Run, ...], end: int, keys: mx.array, values: mx.array) -> None:
         """Puts `keys` and `values` [G, N, D] of consecutive positions up to `end` (exclusive) into the slots of `runs`."""
         for index, rows in ((layer, keys), (self.spec.layers + layer, values)):
-            # Assigning changes the array under this name alone: another slab may hold it too.
+            # Assignment changes the array under this name alone, in case another slab shares it.
             self._arrays[index] = mine = alias(self._arrays[index])
             for slot, first, last in runs:
                 mine[:, slot : slot + last - first] = rows[:, first:last]
@@ -58,7 +58,7 @@ class MlxSlab(Slab):
         return self._arrays[layer][:, :extent], self._arrays[self.spec.layers + layer][:, :extent]
 
     def arrays(self) -> list[mx.array]:
-        """All that a forward has to evaluate."""
+        """All arrays that a forward must evaluate."""
         return self._arrays
 
     def copy_from(self, other: Slab) -> None:
@@ -70,7 +70,7 @@ class MlxSlab(Slab):
 
     def held(self, layer: int) -> tuple[Tensor, Tensor]:
         spec = self.spec
-        if not self._arrays:  # There are none before the first token.
+        if not self._arrays:  # There are no arrays before the first token.
             nothing = torch.empty(spec.kv_heads, 0, spec.head_dim, dtype=dtype_named(spec.dtype))
             return nothing, nothing
         keys, values = (to_torch(array)[:, : self.used] for array in self.seen(layer, self.used))
@@ -109,12 +109,12 @@ def as_mlx(name: str) -> mx.Dtype:
 
 
 def alias(array: mx.array) -> mx.array:
-    """Another name of the same array: to assign to one leaves the other as it is."""
+    """Another name for the same array; assigning into one leaves the other unchanged."""
     return array.astype(array.dtype)
 
 
 def to_torch(array: mx.array) -> Tensor:
-    """A copy of an evaluated array. NumPy has no bfloat16, so its bits go over as whole numbers."""
+    """A copy of an evaluated array. NumPy has no bfloat16, so those bits are passed as whole numbers."""
     if array.dtype == mx.bfloat16:
         return torch.from_numpy(np.array(array.view(mx.uint16))).view(torch.bfloat16)
     return torch.from_numpy(np.array(array))

@@ -1,4 +1,4 @@
-"""The OpenVINO engine: layers as compiled graphs, attention over slabs by kernels of ours between them. For CPUs."""
+"""The OpenVINO engine for CPUs: layers as compiled graphs, with our own kernels for attention over slabs between them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from runtime.engine.configuration import (
     check_covered,
     check_memory,
     count_weights,
+    engine_facts,
     read_config,
     refuse,
     slab_spec,
 )
 from runtime.engine.drawing import draw_tokens
 from runtime.engine.exact import Claim, Ground
-from runtime.engine.findings import found
-from runtime.engine.machine import Level, features, hardware_level, kernel_class, level
+from runtime.engine.findings import find_or_probe
+from runtime.engine.machine import Level, hardware_level, kernel_class, level
 from runtime.engine.openvino_bundle import bundled_bytes, find_parts
 from runtime.engine.openvino_compiling import Compiling, as_given, as_rows
 from runtime.engine.openvino_fit import can_build
@@ -47,11 +48,11 @@ from runtime.slab_spec import SlabSpec
 
 _log = logging.getLogger("perennial.engine")
 
-# So many rows read a prompt as fast as more would, and a probe tries each count of them.
+# More rows would not read a prompt faster, and a probe must try each count.
 _ROW_TILE = 128
-# Attention reads slabs of these types, whatever the graphs compute in.
+# The types of slabs that attention can read, whatever type the graphs compute in.
 _HELD = ("float32", "bfloat16", "int8")
-# A head draws for one row of each session, and its probe takes longest.
+# The head has few rows, one for each session, and its probe takes longest.
 _HEAD_MOST_ROWS = 32
 
 _TRIED = (
@@ -81,8 +82,8 @@ class OpenVinoEngine:
         check_covered(config, "openvino")
         if not can_build(config):
             raise ModelUnavailable(
-                f"backend=openvino cannot run the model in {directory}, whose layers have other parts, sizes that are no "
-                "multiples of 32 or heads of no multiple of 16: set backend to torch"
+                f"backend=openvino cannot run the model in {directory}, whose layers have other parts, sizes that are not "
+                "multiples of 32 or head dimensions that are not multiples of 16: set backend to torch"
             )
         forms = _forms(settings, is_file=directory.is_file())
 
@@ -106,27 +107,22 @@ class OpenVinoEngine:
 
     @cached_property
     def facts(self) -> EngineFacts:
-        return EngineFacts(
-            backend="openvino",
+        return engine_facts(
+            "openvino",
+            self._model.config,
+            self._form,
+            self._spec,
             device="cpu",
-            dtype=name_of(self._form.dtype),
-            weights=self._form.weights,
-            form_reason=self._form.reason,
-            architecture=self._model.config.model_type,
-            vocabulary=self._model.config.vocab_size,
             weights_bytes=self._model.weights_bytes,
-            row_tile=self._spec.row_tile,
             row_step=1,
-            is_bit_exact=self._is_bit_exact,
-            claims=self._claims() if self._is_bit_exact else (),
-            tried=_TRIED if self._is_bit_exact else "",
-            cpu_features=features(),
             kernel_class=f"{kernel_class()}, openvino {version('openvino')}",
-            slab=self._spec,
+            is_bit_exact=self._is_bit_exact,
+            claims=self._claims(),
+            tried=_TRIED,
             tensors=self._model.tensors,
         )
 
-    def _claims(self) -> tuple[str, ...]:
+    def _claims(self) -> list[Claim]:
         is_whole = self._form.weights != "none"
         dtype = name_of(self._form.dtype)
         linears = Claim(
@@ -138,7 +134,7 @@ class OpenVinoEngine:
             Claim(part, "OpenVINO's vectors, a row at a time", Ground.ROW_BY_ROW)
             for part in ("norms", "activations, rotation")
         )
-        return tuple(map(str, (linears, *rest, CLAIM)))
+        return [linears, *rest, CLAIM]
 
     def new_pool(self, count: int) -> SlabPool:
         return torch_pool(self._spec, count)
@@ -154,7 +150,7 @@ class OpenVinoEngine:
 
 
 class _Model:
-    """The graphs of a model, its embedding, the angles that it turns by, and attention over slabs of `spec`."""
+    """The graphs of a model, its embedding, its rotary angles, and attention over slabs of `spec`."""
 
     def __init__(self, config: PreTrainedConfig, directory: Path, form: Form, spec: SlabSpec) -> None:
         """Raises ModelUnavailable."""
@@ -177,11 +173,11 @@ class _Model:
             way = f"{kind}, imported" if graph.is_imported else kind
             most = _HEAD_MOST_ROWS if graph is graphs.head else self._spec.row_tile
             probe = partial(is_exact_function, graph.of_rows, sum(graph.widths), torch.float32, most)
-            if not found(f"{described} graph {way}, at most {most} rows", probe):
+            if not find_or_probe(f"{described} graph {way}, at most {most} rows", probe):
                 _log.warning("a row gets other bits in other batches of the graph %s of %s", kind, self._form)
                 return False
         layer = _FirstLayer(self, replace(self._spec, layers=1))
-        return row_attention_is_exact(self._spec, self.config.num_attention_heads, self._rotary) and found(
+        return row_attention_is_exact(self._spec, self.config.num_attention_heads, self._rotary) and find_or_probe(
             f"{described} {layer.spec}", partial(is_bit_exact, layer, layer.spec, self.config.vocab_size)
         )
 
@@ -191,7 +187,7 @@ class _Model:
         trim()
 
     def hidden(self, batch: RowBatch, layers: int) -> Tensor:
-        """What the head is given, of the rows with `draw`, after so many of the first layers and the last one's MLP."""
+        """The head's input for the rows with `draw`, after the first `layers` layers."""
         rows = batch.rows
         embedded = self._embedding.rows([row.token_id for row in rows])
         angles = self._rotary(embedded, torch.tensor([row.position for row in rows]))
@@ -209,13 +205,13 @@ class _Model:
         return as_rows(hidden)[[index for index, row in enumerate(rows) if row.draw is not None]]
 
     def logits(self, batch: RowBatch) -> Tensor:
-        """Of the rows with `draw`, [rows, vocabulary] float32."""
+        """The logits of the rows with `draw`, [rows, vocabulary] float32."""
         parts = self.hidden(batch, self._spec.layers).split(_HEAD_MOST_ROWS)
         return torch.cat([self._graphs.head(part)[0].clone() for part in parts if len(part)] or [self._no_logits])
 
 
 class _FirstLayer:
-    """The model's first layer, over slabs of `spec`: the head was tried by itself, and a large one takes longest."""
+    """The model's first layer over slabs of `spec`, without the head, which was tried by itself and would take longest."""
 
     def __init__(self, model: _Model, spec: SlabSpec) -> None:
         self._model, self.spec = model, spec
@@ -244,28 +240,28 @@ def _needed_bytes(config: PreTrainedConfig, directory: Path, forms: Sequence[For
 
 
 def _held_types() -> tuple[str, ...]:
-    # An older x86 CPU has no instruction that reads float16, and numba's code none to call instead.
+    # An older x86 CPU has no instruction that reads float16, and numba's code has no substitute.
     reads_halves = platform.machine().lower() not in ("x86_64", "amd64") or hardware_level() >= Level.AVX2
     return (*_HELD, "float16") if reads_halves else _HELD
 
 
 def _forms(settings: Settings, *, is_file: bool) -> list[Form]:
-    """The forms that the settings leave, the one to be tried first before the others. Raises InvalidSetting.
+    """The forms that the settings allow, in the order in which to try them. Raises InvalidSetting.
 
-    Those of a GGUF file are rounded once more by an explicit setting alone.
+    Weights of a GGUF file are rounded again only if a setting asks for it.
     """
     multiplies_halves = level() >= Level.AVX512_BF16
     if settings.dtype != "auto":
         dtype = dtype_named(settings.dtype)
     else:
-        # Linears of whole numbers compute in float32; the type is that of slabs.
+        # Linears of whole numbers compute in float32; here the type is that of slabs.
         is_emulated = settings.weights == "none" and not multiplies_halves
         dtype = torch.float32 if is_emulated else torch.bfloat16
     if settings.weights != "auto":
         return [Form(dtype, settings.weights)]
     if is_file:
         return [Form(dtype, KEPT, "as the file has them")]
-    whole = Form(dtype, "int8", "" if multiplies_halves else "this CPU multiplies no numbers of 16 bits")
+    whole = Form(dtype, "int8", "" if multiplies_halves else "this CPU cannot multiply 16-bit numbers")
     if multiplies_halves and dtype == torch.bfloat16:
         return [Form(dtype, "none", "this CPU reads 16 bits a weight at its memory's speed"), whole]
     return [whole]

@@ -1,4 +1,4 @@
-"""Which models the OpenVINO engine can run, and for which it is the best here; told without importing OpenVINO."""
+"""Which models the OpenVINO engine can run, and for which it is the best choice, without importing OpenVINO."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from runtime.gguf_file import GgufFile
 from runtime.model_files import count_stored
 from runtime.settings import Settings
 
-# Weights in a row of so many share a scale.
+# This many consecutive weights of a row share a scale.
 GROUP = 32
-# Attention takes so many numbers of a head at once.
+# Attention takes this many numbers of a head at once.
 _HEAD_STEP = 16
 
 
 def is_best_by(settings: Settings, directory: Path) -> bool:
-    """Whether these settings leave the engine to us, and this one is the fastest for the model on this machine.
+    """Whether the settings allow this engine, and it is the fastest for the model on this machine.
 
-    It was measured on CPUs with AVX-512. What stays in a CPU's cache is computed sooner than a graph is called.
+    That was measured on CPUs with AVX-512. For a model that fits into the CPU's cache, calling graphs takes longer than
+    computing.
     """
     config = read_config(directory)
     is_on_cpu = settings.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
@@ -54,7 +55,7 @@ def _count(config: PreTrainedConfig, directory: Path) -> int:
 
 
 def can_build(config: PreTrainedConfig) -> bool:
-    """Whether a model of this configuration has layers of the parts that are built there, of sizes that divide into groups."""
+    """Whether the engine's graphs cover the layers of this configuration, and their sizes divide into groups."""
     if missing_parts(config, "openvino"):
         return False
     heads, _, head_dim = attention_shape(config)

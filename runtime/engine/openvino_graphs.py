@@ -1,4 +1,4 @@
-"""A decoder's layers as compiled OpenVINO graphs, cut where attention over slabs comes in.
+"""A decoder's layers as compiled OpenVINO graphs, cut at attention over slabs.
 
 Between the attention of one layer and that of the next lies one graph: the output projection, the MLP, and the projections,
 norms and rotation of the next layer's queries and keys. All take rows, and any number of them.
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from runtime.engine.configuration import KEPT, attention_shape
 from runtime.engine.openvino_compiling import Compiling, Draft, Graph, Graphs, Realise, Shape, graph_names
 from runtime.engine.openvino_fit import GROUP
-from runtime.engine.stored import Matrix, Tally, form_of, join, matrix_of, quantised
+from runtime.engine.stored import Matrix, Tally, form_of, join, matrix_of, quantise
 from runtime.foreign.openvino import ops, ov
 from runtime.foreign.pages import page_out
 
 _FLOAT = ov.Type.f32
-# So many weights and what is made of them stay in a core's cache.
+# This many weights, and what is computed from them, fit into a core's cache.
 _ROUNDED_AT_ONCE = 2**18
 # So many layers at once are held twice.
 MOST_AT_ONCE = 4
@@ -109,25 +109,25 @@ class _Builder:
 
     def first(self, layer: Any) -> Draft:
         def make(hidden: ov.Output, *turn: ov.Output) -> list[ov.Output]:
-            return self._projected(layer, hidden, turn)
+            return self._project(layer, hidden, turn)
 
         return self._graph(make, ["hidden", *_TURN])
 
     def between(self, before: Any, after: Any) -> Draft:
         def make(attended: ov.Output, hidden: ov.Output, *turn: ov.Output) -> list[ov.Output]:
-            hidden = self._mixed(before, attended, hidden)
-            return [hidden, *self._projected(after, hidden, turn)]
+            hidden = self._mix(before, attended, hidden)
+            return [hidden, *self._project(after, hidden, turn)]
 
         return self._graph(make, ["attended", "hidden", *_TURN])
 
     def last(self, layer: Any, norm: Any) -> Draft:
         def make(attended: ov.Output, hidden: ov.Output) -> list[ov.Output]:
-            return [self._norm(norm, self._mixed(layer, attended, hidden))]
+            return [self._norm(norm, self._mix(layer, attended, hidden))]
 
         return self._graph(make, ["attended", "hidden"])
 
     def head(self, linear: nn.Linear) -> Draft:
-        """In 8 bits where the layers have 4: it decides between tokens."""
+        """The head is held in 8 bits if the layers are in 4, because it decides between tokens."""
         weights = "int8" if self._compiling.weights == "int4" else self._compiling.weights
         return self._graph(lambda hidden: [self._times([linear], hidden, weights)], ["hidden"])
 
@@ -137,8 +137,8 @@ class _Builder:
         outputs = make(*inputs)
         return Draft(ov.Model(outputs, [one.get_node() for one in inputs]), Shape(tuple(widths), self._groups))
 
-    def _projected(self, layer: Any, hidden: ov.Output, turn: Sequence[ov.Output]) -> list[ov.Output]:
-        """Queries, keys and values [rows, heads, D] of a layer, queries and keys turned."""
+    def _project(self, layer: Any, hidden: ov.Output, turn: Sequence[ov.Output]) -> list[ov.Output]:
+        """Queries, keys and values [rows, heads, D] of a layer; queries and keys have been turned by their angles."""
         attention = layer.self_attn
         linears = [attention.q_proj, attention.k_proj, attention.v_proj]
         together = self._times(linears, self._norm(layer.input_layernorm, hidden))
@@ -151,10 +151,10 @@ class _Builder:
         )
         if hasattr(attention, "q_norm"):
             query, key = self._norm(attention.q_norm, query), self._norm(attention.k_norm, key)
-        return [self._turned(query, turn), self._turned(key, turn), value]
+        return [self._turn(query, turn), self._turn(key, turn), value]
 
-    def _mixed(self, layer: Any, attended: ov.Output, hidden: ov.Output) -> ov.Output:
-        """The hidden rows after a layer, from what it attended to."""
+    def _mix(self, layer: Any, attended: ov.Output, hidden: ov.Output) -> ov.Output:
+        """The hidden rows after a layer, from its attention's output."""
         hidden = _out(ops.add(hidden, self._times([layer.self_attn.o_proj], attended)))
         mlp = layer.mlp
         together = self._times([mlp.gate_proj, mlp.up_proj], self._norm(layer.post_attention_layernorm, hidden))
@@ -174,20 +174,20 @@ class _Builder:
         )
 
     def _times(self, linears: Sequence[nn.Linear], rows: ov.Output, weights: str | None = None) -> ov.Output:
-        """The rows through linears of the same input at once, one's outputs beside the other's."""
+        """The rows times several linears with the same input, as one product; the outputs lie side by side."""
         weights = weights or self._compiling.weights
         if weights == KEPT:
             product = self._times_stored(linears, rows)
         else:
             each = [linear.weight.detach() for linear in linears]
             weight = each[0] if len(each) == 1 else torch.cat(each)
-            product = ops.matmul(rows, self._held(weight, weights), False, True)
+            product = ops.matmul(rows, self._hold(weight, weights), False, True)
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         self.weights_bytes += sum(bias.numel() * bias.itemsize for bias in biases)
         return _out(ops.add(product, _constant(torch.cat(biases).float().numpy())) if biases else product)
 
     def _times_stored(self, linears: Sequence[Any], rows: ov.Output) -> ov.Output:
-        """The rows through linears whose weights stay as a GGUF file has them, those of one form at once."""
+        """The rows times linears whose weights stay as a GGUF file has them; those of one form as one product."""
         matrices: list[Matrix] = []
         for linear in linears:
             one = matrix_of(linear.stored, self.tally)
@@ -204,25 +204,25 @@ class _Builder:
         self._groups[form_of(matrix)] = matrix.group
         outputs, groups, group = matrix.steps.shape
         whole, scales = _room(outputs, groups, group, matrix.bits, _OV_TYPES[matrix.scales.dtype])
-        _bytes_of(whole, outputs)[:] = _packed(matrix.steps, matrix.bits)
+        _bytes_of(whole, outputs)[:] = _pack(matrix.steps, matrix.bits)
         scales.data[:] = matrix.scales.numpy()
-        product = _out(ops.matmul(rows, self._scaled(whole, scales), False, True))
+        product = _out(ops.matmul(rows, self._scale(whole, scales), False, True))
         if matrix.offsets is None:
             return product
         self.weights_bytes += matrix.offsets.nbytes
-        # What all weights of a group have in common meets the sum of what they are multiplied with.
+        # The offset that a group's weights share is multiplied with the sum of the values that they meet.
         grouped = ops.reshape(rows, _constant(np.array([0, -1, matrix.group])), True)
         sums = ops.reduce_sum(grouped, _constant(np.array([2])), False)
         return _out(ops.add(product, ops.matmul(sums, _constant(matrix.offsets.numpy()), False, True)))
 
-    def _turned(self, vectors: ov.Output, turn: Sequence[ov.Output]) -> ov.Output:
+    def _turn(self, vectors: ov.Output, turn: Sequence[ov.Output]) -> ov.Output:
         """Vectors [rows, heads, D] turned by angles given as cosines and sines [rows, D]."""
         cosines, sines = (ops.unsqueeze(one, _constant(np.array(1))) for one in turn)
         low, high = ops.split(vectors, _constant(np.array(2)), 2).outputs()
         across = ops.concat([ops.negative(high), low], 2)
         return _out(ops.add(ops.multiply(vectors, cosines), ops.multiply(across, sines)))
 
-    def _held(self, weight: Tensor, weights: str) -> ov.Output:
+    def _hold(self, weight: Tensor, weights: str) -> ov.Output:
         """A constant [outputs, inputs], as the graph reads it."""
         if weights == "none":
             return self._plain(weight.to(self._compiling.dtype))
@@ -230,37 +230,37 @@ class _Builder:
         bits = 8 if weights == "int8" else 4
         whole, scales = _room(outputs, inputs // GROUP, GROUP, bits, ov.Type.f16)
         at = 0
-        # A head as a whole would take several times, in float32 and beside what is made of it, what it takes in the end.
+        # A whole head in float32, together with the result, would take several times the memory of the result.
         for part in weight.split(max(1, _ROUNDED_AT_ONCE // inputs)):
-            steps, kept = quantised(part, weights)
+            steps, kept = quantise(part, weights)
             rows = slice(at, at + len(part))
-            _bytes_of(whole, outputs)[rows] = _packed(steps, bits)
+            _bytes_of(whole, outputs)[rows] = _pack(steps, bits)
             scales.data[rows] = kept.numpy()
             at += len(part)
-        return self._scaled(whole, scales)
+        return self._scale(whole, scales)
 
     def _plain(self, weight: Tensor) -> ov.Output:
         self.weights_bytes += weight.nbytes
         held = ov.Tensor(_OV_TYPES[weight.dtype], ov.Shape(weight.shape))
         _bytes_of(held, len(weight))[:] = weight.contiguous().view(torch.uint8).numpy()
-        return _out(ops.convert(_shared(held), _FLOAT))
+        return _out(ops.convert(_share(held), _FLOAT))
 
-    def _scaled(self, whole: ov.Tensor, scales: ov.Tensor) -> ov.Output:
+    def _scale(self, whole: ov.Tensor, scales: ov.Tensor) -> ov.Output:
         """Weights [outputs, inputs] of whole numbers [outputs, groups, group], each times the scale of its group."""
         self.weights_bytes += whole.byte_size + scales.byte_size
         outputs, groups, group = whole.shape
-        scaled = ops.multiply(ops.convert(_shared(whole), scales.element_type), _shared(scales))
+        scaled = ops.multiply(ops.convert(_share(whole), scales.element_type), _share(scales))
         flat = ops.reshape(scaled, _constant(np.array([outputs, groups * group])), False)
         return _out(ops.convert(flat, _FLOAT))
 
 
 def _room(outputs: int, groups: int, group: int, bits: int, kind: ov.Type) -> tuple[ov.Tensor, ov.Tensor]:
-    """Memory for whole numbers of so many bits, and for the scales of their groups."""
+    """Memory for whole numbers of `bits` bits, and for the scales of their groups."""
     whole = ov.Tensor(ov.Type.i8 if bits == 8 else ov.Type.i4, ov.Shape([outputs, groups, group]))
     return whole, ov.Tensor(kind, ov.Shape([outputs, groups, 1]))
 
 
-def _packed(steps: Tensor, bits: int) -> Any:
+def _pack(steps: Tensor, bits: int) -> Any:
     """Whole numbers as a graph holds them, bytes [outputs, any]: as they are, or two of 4 bits in each."""
     whole = steps.flatten(1).view(torch.uint8)
     if bits == 8:
@@ -274,7 +274,7 @@ def _bytes_of(tensor: ov.Tensor, rows: int) -> Any:
     return tensor.data.reshape(-1).view(np.uint8).reshape(rows, -1)
 
 
-def _shared(tensor: ov.Tensor) -> Any:
+def _share(tensor: ov.Tensor) -> Any:
     return ops.constant(tensor, shared_memory=True)
 
 

@@ -1,6 +1,6 @@
-"""Tries on this machine whether rows get the same bits in every batch: the second net under the grounds of `exact`.
+"""Tries on this machine whether rows get the same bits in every batch, as a check on the grounds of `exact`.
 
-Each part is tried alone and in depth first, for a model as a whole rounds rare differences away; then the model is.
+Each part is tried alone and in depth, because a whole model rounds rare differences away; then the model is tried.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from runtime.sampling import Draw
 from runtime.slab import Slab, SlabPool, as_held
 from runtime.slab_spec import BUCKET_SLOTS, SlabSpec
 
-NO_NUMBERS = "the model computes no numbers: its weights or its config.json are damaged"
+NO_NUMBERS = "the model computes values that are not finite: its weights or its config.json are damaged"
 
 PROBED_ROWS = 4096
-# Each count of rows is tried on so many rows at least, at several places: one count alone may err, in few values.
+# Each count of rows is tried on at least this many rows, at several places: a single count may err, and in few values.
 _ROWS_A_COUNT = 128
-# Rows computed again, by other counts, for each that is computed for reference.
+# Rows computed again, in other counts, for each row of the reference.
 _TRIED_FOR_EACH = 4
 
 _CPU = torch.device("cpu")
 _SMALL_TILE = 32
-# Of a small tile; a larger one is cut into as many parts, each so many times as large.
+# Cuts of a small tile; for a larger tile each part is as many times larger.
 _UNEVEN_CUTS = ((7, 7, 7, 7, 4), (13, 13, 6))
 _GREEDY = Draw(Sampling())
 
@@ -48,9 +48,9 @@ def is_exact_function(
     most_rows: int,
     device: torch.device = _CPU,
 ) -> bool:
-    """Whether `function` of rows [N, columns] on a device gives a row `torch.equal` results in every company that is tried.
+    """Whether `function` of rows [N, columns] on a device gives a row `torch.equal` results beside all other rows that are tried.
 
-    Tried: every N up to `most_rows`, each at several places, at least `PROBED_ROWS` rows of `hard_rows` in all.
+    It tries every N up to `most_rows`, each at several places, on at least `PROBED_ROWS` rows of `hard_rows` in all.
     """
     choice = random.Random(columns)
     generator = torch.Generator().manual_seed(columns)
@@ -71,7 +71,7 @@ def is_exact_function(
 
 
 def hard_rows(count: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Rows [count, columns] whose sums show their order: of wide exponents, that cancel, with subnormals, and equal ones."""
+    """Rows [count, columns] whose sums depend on their order: with wide exponents, cancellation, subnormals, or equal values."""
     limits = torch.finfo(dtype)
     plain = torch.randn(count, columns, generator=generator)
     spread = min(24, int(-torch.tensor(limits.tiny).log2()) // 2)
@@ -117,8 +117,9 @@ def is_exact_at_every_count(engine: LogitsEngine, spec: SlabSpec, vocabulary: in
 def is_bit_exact(engine: LogitsEngine, spec: SlabSpec, vocabulary: int) -> bool:
     """Whether a tile of rows gets `torch.equal` logits however it is cut and whatever rows of a neighbour run beside it.
 
-    Tried at the head of a history, across a bucket's edge, and past the window, over slabs of random content. Raises
-    ModelUnavailable where it comes to no numbers.
+    It is tried at the head of a history, across a bucket's edge, and past the window, over slabs of random content.
+
+    Raises ModelUnavailable if logits are not finite.
     """
     pool = engine.new_pool(2)
     slab, neighbour = pool.acquire(), pool.acquire()
@@ -130,11 +131,12 @@ def is_bit_exact(engine: LogitsEngine, spec: SlabSpec, vocabulary: int) -> bool:
         beside = _random_rows(neighbour, start // 2, vocabulary, choice)
         whole = engine.logits(RowBatch(rows))
         if whole.isnan().any():
-            # Found of the weights and not of the machine: another model of the same shape must not be taken for inexact.
+            # This is the fault of the weights and not of the machine: another model of the same shape must not be called
+            # inexact.
             raise ModelUnavailable(NO_NUMBERS)
         for cuts, neighbours in _cuts(spec.row_tile, beside):
             at = 0
-            for batch in _cut(rows, cuts, neighbours, choice):
+            for batch in _cut_rows(rows, cuts, neighbours, choice):
                 drawing = [row.slab is slab for row in batch.rows if row.draw is not None]
                 logits = engine.logits(batch)[torch.tensor(drawing, dtype=torch.bool)]
                 if not torch.equal(logits, whole[at : at + len(logits)]):
@@ -149,12 +151,12 @@ def _starts(spec: SlabSpec) -> list[int]:
 
 
 def _random_rows(slab: Slab, start: int, vocabulary: int, choice: random.Random) -> tuple[Row, ...]:
-    """A tile of consecutive rows, each of which draws."""
+    """A tile of consecutive rows that all draw."""
     return tuple(Row(slab, start + n, choice.randrange(vocabulary), _GREEDY) for n in range(slab.spec.row_tile))
 
 
 def _cuts(tile: int, beside: tuple[Row, ...]) -> Iterator[tuple[tuple[int, ...], tuple[Row, ...]]]:
-    """Ways to cut a tile, and the rows of which some run beside each part."""
+    """Ways to cut a tile, each with the neighbours' rows of which some run beside each part."""
     for cuts in _of_growing_size(tile):
         yield cuts, ()
         yield cuts, beside
@@ -164,7 +166,7 @@ def _cuts(tile: int, beside: tuple[Row, ...]) -> Iterator[tuple[tuple[int, ...],
 
 
 def _of_growing_size(tile: int) -> list[tuple[int, ...]]:
-    """Cuts of a tile in which each power of two comes up, and what lies half-way between them, but for the tile itself."""
+    """Cuts of a tile with every power of two and every number half-way between two of them, up to but without the whole tile."""
     doubles = [1 << power for power in range(tile.bit_length())]
     sizes = sorted(size for size in {*doubles, *(3 * size // 2 for size in doubles[1:])} if size < tile)
     found: list[tuple[int, ...]] = []
@@ -177,10 +179,10 @@ def _of_growing_size(tile: int) -> list[tuple[int, ...]]:
     return [*found, (*cuts, tile - sum(cuts))]
 
 
-def _cut(
+def _cut_rows(
     rows: tuple[Row, ...], cuts: tuple[int, ...], neighbours: tuple[Row, ...], choice: random.Random
 ) -> Iterator[RowBatch]:
-    """Batches that hold `rows` cut by `cuts`, each with some of the `neighbours`, a tile of them or none, at one side."""
+    """Batches with `rows` cut by `cuts`, each with some of the `neighbours` on one side: none, or as many as fill the tile."""
     assert sum(cuts) == len(rows)
     at = 0
     for count in cuts:
@@ -191,7 +193,7 @@ def _cut(
 
 
 def _fill(slab: Slab) -> None:
-    """Leaves random numbers in every slot of an empty slab."""
+    """Fills every slot of an empty slab with random numbers."""
     generator = torch.Generator().manual_seed(0)
     spec = slab.spec
     block = torch.randn(spec.layers, spec.kv_heads, BUCKET_SLOTS, spec.head_dim, generator=generator)

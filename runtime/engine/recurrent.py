@@ -18,12 +18,12 @@ from runtime.engine.exact import RowByRowCalls
 from runtime.engine.torch_slab import TorchSlab, as_torch
 from runtime.slab_spec import CHUNK
 
-# As in transformers, and in the library that the models were trained with.
+# The same as in transformers, and in the library with which the models were trained.
 _LEAST_SQUARE = 1e-6
 
 
 class ShortConvolution(nn.Module):
-    """Takes the place of LFM2's layer: a gated convolution over the last few tokens, each column by itself."""
+    """Replaces LFM2's layer: a gated convolution over the last few tokens, each column by itself."""
 
     def __init__(self, original: Any, layer: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class ShortConvolution(nn.Module):
             slab = as_torch(part.piece.slab)
             slab.give(self._layer, given[part.piece.start : part.piece.stop], part.begin)
             parts.append(
-                convolved(slab.taken(self._layer, part.begin - self.weight.shape[1] + 1, part.end), self.weight)
+                convolve(slab.taken(self._layer, part.begin - self.weight.shape[1] + 1, part.end), self.weight)
             )
         mixed = torch.cat(parts) if self.bias is None else torch.cat(parts) + self.bias.float()
         output: Tensor = self.out_proj(behind * mixed.to(rows.dtype))
@@ -48,7 +48,7 @@ class ShortConvolution(nn.Module):
 
 
 class DeltaRule(nn.Module):
-    """Takes the place of a Gated DeltaNet of transformers (arXiv 2412.06464).
+    """Replaces a Gated DeltaNet of transformers (arXiv 2412.06464).
 
     Letters: H value heads, K and V columns of a key and of a value, C positions of a chunk.
     """
@@ -82,14 +82,14 @@ class DeltaRule(nn.Module):
         return output.unsqueeze(0)
 
     def _run_chunk(self, slab: TorchSlab, chunk: int, end: int) -> Tensor:
-        """Outputs [C, H, V] of the chunk of this number, of which positions before `end` are there.
+        """Outputs [C, H, V] of the chunk with this number, which has positions up to `end`.
 
-        A whole one leaves the state after it in the slab.
+        After a whole chunk, its state is in the slab.
         """
         first, reach = chunk * CHUNK, self.weight.shape[1] - 1
         taken = slab.taken(self._layer, first - reach, min(end, first + CHUNK))
         taken = nn.functional.pad(taken, (0, 0, 0, CHUNK + reach - len(taken)))
-        # A copy, for how products are summed may depend on where in a line of memory their operands begin.
+        # A copy, because the order of sums may depend on where in a line of memory the operands begin.
         before = slab.state(self._layer, chunk).clone()
         output, after = self._delta(taken, before if chunk else before.zero_())
         if end >= first + CHUNK:
@@ -102,7 +102,7 @@ class DeltaRule(nn.Module):
         In float32, by the chunked form of the rule (arXiv 2406.06484, section 3).
         """
         mixed, learning, forgetting = taken.split((len(self.weight), self._heads, self._heads), dim=-1)
-        mixed = nn.functional.silu(convolved(mixed, self.weight).to(taken.dtype)).float()
+        mixed = nn.functional.silu(convolve(mixed, self.weight).to(taken.dtype)).float()
         each = self._key_heads * self._keys
         query, key, value = mixed.split((each, each, self._heads * self._values), dim=-1)
         query, key = (self._by_value_head(part) for part in (query, key))  # [H, C, K]
@@ -113,7 +113,9 @@ class DeltaRule(nn.Module):
         decay = (
             (-self.A_log.float().exp() * steps).T.cumsum(dim=-1).unsqueeze(-1)
         )  # [H, C, 1]: logarithms, since the chunk began
-        between = (decay - decay.transpose(1, 2)).tril().exp().tril()  # [H, C, C]: what a row is left of an earlier one
+        between = (
+            (decay - decay.transpose(1, 2)).tril().exp().tril()
+        )  # [H, C, C]: the share of an earlier row that is left at a later one
 
         fading_key = key * rate * decay.exp()
         overlap = torch.eye(CHUNK, device=key.device) + ((key * rate) @ key.transpose(1, 2) * between).tril(-1)
@@ -133,8 +135,8 @@ class DeltaRule(nn.Module):
         return unit.repeat_interleave(self._heads // self._key_heads, dim=1).transpose(0, 1)
 
 
-def convolved(taken: Tensor, weight: Tensor) -> Tensor:
-    """Of `taken` [rows + reach, columns], each row with the `reach` before it by `weight` [columns, reach + 1], in float32."""
+def convolve(taken: Tensor, weight: Tensor) -> Tensor:
+    """Convolves `taken` [rows + reach, columns] with `weight` [columns, reach + 1]; returns [rows, columns] float32."""
     rows = len(taken) - weight.shape[1] + 1
     taken, weight = taken.float(), weight.float()
     summed = taken[:rows] * weight[:, 0]

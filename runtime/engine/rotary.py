@@ -16,12 +16,12 @@ from runtime.errors import ModelUnavailable
 # Types whose frequencies do not depend on the length of the input.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-# Positions [3, batch, rows] of models that have other senses too.
+# Multimodal models have positions [3, batch, rows].
 _DIMENSIONS_WITH_PLACES = 3
 
 
 class ExactRotary(nn.Module):
-    """Takes the place of a transformers rotary embedding: the same frequencies, angles in float64.
+    """Replaces a rotary embedding of transformers: the same frequencies, with angles in float64.
 
     In float32 the angle at position ten million is off by half a radian.
     """
@@ -30,9 +30,9 @@ class ExactRotary(nn.Module):
     scaling: float
 
     def __init__(self, original: nn.Module, kind: str = "", *, has_half_angles: bool = False) -> None:
-        """The embedding of one `kind` of layer, where the original has several.
+        """The embedding of one `kind` of layer, if the original has several.
 
-        Raises ModelUnavailable where its frequencies change with the input's length, or are no numbers.
+        Raises ModelUnavailable if its frequencies change with the input's length or are not finite and positive.
         """
         super().__init__()
         prefix = f"{kind}_" if kind else ""
@@ -50,16 +50,16 @@ class ExactRotary(nn.Module):
         is_scaled = is_number(self.scaling) and math.isfinite(self.scaling)
         if not is_scaled or not (self.frequencies.isfinite() & (self.frequencies > 0)).all():
             raise ModelUnavailable(
-                "rotary embedding: the configuration's rope_parameters make angles that are no numbers"
+                "rotary embedding: the configuration's rope_parameters make angles that are not finite"
             )
 
     def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [..., D] of the angles at `position_ids` [...], in the type of `hidden`.
 
-        Where the layers take one angle for both halves of a head, [..., D / 2].
+        If the layers take each angle once for both halves of a head, [..., D / 2].
         """
         if position_ids.dim() == _DIMENSIONS_WITH_PLACES:
-            # A token of text has the same place in time, height and width.
+            # A token of text has the same position in time, height and width.
             position_ids = position_ids[0]
         cosines, sines = (part[..., : self._columns] * self.scaling for part in self.turn(position_ids))
         return cosines.to(hidden.dtype), sines.to(hidden.dtype)
@@ -83,7 +83,7 @@ class KnownRotary(nn.Module):
 
 
 class RotaryByLayer(nn.Module):
-    """The rotary embeddings of a model that turns its kinds of layers by different ones."""
+    """The rotary embeddings of a model that has a different one for each kind of layer."""
 
     def __init__(self, original: nn.Module, kinds: Iterable[str]) -> None:
         """Raises ModelUnavailable as ExactRotary does."""

@@ -1,4 +1,4 @@
-"""Attention of a row batch over slabs by kernels of our own: any rows of any slabs, each row computed by itself.
+"""Attention of a row batch over slabs by our own kernels: any rows of any slabs, each row computed by itself.
 
 What a token attends to, and how far the sinks are, is as in `attention`.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from runtime.engine.exact import Claim, Ground
-from runtime.engine.findings import found
+from runtime.engine.findings import find_or_probe
 from runtime.engine.probe import hard_rows, is_exact_at_every_count
 from runtime.engine.rotary import ExactRotary, rotate
 from runtime.engine.row_kernel import MOST_QUERIES, attend_rows, write_rows
@@ -28,12 +28,12 @@ from runtime.slab_spec import SlabSpec
 
 CLAIM = Claim("attention", "a kernel of ours in float32, slots in order", Ground.ROW_BY_ROW)
 
-# What a thread does with fewer slots takes less time than to wake it, above all where other programs run.
+# Waking a thread for fewer slots takes longer than their work, above all beside busy programs.
 _LEAST_SLOTS = 2**14
-# Attention is tried over no longer windows: more slots are the same sums again.
+# Attention is not tried over longer windows, since more slots only repeat the same sums.
 _PROBED_WINDOW = 1020
 _PROBED_TOKENS = 64
-# numba's arrays have types for these; kernels take the whole numbers of 16 bits for what they are here.
+# numba's arrays have no 16-bit floats: kernels get these as whole numbers of 16 bits, and know what they mean.
 _VIEWED = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 _log = logging.getLogger("perennial.engine")
@@ -41,7 +41,7 @@ _log = logging.getLogger("perennial.engine")
 
 @dataclass(frozen=True, slots=True)
 class _StoreRows:
-    """The rows of a batch over slabs of one store, in blocks, and the items of work that each thread gets."""
+    """The rows of a batch over slabs of one store in blocks, and the items of work for each thread."""
 
     keys: Any  # [L, B, G, S, W]
     values: Any
@@ -55,7 +55,7 @@ class _StoreRows:
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """What is worked out once a forward: where rows lie, who does what, and how far past the window sinks are met."""
+    """What a forward computes once: where rows lie, which thread does what, and the angles for the sinks past the window."""
 
     stores: tuple[_StoreRows, ...]
     slabs: Any  # [N]
@@ -67,7 +67,7 @@ class RowPlan:
 class RowAttention:
     """Attention of a model with that many query `heads` over slabs of `spec`, on as many threads as torch has.
 
-    Threads besides the caller's sleep between calls, and end when nobody holds this any more.
+    Its threads sleep between calls, and end when this object is collected.
     """
 
     def __init__(self, spec: SlabSpec, heads: int, rotary: ExactRotary) -> None:
@@ -130,7 +130,7 @@ class RowAttention:
     ) -> _StoreRows:
         numbers = np.array([number for first, count in blocks for number in range(first, first + count)])
         firsts, counts = np.array(blocks).T.copy()
-        # A block costs what its queries do over its slots, and what reading these costs.
+        # The cost of a block: that of its queries over its slots, and that of reading the slots.
         costs = [(count + 1) * min(rows[first + count - 1].position + 1, self._spec.slots) for first, count in blocks]
         return _StoreRows(
             keys=_for_kernels(store.keys),
@@ -145,7 +145,7 @@ class RowAttention:
 
 
 def _shares(costs: Any, threads: int) -> tuple[tuple[int, int], ...]:
-    """Items of these costs in as many runs as `threads` are worth their waking, each of about the same cost."""
+    """Cuts items of these costs into runs of about the same cost, for as many of the `threads` as are worth waking."""
     until = np.cumsum(costs)
     wanted = max(1, min(threads, len(costs), int(until[-1]) // _LEAST_SLOTS))
     cuts = [0, *np.searchsorted(until, until[-1] * np.arange(1, wanted) / wanted, side="right").tolist(), len(costs)]
@@ -157,7 +157,7 @@ def _for_kernels(held: Tensor) -> Any:
 
 
 class RowAttentionAlone:
-    """A model that is nothing but attention over slabs, of a query, keys and values for each token of a `table`."""
+    """A model that consists of attention over slabs alone: query, keys and values of each token come from a `table`."""
 
     def __init__(self, spec: SlabSpec, heads: int, rotary: ExactRotary, table: Tensor) -> None:
         """`table` is [tokens, heads + 2 G, D] float32."""
@@ -168,7 +168,7 @@ class RowAttentionAlone:
         return torch_pool(self._spec, count)
 
     def logits(self, batch: RowBatch) -> Tensor:
-        """What each row with `draw` attends to, [rows, Q*G*D]."""
+        """The attention's output for each row with `draw`, [rows, Q*G*D]."""
         parts = self._table[[row.token_id for row in batch.rows]]
         query, key, value = (
             part.contiguous() for part in parts.split((self._heads, self._spec.kv_heads, self._spec.kv_heads), dim=1)
@@ -185,7 +185,7 @@ def row_attention_is_exact(spec: SlabSpec, heads: int, rotary: ExactRotary) -> b
     table = hard_rows(_PROBED_TOKENS * parts, spec.head_dim, torch.float32, generator).view(_PROBED_TOKENS, parts, -1)
     alone = RowAttentionAlone(tried, heads, rotary, table)
     kind = f"row by row attention of {heads} heads over {tried}"
-    holds = found(kind, partial(is_exact_at_every_count, alone, tried, _PROBED_TOKENS))
+    holds = find_or_probe(kind, partial(is_exact_at_every_count, alone, tried, _PROBED_TOKENS))
     if not holds:
         _log.warning("a row gets other bits in other batches of %s", kind)
     return holds

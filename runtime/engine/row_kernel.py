@@ -37,7 +37,8 @@ from runtime.engine.lanes import (
     within,
 )
 
-# Queries of a block, unless one row has more: more would not fit into the cache beside the slots that they share.
+# Queries of a block, unless a single row has more; with more, the slots that they share would not fit into the cache beside
+# them.
 MOST_QUERIES = 64
 
 _ZERO, _ONE, _NOTHING = np.float32(0), np.float32(1), np.float32(-np.inf)
@@ -49,13 +50,13 @@ _LOG2_E, _LOG_2_HIGH, _LOG_2_LOW = np.float32(1.44269504), np.float32(-0.6933593
 # Of the polynomial that Cephes has for exp(r), after 1 + r + r^2 / 2.
 _C5, _C4, _C3 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
 _C2, _C1, _C0 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
-# Of less, exp would be a subnormal number, which costs a CPU many times as long.
+# Below this exp would be a subnormal number, with which a CPU takes many times as long.
 _LEAST_EXPONENT = np.float32(-87)
 
 
 @kernel
 def _exp(numbers: Any) -> Any:
-    """Of numbers up to 0; exactly 1 of 0."""
+    """exp of numbers up to 0; exactly 1 for 0."""
     numbers = larger(numbers, full(_LEAST_EXPONENT))
     whole = nearest(multiply(numbers, full(_LOG2_E)))
     rest = multiply_add(whole, full(_LOG_2_HIGH), numbers)
@@ -122,7 +123,7 @@ def attend_rows(
     ring = most - sink
     outputs, asked, asked_at_sinks = attended.reshape(-1), queries.reshape(-1), at_sinks.reshape(-1)
     all_keys, all_values = keys.reshape(-1), values.reshape(-1)
-    # Of 16 slots, in float32, from a line of memory on.
+    # Memory for 16 slots in float32, aligned to a line.
     room = np.empty(2 * LANES * head_dim + _LINE_FLOATS, np.float32)
     line = (-(room.ctypes.data // 4)) % _LINE_FLOATS
     some_keys = room[line : line + LANES * head_dim]
@@ -168,7 +169,7 @@ def attend_rows(
                 stop = start + max(0, position + 1 - oldest)
                 seen = either(
                     within(slot, 0, min(sink, position + 1)),
-                    # What the ring holds beyond its last slot lies at its begin.
+                    # Beyond the last slot the ring continues at its beginning.
                     either(within(slot, start, stop), within(slot, sink, stop - ring)),
                 )
                 found = choose(seen, load(scores, query * LANES), full(_NOTHING))

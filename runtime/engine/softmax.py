@@ -1,4 +1,4 @@
-"""Softmax attention of blocks of queries over slots: torch's flash attention, and by products what that has no argument for.
+"""Softmax attention of blocks of queries over slots, by torch's flash attention or, for what that cannot do, by matrix products.
 
 Letters are those of runtime/slab.py; B counts blocks and M the queries in each.
 """
@@ -17,9 +17,9 @@ from runtime.engine.exact import row_by_row
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """What a layer makes of its scores: `scaling`, a soft `cap` if it has one, and a learned score for each head.
+    """How a layer scores: `scaling`, a soft `cap` if it has one, and a learned score for each head if it has them.
 
-    The learned ones, `sinks` [G*Q], take a share in the softmax and give nothing for it.
+    The learned scores, `sinks` [G*Q], take a share in the softmax and add no value.
     """
 
     scaling: float
@@ -42,7 +42,8 @@ def attend_blocks(
     if not is_on_cpu:
         attend = nn.functional.scaled_dot_product_attention
         return attend(queries, keys, values, attn_mask=hidden, scale=scoring.scaling)
-    # By name, so that no other kernel is chosen. The logarithms [G, B, M] are those of the sums of exponents.
+    # Called by its name, so that torch chooses no other kernel. The logarithms [G, B, M] are those of the sums of
+    # exponentials.
     flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
     attended: Tensor
     logs: Tensor
@@ -56,7 +57,7 @@ def attend_blocks(
 def _by_products(
     queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scoring: Scoring, sinks: Tensor | None
 ) -> Tensor:
-    """As `attend_blocks`, in float32, with products of one block each: so all of them have one shape."""
+    """As `attend_blocks`, in float32, with a matrix product for each block, so that all products have one shape."""
     groups, blocks, _, _ = queries.shape
     keys, values = keys.float(), values.float()
     slabs = range(keys.shape[1])

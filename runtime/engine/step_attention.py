@@ -21,13 +21,13 @@ from runtime.slab_spec import SlabSpec
 
 STEP_ATTENTION_NAME = "perennial_step"
 
-# Of queries [G*Q, N, D] over one layer's keys and values [B, G, S, D]; returns [N, G*Q, D], zeros for rows that are missing.
+# Attends queries [G*Q, N, D] over one layer's keys and values [B, G, S, D]; returns [N, G*Q, D], zeros for unused rows.
 Attend = Callable[[Tensor, Tensor, Tensor, "Step"], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the layers of a step share: its inputs, the slabs, and the turn that brings a query within reach of the sinks."""
+    """What the layers of a step share: its inputs, the slabs, and the angles for the sinks past the window."""
 
     spec: SlabSpec
     store: SlabStore
@@ -38,7 +38,7 @@ class Step:
 
     @classmethod
     def of(cls, spec: SlabSpec, store: SlabStore, inputs: StepInputs, attend: Attend, rotary: ExactRotary) -> Step:
-        """What follows from the inputs as they are now."""
+        """The Step for the inputs as they are now."""
         cosines, sines = rotary.turn((spec.visible - 1 - inputs.positions).clamp(max=0))
         seen = visible_slots(spec, inputs.positions, spec.slots)
         return cls(spec, store, inputs, attend, (cosines.float(), sines.float()), seen)
@@ -57,7 +57,7 @@ def step_attention(
 
 
 def attend_by_products(query: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
-    """Attends in float32 by torch's products, over a copy of each row's slab: for devices that have no kernel of ours."""
+    """Attends in float32 by torch's products, over a copy of each row's slab, for devices without a kernel of ours."""
     heads, rows, width = query.shape
     sink, groups = step.spec.sink, keys.shape[1]
     of_rows_keys, of_rows_values = (held.index_select(0, step.inputs.slabs).float() for held in (keys, values))

@@ -1,7 +1,8 @@
-"""What a step reads besides weights and slabs: one fixed number of rows, in memory that never moves, filled by one copy.
+"""The inputs of a step besides weights and slabs: a fixed number of rows, in memory that never moves, filled by one copy.
 
-A graph that was captured once reads the same addresses each time it is replayed. So whatever differs between two steps, which
-rows they have and where these lie, is in these columns, and whatever has a shape is the same in all of them.
+A graph that was captured once reads the same addresses each time it is replayed. So everything that differs between two
+steps, such as which rows there are and where they lie, is a value in these columns, and every shape is the same in all
+steps.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ _NOWHERE = -1
 class StepInputs:
     """The columns of a step of `rows` rows, each [rows] int64 on `device`.
 
-    A step may bring fewer rows. Those that are missing have no position, -1, and what they write goes to the slab of number
-    `spare`, which nobody else has. Rows of a slab that follow each other attend in blocks of at most `block`: `firsts` are the
-    rows that begin one, and `counts` how many it has, none where there is no such block.
+    A step may bring fewer rows. Unused rows have the position -1, and write into the slab with the number `spare`, which no
+    session has. Rows of a slab that follow each other attend in blocks of at most `block`: `firsts` are the rows that begin
+    one, and `counts` how many it has, none where there is no such block.
     """
 
     def __init__(self, rows: int, block: int, spare: int, device: torch.device) -> None:
         self.rows, self.block = rows, block
         self._spare = spare
-        # Only from pages that the system may not move does a copy run beside the device's work.
+        # A copy runs beside the device's work only from pinned pages.
         self._host = torch.zeros(_COLUMNS, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = torch.zeros(_COLUMNS, rows, dtype=torch.int64, device=device)
         self.tokens, self.positions, self.slabs, self.slots, self.drawing, self.firsts, self.counts = self._device
         self.fill(RowBatch(()))
 
     def fill(self, batch: RowBatch) -> None:
-        """Holds the rows of a batch from now on. What was filled in before must have been read."""
+        """Fills in the rows of a batch. The device must have read the rows before."""
         rows = batch.rows
         assert len(rows) <= self.rows
         columns = self._host.numpy()

@@ -18,14 +18,14 @@ from runtime.engine.step_attention import Step
 
 CLAIM = Claim("attention", "kernels of ours in Triton, runs of slots joined in order", Ground.ROW_BY_ROW)
 
-# The fewest queries that a product on tensor cores has.
+# The fewest queries in a product on tensor cores.
 _QUERIES = 16
 # Slots in a product, and in a run.
 _TILE, _RUN = 64, 256
 
 
 def block_rows(heads_a_group: int) -> int:
-    """How many rows attend together."""
+    """How many rows of a slab attend in one block."""
     return max(1, _QUERIES // heads_a_group)
 
 
@@ -58,8 +58,8 @@ def attend_by_kernels(query: Tensor, keys: Tensor, values: Tensor, step: Step) -
     return attended
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _attend_runs(  # type: ignore[no-untyped-def]
+@triton.jit  # type: ignore[untyped-decorator] # Triton has no types.
+def _attend_runs(  # type: ignore[no-untyped-def] # Its arguments are not Python values.
     query, keys, values, cosines, sines, slabs, positions, firsts, counts, partial, peaks, sums,
     query_head, query_row, held_slab, held_head, held_slot, runs, scaling,
     SINK: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, SLOTS: tl.constexpr, EACH: tl.constexpr,
@@ -87,7 +87,7 @@ def _attend_runs(  # type: ignore[no-untyped-def]
 
         place = query + head[:, None] * query_head + row[:, None] * query_row
         asked = tl.load(place + column[None, :], mask=is_held, other=0.0)
-        # The other half of a head, against which its columns turn.
+        # The other half of a head, with which its columns are turned.
         half = WIDTH // 2
         across = tl.where(column < half, column + half, column - half)
         opposite = tl.load(place + across[None, :], mask=is_held, other=0.0).to(tl.float32)
@@ -114,7 +114,7 @@ def _attend_runs(  # type: ignore[no-untyped-def]
             scores = tl.dot(asked, key, input_precision=PRECISION)
             if start < SINK:
                 scores = tl.where((slot < SINK)[None, :], tl.dot(at_sinks, key, input_precision=PRECISION), scores)
-            # As many rings are added as keep the difference from being negative.
+            # Rings are added so that the difference is not negative.
             age = (in_ring[:, None] - slot[None, :] + (SLOTS + RING - 1) // RING * RING) % RING
             in_window = (age < WINDOW) & (position[:, None] - age >= SINK)
             is_seen = tl.where((slot < SINK)[None, :], slot[None, :] <= position[:, None], in_window)
@@ -122,7 +122,7 @@ def _attend_runs(  # type: ignore[no-untyped-def]
             scores = tl.where(is_seen, scores * scaling, float("-inf"))
 
             higher = tl.maximum(peak, tl.max(scores, 1))
-            # Of a row that has seen no slot so far.
+            # For a row that has seen no slot so far.
             base = tl.where(higher == float("-inf"), 0.0, higher)
             shares = tl.exp(scores - base[:, None])
             shrunk = tl.exp(peak - base)
@@ -136,12 +136,12 @@ def _attend_runs(  # type: ignore[no-untyped-def]
         tl.store(partial + part[:, None] * WIDTH + column[None, :], summed, mask=is_held)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _join_runs(  # type: ignore[no-untyped-def]
+@triton.jit  # type: ignore[untyped-decorator] # Triton has no types.
+def _join_runs(  # type: ignore[no-untyped-def] # Its arguments are not Python values.
     partial, peaks, sums, positions, attended, heads, runs,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """What a row attends to, for one head, from the runs of slots that reach up to its position."""
+    """The attention of a row for one head, joined from the runs of slots up to its position."""
     row, head = tl.program_id(0), tl.program_id(1)
     extent = tl.minimum(tl.load(positions + row) + 1, SLOTS).to(tl.int32)
     column = tl.arange(0, PADDED)

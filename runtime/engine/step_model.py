@@ -16,7 +16,7 @@ from runtime.engine.step_inputs import StepInputs
 from runtime.engine.torch_model import Loaded
 from runtime.engine.torch_slab import SlabArena, as_torch
 
-# Enough for kernels to be compiled, and for libraries to have chosen theirs, before a graph is captured.
+# Runs before a graph is captured, enough for kernels to be compiled and for libraries to choose theirs.
 _WARM_UPS = 3
 
 _BY_PRODUCTS = Claim("attention", "torch's products in float32, of one shape", Ground.FIXED_ROWS)
@@ -26,7 +26,7 @@ AttentionInterface.register(STEP_ATTENTION_NAME, step_attention)
 
 @dataclass(frozen=True, slots=True)
 class StepKernels:
-    """How a step attends on some device: rows of a slab in blocks of at most `block`."""
+    """How a step attends on a device: rows of a slab in blocks of at most `block`."""
 
     attend: Attend
     block: int
@@ -50,7 +50,7 @@ class StepModel:
         self._decoder, self._head = model.get_decoder(), model.get_output_embeddings()
         (self._rotary,) = loaded.rotaries.values()
         self._arena, self._attend = arena, kernels.attend
-        # What missing rows write must go somewhere.
+        # Unused rows must write somewhere.
         self._spare = as_torch(arena.pool(1).acquire())
         self.inputs = StepInputs(spec.row_tile, kernels.block, self._spare.index, device)
         self.logits = torch.zeros(spec.row_tile, config.vocab_size, dtype=torch.float32, device=device)
@@ -70,15 +70,18 @@ class StepModel:
         self._hidden.copy_(hidden)
 
     def head(self) -> None:
-        """Comes to `logits`, and to the `likeliest` token, of the rows that draw; the other rows mean nothing."""
+        """Computes `logits`, and the `likeliest` token, of the rows that draw; other rows hold nothing of meaning."""
         logits = self._head(self._hidden.index_select(0, self.inputs.drawing)).float()
         self.logits.copy_(logits)
         self.likeliest.copy_(logits.argmax(dim=-1))
 
 
 @torch.inference_mode()
-def captured(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`function`, which waits for nothing and whose tensors stay where they are, as a graph of `device`; on a CPU itself."""
+def capture(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Captures `function` as a graph of `device`; it must not wait for the device, nor move its tensors.
+
+    On a CPU, the function itself.
+    """
     if device.type != "cuda":
         return function
     beside = torch.cuda.Stream(device)

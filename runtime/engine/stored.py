@@ -1,4 +1,4 @@
-"""How an engine holds the matrices of a GGUF file, what that costs, and what it says of it."""
+"""How an engine holds the matrices of a GGUF file, with a report of what became of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Matrix = Blocks | Tensor
 
 
 def matrix_of(stored: StoredTensor, tally: Tally) -> Matrix:
-    """The matrix in blocks, or in the type that the file has it in; counted by `tally`.
+    """The matrix as Blocks, or in the file's own type if it is not quantised; `tally` counts it.
 
     Kinds that have no form here are rounded to 8 bits.
     """
@@ -26,14 +26,14 @@ def matrix_of(stored: StoredTensor, tally: Tally) -> Matrix:
     error = 0.0
     if matrix is None:
         weights = stored.dense()
-        matrix = Blocks(*quantised(weights, "int8"), offsets=None, bits=8)
+        matrix = Blocks(*quantise(weights, "int8"), offsets=None, bits=8)
         error = float((matrix.dense(torch.float32) - weights).abs().max() / weights.abs().max().clamp(min=1e-30))
     tally.add(stored, form_of(matrix), matrix.nbytes, error)
     return matrix
 
 
 def form_of(matrix: Matrix) -> str:
-    """How a matrix is held, in words. Those of one form can be held as one."""
+    """The form in which a matrix is held, in words. Matrices of one form can be joined."""
     if isinstance(matrix, Tensor):
         return name_of(matrix.dtype)
     offsets = "" if matrix.offsets is None else " and an offset"
@@ -42,7 +42,7 @@ def form_of(matrix: Matrix) -> str:
 
 
 def join(first: Matrix, second: Matrix) -> Matrix:
-    """The outputs of two matrices of one form, one below the other."""
+    """Two matrices of one form as one, with the outputs of both."""
     if isinstance(first, Tensor) or isinstance(second, Tensor):
         assert isinstance(first, Tensor)
         assert isinstance(second, Tensor)
@@ -55,7 +55,7 @@ def join(first: Matrix, second: Matrix) -> Matrix:
 
 @dataclass(slots=True)
 class _Became:
-    """What became of the matrices of one kind: how many there are, their bytes in the file and here, the largest error."""
+    """The matrices of one kind: their number, their bytes in the file and here, and the largest error."""
 
     form: str
     count: int = 0
@@ -71,7 +71,7 @@ class Tally:
         self._kinds: dict[tuple[GGMLQuantizationType, str], _Became] = {}
 
     def add(self, stored: StoredTensor, form: str, held_bytes: int, error: float = 0.0) -> None:
-        """`error` is the largest by which a value was moved, as a share of the matrix's largest."""
+        """`error` is the largest change of a value, as a share of the matrix's largest value."""
         became = self._kinds.setdefault((stored.kind, form), _Became(form))
         became.count += 1
         became.stored_bytes += stored.nbytes
@@ -96,7 +96,7 @@ class Tally:
         )
 
 
-def quantised(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
+def quantise(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
     """Whole numbers [outputs, groups, 32] int8, and the scale [outputs, groups, 1] float16 of each group.
 
     With 8 bits they reach from -127 to 127. With 4 the value of the largest size is -8, as in Q4_0 of GGUF.
@@ -108,7 +108,7 @@ def quantised(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
     else:
         lowest, highest = -8, 7
         scales = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True)) / lowest
-    # The weights are rounded against the scale as it is kept, so that its own rounding costs nothing.
+    # Weights are rounded against the scale as stored, so that the scale's own rounding adds no error.
     kept = scales.half()
     steps = torch.where(kept == 0, 0.0, groups / kept.float())
     return steps.round().clamp(lowest, highest).to(torch.int8), kept

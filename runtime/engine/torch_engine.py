@@ -21,15 +21,17 @@ from runtime.engine.configuration import (
     Form,
     check_memory,
     count_weights,
+    engine_facts,
     is_small,
     read_config,
     refuse,
     slab_spec,
 )
 from runtime.engine.drawing import draw_tokens
-from runtime.engine.findings import found
+from runtime.engine.exact import Claim
+from runtime.engine.findings import find_or_probe
 from runtime.engine.linears import FixedRowsLinear, RowLinear, weights_bytes
-from runtime.engine.machine import features, kernel_class
+from runtime.engine.machine import kernel_class
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact
 from runtime.engine.torch_model import (
     Loaded,
@@ -42,7 +44,7 @@ from runtime.engine.torch_model import (
     linears_are_exact,
     load_model,
 )
-from runtime.engine.torch_parts import CLAIMS_OF_PARTS, capped
+from runtime.engine.torch_parts import CLAIMS_OF_PARTS, soft_cap
 from runtime.engine.torch_slab import torch_pool
 from runtime.events import Token
 from runtime.gguf_file import GgufFile
@@ -60,7 +62,7 @@ class TorchEngine:
     """A causal language model of one of `ARCHITECTURES` on one torch device."""
 
     def __init__(self, loaded: Loaded, spec: SlabSpec, form: Form, *, is_bit_exact: bool) -> None:
-        """`form` says what the model's linears are."""
+        """`form` describes the model's linears."""
         model, self._rotaries = loaded
         self._decoder = model.get_decoder()
         self._head = model.get_output_embeddings()
@@ -101,38 +103,31 @@ class TorchEngine:
             failed.append(form)
         if (settings.dtype, settings.weights) != ("auto", "auto"):
             raise refuse(failed)
-        # A row that is always alone has no company that its bits could depend on.
+        # A row that always runs alone has no other rows that its bits could depend on.
         spec = slab_spec(config, settings, form.dtype, row_tile=1)
         return cls(loaded, spec, replace(form, reason="one row a forward").after(failed), is_bit_exact=True)
 
     @cached_property
     def facts(self) -> EngineFacts:
-        return EngineFacts(
-            backend="torch",
+        return engine_facts(
+            "torch",
+            self._config,
+            self._form,
+            self._spec,
             device=self._device.type,
-            dtype=self._spec.dtype,
-            weights=self._form.weights,
-            form_reason=self._form.reason,
-            architecture=self._config.model_type,
-            vocabulary=self._config.vocab_size,
             weights_bytes=self._weights_bytes,
-            row_tile=self._spec.row_tile,
             row_step=max((one.most_rows for one in self._linears if isinstance(one, FixedRowsLinear)), default=1),
-            is_bit_exact=self._is_bit_exact,
-            claims=self._claims() if self._is_bit_exact else (),
-            tried=self._tried(),
-            cpu_features=features(),
             kernel_class=kernel_class(self._device),
-            slab=self._spec,
+            is_bit_exact=self._is_bit_exact,
+            claims=self._claims(),
+            tried=self._describe_probe(),
         )
 
-    def _claims(self) -> tuple[str, ...]:
+    def _claims(self) -> list[Claim]:
         of_parts = (CLAIMS_OF_PARTS[part] for part in sorted(self._parts & CLAIMS_OF_PARTS.keys()))
-        return tuple(map(str, (*linear_claims(self._linears), *CLAIMS, *of_parts)))
+        return [*linear_claims(self._linears), *CLAIMS, *of_parts]
 
-    def _tried(self) -> str:
-        if not self._is_bit_exact:
-            return ""
+    def _describe_probe(self) -> str:
         if self._spec.row_tile == 1:
             return "other rows in a forward: they change a row's bits, so each runs alone"
         counts = sorted({one.most_rows for one in self._linears})
@@ -162,7 +157,7 @@ class TorchEngine:
         if not wanted:
             return hidden.new_empty(0, self._config.vocab_size, dtype=torch.float32)
         logits: Tensor = self._head(hidden[wanted])
-        return capped(logits.float(), getattr(self._config, "final_logit_softcapping", None))
+        return soft_cap(logits.float(), getattr(self._config, "final_logit_softcapping", None))
 
 
 def _is_proven(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
@@ -170,7 +165,7 @@ def _is_proven(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
     config, device = loaded.model.config, loaded.model.device
     cap = getattr(config, "attn_logit_softcapping", None)
     has_sinks = Part.SOFTMAX_SINKS in ARCHITECTURES[config.model_type].parts
-    # In the order of layers, so that what is tried is called the same in every process.
+    # In the order of layers, so that the probe's subject has the same description in every process.
     manners = dict.fromkeys(Manner(kind, cap, has_sinks) for kind in attending_kinds(config))
     return (
         linears_are_exact(loaded.model, form, device)
@@ -182,7 +177,7 @@ def _is_proven(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
 def _layers_are_exact(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
     config = loaded.model.config
     kinds = layer_kinds(config)
-    # Layers of a kind have the same shapes, and so the same kernels: more of it would show nothing more.
+    # Layers of one kind have the same shapes, and so the same kernels: more of them would show nothing new.
     count = max(kinds.index(kind) for kind in kinds) + 1
     recurrent = sum(kind.is_recurrent for kind in kinds[:count])
     tried = replace(
@@ -193,9 +188,9 @@ def _layers_are_exact(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
 
     def probe() -> bool:
         short = first_layers(loaded.model, count)
-        # The head was tried by itself, and a large one takes longest.
+        # The head was tried by itself, and would take longest.
         short.set_output_embeddings(nn.Identity())
         engine = TorchEngine(Loaded(short, loaded.rotaries), tried, form, is_bit_exact=False)
         return is_bit_exact(engine, tried, config.vocab_size)
 
-    return found(f"{config} {form} {tried}", probe)
+    return find_or_probe(f"{config} {form} {tried}", probe)

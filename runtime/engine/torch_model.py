@@ -1,4 +1,4 @@
-"""What every engine on torch does with a model: the forms it may have here, loading it, and trying its linears."""
+"""What all engines on torch do with a model: choosing its form, loading it, and trying its linears."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runtime.checkpoints import load_weights
 from runtime.dtypes import dtype_named
 from runtime.engine.configuration import Form, is_small
 from runtime.engine.exact import Claim
-from runtime.engine.findings import found
+from runtime.engine.findings import find_or_probe
 from runtime.engine.linears import RowLinear, replace_linears
 from runtime.engine.machine import Level, level
 from runtime.engine.probe import is_exact_function
@@ -30,14 +30,14 @@ _log = logging.getLogger("perennial.engine")
 
 
 class Loaded(NamedTuple):
-    """A model whose parts are ours where they must be, and the rotary embeddings that turn its layers."""
+    """A model with our parts where they are needed, and its rotary embeddings by name."""
 
     model: Any
     rotaries: Mapping[str, ExactRotary]
 
 
 def load_model(directory: Path, form: Form, device: torch.device, attention: str, *, is_strict: bool) -> Loaded:
-    """The model in `directory` in this form, whose layers attend by transformers' function of the name `attention`.
+    """Loads the model in `directory` in this form; its layers attend by the function that transformers knows as `attention`.
 
     Raises ModelUnavailable or InvalidSetting.
     """
@@ -50,7 +50,7 @@ def load_model(directory: Path, form: Form, device: torch.device, attention: str
 
 
 def first_layers(model: Any, count: int) -> Any:
-    """The model with its first `count` layers alone, on the same weights."""
+    """The model with only its first `count` layers, sharing the weights."""
     weights = {id(weight): weight for weight in (*model.parameters(), *model.buffers())}
     shallow = copy.deepcopy(model, weights)
     decoder = shallow.get_decoder()
@@ -59,7 +59,7 @@ def first_layers(model: Any, count: int) -> Any:
 
 
 def choose_device(settings: Settings) -> torch.device:
-    """The device that `settings` name, or the best one that is here. Raises InvalidSetting."""
+    """The device that `settings` name, or the best one available. Raises InvalidSetting."""
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = settings.device
     if name == "auto":
@@ -70,46 +70,46 @@ def choose_device(settings: Settings) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device."""
+    """Free memory of the device, in bytes."""
     return torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def held_weights(config: PreTrainedConfig, count: int) -> int:
-    """Weights that are held of a model that has so many: an embedding stays as it is beside a head that shares its weights."""
+    """How many weights are held of a model with `count` weights: an embedding is held besides a head that shares its weights."""
     return count + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
 
 
 def forms_of(settings: Settings, device: torch.device, weights: int, kinds: Mapping[str, int]) -> list[Form]:
-    """The forms that the settings leave for a model of so many `weights`, the one to be tried first before the others.
+    """The forms that the settings allow for a model with this many `weights`, in the order in which to try them.
 
-    `kinds` are those of its tensors in a GGUF file, which an explicit setting alone rounds once more.
+    `kinds` counts its tensors in a GGUF file by kind; these are rounded again only if a setting asks for it.
     """
     is_dtype_auto, is_weights_auto = settings.dtype == "auto", settings.weights == "auto"
     if device.type != "cpu":
         dtype = torch.bfloat16 if is_dtype_auto else dtype_named(settings.dtype)
-        return [Form(dtype, "none" if is_weights_auto else settings.weights, _dequantised(kinds))]
+        return [Form(dtype, "none" if is_weights_auto else settings.weights, _dequantised_reason(kinds))]
     here = level()
     if not is_dtype_auto:
         dtypes = [dtype_named(settings.dtype)]
     elif here == Level.AMX:
         dtypes = [torch.bfloat16, torch.float32]
     else:
-        # Elsewhere few rows are multiplied faster in float32, from weights of 16 bits too.
+        # On other CPUs few rows are multiplied faster in float32, even with weights of 16 bits.
         dtypes = [torch.float32]
     if not is_weights_auto:
         return [Form(dtype, settings.weights) for dtype in dtypes]
     if kinds:
-        choices = {"none": _dequantised(kinds)}
+        choices = {"none": _dequantised_reason(kinds)}
     elif is_small(weights):
         choices = {"none": "so small a model stays in the CPU's cache", "int8": ""}
     elif here >= Level.AVX512_BF16:
         choices = {"none": "this CPU reads 16 bits a weight at its memory's speed", "int8": ""}
     else:
-        choices = {"int8": "this CPU multiplies no numbers of 16 bits", "none": ""}
+        choices = {"int8": "this CPU cannot multiply 16-bit numbers", "none": ""}
     return [Form(dtype, name, reason) for dtype in dtypes for name, reason in choices.items()]
 
 
-def _dequantised(kinds: Mapping[str, int]) -> str:
+def _dequantised_reason(kinds: Mapping[str, int]) -> str:
     return f"dequantised: {', '.join(f'{count} of {kind}' for kind, count in kinds.items())}" if kinds else ""
 
 
@@ -129,7 +129,7 @@ def linears_are_exact(model: Any, form: Form, device: torch.device) -> bool:
             kind = f"{type(part).__name__} {shape}"
             distinct.setdefault(kind, (name, part))
     for kind, (name, part) in distinct.items():
-        if not found(kind, partial(is_exact_function, part, part.inputs, form.dtype, part.most_rows, device)):
+        if not find_or_probe(kind, partial(is_exact_function, part, part.inputs, form.dtype, part.most_rows, device)):
             _log.warning("a row gets other bits in other batches of %s (%s)", name, kind)
             return False
     return True

@@ -1,4 +1,4 @@
-"""What takes the place of parts of transformers' models, so that a row's bits depend on the row alone."""
+"""Replacements for parts of transformers' models, so that a row's bits depend on the row alone."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ CLAIMS_OF_PARTS = {
     Part.EXPERTS: Claim("routers and experts", "each row's outputs added in the order of experts", Ground.ROW_BY_ROW),
 }
 
-# A router is small, and costs for so many rows what it costs for one.
+# A router is small, and costs the same for this many rows as for one.
 _ROUTED_ROWS = 32
-# The names that transformers' layers have for them.
+# The names of activation functions in transformers' layers.
 _ACTIVATIONS = ("act_fn", "activation_fn")
 # Modules that call activation functions instead of holding them.
 _CALLING_BY_NAME = ("Lfm2MLP", "Qwen3_5Attention", "Qwen3_5MoeAttention", "Qwen3_5MoeSparseMoeBlock")
-# Recurrent layers, by the names that transformers' layers have for them.
+# Recurrent layers, by their names in transformers' layers.
 _RECURRENT: Mapping[str, Callable[[Any, int], nn.Module]] = {"conv": ShortConvolution, "linear_attn": DeltaRule}
 
 
 class FixedRows(nn.Module):
-    """A module of rows [N, columns] that is always called with the same number of them; it may return several tensors."""
+    """A module of rows [N, columns] that is always called with the same number of rows; it may return several tensors."""
 
     def __init__(self, module: nn.Module, rows: int) -> None:
         super().__init__()
@@ -48,15 +48,15 @@ class FixedRows(nn.Module):
 
 
 class RoutedExperts(nn.Module):
-    """Experts with linears of their own: a row goes through those that it was routed to, and is added up in their order."""
+    """Experts as separate linears: a row goes through those that it was routed to, and their outputs are added in that order."""
 
     def __init__(self, up: list[nn.Linear], down: list[nn.Linear], gated: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """`up` returns what the gate is made of beside what goes through it; `gated` takes both."""
+        """Each of `up` returns the gate's input beside the values that pass it; `gated` combines both."""
         super().__init__()
         self.up, self.down, self.gated = nn.ModuleList(up), nn.ModuleList(down), gated
 
     def forward(self, rows: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
-        """Of `rows` [N, columns], each through its `experts` [N, K], with their `shares` [N, K]."""
+        """The outputs for `rows` [N, columns], each through its `experts` [N, K], weighted by `shares` [N, K]."""
         summed = torch.zeros_like(rows)
         for expert in experts.unique().tolist():
             theirs, place = (experts == expert).nonzero(as_tuple=True)
@@ -67,12 +67,12 @@ class RoutedExperts(nn.Module):
 
 
 def take_over(model: Any) -> dict[str, ExactRotary]:
-    """Puts our parts into a model of one of `ARCHITECTURES`, and returns the rotary embeddings that it has now, by name.
+    """Puts our parts into a model of one of `ARCHITECTURES`; returns its new rotary embeddings by name.
 
-    Raises ModelUnavailable where its frequencies change with the input's length.
+    Raises ModelUnavailable if their frequencies change with the input's length.
     """
     decoder, architecture = model.get_decoder(), ARCHITECTURES[model.config.model_type]
-    # Layer by layer, so that memory holds the experts of one twice.
+    # Layer by layer, so that memory holds the experts of only one layer twice.
     for parent in (part for layer in decoder.layers for part in list(layer.modules())):
         for name, child in list(parent.named_children()):
             if name in _ACTIVATIONS:
@@ -93,7 +93,7 @@ def take_over(model: Any) -> dict[str, ExactRotary]:
 
 
 def _number_layers(decoder: Any, config: PreTrainedConfig) -> None:
-    """Puts recurrent layers of ours into a model; these, and those that attend, are counted each by themselves, as in a slab."""
+    """Puts our recurrent layers into a model. These are numbered separately from layers that attend, as in a slab."""
     counts: Counter[bool] = Counter()
     for layer, kind in zip(decoder.layers, layer_kinds(config), strict=True):
         number = counts[kind.is_recurrent]
@@ -106,7 +106,7 @@ def _number_layers(decoder: Any, config: PreTrainedConfig) -> None:
             (attention.module if isinstance(attention, RowByRowCalls) else attention).layer_idx = number
 
 
-def capped(logits: Tensor, cap: float | None) -> Tensor:
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
     """Logits [rows, vocabulary] that approach `cap` instead of passing it, if there is one."""
     return logits if cap is None else row_by_row(torch.tanh, logits / cap) * cap
 
@@ -123,7 +123,7 @@ def _experts(experts: Any) -> RoutedExperts:
 
 
 def _experts_of_gpt_oss(experts: Any) -> RoutedExperts:
-    """Its weights are [inputs, outputs], the gate's columns between those of what goes through it."""
+    """gpt-oss has weights [inputs, outputs] in which the gate's columns alternate with those of the values."""
     slope, limit = float(experts.alpha), float(experts.limit)
 
     def swish(gate: Tensor) -> Tensor:

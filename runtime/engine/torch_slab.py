@@ -21,7 +21,7 @@ _CPU = torch.device("cpu")
 class SlabStore:
     """The memory of slabs that lie side by side: keys and values [L, B, G, S, W].
 
-    Of recurrent layers, what they were given, [layers, B, tokens, columns], and their states [layers, B, chunks, *shape].
+    For recurrent layers: `given`, their inputs [layers, B, tokens, columns], and their `states` [layers, B, chunks, *shape].
     """
 
     keys: Tensor
@@ -53,21 +53,21 @@ class TorchSlab(Slab):
         self.advance(layer, end)
 
     def give(self, layer: int, rows: Tensor, start: int) -> None:
-        """Keeps what a recurrent layer is given, `rows` [N, columns], for the positions from `start` on."""
+        """Keeps a recurrent layer's inputs, `rows` [N, columns], for the positions from `start` on."""
         assert self._given is not None
         places = torch.arange(start, start + len(rows), device=rows.device) % self.spec.given
         self._given[layer].index_copy_(0, places, rows)
         self.advance(self.spec.layers + layer, start + len(rows))
 
     def taken(self, layer: int, start: int, stop: int) -> Tensor:
-        """What a recurrent layer was given for positions from `start` to `stop`, [N, columns]; zeros before the first."""
+        """A recurrent layer's inputs for positions from `start` to `stop` (exclusive), [N, columns]; zeros before position 0."""
         assert self._given is not None
         before = max(0, -start)
         places = torch.arange(start + before, stop, device=self._given.device) % self.spec.given
         return nn.functional.pad(self._given[layer].index_select(0, places), (0, 0, before, 0))
 
     def state(self, layer: int, chunk: int) -> Tensor:
-        """A recurrent layer's state before the chunk of this number, to be read or written in place."""
+        """A view of a recurrent layer's state before the chunk with this number, to read or write."""
         assert self._states is not None
         return self._states[layer, chunk % self.spec.states]
 
@@ -87,13 +87,13 @@ class TorchSlab(Slab):
 
 
 def as_torch(slab: Slab) -> TorchSlab:
-    """The slab as what it must be: one of `torch_pool`."""
+    """The slab, which must be a TorchSlab."""
     assert isinstance(slab, TorchSlab)
     return slab
 
 
 class SlabArena:
-    """Slabs of one store, which never moves, to make pools of. A slab that nobody holds any more may be had again."""
+    """Makes pools of slabs from one store, which never moves. A slab that is collected becomes available again."""
 
     def __init__(self, spec: SlabSpec, count: int, device: torch.device = _CPU) -> None:
         dtype = dtype_named(spec.dtype)

@@ -1,1 +1,1 @@
-"""Other people's libraries, brought to behave."""
+"""Changes to other libraries that the core needs."""

@@ -1,4 +1,4 @@
-"""transformers' reader of GGUF files, which is given the sizes of all kinds of blocks that the gguf package knows.
+"""Gives transformers' reader of GGUF files the sizes of all kinds of blocks that the gguf package knows.
 
 Its own table lacks kinds that llama.cpp writes beside others, as Q5_0 in files of Q4_K_M whose rows are no multiple of 256
 (transformers/integrations/gguf/dequant.py).
@@ -13,7 +13,7 @@ from transformers.integrations.gguf.dequant import GGML_BLOCK
 from transformers.integrations.gguf.reader import read_gguf_metadata
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
-# Those that the reader hands out as values.
+# Kinds that the reader returns as plain values.
 _PLAIN = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
 for _kind, _sizes in GGML_QUANT_SIZES.items():

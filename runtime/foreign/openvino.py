@@ -1,4 +1,4 @@
-"""OpenVINO without what reports its use.
+"""Imports OpenVINO without its usage reports.
 
 Where openvino-telemetry is installed, and OpenVINO brings it along, `import openvino` tells its maker so: its converter is
 imported too, which says hello (openvino/tools/ovc/__init__.py). Without the package it falls back on a stub of its own.
@@ -13,7 +13,7 @@ _TELEMETRY = "openvino_telemetry"
 
 _modules = cast(dict[str, Any], sys.modules)
 _before = _modules.get(_TELEMETRY)
-# To Python a module of None is one that is not installed.
+# For Python, a module that is None is not installed.
 _modules[_TELEMETRY] = None
 try:
     import openvino as ov

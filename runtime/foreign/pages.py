@@ -1,4 +1,4 @@
-"""Memory that will not be read again, handed back to the system before its owner is gone."""
+"""Hands memory of tensors that will not be read again back to the system, while their owner still exists."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-# Of Linux since 5.4; Python knows no name for it.
+# In Linux since 5.4; Python has no name for it.
 _MADV_PAGEOUT = 21
 
 
@@ -20,9 +20,9 @@ def trim() -> None:
 
 
 def page_out(tensors: Iterable[Tensor]) -> None:
-    """Pages of a mapped file that were read count as this process's until they are dropped. No content is ever lost.
+    """Drops the pages under `tensors`: pages read from a mapped file count as this process's memory until dropped.
 
-    Where the system knows no such advice, they are dropped when memory is short.
+    No content is lost. On a system without this advice they are dropped when memory is short.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,1 +1,1 @@
-"""What proposers are made of, each without a task of its own. What they suggest changes nothing but speed."""
+"""The synchronous parts of proposers. What they suggest changes nothing but speed."""

@@ -1,4 +1,4 @@
-"""A masked-diffusion language model (arXiv 2406.07524, 2502.09992): masks behind a context, filled in a few forwards."""
+"""A masked-diffusion language model (arXiv 2406.07524, 2502.09992): fills masks after a context in a few forwards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runtime.checkpoints import AS_DATA, FILE_ERRORS, load_weights
 from runtime.errors import ModelUnavailable
 from runtime.model_files import one_line, quiet_transformers, read_checked_config
 
-# What a fill looks at of the history: its first tokens and its last.
+# How many of the history's first and last tokens a fill sees.
 SINK, WINDOW = 4, 124
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
@@ -24,16 +24,16 @@ _PROBE_CONTEXT, _PROBE_MASKS = 8, 4
 
 
 class MaskedModel:
-    """A masked language model of transformers whose tokens are those of the main model, and a mask.
+    """A masked language model of transformers with the main model's tokens and a mask.
 
-    A forward sees at most `sink` first tokens of the history, its last ones up to `window`, and what is to be filled:
-    what it costs does not grow with the history. It holds no state of any session.
+    A forward sees at most the `sink` first and the `window` last tokens of the history, and the masks, so its cost does not
+    grow with the history. It holds no state of any session.
     """
 
     def __init__(self, model: Any, mask_id: int, vocabulary: int, sink: int = SINK, window: int = WINDOW) -> None:
         """`model` is any `...ForMaskedLM`; tokens of `vocabulary` and up, and the mask, are never proposed.
 
-        Raises ModelUnavailable where the model's head cannot be applied at masked positions alone.
+        Raises ModelUnavailable if the model's head cannot be applied at masked positions alone.
         """
         self._model = model.eval()
         self._mask_id = mask_id
@@ -54,7 +54,7 @@ class MaskedModel:
     ) -> Self:
         """The masked model in `directory`, for a main model of `vocabulary` tokens.
 
-        The mask is the one that the tokenizer in the directory names, else `mask_token_id` of its config.json. Raises
+        The mask is the one that the tokenizer in the directory names, or else `mask_token_id` of its config.json. Raises
         ModelUnavailable.
         """
         refusal = f"{directory} holds no masked language model"
@@ -82,7 +82,7 @@ class MaskedModel:
         return self._mask_id
 
     def context(self, history: Sequence[int], count: int = 0) -> list[int]:
-        """What a fill of `count` tokens behind `history` looks at; the history is not copied, and may be this already."""
+        """The context that a fill of `count` tokens after `history` sees. `history` may already be such a context."""
         room = min(self._sink + self._window, self._longest - count)
         if len(history) <= room:
             return list(history)
@@ -111,7 +111,10 @@ class MaskedModel:
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Logits at `positions` of the input, [positions, the model's vocabulary] float32; the head runs nowhere else."""
+        """Logits at `positions` of the input, [positions, the model's vocabulary] float32.
+
+        The head runs at these positions alone.
+        """
         device = self._model.device
         with _head_only_at(self._model.base_model, torch.tensor(positions, device=device)):
             logits: Tensor = self._model(input_ids=torch.tensor([token_ids], device=device)).logits
@@ -136,7 +139,7 @@ class MaskedModel:
             sparse = self.logits(tokens, masked)
         except FILE_ERRORS as error:
             raise ModelUnavailable(f"{name} cannot run as a diffusion proposer: {one_line(error)}") from error
-        # Kernels may round otherwise for fewer rows.
+        # Kernels may round differently for fewer rows.
         tolerance = 1e-3 if self._model.dtype is torch.float32 else 5e-2
         if sparse.shape != dense[masked].shape or not torch.allclose(
             sparse, dense[masked], rtol=tolerance, atol=tolerance * float(dense.abs().max())
@@ -148,7 +151,7 @@ class MaskedModel:
 
 @contextmanager
 def _head_only_at(base: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Within, `base` hands the hidden states of `positions` alone to the head behind it, whatever modules that has."""
+    """In the block, `base` passes only the hidden states at `positions` to the head, whatever modules that has."""
 
     def select(module: nn.Module, inputs: object, output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state[:, positions]
@@ -162,10 +165,10 @@ def _head_only_at(base: nn.Module, positions: Tensor) -> Iterator[None]:
 
 
 def _longest_input(model: Any) -> int:
-    """The most tokens that the model takes at once."""
+    """The longest input of the model, in tokens."""
     longest: int = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     for name, module in model.named_modules():
-        # Roberta and its like count positions from behind the padding token's.
+        # Roberta and similar models count positions from after the padding token's id.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             longest = min(longest, module.num_embeddings - module.padding_idx - 1)
     return longest

@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last tokens when they came before (as in github.com/apoorvumang/prompt-lookup-decoding)."""
+"""Prompt lookup: proposes what followed the last tokens before (as in github.com/apoorvumang/prompt-lookup-decoding)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# What follows a longer match is surer. One token alone recurs everywhere and says nothing.
+# Lengths of matches. A longer match predicts better; a match of one token predicts nothing.
 LONGEST, SHORTEST = 4, 2
 MOST_TOKENS = 2**16
-# Tokens are forgotten in batches, for each time those that stay are moved.
+# Tokens are forgotten in batches, because each time the others are moved.
 _SHARE_FORGOTTEN = 1 / 8
 
 
 class PromptLookup:
-    """Searches the last `most_tokens` tokens: tens of microseconds a proposal, and no index that takes seconds to make."""
+    """Searches the last `most_tokens` tokens: that takes tens of microseconds, and needs no index that takes seconds to build."""
 
     def __init__(self, longest: int = LONGEST, shortest: int = SHORTEST, most_tokens: int = MOST_TOKENS) -> None:
         self._longest, self._shortest = longest, shortest
@@ -25,7 +25,7 @@ class PromptLookup:
 
     @staticmethod
     def ceiling_bytes(most_tokens: int = MOST_TOKENS) -> int:
-        """Bytes that a look-up can ever hold: an array that grows takes an eighth more than it needs."""
+        """The most bytes that a lookup can hold: a growing array takes an eighth more than it needs."""
         return int(most_tokens * (1 + _SHARE_FORGOTTEN) ** 2) * array("I").itemsize
 
     @property
@@ -34,27 +34,28 @@ class PromptLookup:
         return len(self._tokens) * self._tokens.itemsize
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Takes what was added to the history."""
+        """Records that these tokens were added to the history."""
         self._tokens.extend(token_ids[-self._most_tokens :])
         if len(self._tokens) > self._most_tokens * (1 + _SHARE_FORGOTTEN):
             self._tokens = self._tokens[-self._most_tokens :]
 
     def propose(self, count: int) -> Sequence[int]:
-        """`count` tokens that may follow the history; none where its last tokens never came before."""
+        """`count` tokens that may follow the history; none if its last tokens never occurred before."""
         tokens = np.frombuffer(self._tokens, np.uint32)[-self._most_tokens :]
         follows = self._follows(tokens)
         if follows is None:
             return []
-        # Where the match reaches the end of the history, what repeats goes on repeating.
+        # If the match reaches the end of the history, the repetition is continued.
         period = len(tokens) - follows
         return [int(tokens[follows + index % period]) for index in range(count)]
 
     def _follows(self, tokens: NDArray[np.uint32]) -> int | None:
-        """Where that begins which last followed the longest ending of `tokens` that came before."""
+        """The place after the latest earlier occurrence of the longest ending of `tokens` that has one."""
         end = len(tokens)
         if end <= self._shortest:
             return None
-        # Each place that follows what looks like the ending, from the shortest to the longest that there is.
+        # Places after an occurrence of the ending: of the shortest ending first, then of ever longer ones while there are
+        # any.
         candidates = end - self._shortest
         matches = tokens[:candidates] == tokens[candidates]
         for offset in range(1, self._shortest):

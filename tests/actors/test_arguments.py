@@ -64,11 +64,12 @@ async def test_a_generation_that_makes_no_sense_is_refused_and_the_session_goes_
 
 async def test_whole_numbers_of_other_kinds_are_taken() -> None:
     async with open_small() as runtime:
+        whole: Any = np.int64
         session = await runtime.create_session(np.arange(3000, 3003))
-        await session.append(np.array([5, 6, 7], np.int16), np.int64(3) - 3)
+        await session.append(np.array([5, 6, 7], np.int16), whole(0))
         kinds = {"top_k": np.uint8(3), "seed": np.uint64(2**64 - 1), "top_logprobs": np.int32(1)}
 
-        assert len(await generated(session, np.int64(3), temperature=np.float64(0.5), **kinds)) == 3
+        assert len(await generated(session, whole(3), temperature=np.float64(0.5), **kinds)) == 3
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 from actors.proposing import NewProposals
 from runtime import Token
 from runtime.rows import RowBatch
-from runtime.sampling import drawn
+from runtime.sampling import draw_token
 from tests.actors.engines import LedgerEngine, generated, open_lab
 from tests.actors.proposers import Scripted, eager
 
@@ -33,7 +33,7 @@ class ChainEngine(LedgerEngine):
         for row in batch.rows:
             self._write(row)
         return tuple(
-            drawn(LOGITS[row.token_id], row.draw, row.position + 1) for row in batch.rows if row.draw is not None
+            draw_token(LOGITS[row.token_id], row.draw, row.position + 1) for row in batch.rows if row.draw is not None
         )
 
 

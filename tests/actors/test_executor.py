@@ -77,7 +77,8 @@ async def open_lab(engine: LedgerEngine, metrics: Metrics) -> AsyncIterator[Lab]
 
 def drawn(engine: LedgerEngine, history: list[int]) -> tuple[Token, ...]:
     """The token that follows a history."""
-    return (Token(*engine.continued(history, 1)),)
+    (token_id,) = engine.continued(history, 1)
+    return (Token(token_id),)
 
 
 def decode(slab: Slab, token_id: int = 1) -> Forward:

@@ -136,12 +136,13 @@ async def test_messages_are_served_in_the_order_in_which_askers_came(
 ) -> None:
     first = Wait()
     others = [Double(number) for number in range(5)]
-    for message in (first, *others):
+    messages: list[Message[Any]] = [first, *others]
+    for message in messages:
         nursery.start_soon(mailbox.ask, message)
         await wait_all_tasks_blocked()
     first.go_on.set()
     await wait_all_tasks_blocked()
-    assert desk.completed == [first, *others]
+    assert desk.completed == messages
 
 
 async def test_an_asker_that_leaves_before_its_message_is_taken_takes_it_along(
@@ -249,12 +250,12 @@ async def test_any_other_error_of_ours_goes_to_the_asker_and_ends_the_actor(mail
 
 async def test_such_an_error_ends_the_actor_also_when_its_asker_has_left(mailbox: Mailbox, inbox: Inbox) -> None:
     error, ended = InvariantViolation("INV-1", "inv1"), trio.Event()
-    message = Fail(error, trio.Event())
+    go_on = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run_until_it_fails, Desk(inbox), error, ended)
-        async with mailbox.stream(message):
+        async with mailbox.stream(Fail(error, go_on)):
             await wait_all_tasks_blocked()
-        message.go_on.set()
+        go_on.set()
         await ended.wait()
 
 
@@ -270,7 +271,8 @@ async def test_such_an_error_ends_the_actor_also_when_its_asker_leaves_without_t
 
 
 async def test_an_asker_is_told_such_an_error_even_while_the_actor_is_cancelled(mailbox: Mailbox, inbox: Inbox) -> None:
-    message = Fail(InvariantViolation("INV-1", "inv1"), trio.Event())
+    go_on = trio.Event()
+    message = Fail(InvariantViolation("INV-1", "inv1"), go_on)
     answers: list[object] = []
 
     async def run_cancelled(scope: trio.CancelScope) -> None:
@@ -283,22 +285,21 @@ async def test_an_asker_is_told_such_an_error_even_while_the_actor_is_cancelled(
         nursery.start_soon(told, lambda: mailbox.ask(message), answers)
         await wait_all_tasks_blocked()
         ending.cancel()
-        message.go_on.set()
+        go_on.set()
     assert answers == [InvariantViolation]
 
 
 async def test_a_bug_ends_the_actor_and_everyone_who_waits_is_told(mailbox: Mailbox, inbox: Inbox) -> None:
-    error, ended = ZeroDivisionError("a bug"), trio.Event()
-    handled = Fail(error, trio.Event())
+    error, ended, go_on = ZeroDivisionError("a bug"), trio.Event(), trio.Event()
     answers: list[object] = []
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run_until_it_fails, Desk(inbox), error, ended)
-        nursery.start_soon(told, lambda: mailbox.ask(handled), answers)
+        nursery.start_soon(told, lambda: mailbox.ask(Fail(error, go_on)), answers)
         await wait_all_tasks_blocked()
         for _ in range(3):
             nursery.start_soon(told, lambda: mailbox.ask(Double(1)), answers)
         await wait_all_tasks_blocked()
-        handled.go_on.set()
+        go_on.set()
         await ended.wait()
     assert sorted(map(str, answers)) == sorted(map(str, [ActorFailed, *[ActorStopped] * 3]))
 

@@ -141,7 +141,7 @@ async def test_a_draft_leaves_the_engine_its_threads() -> None:
     ],
 )
 async def test_a_model_that_proposes_has_to_be_there(
-    small_models: Mapping[str, Path], proposer: str, more: dict[str, str], error: type[PerennialError], says: str
+    small_models: Mapping[str, Path], proposer: str, more: dict[str, Any], error: type[PerennialError], says: str
 ) -> None:
     if "model" in more:
         more = {"model": str(small_models["qwen3"])}

@@ -38,7 +38,7 @@ OWNED: dict[str, dict[str, set[str]]] = {
         "the tree of points": {"points"},
         "which sessions stand where": {"_standing"},
         "reads ahead": {"_reading"},
-        "turns told": {"_told"},
+        "turn reports": {"_reports"},
     },
     "Admission": {"permits": {"_permits"}, "FIFO of waiters": {"_permits", "_line"}},
 }

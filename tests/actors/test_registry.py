@@ -299,7 +299,7 @@ class TestAFailure:
             await session.append([5])
             with pytest.raises(SessionFailed):
                 # A bug of ours, as a program that embeds the runtime may cause one.
-                await session.fork_into(None)  # type: ignore[arg-type]
+                await session.fork_into(None)  # type: ignore[arg-type] # The bug.
             assert await generated(neighbour, 5) == engine.continued([1, 2, 3], 5)
 
     async def test_of_one_session_leaves_room_for_another(self, engine: LedgerEngine) -> None:

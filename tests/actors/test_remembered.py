@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors import Runtime, SessionHandle
-from actors.handles import Completion
+from actors.handles import CompletionSessions
 from actors.proposers import NgramProposer
 from actors.proposing import Proposals
 from runtime import Overflow, Sampling
@@ -117,7 +117,7 @@ async def complete(
         return [await generated(each, 6, **drawn) for each in sessions], reused
 
 
-async def having_read(completion: Completion, prompt: list[int]) -> tuple[SessionHandle, int]:
+async def having_read(completion: CompletionSessions, prompt: list[int]) -> tuple[SessionHandle, int]:
     session, length = completion.open(array("I", prompt))
     await session.append(prompt[length:])
     return session, length

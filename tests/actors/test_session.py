@@ -646,7 +646,7 @@ async def test_a_bug_in_a_handler_is_told_as_a_failed_session(engine: LedgerEngi
         session = await runtime.create_session()
         await session.append([5])
         with pytest.raises(SessionFailed):
-            await session.fork_into(None)  # type: ignore[arg-type]
+            await session.fork_into(None)  # type: ignore[arg-type] # The bug.
         assert sample(runtime.metrics, "session_total", outcome="failed") == 1
 
 

@@ -15,7 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from actors import Runtime, SessionHandle, open_runtime
 from actors.engine_thread import EngineThread
-from actors.handles import Completion
+from actors.handles import CompletionSessions
 from actors.proposers import NgramProposer
 from actors.proposing import NewProposals, Proposals
 from actors.tree import open_sessions
@@ -258,7 +258,7 @@ async def complete(runtime: Runtime, prompt: list[int], max_tokens: int = 3, **s
         return await generated(session, max_tokens, **sampling)
 
 
-async def having_read(completion: Completion, prompt: list[int]) -> tuple[SessionHandle, int]:
+async def having_read(completion: CompletionSessions, prompt: list[int]) -> tuple[SessionHandle, int]:
     """A completion's first session, which has read the prompt, and how much of that needed no reading."""
     session, length = completion.open(array("I", prompt))
     await session.append(prompt[length:])
@@ -488,7 +488,7 @@ class TestBits:
     async def test_do_not_depend_on_a_generation_that_was_left(
         self, seedling: Engine, expected: dict[str, list[int]], drawn: str
     ) -> None:
-        how = {"temperature": SAMPLINGS[drawn].temperature, "seed": SAMPLINGS[drawn].seed}
+        how: dict[str, Any] = {"temperature": SAMPLINGS[drawn].temperature, "seed": SAMPLINGS[drawn].seed}
         async with open_seedling(seedling) as runtime:
             session = await runtime.create_session()
             await session.append(PROMPT)

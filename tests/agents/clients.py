@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -106,7 +107,7 @@ class Desk:
         """What an agent says that works to its end. Raises TooSlowError, and AssertionError where it fails."""
         with trio.fail_after(_LONGEST_S):
             done = await trio.run_process([*map(str, command)], **self._how, check=False)
-        said = done.stdout.decode(errors="replace")
+        said = str(done.stdout, errors="replace")
         assert done.returncode == 0, said
         return said
 
@@ -121,5 +122,5 @@ class Desk:
                 os.killpg(process.pid, signal.SIGINT)
 
     @property
-    def _how(self) -> dict[str, object]:
+    def _how(self) -> dict[str, Any]:
         return {"cwd": self.project, "env": self._environment, "capture_stdout": True, "stderr": subprocess.STDOUT}

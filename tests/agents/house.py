@@ -66,7 +66,7 @@ class Exchange:
         usage = self.usage
         assert usage is not None, f"an answer has no usage: {self.heard[-1:]}"
         told = usage.get("input_tokens_details") or usage.get("prompt_tokens_details") or usage
-        output = usage.get("output_tokens", usage.get("completion_tokens"))
+        output = usage["output_tokens" if "output_tokens" in usage else "completion_tokens"]
         return Read(
             told["reused"] + told["read"], told["reused"], output, told.get("broke_at"), told.get("reread_because")
         )
@@ -201,7 +201,7 @@ class House:
         lines = ["", "| way | path | asked | prompt | reused | read | answer | why |", "|" + " --- |" * 8]
         for one in self.recorder.exchanges:
             what = "prewarm" if one.is_prewarm else f"{len(one.said)} items"
-            cells = [one.way, one.path, what]
+            cells: list[object] = [one.way, one.path, what]
             if one.usage:
                 read = one.read
                 cells += [read.prompt, read.reused, read.read, read.output, read.broke_at or read.because or ""]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -54,7 +54,7 @@ class Line:
     cue: str
     says: str = ""
     thinks: str = ""
-    calls: tuple[tuple[str, dict[str, object]], ...] = ()
+    calls: tuple[tuple[str, Mapping[str, object]], ...] = ()
 
     @property
     def text(self) -> str:

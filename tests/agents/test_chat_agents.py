@@ -1,7 +1,7 @@
 """opencode, pi and qwen-code: agents that send the whole conversation each time, in the dialects that each speaks."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ class Agent:
     configure: Callable[[Desk, str], None]
     ask: tuple[str, ...]
     go_on: tuple[str, ...]
-    shell: tuple[str, dict[str, object]]
+    shell: tuple[str, Mapping[str, object]]
     rewrites: str | None = None
 
     @property

@@ -13,7 +13,7 @@ url, model, how = sys.argv[1:]
 set_tracing_disabled(True)
 
 
-@function_tool
+@function_tool  # type: ignore[untyped-decorator] # Only the environment of this script has the package.
 def shell(command: str) -> str:
     """Runs a command."""
     return subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout

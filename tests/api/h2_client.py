@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import trio
 from h2.config import H2Configuration
@@ -85,7 +86,8 @@ class Rude:
     async def status(self, number: int) -> str:
         answer = await self.until(number, ResponseReceived)
         assert isinstance(answer, ResponseReceived)
-        return dict(answer.headers or ())[":status"]
+        headers: dict[Any, Any] = dict(answer.headers or ())
+        return str(headers[":status"])
 
 
 @asynccontextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import trio
 from google.protobuf.message import Message
 from hpack import Decoder, Encoder
-from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, PingFrame, RstStreamFrame
+from hyperframe.frame import DataFrame, Frame, GoAwayFrame, PingFrame, RstStreamFrame
 
 from api.client import connect
 from runtime.settings import split_address
@@ -66,7 +66,7 @@ class Peer:
     def opening(self, path: str, *data: bytes, ends: bool = True, **headers: str | bytes) -> tuple[int, bytes]:
         """A stream's number, and its frames."""
         number, self._next_id = self._next_id, self._next_id + 2
-        named = {
+        named: dict[str, str | bytes] = {
             ":method": "POST",
             ":scheme": "http",
             ":path": path,
@@ -74,7 +74,7 @@ class Peer:
             "content-type": "application/grpc",
         }
         named |= {name.replace("_", "-"): value for name, value in headers.items()}
-        block = self._encoder.encode(sorted(named.items(), key=lambda each: not each[0].startswith(":")))
+        block = self._encoder.encode(sorted(named.items(), key=lambda each: not str(each[0]).startswith(":")))
         frames = [frame(HEADERS, END_HEADERS, number, block)]
         frames += [frame(DATA, 0, number, one) for one in data]
         return number, b"".join(frames) + (frame(DATA, END_STREAM, number) if ends else b"")
@@ -95,12 +95,13 @@ class Peer:
             if not more:
                 return None
             self._unread += more
+        got: Any
         got, size = Frame.parse_frame_header(memoryview(self._unread[:9]))
         got.parse_body(memoryview(self._unread[9 : 9 + size]))
         self._unread = self._unread[9 + size :]
         if isinstance(got, PingFrame) and "ACK" not in got.flags and self.answers_pings:
             await self._stream.send_all(frame(PING, ACK, payload=got.opaque_data))
-        if isinstance(got, HeadersFrame):
+        if got.type == HEADERS:
             got.fields = dict(self._decoder.decode(got.data))
         return got
 
@@ -114,8 +115,8 @@ class Peer:
     async def status(self, number: int) -> dict[str, str]:
         """The trailers of a stream."""
 
-        def is_last(got: Frame) -> bool:
-            return isinstance(got, HeadersFrame) and got.stream_id == number and "grpc-status" in got.fields
+        def is_last(got: Any) -> bool:
+            return got.type == HEADERS and got.stream_id == number and "grpc-status" in got.fields
 
         fields: dict[str, str] = (await self.until(is_last)).fields
         return fields

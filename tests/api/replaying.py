@@ -65,7 +65,11 @@ class Turn:
     @property
     def broke(self) -> str | None:
         """What the answer says of why more was to be read than what was new."""
-        return self.reuse and (self.reuse["reread_because"] or self.reuse["broke_at"])
+        reuse = self.reuse
+        if reuse is None:
+            return None
+        why: str | None = reuse["reread_because"] or reuse["broke_at"]
+        return why
 
 
 async def replayed(

@@ -19,7 +19,7 @@ from runtime.engine.torch_slab import as_torch
 from runtime.items import Call, Item, Message, Reasoning
 from runtime.models import SEEDLING, find_model
 from runtime.rows import Row, RowBatch
-from runtime.sampling import Draw, drawn
+from runtime.sampling import Draw, draw_token
 from runtime.text import Text
 from tests.actors.engines import LedgerEngine
 
@@ -125,7 +125,7 @@ class ScriptedEngine(LedgerEngine):
             wanted = None
             trio.from_thread.run_sync(self._ran_out.set, trio_token=self._token)
             self._permits.acquire()
-        token = drawn(may, replace(draw, sampling=Sampling()), row.position)
+        token = draw_token(may, replace(draw, sampling=Sampling()), row.position)
         assert wanted in (None, token.token_id), (
             f"{self.text.spelled([wanted or 0])!r} may not follow {self.text.spelled(self.history[-20:])!r}"
         )

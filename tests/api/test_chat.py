@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ def tiny(tmp_path: Path) -> Path:
     return tmp_path / "tiny"
 
 
-async def talk(house: House, typed: str, monkeypatch: pytest.MonkeyPatch, **settings: str) -> int:
+async def talk(house: House, typed: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> int:
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     return await chat(Settings(**settings), house.grpc, max_tokens=3, temperature=0.0)
 
@@ -76,5 +77,5 @@ async def test_the_server_tells_which_model_it_runs() -> None:
     async with open_house(model_label="mine") as house, connect(house.grpc) as client:
         told = await client.model_info()
 
-    assert (told.model, told.vocabulary, told.eos_token_ids) == ("mine", 100, {2})
+    assert (told.model, told.vocabulary, told.eos_token_ids) == ("mine", 100, frozenset({2}))
     assert told.tokenizer_digest == tiny_text().digest

@@ -50,7 +50,7 @@ class TestThinking:
 
 
 # What agents' tools have in their schemas, and no grammar follows to the letter.
-LOOSE = {
+LOOSE: dict[str, dict[str, Any]] = {
     "int64": {"type": "object", "properties": {"a": {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}}},
     "$schema unheard of": {"$schema": "https://example.org/mine", "type": "object"},
     "propertyNames": {"type": "object", "propertyNames": {"pattern": "^a"}},
@@ -71,7 +71,7 @@ LOOSE = {
     "reference to nowhere": {"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}},
 }
 # These are followed as they are.
-FOLLOWED = {
+FOLLOWED: dict[str, dict[str, Any] | None] = {
     "none": None,
     "empty": {},
     "annotations": {"type": "object", "title": "T", "description": "D", "properties": {"a": {"default": 1}}},
@@ -85,7 +85,7 @@ class TestATool:
 
     @pytest.mark.parametrize("name", [*LOOSE, *FOLLOWED])
     def test_that_is_not_strict_is_never_refused_for_its_schema(self, name: str) -> None:
-        asked = question(self.text, tools=[tool((LOOSE | FOLLOWED)[name])])
+        asked = question(self.text, tools=[tool({**LOOSE, **FOLLOWED}[name])])
 
         assert asked.bounds.grammar(self.text) is not None
 

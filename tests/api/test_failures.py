@@ -15,7 +15,7 @@ from runtime.errors import EngineFailed, PerennialError
 from tests.actors.engines import BREAKS
 from tests.api.doors import HELLO, House, open_house
 
-BREAKING = HELLO | {"messages": [{"role": "user", "content": f"word{BREAKS}"}]}
+BREAKING: dict[str, object] = {**HELLO, "messages": [{"role": "user", "content": f"word{BREAKS}"}]}
 COMPLETIONS = "/v1/chat/completions"
 
 

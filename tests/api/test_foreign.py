@@ -13,12 +13,12 @@ from h2.connection import H2Connection
 from h2.events import UnknownFrameReceived
 from h2.exceptions import FrameTooLargeError, ProtocolError
 from h2.utilities import SizeLimitDict
-from hypercorn.protocol.ws_stream import server_extensions_handshake
 from hyperframe.frame import ExtensionFrame
-from wsproto import Connection as WebSocket
 from wsproto import ConnectionType
+from wsproto.connection import Connection as WebSocket
 from wsproto.events import BytesMessage, CloseConnection
 from wsproto.extensions import PerMessageDeflate
+from wsproto.handshake import server_extensions_handshake
 
 from api.foreign import require
 from api.foreign.grpclib.connection import GuardedProcessor
@@ -111,7 +111,7 @@ def test_closed_streams_are_forgotten(kind: type[H2Connection], count: int) -> N
 async def events_of(kind: type[EventsProcessor]) -> None:
     event = UnknownFrameReceived(frame=ExtensionFrame(0x42, 0))
     # Neither of the two is used for an event like this one.
-    kind(Handler({}, None, None, None), Connection.__new__(Connection)).process(event)  # type: ignore[arg-type]
+    kind(Handler({}, None, None, None), Connection.__new__(Connection)).process(event)  # type: ignore[arg-type] # As said.
 
 
 def test_an_event_that_means_nothing_is_ignored() -> None:
@@ -136,7 +136,7 @@ def test_an_empty_piece_is_no_end() -> None:
 
 
 async def cancelled_after_its_end() -> None:
-    Handler({}, None, None, None).cancel(object())  # type: ignore[arg-type]
+    Handler({}, None, None, None).cancel(object())  # type: ignore[arg-type] # Any stream.
 
 
 def test_upstream_fails_at_a_reset_of_a_call_that_has_ended() -> None:

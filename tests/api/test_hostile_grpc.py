@@ -105,7 +105,7 @@ async def test_a_frame_of_a_type_that_is_unknown_is_ignored(
 @pytest.mark.parametrize("name", ["user_agent", "authorization", "anything", ":path", "x_bin", "grpc_timeout"])
 async def test_a_byte_that_is_no_ascii_in_a_header_costs_its_call_alone(house: House, name: str) -> None:
     async with hostile(house) as peer:
-        number = await peer.open(CHECK, message(), **{name: b"caf\xc3\xa9\xff"})
+        number = await peer.open(CHECK, message(), ends=True, **{name: b"caf\xc3\xa9\xff"})
         assert (await peer.status(number))["grpc-status"] == INVALID_ARGUMENT
 
         number = await peer.open(CHECK, message())
@@ -127,7 +127,7 @@ async def test_a_header_that_makes_no_sense_is_answered_without_a_word_in_the_lo
     house: House, header: str, value: str, status: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with hostile(house) as peer:
-        number = await peer.open(f"{SERVICE}/ListSessions", message(), **{header: value})
+        number = await peer.open(f"{SERVICE}/ListSessions", message(), ends=True, **{header: value})
 
         assert (await peer.status(number))["grpc-status"] == status
     assert not tracebacks(caplog)

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any
 
 import pytest
 import trio
@@ -64,7 +65,7 @@ async def test_a_connection_that_closes_while_its_answers_wait_for_the_window_le
 
 
 async def test_a_stream_of_events_that_nobody_reads_is_ended_and_its_permit_is_free_again() -> None:
-    settings = {"http_overflow": "evict", "max_concurrent": 1, "reader_timeout_s": 0.1}
+    settings: dict[str, Any] = {"http_overflow": "evict", "max_concurrent": 1, "reader_timeout_s": 0.1}
     async with open_house(**settings) as house, rude(house.http, 0) as client:
         number = await client.ask("/v1/chat/completions", ENDLESS)
         await client.until(number, StreamReset)
@@ -96,7 +97,7 @@ async def read_a_little(client: Rude, number: int) -> list[object]:
 
 async def test_an_http_1_client_that_does_not_read_its_stream_loses_it() -> None:
     body = json.dumps(ENDLESS).encode()
-    settings = {"http_overflow": "evict", "max_concurrent": 1, "reader_timeout_s": 0.2}
+    settings: dict[str, Any] = {"http_overflow": "evict", "max_concurrent": 1, "reader_timeout_s": 0.2}
     async with open_house(**settings) as house, await trio.open_tcp_stream(*house.http) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         await client.send_all(post("/v1/chat/completions", body))

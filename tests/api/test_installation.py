@@ -45,8 +45,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--no-deps",
         "--no-build-isolation",
         "-w",
-        source / "dist",
-        source,
+        str(source / "dist"),
+        str(source),
     ]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": ""})
     return next((source / "dist").iterdir())

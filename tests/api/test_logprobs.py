@@ -29,7 +29,8 @@ def token(token_id: int) -> Token:
 def sent(token_ids: list[int], stops: list[str]) -> tuple[str, list[ChosenLogprob]]:
     """What a client gets of these tokens."""
     logprobs, stopping, detokenizer = SentLogprobs(text(), {EOS}), StopStrings(stops), text().detokenizer()
-    out, told = "", []
+    told: list[ChosenLogprob] = []
+    out = ""
     for token_id in token_ids:
         spelt = detokenizer.feed(token_id)
         logprobs.feed(token(token_id), spelt)

@@ -10,7 +10,7 @@ from bench import plots, report, results
 from bench.figures import Figure
 from bench.results import Record
 from bench.scenario import Result
-from bench.targets import TARGETS, at_least, at_most
+from bench.targets import TARGETS, Target, at_least, at_most
 
 FAST = Figure("x", 1.5, 1.25, 2.0)
 RESULT = Result(
@@ -49,7 +49,7 @@ def test_a_row_has_the_figure_with_its_spread() -> None:
         (at_most(1.4), "at most 1.4", "**no**"),
     ],
 )
-def test_a_target_is_met_by_the_median(target: report.Target, words: str, met: str) -> None:
+def test_a_target_is_met_by_the_median(target: Target, words: str, met: str) -> None:
     page = report.render([record()], {("turns", "m"): {"speed-up": target}}, "results")
 
     assert row(page, "speed-up")[-2:] == [words, met]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,7 @@ def server(request: pytest.FixtureRequest) -> ServerProcess:
 def besieged(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
     """A server of each kind that is short of everything, patience included. Whatever it goes through, it ends well."""
     flags = () if request.param == "perennial" else ("--keep-alive", str(PATIENCE_S))
-    patience = {"reader_timeout_s": PATIENCE_S, "idle_connection_s": PATIENCE_S}
+    patience: dict[str, Any] = {"reader_timeout_s": PATIENCE_S, "idle_connection_s": PATIENCE_S}
     with started(request.param, *flags, capacity=2, max_concurrent=1, http_overflow="evict", **patience) as server:
         yield server
         assert server.stop() == 0
@@ -76,7 +77,7 @@ def client(request: pytest.FixtureRequest) -> Iterator[Client]:
 @pytest.fixture(scope="session")
 def keyed() -> Iterator[ServerProcess]:
     """A server with keys, a label and a short window, which takes one completion at a time and evicts what is too long."""
-    settings = {"sink": 4, "window": VISIBLE - 4, "http_overflow": "evict", "max_concurrent": 1}
+    settings: dict[str, Any] = {"sink": 4, "window": VISIBLE - 4, "http_overflow": "evict", "max_concurrent": 1}
     with started("perennial", api_keys=",".join(KEYS), model_label=LABEL, **settings) as server:
         yield server
 
@@ -84,7 +85,12 @@ def keyed() -> Iterator[ServerProcess]:
 @pytest.fixture(scope="session")
 def hurried() -> Iterator[ServerProcess]:
     """A server that gives a completion three seconds, and one that waits for another a quarter of one."""
-    settings = {"admission_policy": "queue", "queue_max_wait_s": 0.25, "max_concurrent": 1, "http_overflow": "evict"}
+    settings: dict[str, Any] = {
+        "admission_policy": "queue",
+        "queue_max_wait_s": 0.25,
+        "max_concurrent": 1,
+        "http_overflow": "evict",
+    }
     with started("hypercorn-trio", request_timeout_s=3, **settings) as server:
         yield server
 

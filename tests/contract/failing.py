@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from quart import Response
 
 from api.bridge import EitherLoop, TrioApplication
@@ -17,8 +19,7 @@ def make_failing_app(server: Server) -> TrioApplication:
     async def fails() -> Response:
         raise ZeroDivisionError
 
-    application: TrioApplication = made
-    return application
+    return cast(TrioApplication, made)
 
 
 app = EitherLoop(HostedApplication(make_failing_app))

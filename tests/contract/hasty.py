@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import api.foreign.hypercorn
 from api.bridge import EitherLoop, TrioApplication
 from api.hosting import HostedApplication
@@ -16,8 +18,7 @@ vars(api.foreign.hypercorn)["_HEAD_S"] = WAITS_S
 def make_hasty_app(server: Server) -> TrioApplication:
     made = make_app(server)
     made.config["BODY_TIMEOUT"] = WAITS_S
-    application: TrioApplication = made
-    return application
+    return cast(TrioApplication, made)
 
 
 app = EitherLoop(HostedApplication(make_hasty_app))

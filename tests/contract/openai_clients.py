@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 from openai import AsyncOpenAI, OpenAI
@@ -34,7 +34,8 @@ class SyncClient:
         return [model.id for model in self._client.models.list()]
 
     def answer(self, **body: Any) -> ChatCompletion:
-        return self._client.chat.completions.create(**asked(body))
+        answer: ChatCompletion = self._client.chat.completions.create(**asked(body))
+        return answer
 
     def chunks(self, **body: Any) -> list[ChatCompletionChunk]:
         with self._client.chat.completions.create(stream=True, **asked(body)) as stream:
@@ -53,7 +54,8 @@ class AsyncClient:
         return self._runner.run(listed())
 
     def answer(self, **body: Any) -> ChatCompletion:
-        return self._runner.run(self._client.chat.completions.create(**asked(body)))
+        answer: ChatCompletion = self._runner.run(self._client.chat.completions.create(**asked(body)))
+        return answer
 
     def answers(self, count: int, **body: Any) -> list[ChatCompletion]:
         """As many answers to the same, all asked for at once."""
@@ -95,7 +97,10 @@ def async_client(server: ServerProcess, key: str = "none") -> Iterator[AsyncClie
         runner.run(client.close())
 
 
-CLIENTS = {"sync": sync_client, "async": async_client}
+CLIENTS: Mapping[str, Callable[[ServerProcess], AbstractContextManager[Client]]] = {
+    "sync": sync_client,
+    "async": async_client,
+}
 
 
 def text_of(answer: ChatCompletion) -> str:

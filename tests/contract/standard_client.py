@@ -38,7 +38,7 @@ def checked(health: health_pb2_grpc.HealthStub, service: str) -> str:
     try:
         return named(health.Check(health_pb2.HealthCheckRequest(service=service), timeout=_LONGEST_CALL_S))
     except grpc.RpcError as error:
-        return error.code().name
+        return str(error.code().name)
 
 
 def watched(health: health_pb2_grpc.HealthStub, service: str) -> str:
@@ -50,7 +50,7 @@ def watched(health: health_pb2_grpc.HealthStub, service: str) -> str:
 
 
 def named(response: health_pb2.HealthCheckResponse) -> str:
-    return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
 
 
 if __name__ == "__main__":

@@ -48,11 +48,11 @@ class Stock:
         self._stub = stubs.services.RuntimeServiceStub(channel)
         self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
 
-    def call(self, method: str, *, timeout: float = _LONGEST_CALL_S, **fields: object) -> Any:
+    def call(self, method: str, *, timeout: float = _LONGEST_CALL_S, **fields: Any) -> Any:
         """The response, or the stream of responses."""
         return getattr(self._stub, method)(self._request(method, fields), timeout=timeout, metadata=self._metadata)
 
-    def begin(self, method: str, **fields: object) -> Any:
+    def begin(self, method: str, **fields: Any) -> Any:
         """The future response of a call that has been sent."""
         request = self._request(method, fields)
         return getattr(self._stub, method).future(request, timeout=_LONGEST_CALL_S, metadata=self._metadata)
@@ -60,20 +60,20 @@ class Stock:
     def _request(self, method: str, fields: dict[str, object]) -> Any:
         return getattr(self.messages, f"{method}Request")(**fields)
 
-    def create(self, prompt: Iterable[int] = (), **fields: object) -> str:
+    def create(self, prompt: Iterable[int] = (), **fields: Any) -> str:
         """The id of a new session that holds `prompt`."""
         session_id: str = self.call("CreateSession", **fields).session_id
         if tokens := list(prompt):
             self.append(session_id, tokens)
         return session_id
 
-    def append(self, session_id: str, token_ids: Iterable[int], **fields: object) -> Any:
+    def append(self, session_id: str, token_ids: Iterable[int], **fields: Any) -> Any:
         return self.call("AppendTokens", session_id=session_id, token_ids=list(token_ids), **fields)
 
-    def stream(self, session_id: str, max_tokens: int, **fields: object) -> Any:
+    def stream(self, session_id: str, max_tokens: int, **fields: Any) -> Any:
         return self.call("Generate", session_id=session_id, max_tokens=max_tokens, **fields)
 
-    def generated(self, session_id: str, max_tokens: int, **fields: object) -> list[int]:
+    def generated(self, session_id: str, max_tokens: int, **fields: Any) -> list[int]:
         return tokens_of(list(self.stream(session_id, max_tokens, **fields)))
 
     def info(self, session_id: str) -> Any:

@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -28,12 +29,12 @@ ENDLESS = {"max_tokens": 2**31 - 1, "ignore_eos": True}
 @pytest.fixture(scope="module", params=KINDS)
 def endless(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
     """A server of each kind, with a few permits and a line for them, that forgets rather than refuses."""
-    settings = {"http_overflow": "evict", "max_concurrent": PERMITS, "admission_policy": "queue"}
+    settings: dict[str, Any] = {"http_overflow": "evict", "max_concurrent": PERMITS, "admission_policy": "queue"}
     with started(request.param, window=252, **settings) as server:
         yield server
 
 
-def asked(server: ServerProcess, content: str = "Hello!", **more: object) -> http.client.HTTPConnection:
+def asked(server: ServerProcess, content: str = "Hello!", **more: Any) -> http.client.HTTPConnection:
     """A connection on which a completion was asked for, an endless one unless it is told otherwise."""
     body = {"model": "seedling", "messages": [{"role": "user", "content": content}], **ENDLESS, **more}
     connection = http.client.HTTPConnection(urlsplit(server.http).netloc, timeout=_LONGEST_WAIT_S)
@@ -55,19 +56,19 @@ def wait_until(condition: Callable[[], bool]) -> None:
         assert time.monotonic() < deadline
 
 
-def leaves_in_a_prefill(server: ServerProcess, **more: object) -> None:
+def leaves_in_a_prefill(server: ServerProcess, **more: Any) -> None:
     forwards = metric(server, "forward_rows_count")
     with closing(asked(server, LONG, **more)):
         wait_until(lambda: metric(server, "forward_rows_count") > forwards)
 
 
-def leaves_in_a_decode(server: ServerProcess, **more: object) -> None:
+def leaves_in_a_decode(server: ServerProcess, **more: Any) -> None:
     tokens = metric(server, "generated_tokens_total")
     with closing(asked(server, **more)):
         wait_until(lambda: metric(server, "generated_tokens_total") > tokens)
 
 
-def leaves_between_chunks(server: ServerProcess, **more: object) -> None:
+def leaves_between_chunks(server: ServerProcess, **more: Any) -> None:
     with closing(asked(server, **more)) as connection, connection.getresponse() as response:
         while not json.loads(response.readline().removeprefix(b"data: "))["choices"][0]["delta"]["content"]:
             response.readline()

@@ -224,7 +224,7 @@ def test_a_generation_that_makes_no_sense_is_refused_and_the_session_answers(
     session_id = client.create(PROMPT)
 
     with refused(Code.INVALID_ARGUMENT) as words:
-        list(client.stream(session_id, **{"max_tokens": 5, **sampling}))
+        list(client.call("Generate", session_id=session_id, **{"max_tokens": 5, **sampling}))
 
     assert next(iter(sampling)) in words[0]
     assert client.info(session_id).history_digest == digest_of(PROMPT)

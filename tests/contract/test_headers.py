@@ -28,7 +28,7 @@ MOST_BODY_BYTES = 8 * 2**20
 @pytest.fixture(scope="module", params=KINDS[1:])
 def hosted(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
     """A server under each worker class of Hypercorn with a key and one permit, of which one route fails."""
-    settings = {"model_label": "tiny", "api_keys": "key", "max_concurrent": 1, "http_overflow": "evict"}
+    settings: dict[str, Any] = {"model_label": "tiny", "api_keys": "key", "max_concurrent": 1, "http_overflow": "evict"}
     with started(request.param, application="tests.contract.failing:app", **settings) as server:
         yield server
 

@@ -66,7 +66,7 @@ async def test_frames_of_types_that_are_unknown_are_ignored(besieged: ServerProc
 async def test_a_byte_that_is_no_ascii_in_a_header_costs_its_call_alone(besieged: ServerProcess) -> None:
     async with peer_at(besieged.grpc) as peer:
         for name in ("user_agent", "authorization", "anything", "grpc_timeout"):
-            number = await peer.open(CHECK, message(), **{name: b"caf\xc3\xa9\xff"})
+            number = await peer.open(CHECK, message(), ends=True, **{name: b"caf\xc3\xa9\xff"})
             assert (await peer.status(number))["grpc-status"] == INVALID_ARGUMENT
         number = await peer.open(CHECK, message())
         assert (await peer.status(number))["grpc-status"] == OK

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from socket import create_connection
+from typing import Any
 
 import httpx
 import pytest
@@ -23,7 +24,7 @@ TALK = {"model": SEEDLING, "messages": [{"role": "user", "content": "Hello!"}], 
 
 
 @contextmanager
-def secure(kind: str, tls: ssl.SSLContext, certificate: Path, key: Path, **settings: object) -> Iterator[httpx.Client]:
+def secure(kind: str, tls: ssl.SSLContext, certificate: Path, key: Path, **settings: Any) -> Iterator[httpx.Client]:
     """A client that prefers HTTP/2, of a server that has loaded its model."""
     flags = ("--certfile", str(certificate), "--keyfile", str(key))
     with started(kind, *flags, is_awaited=False, **settings) as server:

@@ -21,10 +21,15 @@ pytestmark = pytest.mark.door
 
 COMPLETIONS = "/v1/chat/completions"
 MIGRATION = "/docs/adr/0008-session-bound-runtime-and-grpc-protocol.md"
-HELLO = {"model": SEEDLING, "messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 4}
+HELLO: dict[str, Any] = {
+    "model": SEEDLING,
+    "messages": [{"role": "user", "content": "Hello"}],
+    "temperature": 0,
+    "max_tokens": 4,
+}
 # What only the time limit ends, where the server forgets rather than refuses.
 ENDLESS = HELLO | {"max_tokens": 2**31 - 1, "ignore_eos": True}
-SMALL = {"sink": 4, "window": 60}
+SMALL: dict[str, Any] = {"sink": 4, "window": 60}
 MOST_BODY_BYTES = 8 * 2**20
 
 

@@ -7,6 +7,7 @@ import select
 import socket
 import struct
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import httpx
@@ -109,7 +110,7 @@ async def test_a_host_that_is_missing_or_forged_over_http_2_is_refused(
     server: ServerProcess, named: dict[str, str]
 ) -> None:
     async with peer_at(address_of(server)) as peer:
-        number = await peer.open("/v1/runtime", **{":method": "GET"}, **named)
+        number = await peer.open("/v1/runtime", ends=True, **{":method": "GET"}, **named)
         answer = await peer.until(lambda got: got.stream_id == number or got.type == GOAWAY)
 
         assert answer.type in (RST_STREAM, GOAWAY) or answer.fields[":status"] in ("400", "403")
@@ -291,7 +292,7 @@ async def test_a_request_whose_rest_does_not_come_is_not_waited_for(kind: str) -
             for each in bodies:
                 each.sendall(f"POST {COMPLETIONS} {JSON}{7 * MIB}\r\n\r\n{{".encode())
             for each in bodies:
-                answer = b"".join(iter(lambda each=each: each.recv(4096), b""))
+                answer = b"".join(iter(partial(each.recv, 4096), b""))
                 assert answer.startswith(b"HTTP/1.1 408 ")
         async with rude(address) as client:
             assert await client.status(await client.begin(COMPLETIONS, 1000)) == "408"
@@ -339,7 +340,7 @@ async def test_frames_that_ask_for_nothing_are_passed_over(besieged: ServerProce
 
 
 async def status(peer: Peer, path: str) -> str:
-    number = await peer.open(path, **{":method": "GET", ":authority": "localhost"})
+    number = await peer.open(path, ends=True, **{":method": "GET", ":authority": "localhost"})
     answer = await peer.until(lambda got: got.type == HEADERS and got.stream_id == number)
     found: str = answer.fields[":status"]
     return found
@@ -347,7 +348,8 @@ async def status(peer: Peer, path: str) -> str:
 
 async def test_a_path_that_is_no_ascii_ends_its_stream_and_not_its_connection(besieged: ServerProcess) -> None:
     async with peer_at(address_of(besieged)) as peer:
-        await peer.is_reset(await peer.open(b"/h\xc3\xa9", **{":method": "GET", ":authority": "localhost"}))  # type: ignore[arg-type]
+        path: Any = b"/h\xc3\xa9"
+        await peer.is_reset(await peer.open(path, ends=True, **{":method": "GET", ":authority": "localhost"}))
 
         assert await status(peer, "/healthz") == "200"
 

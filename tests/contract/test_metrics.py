@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import pytest
@@ -103,7 +104,7 @@ def settled(server: ServerProcess, completions: int) -> Samples:
 @pytest.fixture(scope="module", params=KINDS)
 def played(request: pytest.FixtureRequest, stubs: Stubs) -> Iterator[Played]:
     """The script: seven completions, of which three are refused, and a session, on a server that does nothing else."""
-    settings = {"max_concurrent": 1, "capacity": CAPACITY, "http_overflow": "evict"}
+    settings: dict[str, Any] = {"max_concurrent": 1, "capacity": CAPACITY, "http_overflow": "evict"}
     with started(request.param, **settings) as server, httpx.Client(base_url=server.http, timeout=60) as client:
         usages = []
         for asked in (body("Tell me about the sea."), body(max_tokens=1), body(max_tokens=9, ignore_eos=True)):

@@ -102,19 +102,19 @@ of_loading = schema_of(narrowed(described()), 5, 200, 426, 503, **FUZZING)
 
 @pytest.mark.door
 @of_idle.parametrize()
-def test_whatever_is_asked_is_answered_as_the_document_says(idle: ServerProcess, case: schemathesis.Case) -> None:
+def test_whatever_is_asked_is_answered_as_the_document_says(idle: ServerProcess, case: schemathesis.Case[Any]) -> None:
     case.call_and_validate(base_url=idle.http, timeout=60)
 
 
 @pytest.mark.door
 @of_busy.parametrize()
-def test_a_busy_server_answers_as_the_document_says(busy: ServerProcess, case: schemathesis.Case) -> None:
+def test_a_busy_server_answers_as_the_document_says(busy: ServerProcess, case: schemathesis.Case[Any]) -> None:
     case.call_and_validate(base_url=busy.http, timeout=60)
 
 
 @pytest.mark.door
 @of_loading.parametrize()
-def test_a_server_that_loads_answers_as_the_document_says(loading: ServerProcess, case: schemathesis.Case) -> None:
+def test_a_server_that_loads_answers_as_the_document_says(loading: ServerProcess, case: schemathesis.Case[Any]) -> None:
     case.call_and_validate(base_url=loading.http, timeout=60, excluded_checks=[schemathesis.checks.not_a_server_error])
 
 
@@ -136,7 +136,7 @@ def test_a_server_that_loads_answers_as_the_document_says(loading: ServerProcess
 )
 def test_each_kind_of_answer_is_as_the_document_says(idle: ServerProcess, more: dict[str, Any], status: int) -> None:
     case = of_idle[COMPLETIONS]["POST"].Case(
-        body=HELLO | more, media_type="application/json", headers={"Authorization": f"Bearer {KEY}"}
+        body={**HELLO, **more}, media_type="application/json", headers={"Authorization": f"Bearer {KEY}"}
     )
 
     response = case.call(base_url=idle.http, timeout=60)

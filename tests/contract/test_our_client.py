@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import TypeVar
 
@@ -50,7 +50,7 @@ def in_trio(function: Callable[[], Awaitable[T]]) -> T:
     return trio.run(function)
 
 
-def in_asyncio(function: Callable[[], Awaitable[T]]) -> T:
+def in_asyncio(function: Callable[[], Coroutine[None, None, T]]) -> T:
     with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
         return runner.run(function())
 

@@ -81,6 +81,8 @@ def test_lanes_are_answered_each_in_its_order(client: OpenAI) -> None:
         heard: dict[str, list[str]] = {"one": [], "two": []}
         for event in connection:
             if event.type in ("response.completed", "response.incomplete"):
+                assert event.stream_id
+                assert event.response.metadata
                 heard[event.stream_id].append(event.response.metadata["asked"])
             if sum(map(len, heard.values())) == 4:
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -18,7 +19,13 @@ MORE = 50
 
 
 def test_a_killed_servers_session_goes_on_at_the_other_with_the_same_tokens(tmp_path: Path, stubs: Stubs) -> None:
-    shared = {"state_dir": f"file://{tmp_path}", "sink": 4, "window": 252, "capacity": 2, "state_lease_s": 1}
+    shared: dict[str, Any] = {
+        "state_dir": f"file://{tmp_path}",
+        "sink": 4,
+        "window": 252,
+        "capacity": 2,
+        "state_lease_s": 1,
+    }
     with (
         started("perennial", **shared) as one,
         started("hypercorn-trio", **shared) as two,

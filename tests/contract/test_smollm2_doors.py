@@ -31,7 +31,7 @@ QUESTIONS = (
 
 @pytest.fixture(scope="module")
 def server(smollm2: Path) -> Iterator[ServerProcess]:
-    settings = {"model": SMOLLM2, "sink": SINK, "window": WINDOW, "http_overflow": "evict"}
+    settings: dict[str, Any] = {"model": SMOLLM2, "sink": SINK, "window": WINDOW, "http_overflow": "evict"}
     with started("perennial", **settings) as server:
         yield server
 

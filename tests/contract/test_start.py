@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -138,7 +139,7 @@ def test_the_log_names_the_ceiling_of_one_session_and_of_all_slabs(life: Life) -
     assert any(f"all_slabs_ceiling_bytes={int(found[1]) * int(found[2])}" in line for line in life.log)
 
 
-REFUSED: dict[str, tuple[dict[str, object], str]] = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a value out of range": ({"window": 0}, "window must be"),
     "no model there": ({"model": "/nowhere"}, "'/nowhere'"),
     "more than the memory": ({"capacity": 2**20}, "lower window, capacity or max_concurrent"),
@@ -156,7 +157,7 @@ def refusal(kind: str, *flags: str, http: str = "", **settings: object) -> tuple
 
 
 @pytest.mark.parametrize(("settings", "words"), REFUSED.values(), ids=REFUSED)
-def test_a_server_that_cannot_start_says_why_in_one_line(settings: dict[str, object], words: str) -> None:
+def test_a_server_that_cannot_start_says_why_in_one_line(settings: dict[str, Any], words: str) -> None:
     status, line = refusal(PERENNIAL, **settings)
 
     assert status == 1

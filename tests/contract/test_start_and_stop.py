@@ -18,6 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from runtime.models import SEEDLING, find_model
+from runtime.settings import split_address
 from tests.contract.servers import (
     JSON,
     KINDS,
@@ -113,7 +114,7 @@ def test_a_server_told_to_stop_while_it_loads_stops_once_it_has_loaded(kind: str
         ExitStack() as at_end,
     ):
         at_end.callback(release)
-        with socket.create_connection(server.http.removeprefix("http://").split(":")):
+        with socket.create_connection(split_address(server.http.removeprefix("http://"))):
             pass
         server.process.send_signal(signal.SIGTERM)
         release()

@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -37,7 +38,7 @@ def test_a_client_is_answered_at_a_socket_in_the_file_system(tmp_path: Path) -> 
     assert not path.exists()
 
 
-async def listens(path: Path, nursery: trio.Nursery, **settings: object) -> None:
+async def listens(path: Path, nursery: trio.Nursery, **settings: Any) -> None:
     await nursery.start(http_door, Server(Settings(**settings)), f"unix:{path}")
 
 

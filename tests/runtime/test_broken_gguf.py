@@ -165,7 +165,8 @@ def test_a_file_whose_experts_or_windows_cannot_be_is_refused_in_a_line(
     name: str, value: int | None, small_models: Mapping[str, Path], tmp_path: Path
 ) -> None:
     file = tmp_path / "model.gguf"
-    write_gguf(small_models["gpt_oss"], file, **{f"gpt-oss__{name}": value})
+    metadata: dict[str, Any] = {f"gpt-oss__{name}": value}
+    write_gguf(small_models["gpt_oss"], file, **metadata)
 
     assert str(file) in refusal(file)
 

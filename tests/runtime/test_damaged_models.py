@@ -68,7 +68,8 @@ COUNTS = [
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_count_that_no_model_has_is_told_by_its_name(model: Path, name: str) -> None:
-    for value in (-1, 0, 10**13, 10**30, NAN, INFINITE, 1.5, "12", True, [1], {}):
+    values: list[Any] = [-1, 0, 10**13, 10**30, NAN, INFINITE, 1.5, "12", True, [1], {}]
+    for value in values:
         configure(model, **{name: value})
 
         assert name in refused(model)
@@ -110,33 +111,33 @@ def test_angles_that_are_scaled_by_no_number_are_refused(model: Path, name: str,
     assert name in refused(model)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        *({"dtype": dtype} for dtype in ("load", "Tensor", "int8", "complex64", "x", 5, [], {"": "float32"})),
-        *({"torch_dtype": dtype} for dtype in ("load", "save", "quint8")),
-        *({"quantization_config": one} for one in ({}, {"quant_method": "gptq"}, {"quant_method": "?"}, "int4", [], 4)),
-        *({"model_type": one} for one in ("gpt2", "?", None, 5, [])),
-        *({"hidden_act": one} for one in ("?", None, 5)),
-        *({"layer_types": one} for one in ("?", 5, [], ["?", "?"])),
-        *({"tie_word_embeddings": one} for one in ("yes", None, 1, False)),
-        *({"pad_token_id": one} for one in ("?", NAN, 10**30, 2048)),
-        *({"eos_token_id": one} for one in ("?", NAN, ["?"], [[2]])),
-        *(
-            {"rope_parameters": one}
-            for one in ("?", 5, [], {"rope_type": "?"}, {"rope_type": "dynamic", "factor": 2.0})
-        ),
-        {"attention_bias": True},
-        {"head_dim": 33},
-        {"num_attention_heads": 3},
-        {"num_key_value_heads": 3},
-        {"num_hidden_layers": 1, "layer_types": None},
-        {"num_hidden_layers": 3, "layer_types": None},
-        {"vocab_size": 2047},
-        {"model_type": "?", "auto_map": {"AutoConfig": "code.Config"}},
-    ],
-    ids=str,
-)
+# Values that a configuration may not have, or that make the model another one.
+OTHERS: dict[str, list[Any]] = {
+    "dtype": ["load", "Tensor", "int8", "complex64", "x", 5, [], {"": "float32"}],
+    "torch_dtype": ["load", "save", "quint8"],
+    "quantization_config": [{}, {"quant_method": "gptq"}, {"quant_method": "?"}, "int4", [], 4],
+    "model_type": ["gpt2", "?", None, 5, []],
+    "hidden_act": ["?", None, 5],
+    "layer_types": ["?", 5, [], ["?", "?"]],
+    "tie_word_embeddings": ["yes", None, 1, False],
+    "pad_token_id": ["?", NAN, 10**30, 2048],
+    "eos_token_id": ["?", NAN, ["?"], [[2]]],
+    "rope_parameters": ["?", 5, [], {"rope_type": "?"}, {"rope_type": "dynamic", "factor": 2.0}],
+}
+CHANGES: list[dict[str, Any]] = [
+    *({name: value} for name, values in OTHERS.items() for value in values),
+    {"attention_bias": True},
+    {"head_dim": 33},
+    {"num_attention_heads": 3},
+    {"num_key_value_heads": 3},
+    {"num_hidden_layers": 1, "layer_types": None},
+    {"num_hidden_layers": 3, "layer_types": None},
+    {"vocab_size": 2047},
+    {"model_type": "?", "auto_map": {"AutoConfig": "code.Config"}},
+]
+
+
+@pytest.mark.parametrize("values", CHANGES, ids=str)
 def test_a_configuration_that_is_of_no_model_or_of_another_is_refused(model: Path, values: dict[str, Any]) -> None:
     configure(model, **values)
 
@@ -243,7 +244,7 @@ WEIGHTS: dict[str, tuple[Change, str]] = {
     "one value of the embedding is NaN": (with_value("model.embed_tokens.weight", NAN), "embed_tokens"),
     "one value of a norm is NaN": (with_value(NORM, NAN), NORM),
     "one value of the last layer is infinite": (with_value(LAST, -INFINITE), LAST),
-    "values that overflow": (with_tensor(NORM, torch.full((64,), 3e38)), "no numbers"),
+    "values that overflow": (with_tensor(NORM, torch.full((64,), 3e38)), "not finite"),
     "values that overflow in this type": (with_tensor(NORM, torch.full((64,), 1e300, dtype=torch.float64)), NORM),
     "another shape": (with_tensor(NORM, torch.ones(32)), NORM),
     "another rank": (with_tensor(NORM, torch.ones(64, 1)), NORM),
@@ -271,7 +272,7 @@ def test_a_model_that_computes_no_numbers_is_not_taken_for_an_inexact_machine(
     whole = shutil.copytree(model, model.parent / "whole")
     with_tensor(NORM, torch.full((64,), 3e38))(model)
 
-    assert "no numbers" in refused(model, chosen)
+    assert "not finite" in refused(model, chosen)
     assert started(whole, chosen).facts.row_tile > 1
 
 

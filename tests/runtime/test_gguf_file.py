@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_a_history_of_one_file_goes_on_with_no_other(file: Path, seedling: Path,
 
 
 def test_what_a_file_leaves_out_is_what_llama_cpp_takes(small_models: Mapping[str, Path], tmp_path: Path) -> None:
-    left_out = {"qwen3__rope__freq_base": None, "qwen3__attention__head_count_kv": None}
+    left_out: dict[str, Any] = {"qwen3__rope__freq_base": None, "qwen3__attention__head_count_kv": None}
     write_gguf(small_models["qwen3"], tmp_path / "model.gguf", **left_out)
 
     values = GgufFile.read(tmp_path / "model.gguf").config_values()

@@ -17,7 +17,7 @@ from runtime.errors import InvalidRequest
 from runtime.events import Sampling
 from runtime.grammar import Grammar
 from runtime.models import SEEDLING, find_model
-from runtime.sampling import Draw, drawn
+from runtime.sampling import Draw, draw_token
 from runtime.text import Text
 from tests.actors.engines import tiny_text
 
@@ -62,7 +62,7 @@ def said_by_chance(grammar: Grammar, seed: int, temperature: float = 1.0) -> str
     token_ids: list[int] = []
     while not constraint.is_complete:
         draw = Draw(Sampling(temperature, seed=seed), constraint.allowed())
-        token_id = drawn(logits, draw, len(token_ids)).token_id
+        token_id = draw_token(logits, draw, len(token_ids)).token_id
         constraint.accept(token_id)
         if token_id in text().eos_token_ids:
             break

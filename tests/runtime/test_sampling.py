@@ -1,6 +1,7 @@
 """Drawing tokens: a function of logits, seed and position, with the shares that the logits ask for."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from runtime.errors import InvalidRequest
 from runtime.events import Sampling
-from runtime.sampling import Draw, draw, drawn, gumbel_noise, kept
+from runtime.sampling import Draw, candidates, draw_id, draw_token, gumbel_noise
 from tests.reference.sampling import kept_tokens
 
 LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40).map(torch.tensor)
@@ -33,13 +34,13 @@ def test_the_same_logits_seed_and_position_give_the_same_token(
 ) -> None:
     again = Sampling(sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed)
 
-    assert draw(logits, sampling, position) == draw(logits.clone(), again, position)
+    assert draw_id(logits, sampling, position) == draw_id(logits.clone(), again, position)
 
 
 @settings(max_examples=200, deadline=None)
 @given(LOGITS, SAMPLINGS, POSITIONS)
 def test_a_drawn_token_is_one_that_was_kept(logits: Tensor, sampling: Sampling, position: int) -> None:
-    token = draw(logits, sampling, position)
+    token = draw_id(logits, sampling, position)
 
     temperature = sampling.temperature or 1.0
     # In the order of the logits alone where the temperature is so low that quotients overflow.
@@ -52,7 +53,7 @@ def test_a_drawn_token_is_one_that_was_kept(logits: Tensor, sampling: Sampling, 
 @settings(max_examples=100, deadline=None)
 @given(LOGITS, st.integers(0, 2**64 - 1), POSITIONS)
 def test_temperature_zero_takes_the_likeliest_token_whatever_the_seed(logits: Tensor, seed: int, position: int) -> None:
-    assert draw(logits, Sampling(seed=seed), position) == logits.tolist().index(max(logits.tolist()))
+    assert draw_id(logits, Sampling(seed=seed), position) == logits.tolist().index(max(logits.tolist()))
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-45, 1e-310, 5e-324])
@@ -60,7 +61,7 @@ def test_temperature_zero_takes_the_likeliest_token_whatever_the_seed(logits: Te
 def test_a_temperature_near_zero_takes_the_likeliest_token(temperature: float, top_p: float) -> None:
     logits = torch.tensor([1.0, 30.0, -5.0, 29.0])
 
-    drawn = {draw(logits, Sampling(temperature, top_p, seed=seed), 7) for seed in range(20)}
+    drawn = {draw_id(logits, Sampling(temperature, top_p, seed=seed), 7) for seed in range(20)}
 
     assert drawn == {1}
 
@@ -68,14 +69,14 @@ def test_a_temperature_near_zero_takes_the_likeliest_token(temperature: float, t
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(LOGITS, FEW_LEVELS), st.integers(0, 50), st.floats(0, 1, exclude_min=True))
 def test_top_k_and_top_p_keep_what_their_definitions_say(logits: Tensor, top_k: int, top_p: float) -> None:
-    left = kept(logits.double(), Sampling(temperature=1.0, top_p=top_p, top_k=top_k))
+    left = candidates(logits.double(), Sampling(temperature=1.0, top_p=top_p, top_k=top_k))
 
     must, may = kept_tokens(logits.tolist(), top_k, top_p)
     assert must <= set(left.nonzero().flatten().tolist()) <= may
 
 
 def test_of_equal_tokens_top_k_keeps_the_first() -> None:
-    left = kept(torch.zeros(5).double(), Sampling(temperature=1.0, top_k=2))
+    left = candidates(torch.zeros(5).double(), Sampling(temperature=1.0, top_k=2))
 
     assert left.tolist() == [True, True, False, False, False]
 
@@ -120,7 +121,7 @@ def test_twenty_thousand_tokens_have_the_shares_that_the_logits_ask_for(
     logits = torch.tensor([0.2, 0.5, 0.3]).log()
     draws = 20_000
 
-    counts = np.bincount([draw(logits, sampling, position) for position in range(draws)], minlength=3)
+    counts = np.bincount([draw_id(logits, sampling, position) for position in range(draws)], minlength=3)
 
     assert all(count == 0 for count, share in zip(counts, shares, strict=True) if not share)
     possible = [(count, draws * share) for count, share in zip(counts, shares, strict=True) if share]
@@ -144,7 +145,7 @@ def test_twenty_thousand_tokens_have_the_shares_that_the_logits_ask_for(
         ("seed", 2**64),
     ],
 )
-def test_sampling_out_of_range_is_refused_by_name(field: str, value: float) -> None:
+def test_sampling_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=field) as caught:
         Sampling(**{field: value})
 
@@ -162,10 +163,10 @@ def test_only_allowed_tokens_are_drawn_and_as_if_there_were_no_others(
     others_gone = torch.full_like(logits, -torch.inf)
     others_gone[may] = logits[may]
 
-    token = drawn(logits, Draw(sampling, allowed), position)
+    token = draw_token(logits, Draw(sampling, allowed), position)
 
     assert token.token_id in may
-    assert token == drawn(others_gone, Draw(sampling), position)
+    assert token == draw_token(others_gone, Draw(sampling), position)
 
 
 @settings(max_examples=100, deadline=None)
@@ -174,9 +175,9 @@ def test_logprobs_are_the_models_own_whatever_the_sampling(
     logits: Tensor, sampling: Sampling, position: int, count: int
 ) -> None:
     assume(count <= len(logits))
-    token = drawn(logits, Draw(sampling, top_logprobs=count), position)
+    token = draw_token(logits, Draw(sampling, top_logprobs=count), position)
 
-    assert token.token_id == draw(logits, sampling, position)
+    assert token.token_id == draw_id(logits, sampling, position)
     assert token.logprobs is not None
     weights = [math.exp(float(logit) - float(logits.max())) for logit in logits]
     expected = [math.log(weight / sum(weights)) for weight in weights]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -17,7 +18,10 @@ from runtime.script import Head, Written, head_of, write, write_on, write_open_t
 from runtime.text import Text
 from tests.templates import ALL, CONTROL, DEEPSEEK, GEMMA, HERMES, LLAMA3, MISTRAL, PLAIN, QWEN3, text_with
 
-TOOL = {"type": "function", "function": {"name": "clock", "description": "The time.", "parameters": {"type": "object"}}}
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "clock", "description": "The time.", "parameters": {"type": "object"}},
+}
 CALLERS = [HERMES, QWEN3, LLAMA3, MISTRAL, DEEPSEEK]
 NAMES = {template: name for name, template in ALL.items()}
 # Some of these spell control tokens, blanks, and what templates look for.
@@ -26,7 +30,7 @@ WORDS = st.sampled_from(
 ).flatmap(lambda first: st.sampled_from([first, f"{first}!", f"so {first}"]))
 
 
-def head_with(text: Text, *tools: dict[str, object]) -> Head:
+def head_with(text: Text, *tools: dict[str, Any]) -> Head:
     return head_of(text, tools, {})
 
 
@@ -206,7 +210,7 @@ class TestArguments:
 
     def spelled(self, template: str, arguments: str) -> str:
         text = text_with(template)
-        items = [self.ASKED, Call("clock", arguments, "000000001"), Output("noon", "000000001")]
+        items: list[Item] = [self.ASKED, Call("clock", arguments, "000000001"), Output("noon", "000000001")]
         return text.spelled(written(text, head_with(text, TOOL), items))
 
     @pytest.mark.parametrize("template", CALLERS, ids=NAMES.get)

@@ -6,6 +6,7 @@ import inspect
 import pickle
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -209,7 +210,7 @@ def test_a_value_that_makes_no_sense_is_refused_in_one_line_that_names_the_field
         ("model", None),
     ],
 )
-def test_a_value_of_the_wrong_type_is_refused_by_name(field: str, value: object) -> None:
+def test_a_value_of_the_wrong_type_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(InvalidSetting, match=field):
         Settings(**{field: value})
 
@@ -228,8 +229,9 @@ def test_any_text_is_taken_or_refused_in_one_line_that_names_the_field(field: st
 
 @pytest.mark.parametrize("field", [name for name, f in FIELDS.items() if f.metadata["accepts"].choices])
 def test_a_refusal_lists_the_choices(field: str) -> None:
+    wrong: Any = {field: "no such choice"}
     with pytest.raises(InvalidSetting) as caught:
-        Settings(**{field: "no such choice"})
+        Settings(**wrong)
 
     assert all(choice in str(caught.value) for choice in FIELDS[field].metadata["accepts"].choices)
 
@@ -240,7 +242,7 @@ def test_every_field_has_words_that_help(field: str) -> None:
 
 
 @pytest.mark.parametrize("keys", [("sécret",), ("secret\u00e9", "other"), "secret", ["secret"]])
-def test_a_refusal_of_keys_does_not_show_them(keys: object) -> None:
+def test_a_refusal_of_keys_does_not_show_them(keys: Any) -> None:
     with pytest.raises(InvalidSetting) as caught:
         Settings(api_keys=keys)
 
@@ -253,7 +255,7 @@ def test_the_representation_does_not_show_keys() -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Settings().window = 1  # type: ignore[misc]
+        Settings().window = 1  # type: ignore[misc] # Settings are frozen.
 
 
 def test_settings_survive_a_way_to_another_process() -> None:

@@ -151,13 +151,13 @@ def test_two_streams_of_one_model_do_not_mix(texts: Mapping[str, Text]) -> None:
     assert fed[-1] == ("👩", "👩")
 
 
-def copied(seedling: Path, to: Path, change: Callable[[Path], None]) -> Path:
+def copied(seedling: Path, to: Path, change: Callable[[Path], object]) -> Path:
     shutil.copytree(seedling, to)
     change(to)
     return to
 
 
-def with_template(template: str) -> Callable[[Path], None]:
+def with_template(template: str) -> Callable[[Path], object]:
     return lambda directory: (directory / "chat_template.jinja").write_text(template) and None
 
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from runtime.errors import InvalidRequest, MalformedRequest
 from runtime.events import Sampling
 from runtime.grammar import Grammar
-from runtime.sampling import Draw, drawn
+from runtime.items import Call
+from runtime.sampling import Draw, draw_token
 from runtime.text import Text
-from runtime.tools import Call, CallForm
+from runtime.tools import CallForm
 from tests.templates import HERMES, LLAMA, PLAIN, text_with
 
 EOS = 2
@@ -39,7 +40,7 @@ def said_by_chance(text: Text, grammar: Grammar, seed: int, most: int = 400) -> 
     token_ids: list[int] = []
     while not constraint.is_complete and len(token_ids) < most:
         draw = Draw(Sampling(temperature=1.0, seed=seed), constraint.allowed())
-        token_ids.append(drawn(logits, draw, len(token_ids)).token_id)
+        token_ids.append(draw_token(logits, draw, len(token_ids)).token_id)
         constraint.accept(token_ids[-1])
         if token_ids[-1] == EOS:
             break

@@ -7,6 +7,7 @@ import re
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import trio
@@ -29,7 +30,7 @@ async def behave(client: Client, chance: random.Random) -> None:
     with trio.move_on_after(chance.choice([0.05, 0.3, 5.0])):
         for _ in range(chance.randrange(1, 4)):
             await session.append([chance.randrange(2048) for _ in range(chance.randrange(200))])
-            sampling = {"temperature": chance.choice([0.0, 1.0]), "seed": chance.randrange(2**64)}
+            sampling: dict[str, Any] = {"temperature": chance.choice([0.0, 1.0]), "seed": chance.randrange(2**64)}
             async with session.generate(chance.randrange(1, 100), **sampling) as events:
                 for _ in range(chance.randrange(1, 100)):
                     if await anext(events, None) is None:

@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ PROMPT = [3 + (11 * place) % 2000 for place in range(100)]
 KILLS = 50
 # Frames that a server had handed to its sockets when it was killed: recorded, and not seen by the client.
 _ON_THEIR_WAY = 200
-SAMPLING = {"temperature": 0.8, "seed": 5}
+SAMPLING: dict[str, Any] = {"temperature": 0.8, "seed": 5}
 
 
 async def test_fifty_kills_in_the_middle_of_a_generation_change_nothing(
@@ -60,9 +61,9 @@ async def test_fifty_kills_in_the_middle_of_a_generation_change_nothing(
             except NotServing:
                 assert kill < KILLS
     async with open_runtime(Settings(device="cpu", window=124)) as runtime:
-        session = await runtime.create_session()
-        await session.append(PROMPT)
-        expected = await generated(session, len(acknowledged), **SAMPLING)
+        whole = await runtime.create_session()
+        await whole.append(PROMPT)
+        expected = await generated(whole, len(acknowledged), **SAMPLING)
     assert [token for token in acknowledged if token != -1]
     assert [one if one != -1 else other for one, other in zip(acknowledged, expected, strict=True)] == expected
     record(

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from statistics import median, quantiles
+from typing import Any
 
 import httpx
 import psutil
@@ -166,7 +167,7 @@ class Siege:
     async def rude_grpc(self, seed: int) -> None:
         chance = random.Random(seed)
         while True:
-            kind = chance.choice([*HOSTILITIES, leaves_a_generation, never_reads_a_generation])
+            kind: Any = chance.choice([*HOSTILITIES, leaves_a_generation, never_reads_a_generation])
             with suppress(*BROKEN, PerennialError, AssertionError), trio.move_on_after(30):
                 if kind is leaves_a_generation:
                     async with connect(self.grpc) as client:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -14,24 +13,14 @@ import trio
 
 from bench.servers import serving
 from runtime import Settings
+from tests.contract.stubs import make_stubs
 
 pytestmark = pytest.mark.soak
 
 STREAMS, TOKENS = 200, 24
 
 
-def stubs(folder: Path) -> tuple[object, object]:
-    """A stock client's modules, made from the proto file."""
-    source = Path(__file__).parents[2] / "proto"
-    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{source}", f"--python_out={folder}"]
-    subprocess.run([*command, f"--grpc_python_out={folder}", "kakeya/v1/runtime.proto"], check=True)
-    sys.path.insert(0, str(folder))
-    from kakeya.v1 import runtime_pb2, runtime_pb2_grpc
-
-    return runtime_pb2, runtime_pb2_grpc
-
-
-def one(pb2: object, stub: object, number: int) -> list[int]:
+def one(pb2: Any, stub: Any, number: int) -> list[int]:
     """The tokens of one session of its own."""
     session_id = stub.CreateSession(pb2.CreateSessionRequest()).session_id
     prompt = [3 + (number * 37 + place) % 2000 for place in range(10 + number % 40)]
@@ -46,14 +35,14 @@ def one(pb2: object, stub: object, number: int) -> list[int]:
 async def test_two_hundred_streams_at_once_are_each_what_they_are_alone(
     tmp_path: Path, record: Callable[[str, str], None]
 ) -> None:
-    pb2, pb2_grpc = await trio.to_thread.run_sync(stubs, tmp_path)
+    stubs = await trio.to_thread.run_sync(make_stubs, tmp_path)
     async with serving(Settings(device="cpu", window=124, capacity=STREAMS)) as (address, _):
 
         def run() -> None:
             with grpc.insecure_channel(address) as channel, ThreadPoolExecutor(STREAMS) as pool:
-                stub = pb2_grpc.RuntimeServiceStub(channel)
-                together = list(pool.map(lambda number: one(pb2, stub, number), range(STREAMS)))
-                alone = [one(pb2, stub, number) for number in range(STREAMS)]
+                stub = stubs.services.RuntimeServiceStub(channel)
+                together = list(pool.map(lambda number: one(stubs.messages, stub, number), range(STREAMS)))
+                alone = [one(stubs.messages, stub, number) for number in range(STREAMS)]
                 assert together == alone
 
         await trio.to_thread.run_sync(run)

@@ -2,11 +2,13 @@
 
 import json
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from actors import Runtime, open_runtime
@@ -16,7 +18,7 @@ from tools.seedling import diffusion, draft
 from tools.seedling.card import HELD_OUT_SEED, drawn_dialogues, turns_in
 from tools.seedling.diffusion import IGNORED, MASK_ID, MOST_MASKS, Talk, examples, talks, with_holes, with_tail
 from tools.seedling.siblings import GreedyDraft, Turn, acceptance, disk_bytes, siblings
-from tools.seedling.training import END_ID, OUTPUT, PAD_ID, VOCABULARY, Encoder, batches
+from tools.seedling.training import END_ID, OUTPUT, PAD_ID, VOCABULARY, Encoder, Optimizer, Stage, batches, save
 
 ANSWER = tuple(range(10, 31))
 TURNS = (Turn((1, 2, 3), ANSWER), Turn((4, 5), ANSWER[:1]))
@@ -140,16 +142,17 @@ def test_a_few_steps_teach_something(encode: Encoder) -> None:
     torch.manual_seed(0)
     teacher = Qwen3ForCausalLM.from_pretrained(OUTPUT, dtype=torch.float32).eval()
     rng = random.Random(5)
-    stage = draft.Stage(1, 2, 128, 4)
+    stage = Stage(1, 2, 128, 4)
     tokens, weights = next(batches(encode, rng, stage))
     model, filler = draft.new_draft(), diffusion.new_model()
     batch = examples(next(talks(encode, None, rng)), True, rng)[:8]
-    for learner, loss_of in (
+    learners: list[tuple[Any, Callable[[], Tensor]]] = [
         (model, lambda: draft.loss_of(model, None, tokens, weights)),
         (model, lambda: draft.loss_of(model, teacher, tokens, weights)),
         (filler, lambda: diffusion.loss_of(filler, batch)),
-    ):
-        optimizer = diffusion.Optimizer(learner, 8, 1, 1)
+    ]
+    for learner, loss_of in learners:
+        optimizer = Optimizer(learner, 8, 1, 1)
         losses = []
         for step in range(8):
             loss = loss_of()
@@ -161,7 +164,7 @@ def test_a_few_steps_teach_something(encode: Encoder) -> None:
 
 def test_a_model_is_saved_in_bfloat16_without_what_else_lies_there(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("")
-    draft.save(draft.new_draft(), tmp_path)
+    save(draft.new_draft(), tmp_path)
     assert Qwen3ForCausalLM.from_pretrained(tmp_path).dtype is torch.bfloat16
     assert (tmp_path / "kept").exists()
     assert not (tmp_path / "tokenizer.json").exists()

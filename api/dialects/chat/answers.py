@@ -35,7 +35,7 @@ from runtime.items import Call
 
 
 class Heading:
-    """What every part of one completion says of it."""
+    """The fields that every part of one completion repeats."""
 
     def __init__(self, model: str) -> None:
         self._fields: dict[str, Any] = {
@@ -54,7 +54,7 @@ class Heading:
 
 @dataclass
 class _Gathered:
-    """One answer as far as it has come."""
+    """One answer as it has been gathered so far."""
 
     text: str = ""
     reasoning: str = ""
@@ -72,7 +72,7 @@ class _Gathered:
                 self.calls.append(call)
 
     def choice(self, index: int, ending: Ending, has_logprobs: bool) -> Choice:
-        # Beside calls, an answer without words is none and not an empty one.
+        # Beside calls, an answer without words has no content, rather than empty content.
         content = (self.text.strip() or None) if self.calls else self.text
         calls = [
             AnsweredCall(id=call.call_id, function=NamedCall(name=call.name, arguments=call.arguments))
@@ -106,7 +106,7 @@ async def whole_answer(answers: Answers, model: str, *, has_logprobs: bool) -> C
 class CompletionEvents(EventStream):
     """The completion as `data:` events: for each answer a role, its parts and why it ended; then `[DONE]`.
 
-    After an error, which is an event too, there is no `[DONE]`.
+    An error is an event too, and no `[DONE]` follows it.
     """
 
     def __init__(self, answers: Answers, model: str, *, has_usage: bool, has_logprobs: bool) -> None:
@@ -144,7 +144,7 @@ class CompletionEvents(EventStream):
                 return []
 
     def silence(self) -> list[bytes]:
-        """An event that says nothing: comments do not reset the clocks of all clients."""
+        """An event without content. Comments would not do: some clients' timeouts do not count them."""
         return [self._choice(ChunkChoice(index=0, delta=Delta()))]
 
     def failure(self, error: Exception) -> list[bytes]:
@@ -163,7 +163,7 @@ class CompletionEvents(EventStream):
 
 
 def _usage(endings: list[Ending]) -> Usage:
-    """What all answers to one prompt took."""
+    """The usage of all answers to one prompt together."""
     counts: list[Counts] = [ending.usage for ending in endings]
     first, completion = counts[0], sum(count.completion for count in counts)
     return Usage(

@@ -1,4 +1,4 @@
-"""What a chat completion is asked with, part by part: messages, tools, and the form of the answer."""
+"""The parts of a chat completion's request: messages, tools, and the form of the answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runtime.items import Call, Item, Message, Output, Reasoning
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 _OBJECT: dict[str, JsonValue] = {"type": "object"}
-# What a field may hold that is not supported: nothing, in whatever way.
+# The values of an unsupported field that ask for nothing.
 _NOTHING: tuple[object, ...] = (None, False, 0, "", [], {})
 _NOT_IN_MESSAGES = ("function_call", "audio", "refusal")
 
@@ -26,7 +26,7 @@ class TextPart(Asked):
 
 
 class CalledFunction(Asked):
-    """`arguments` are the text of a JSON object; what a model made of them once and no client can mend, is taken too."""
+    """`arguments` should be the text of a JSON object. Broken text is accepted: no client can mend what a model wrote."""
 
     name: str
     arguments: str
@@ -62,13 +62,13 @@ class ChatMessage(Asked):
 
     @field_validator("content")
     @classmethod
-    def _is_said(cls, content: object, before: ValidationInfo) -> object:
+    def _check_content(cls, content: object, before: ValidationInfo) -> object:
         if content is None and before.data.get("role") != "assistant":
             raise ValueError("only the assistant's messages may be without content")
         return content
 
     @model_validator(mode="after")
-    def _is_whole(self) -> ChatMessage:
+    def _check_fields(self) -> ChatMessage:
         for name in _NOT_IN_MESSAGES:
             if (self.model_extra or {}).get(name):
                 raise ValueError(f"{name} in a message is not supported")
@@ -77,14 +77,14 @@ class ChatMessage(Asked):
         return self
 
     def items(self) -> Iterator[Item]:
-        """What the message says, in no dialect."""
+        """The message as items, independent of the dialect."""
         content = self.content or ""
         said = content if isinstance(content, str) else "".join(part.text for part in content)
         match self.role:
             case "assistant":
                 if self.reasoning_content:
                     yield Reasoning(self.reasoning_content)
-                # Beside calls or reasoning an answer without words is none.
+                # Beside calls or reasoning, an answer without words is no item.
                 if said.strip() or not (self.tool_calls or self.reasoning_content):
                     yield Message("assistant", said)
                 for call in self.tool_calls or ():
@@ -109,7 +109,7 @@ class Tool(Asked):
     function: Function
 
     def plain(self) -> bounds.Tool:
-        """The tool in no dialect."""
+        """The tool, independent of the dialect."""
         of = self.function
         return bounds.Tool(of.name, of.description, of.parameters, bool(of.strict))
 
@@ -146,14 +146,14 @@ class ResponseFormat(Asked):
 
     @field_validator("json_schema")
     @classmethod
-    def _is_there(cls, json_schema: JsonSchema | None, before: ValidationInfo) -> JsonSchema | None:
+    def _check_schema(cls, json_schema: JsonSchema | None, before: ValidationInfo) -> JsonSchema | None:
         if json_schema is None and before.data.get("type") == "json_schema":
             raise ValueError("the type json_schema needs one")
         return json_schema
 
     @property
     def schema_of_answers(self) -> dict[str, Any] | None:
-        """None for an answer of any form."""
+        """The schema that answers must follow; None if they may have any form."""
         if self.type == "text":
             return None
         return self.json_schema.schema_ if self.type == "json_schema" and self.json_schema else {"type": "object"}

@@ -15,7 +15,7 @@ from runtime.errors import InvalidRequest, MalformedRequest
 from runtime.script import head_of
 from runtime.text import Text
 
-# What a template is given under these names is not the client's to choose.
+# Template options that a client may not set.
 _NOT_OPTIONS = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "tokenize", "chat_template", "conversation"}
 )
@@ -27,19 +27,19 @@ class StreamOptions(Asked):
 
     @field_validator("include_obfuscation")
     @classmethod
-    def _is_not_asked_for(cls, value: bool | None) -> bool | None:
+    def _refuse_obfuscation(cls, value: bool | None) -> bool | None:
         if value:
             raise ValueError("obfuscation is not supported")
         return value
 
 
-# -1 asks for as many as there is room for.
+# -1 means as many as there is room for.
 MostTokens = Annotated[int, Field(ge=1, le=MOST_TOKENS), AS_WHOLE] | Literal[-1]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 StopStrings = Annotated[list[StopString], Field(max_length=4)]
 
 
-def _listed(stop: object) -> object:
+def _as_list(stop: object) -> object:
     return [stop] if isinstance(stop, str) else stop
 
 
@@ -67,7 +67,7 @@ class CompletionRequest(AskedBody):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS), AS_WHOLE] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64), AS_WHOLE] | None = None
-    stop: Annotated[StopStrings, BeforeValidator(_listed, json_schema_input_type=StopString | StopStrings)] | None = (
+    stop: Annotated[StopStrings, BeforeValidator(_as_list, json_schema_input_type=StopString | StopStrings)] | None = (
         None
     )
     stream: bool | None = None
@@ -84,7 +84,7 @@ class CompletionRequest(AskedBody):
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
     ignore_eos: bool | None = None
-    # Hints: none of them changes an answer.
+    # Hints that change no answer.
     metadata: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
@@ -129,7 +129,7 @@ class CompletionRequest(AskedBody):
         return Choice(names, self.must_call, self.parallel_tool_calls is not False)
 
     def check_combinations(self) -> None:
-        """Raises InvalidRequest where fields that are right by themselves cannot be honoured together."""
+        """Raises InvalidRequest if fields that are valid by themselves cannot be honoured together."""
         if self.stream_options and not self.stream:
             raise MalformedRequest("stream_options needs stream to be true", "stream_options")
         if self.max_tokens and self.max_completion_tokens not in (None, self.max_tokens):
@@ -158,7 +158,7 @@ class CompletionRequest(AskedBody):
 
 
 def read(body: bytes, text: Text, terms: Terms) -> tuple[CompletionRequest, Question]:
-    """What a body asks, less what the question is made of. Raises InvalidRequest, ModelNotFound or SlabOverflow."""
+    """The request in `body`, and the Question that it asks. Raises InvalidRequest, ModelNotFound or SlabOverflow."""
     asked = CompletionRequest.parse(body)
     asked.check_combinations()
     asked.check_model(terms.label)

@@ -1,4 +1,4 @@
-"""OpenAI's shapes of what the HTTP door answers."""
+"""OpenAI's shapes of a chat completion's answers."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class DeltaFunction(_Answered):
 
 
 class DeltaCall(_Answered):
-    """The first one of a call has its id and name; the others have what comes of its arguments."""
+    """The first delta of a call has its id and name; the others add to its arguments."""
 
     index: int
     id: str | None = Field(default=None, exclude_if=_is_none)

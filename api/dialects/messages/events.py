@@ -1,4 +1,4 @@
-"""A message as it comes: the events of its stream, what it is in the end, and how errors are told."""
+"""An Anthropic message: the events of its stream, the finished message, and its errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class MessageError(BaseModel):
 
 
 def as_messages_error(error: Exception) -> tuple[int, MessageError, dict[str, str]]:
-    """Status, body and headers that a client of Messages is told. What cannot be read is always 400 there."""
+    """Status, body and headers of an error for a client of Messages, where every invalid request is 400."""
     status, body, headers = as_http(error)
     status = 400 if status == 422 else status
     kind = _ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
@@ -52,7 +52,7 @@ def as_messages_error(error: Exception) -> tuple[int, MessageError, dict[str, st
 
 
 class MessageWriter:
-    """Makes the events of one message of the parts of its answer; `message` is how it stands."""
+    """Turns the parts of an answer into the events of one message; `message` is the message so far."""
 
     def __init__(self, label: str, prompt_tokens: int) -> None:
         self._blocks: list[dict[str, Any]] = []
@@ -65,16 +65,16 @@ class MessageWriter:
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
-            # How much of it needs no reading is known at the end.
+            # How much of the prompt had been read before is known only at the end.
             "usage": {"input_tokens": prompt_tokens, "output_tokens": 0},
         }
 
     def begin(self) -> list[Event]:
-        """The event that comes before the model has read anything."""
+        """The first event, sent before the model has read anything."""
         return [{"type": "message_start", "message": self.message}]
 
     def take(self, part: Part) -> Iterator[Event]:
-        """The events of a part."""
+        """The events for one part."""
         match part:
             case Said(text):
                 if self._open is None:
@@ -92,7 +92,7 @@ class MessageWriter:
                 yield from self._done(item)
 
     def end(self, ending: Ending) -> list[Event]:
-        """The last events. A call that was cut is no block of the message."""
+        """The last events. A call that was cut off is not in the message."""
         events = [] if self._open is None else [self._stop()]
         reason = _STOP_REASONS[ending.finish_reason]
         stopped = {"stop_reason": reason, "stop_sequence": ending.stop_string}
@@ -133,7 +133,7 @@ class MessageWriter:
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:
-    """Here what needed no reading is no part of `input_tokens`."""
+    """In this dialect `input_tokens` leaves out the tokens that had been read before."""
     return {
         "input_tokens": usage.read,
         "cache_read_input_tokens": usage.reused,

@@ -1,4 +1,4 @@
-"""The body of a request for a message, and what is wrong with one."""
+"""The body of a request for a message, and the checks on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 from api.bounds import NO_CALLS, Bounds, Choice
 from api.bounds import Tool as PlainTool
 from api.dialects.asked import AS_WHOLE, MOST_TOKENS, MOST_TOOLS, Asked, AskedBody, ToolName, describe_neutral
-from api.dialects.sealed import unsealed
+from api.dialects.sealed import unseal
 from api.question import Question, check_length, temperature_of, thinking_options
 from api.reading import Terms
 from runtime.errors import InvalidRequest
@@ -19,14 +19,14 @@ from runtime.items import Call, Item, Message, Output, Reasoning
 from runtime.script import head_of
 from runtime.text import Text
 
-# It tells the vendor's service whom to bill. It differs from conversation to conversation, and no model need read it.
+# Such a block tells the vendor's service whom to bill. It differs between conversations, and a model need not read it.
 _BILLING = "x-anthropic-billing-header:"
 
 Place = tuple[str, Item]
 
 
 class Block(Asked):
-    """A block of a message's content; which fields it has follows from its type."""
+    """A block of a message's content; its type determines which fields it has."""
 
     type: str
     text: str | None = None
@@ -42,14 +42,14 @@ class Block(Asked):
 
 
 class MessageIn(Asked):
-    """A message. One of the system's stands where it came."""
+    """A message. A system message keeps its place among the others."""
 
     role: Literal["user", "assistant", "system"]
     content: str | list[Block]
 
 
 class Tool(Asked):
-    """A tool. One with `defer_loading` is shown where it is first referred to, and not before."""
+    """A tool. One with `defer_loading` is shown to the model only where it is first referred to."""
 
     type: str | None = None
     name: ToolName
@@ -59,7 +59,7 @@ class Tool(Asked):
     defer_loading: bool | None = None
 
     def plain(self) -> PlainTool:
-        """The tool in no dialect."""
+        """The tool, independent of the dialect."""
         return PlainTool(self.name, self.description, self.input_schema, bool(self.strict))
 
 
@@ -70,7 +70,7 @@ class ToolChoice(Asked):
 
 
 class Thinking(Asked):
-    """How long the model may think is its own affair: `budget_tokens` and `display` are hints."""
+    """`budget_tokens` and `display` are hints: the model itself decides how long it thinks."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None
@@ -88,7 +88,7 @@ class OutputConfig(Asked):
 
 
 def _keeps_all(management: object) -> bool:
-    """Whether it asks to keep what the server keeps anyway."""
+    """Whether it only asks to keep what the server keeps anyway."""
     edits = management.get("edits", []) if isinstance(management, dict) else None
     return isinstance(edits, list) and all(isinstance(edit, dict) and edit.get("keep") == "all" for edit in edits)
 
@@ -137,7 +137,7 @@ class MessageRequest(AskedBody):
 
 
 def read(body: bytes, text: Text, terms: Terms) -> tuple[MessageRequest, Question]:
-    """What a body asks, less the items. Raises InvalidRequest, ModelNotFound or SlabOverflow."""
+    """The request in `body`, and the Question that it asks. Raises InvalidRequest, ModelNotFound or SlabOverflow."""
     asked = MessageRequest.parse(body)
     asked.check_model(terms.label)
     if asked.context_management and not _keeps_all(asked.context_management):
@@ -176,7 +176,7 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[MessageRequest, Questio
 def _system_of(asked: MessageRequest) -> str:
     if asked.system is None or isinstance(asked.system, str):
         return asked.system or ""
-    texts = [_said(block, f"system.{index}") for index, block in enumerate(asked.system)]
+    texts = [_text_of(block, f"system.{index}") for index, block in enumerate(asked.system)]
     return "\n\n".join(text for text in texts if not text.startswith(_BILLING))
 
 
@@ -195,10 +195,10 @@ def _assistants(blocks: list[Block], place: str) -> Iterator[Place]:
         at = f"{place}.content.{index}"
         match block.type:
             case "text":
-                if (said := _said(block, at)).strip():
+                if (said := _text_of(block, at)).strip():
                     yield at, Message("assistant", said)
             case "thinking":
-                yield at, Reasoning(block.thinking or unsealed(block.signature))
+                yield at, Reasoning(block.thinking or unseal(block.signature))
             case "redacted_thinking":
                 pass
             case "tool_use":
@@ -212,7 +212,7 @@ def _assistants(blocks: list[Block], place: str) -> Iterator[Place]:
 def _others(
     role: Literal["user", "system"], blocks: list[Block], place: str, tools: Mapping[str, Tool]
 ) -> Iterator[Place]:
-    """Results of calls, each an item, and what is said between them, an item for each run of it."""
+    """One item for each result of a call, and one for each run of text between them."""
     texts: list[str] = []
     begin = place
     for index, block in enumerate(blocks):
@@ -220,7 +220,7 @@ def _others(
         match block.type:
             case "text":
                 begin = begin if texts else at
-                texts.append(_said(block, at))
+                texts.append(_text_of(block, at))
             case "tool_result" if role == "user":
                 if texts:
                     yield begin, Message(role, "\n\n".join(texts))
@@ -239,7 +239,7 @@ def _result(block: Block, place: str, tools: Mapping[str, Tool]) -> str:
     for index, part in enumerate(block.content):
         at = f"{place}.content.{index}"
         if part.type == "text":
-            parts.append(_said(part, at))
+            parts.append(_text_of(part, at))
         elif part.type == "tool_reference":
             if (tool := tools.get(part.tool_name or "")) is None:
                 raise InvalidRequest(f"{at}: tools holds no {part.tool_name!r}", at)
@@ -249,7 +249,7 @@ def _result(block: Block, place: str, tools: Mapping[str, Tool]) -> str:
     return "\n".join(parts)
 
 
-def _said(block: Block, place: str) -> str:
+def _text_of(block: Block, place: str) -> str:
     if block.type != "text" or block.text is None:
         raise _unsupported(block, place)
     return block.text

@@ -1,4 +1,4 @@
-"""A response as it comes: the events of its stream, and what it is in the end."""
+"""An OpenAI response: the events of its stream, and the finished response."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Response = dict[str, Any]
 
 
 class ResponseWriter:
-    """Makes the events of one response of the parts of its answer; `response` is how it stands."""
+    """Turns the parts of an answer into the events of one response; `response` is the response so far."""
 
     def __init__(self, asked: ResponseRequest, label: str) -> None:
         self.id = f"resp_{secrets.token_hex(24)}"
@@ -33,29 +33,31 @@ class ResponseWriter:
         self._open: dict[str, Any] | None = None
         self._text = ""
         self._logprobs: list[dict[str, Any]] = []
-        self.response: Response = _begun(self.id, asked, label)
+        self.response: Response = _new_response(self.id, asked, label)
 
     def begin(self) -> list[Event]:
-        """The events that come before the model has read anything."""
+        """The first events, sent before the model has read anything."""
         return [self._event("response.created", response=self.response), self.progress()]
 
     def progress(self) -> Event:
-        """An event that says nothing new, and that resets the clocks of clients."""
+        """An event without news, which resets the clients' timeouts."""
         return self._event("response.in_progress", response=self.response)
 
     def take(self, part: Part) -> Iterator[Event]:
-        """The events of a part."""
+        """The events for one part."""
         match part:
             case Said(text, logprobs):
                 if self._open is None:
-                    yield from self._add({"type": "message", "role": "assistant", "content": []}, "msg", _said(""))
+                    yield from self._add(
+                        {"type": "message", "role": "assistant", "content": []}, "msg", _output_text("")
+                    )
                 told = [one.model_dump() for one in logprobs] if self._has_logprobs else []
                 self._text += text
                 self._logprobs += told
                 yield self._of_item("response.output_text.delta", content_index=0, delta=text, logprobs=told)
             case Thought(text):
                 if self._open is None:
-                    yield from self._add({"type": "reasoning", "summary": [], "content": []}, "rs", _thought(""))
+                    yield from self._add({"type": "reasoning", "summary": [], "content": []}, "rs", _reasoning_text(""))
                 self._text += text
                 yield self._of_item("response.reasoning_text.delta", content_index=0, delta=text)
             case CallBegun(call_id, name):
@@ -69,7 +71,7 @@ class ResponseWriter:
                 yield from self._done(item)
 
     def end(self, ending: Ending) -> list[Event]:
-        """The last event. What was cut is in the output as far as it came."""
+        """The last event. The output has what was cut off as far as it was generated."""
         if self._open is not None:
             self._output.append(self._open | {"status": "incomplete", "arguments": self._text})
             self._open = None
@@ -102,14 +104,14 @@ class ResponseWriter:
         done = self._open | {"status": "completed"}
         match item:
             case Message(_, text):
-                part = _said(text, self._logprobs if self._has_logprobs else None)
+                part = _output_text(text, self._logprobs if self._has_logprobs else None)
                 yield self._of_item("response.output_text.done", content_index=0, text=text, logprobs=self._logprobs)
                 yield self._of_item("response.content_part.done", content_index=0, part=part)
                 done |= {"content": [part]}
             case Reasoning(text):
                 yield self._of_item("response.reasoning_text.done", content_index=0, text=text)
-                yield self._of_item("response.content_part.done", content_index=0, part=_thought(text))
-                done |= {"content": [_thought(text)], "encrypted_content": seal(text)}
+                yield self._of_item("response.content_part.done", content_index=0, part=_reasoning_text(text))
+                done |= {"content": [_reasoning_text(text)], "encrypted_content": seal(text)}
             case Call(_, arguments):
                 name = self._open["name"]
                 yield self._of_item("response.function_call_arguments.done", name=name, arguments=arguments)
@@ -139,13 +141,13 @@ def usage_of(usage: Usage) -> dict[str, Any]:
 
 
 def as_responses_error(error: Exception) -> tuple[int, ErrorReply, dict[str, str]]:
-    """Status, body and headers that a client of Responses is told. What is wrong with a request is always 400 there."""
+    """Status, body and headers of an error for a client of Responses, where every invalid request is 400."""
     status, body, headers = as_http(error)
     return (400 if status == 422 else status), body, headers
 
 
 def error_event(error: Exception, stream_id: str | None) -> Event:
-    """What a WebSocket's client is told where there is no response to fail."""
+    """The error event for a WebSocket's client if there is no response that could fail."""
     status, body, headers = as_responses_error(error)
     code = "server_is_overloaded" if status == 503 else body.error.code
     told = {"type": "error", "status": status, "error": body.error.model_dump() | {"code": code}}
@@ -153,15 +155,15 @@ def error_event(error: Exception, stream_id: str | None) -> Event:
     return told if stream_id is None else told | {"stream_id": stream_id}
 
 
-def _said(text: str, logprobs: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+def _output_text(text: str, logprobs: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs or []}
 
 
-def _thought(text: str) -> dict[str, Any]:
+def _reasoning_text(text: str) -> dict[str, Any]:
     return {"type": "reasoning_text", "text": text}
 
 
-def _begun(response_id: str, asked: ResponseRequest, label: str) -> Response:
+def _new_response(response_id: str, asked: ResponseRequest, label: str) -> Response:
     told = asked.model_dump(mode="json", by_alias=True, exclude_none=True)
     return {
         "id": response_id,

@@ -1,4 +1,4 @@
-"""The body of a request for a response, over HTTP or as a frame of a WebSocket, and what is wrong with one."""
+"""The body of a request for a response, over HTTP or as a frame of a WebSocket, and the checks on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic_core import from_json
 from api.bounds import NO_CALLS, Bounds, Choice
 from api.bounds import Tool as PlainTool
 from api.dialects.asked import AS_WHOLE, MOST_TOKENS, MOST_TOOLS, Asked, AskedBody, ToolName, describe_neutral
-from api.dialects.sealed import unsealed
+from api.dialects.sealed import unseal
 from api.question import Question, check_length, temperature_of, thinking_options
 from api.reading import Terms
 from runtime.errors import InvalidRequest, MalformedRequest, RequestError
@@ -20,7 +20,7 @@ from runtime.items import Call, Item, Message, Output, Reasoning
 from runtime.script import head_of
 from runtime.text import Text
 
-# Tools that OpenAI's own service runs itself. Clients name them to whoever they ask; there is nothing here to run them.
+# Tools that OpenAI's service runs itself. Clients send them to every server; this one cannot run them and leaves them out.
 _HOSTED = frozenset({"web_search", "web_search_preview", "file_search", "code_interpreter", "image_generation"})
 
 
@@ -36,7 +36,7 @@ Content = str | Annotated[list[Part], Field(max_length=4096)]
 
 
 class InputItem(Asked):
-    """An item of a conversation; which fields it has follows from its type."""
+    """An item of a conversation; its type determines which fields it has."""
 
     type: str = "message"
     role: Literal["user", "assistant", "system", "developer"] | None = None
@@ -50,11 +50,11 @@ class InputItem(Asked):
     output: Content | None = None
 
     def items(self, place: str) -> Iterator[Item]:
-        """What the item says, in no dialect. Raises InvalidRequest naming what it lacks, or what is not supported."""
+        """The item, independent of the dialect. Raises InvalidRequest that names what is missing or not supported."""
         match self.type:
             case "message":
-                role = self._needed(self.role, place, "role")
-                said = _text_of(self._needed(self.content, place, "content"), f"{place}.content")
+                role = self._require(self.role, place, "role")
+                said = _text_of(self._require(self.content, place, "content"), f"{place}.content")
                 if role == "assistant":
                     if said.strip():
                         yield Message("assistant", said)
@@ -62,18 +62,18 @@ class InputItem(Asked):
                     yield Message("user" if role == "user" else "system", said)
             case "reasoning":
                 thought = _text_of(self.content or "", f"{place}.content")
-                yield Reasoning(thought or unsealed(self.encrypted_content))
+                yield Reasoning(thought or unseal(self.encrypted_content))
             case "function_call":
-                name = self._needed(self.name, place, "name")
-                arguments = self._needed(self.arguments, place, "arguments")
-                yield Call(visible_name(self.namespace, name), arguments, self._needed(self.call_id, place, "call_id"))
+                name = self._require(self.name, place, "name")
+                arguments = self._require(self.arguments, place, "arguments")
+                yield Call(visible_name(self.namespace, name), arguments, self._require(self.call_id, place, "call_id"))
             case "function_call_output":
-                output = _text_of(self._needed(self.output, place, "output"), f"{place}.output")
-                yield Output(output, self._needed(self.call_id, place, "call_id"))
+                output = _text_of(self._require(self.output, place, "output"), f"{place}.output")
+                yield Output(output, self._require(self.call_id, place, "call_id"))
             case _:
                 raise InvalidRequest(f"{place}: items of type {self.type!r} are not supported", f"{place}.type")
 
-    def _needed(self, value: Any, place: str, name: str) -> Any:
+    def _require(self, value: Any, place: str, name: str) -> Any:
         if value is None:
             raise InvalidRequest(f"{place}.{name}: a {self.type} needs it", f"{place}.{name}")
         return value
@@ -90,7 +90,7 @@ class Tool(Asked):
     tools: list[Tool] | None = None
 
     def plain(self, place: str, namespace: str | None = None) -> Iterator[PlainTool]:
-        """The functions, in no dialect. Raises InvalidRequest."""
+        """The functions, independent of the dialect. Raises InvalidRequest."""
         if self.type in _HOSTED:
             return
         if self.name is None:
@@ -107,7 +107,7 @@ class Tool(Asked):
 
 
 class ChosenTool(Asked):
-    """A tool that must be called, or those of which one may be."""
+    """The tool that must be called, or the tools that may be called."""
 
     type: Literal["function", "allowed_tools"]
     name: str | None = None
@@ -129,7 +129,7 @@ class TextOptions(Asked):
 
 
 class ReasoningOptions(Asked):
-    """`summary` is a hint: reasoning comes as it is."""
+    """`summary` is a hint: reasoning is sent whole."""
 
     effort: str | None = None
     summary: str | None = None
@@ -174,7 +174,7 @@ class ResponseRequest(AskedBody):
     stream_id: str | None = None
     include: list[str] | None = None
     metadata: dict[str, Any] | None = None
-    # Hints: none of them changes an answer.
+    # Hints that change no answer.
     client_metadata: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
@@ -186,7 +186,7 @@ class ResponseRequest(AskedBody):
 
     @property
     def is_prewarm(self) -> bool:
-        """Whether the input is only to be read, for a request that follows."""
+        """Whether the input is only to be read, ahead of the request that follows."""
         return self.generate is False or bool((self.prompt_cache_options or {}).get("prewarm"))
 
     @property
@@ -198,7 +198,7 @@ class ResponseRequest(AskedBody):
         return "message.output_text.logprobs" in (self.include or ())
 
     def namespaces(self) -> dict[str, tuple[str, str]]:
-        """For each tool of a namespace, by the name that the model knows: the namespace, and its name there."""
+        """The namespace of each tool that has one and its name there, by the name that the model sees."""
         return {
             visible_name(space.name, tool.name or ""): (space.name or "", tool.name or "")
             for space in self.tools or ()
@@ -223,7 +223,7 @@ class ResponseRequest(AskedBody):
                 return Choice(None, chosen == "required", is_parallel)
 
     def check_combinations(self) -> None:
-        """Raises InvalidRequest where fields that are right by themselves cannot be honoured together."""
+        """Raises InvalidRequest if fields that are valid by themselves cannot be honoured together."""
         if self.previous_response_id is not None and self.conversation is not None:
             raise MalformedRequest(
                 "previous_response_id and conversation both say what goes before: send one", "conversation"
@@ -235,12 +235,12 @@ class ResponseRequest(AskedBody):
 
 
 def visible_name(namespace: str | None, name: str) -> str:
-    """The name by which the model knows a tool."""
+    """The name under which the model sees a tool."""
     return f"{namespace}.{name}" if namespace else name
 
 
 def read(body: bytes, text: Text, terms: Terms) -> tuple[ResponseRequest, Question]:
-    """What a body asks, less the items. Raises InvalidRequest, ModelNotFound or SlabOverflow."""
+    """The request in `body`, and the Question that it asks. Raises InvalidRequest, ModelNotFound or SlabOverflow."""
     asked = ResponseRequest.parse(body)
     asked.check_combinations()
     asked.check_model(terms.label)
@@ -254,7 +254,7 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[ResponseRequest, Questi
     choice = asked.choice()
     choice.check(names)
     schema = _schema_of(asked)
-    # Who wants JSON and has tools gets both by turns: a call, or the last word.
+    # With a JSON schema every answer follows it, and no tool is called in it.
     bounds = Bounds.of_tools(tools, choice, text) if schema is None else Bounds.of_schema(schema, "text.format")
     effort = asked.reasoning.effort if asked.reasoning else None
     options = thinking_options(text, effort, {}, "reasoning.effort")
@@ -277,14 +277,14 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[ResponseRequest, Questi
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A frame of a WebSocket: its lane, and what it asks or what is wrong with it."""
+    """A frame of a WebSocket: its lane, and its request or the fault in it."""
 
     stream_id: str | None
     read: tuple[ResponseRequest, Question] | RequestError
 
 
 def read_frame(body: bytes, text: Text, terms: Terms) -> Frame:
-    """What a frame asks. It raises nothing: of a frame with a fault the lane is told."""
+    """Reads a frame. It raises nothing: a fault in the frame is part of the result, to be reported on its lane."""
     stream_id = None
     try:
         asked = from_json(body)

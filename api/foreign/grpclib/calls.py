@@ -1,4 +1,4 @@
-"""The calls of a connection, and the messages that they bring."""
+"""The calls of a connection, and the messages that clients send in them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from api.foreign.grpclib.limits import Limits, Room
 from api.foreign.grpclib.stream import GuardedStream, Headers
 from api.logs import where
 
-# h2 allows 100 open streams; calls of streams that were reset are under way to their end.
+# h2 allows 100 open streams; besides these, calls whose streams were reset may still be ending.
 _MOST_CALLS = 200
-# A message of this many bytes unpacks to a MiB at most: longer ones are unpacked in a thread.
+# A compressed message of this size unpacks to a MiB at most; longer ones are unpacked in a thread.
 _UNPACKED_AT_ONCE_BYTES = 1024
 
 _log = logging.getLogger("perennial.grpc")
@@ -50,10 +50,10 @@ class Calls(AbstractHandler):
             return
         task = asyncio.get_running_loop().create_task(self._answer(stream, headers))
         self._tasks[stream] = task
-        # A task that is cancelled before it begins runs none of its own code.
-        task.add_done_callback(partial(self._ended, stream, release_stream))
+        # A task cancelled before it begins runs none of its code, so the task itself cannot clean up.
+        task.add_done_callback(partial(self._on_end, stream, release_stream))
 
-    def _ended(self, stream: GuardedStream, release_stream: Callable[[], None], task: asyncio.Task[None]) -> None:
+    def _on_end(self, stream: GuardedStream, release_stream: Callable[[], None], task: asyncio.Task[None]) -> None:
         del self._tasks[stream]
         if not self._tasks:
             self._on_idle()
@@ -61,7 +61,7 @@ class Calls(AbstractHandler):
         if failure is not None:
             _log.error("a gRPC call failed: %s", where(failure))
         if stream.closable:
-            # The client has not ended its side, or has not been told all.
+            # The client has not closed its side, or has not been sent everything.
             stream.reset_nowait(ErrorCodes.CANCEL if task.cancelled() else ErrorCodes.NO_ERROR)
         release_stream()
 
@@ -89,7 +89,7 @@ class Call(Stream[Any, Any]):
         self._room = room
 
     async def recv_message(self) -> Any:
-        """The next message; None at the end of a stream of them. Raises GRPCError for one that cannot be taken."""
+        """The next message; None at the end of a stream of messages. Raises GRPCError for one that is refused."""
         limits, connection = self._stream.connection.limits, self._stream.connection
         is_stream = self._cardinality.client_streaming
         prefix = await self._stream.recv_data(5, None if is_stream else limits.reader_timeout_s)
@@ -105,10 +105,10 @@ class Call(Stream[Any, Any]):
         if len(data) < size:
             raise GRPCError(Status.INVALID_ARGUMENT, "the message was cut short")
         if prefix[0]:
-            data = await self._unpacked(prefix[0], data)
+            data = await self._unpack(prefix[0], data)
         return self._codec.decode(data, self._recv_type)
 
-    async def _unpacked(self, flag: int, data: bytes) -> bytes:
+    async def _unpack(self, flag: int, data: bytes) -> bytes:
         if flag != 1 or self._encoding != "gzip":
             raise GRPCError(Status.INTERNAL, "the message is marked as compressed and no grpc-encoding says how")
         unpack = partial(_gunzip, data, self._stream.connection.limits)
@@ -122,11 +122,11 @@ def _gunzip(data: bytes, limits: Limits) -> bytes:
     try:
         unpacked = unpacker.decompress(data, limits.message_bytes + 1)
     except zlib.error:
-        raise GRPCError(Status.INVALID_ARGUMENT, "the message is no gzip") from None
+        raise GRPCError(Status.INVALID_ARGUMENT, "the message is not gzip") from None
     if len(unpacked) > limits.message_bytes:
         raise _too_long(limits)
     if not unpacker.eof or unpacker.unused_data:
-        raise GRPCError(Status.INVALID_ARGUMENT, "the message is no whole gzip")
+        raise GRPCError(Status.INVALID_ARGUMENT, "the gzip message is cut short")
     return unpacked
 
 

@@ -9,7 +9,7 @@ from api.foreign.grpclib.connection import ChosenProtocol
 
 
 class ForgetfulChannel(Channel):
-    """A client's channel whose connections remember few of the calls that have ended."""
+    """A client's channel whose connections forget calls soon after they have ended."""
 
     def _protocol_factory(self) -> H2Protocol:
         factory = super()._protocol_factory()

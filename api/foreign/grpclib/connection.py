@@ -1,4 +1,4 @@
-"""A server's side of one connection: what comes, how long it may be silent, how it ends."""
+"""The server's side of one connection: what it accepts, how long it may be silent, and how it ends."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from api.logs import where
 if TYPE_CHECKING:
     from api.foreign.grpclib.server import GuardedServer
 
-# Of messages whose prefix has come and whose end has not.
+# Bytes of messages whose prefix has arrived and whose end has not.
 _ROOM_BYTES = 8 * 2**20
-# What a peer that does not read can make us keep to be sent to it.
+# Bytes that a peer which does not read can make us hold for sending.
 _MOST_UNREAD_BYTES = 512 * 2**10
 _CLOSING_S = 1.0
 
@@ -46,7 +46,7 @@ class GuardedConnection(Connection):
         return GuardedStream(self, self._connection, self._transport, stream_id=stream_id, wrapper=wrapper)
 
     def initialize(self) -> None:
-        """Leaves pings to the protocol, which knows when a connection is idle."""
+        """Starts no pings: the protocol sends them, which knows when a connection is idle."""
 
     def flush(self) -> None:
         if not self.is_closing():
@@ -57,11 +57,11 @@ class GuardedConnection(Connection):
         self.flush()
 
     def say_goodbye(self, code: ErrorCodes) -> None:
-        """Tells the peer to make no more calls here."""
+        """Tells the peer to make no more calls on this connection."""
         try:
             self._connection.close_connection(code)
         except ProtocolError:
-            # One of the two sides has said so before.
+            # One of the two sides has said goodbye before.
             return
         self.flush()
 
@@ -88,7 +88,7 @@ class GuardedProcessor(EventsProcessor):
 
 
 class ChosenProtocol(H2Protocol):
-    """grpclib's protocol, with the say which classes it is made of."""
+    """grpclib's protocol, of which a subclass can choose the classes that it uses."""
 
     h2_connection: type[H2Connection] = ForgetfulConnection
 
@@ -113,7 +113,7 @@ class ChosenProtocol(H2Protocol):
 
 
 class GuardedProtocol(ChosenProtocol, asyncio.BufferedProtocol):
-    """A server's side of one connection. Whatever its peer sends, nothing worse than its end comes of it."""
+    """A server's side of one connection. Whatever the peer sends, the worst that can happen is that the connection ends."""
 
     h2_connection = BoundedConnection
     connection: GuardedConnection
@@ -131,7 +131,7 @@ class GuardedProtocol(ChosenProtocol, asyncio.BufferedProtocol):
 
     @property
     def idle_since(self) -> float | None:
-        """When its last call ended; None while there is one, until the connection is made, and when it is closed."""
+        """When its last call ended; None while a call runs, before the connection is made, and after it is closed."""
         return None if self.calls.count or not self.is_made or self._is_over else self._idle_since
 
     def connected(self, h2_connection: H2Connection, transport: asyncio.Transport) -> Connection:
@@ -143,7 +143,7 @@ class GuardedProtocol(ChosenProtocol, asyncio.BufferedProtocol):
         return GuardedProcessor(self.handler, self.connection)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        # All that comes of one reading is done before the loop turns: little at once, so that others have their turn.
+        # All that one read brings is handled before other tasks run, so a read is kept small.
         return self._server.reading
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -157,7 +157,7 @@ class GuardedProtocol(ChosenProtocol, asyncio.BufferedProtocol):
             self._take(data)
         except ProtocolError as error:
             self.connection.flush()
-            # h2 has said goodbye, with the code of the error.
+            # h2 has queued a goodbye with the code of the error.
             self.end(f"its frames break the protocol ({type(error).__name__})", None)
         except Exception as error:
             _log.error("a gRPC connection failed and is closed: %s", where(error))
@@ -177,7 +177,7 @@ class GuardedProtocol(ChosenProtocol, asyncio.BufferedProtocol):
             self.end("it does not read what it asks for")
 
     def end(self, reason: str, code: ErrorCodes | None = ErrorCodes.NO_ERROR) -> None:
-        """Closes the connection, and cancels its calls. Without a `code` the client is told nothing."""
+        """Closes the connection, and cancels its calls. Without a `code` the client is not told why."""
         if self._is_over:
             return
         self._is_over = True
@@ -190,7 +190,7 @@ class GuardedProtocol(ChosenProtocol, asyncio.BufferedProtocol):
         self.processor.close()
 
     def abort(self) -> None:
-        """Closes the connection without a word."""
+        """Closes the connection without telling the client."""
         if self.is_made:
             self.connection.abort()
 
@@ -206,11 +206,14 @@ class GuardedProtocol(ChosenProtocol, asyncio.BufferedProtocol):
         self._idle_since = self._loop.time()
 
     def _watch(self) -> None:
-        """Pings who is silent, ends who stays silent, and who has no call. Calls itself when there is more to see."""
+        """Pings a silent peer; ends the connection if it stays silent, or has had no call for too long.
+
+        Schedules its next run itself.
+        """
         if self._is_over:
             return
         limits, now, idle_since = self._server.limits, self._loop.time(), self.idle_since
-        # A peer has half of the time to be silent, and half to answer the ping.
+        # A peer may be silent for half of the time, and has the other half to answer a ping.
         half = limits.reader_timeout_s / 2
         is_pinged = self._pinged_at >= self._heard_at + half
         if is_pinged and now >= self._pinged_at + half:

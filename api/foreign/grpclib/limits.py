@@ -1,4 +1,4 @@
-"""What one client may make a server hold and do."""
+"""Bounds on what one client can make a server hold and do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from h2.events import (
     WindowUpdated,
 )
 
-# Frames that bring no call on. A peer has a stock of them, which grows again with time and with every message it is sent:
+# Frames that advance no call. A peer has a budget of them, which refills with time and with every message sent to it, for
 # good clients ping and open windows as they read.
 _STOCK = 1000
 _STOCK_A_SECOND = 100
@@ -40,7 +40,7 @@ _IDLE_TALK = (
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one client may ask for."""
+    """Bounds on what one client may ask for."""
 
     message_bytes: int
     reader_timeout_s: float
@@ -48,14 +48,14 @@ class Limits:
 
 
 class Room:
-    """Bytes that may be held at once."""
+    """A budget of bytes that may be held at once."""
 
     def __init__(self, most_bytes: int) -> None:
         self._free_bytes = most_bytes
 
     @contextmanager
     def held(self, size: int) -> Iterator[None]:
-        """Raises GRPCError where there is not so much."""
+        """Takes `size` bytes while the block runs. Raises GRPCError if fewer are free."""
         if size > self._free_bytes:
             raise GRPCError(Status.RESOURCE_EXHAUSTED, "too many long messages are on their way: send fewer at once")
         self._free_bytes -= size
@@ -66,7 +66,7 @@ class Room:
 
 
 class Patience:
-    """A peer's stock of frames that bring no call on."""
+    """A peer's budget of frames that advance no call."""
 
     def __init__(self) -> None:
         self._stock = float(_STOCK)
@@ -76,7 +76,7 @@ class Patience:
         self._earn(_STOCK_A_MESSAGE)
 
     def bears(self, events: Iterable[Event]) -> bool:
-        """Takes what came off the stock; says whether it was enough."""
+        """Takes these events out of the budget; returns whether it was enough."""
         now = asyncio.get_running_loop().time()
         self._earn((now - self._at) * _STOCK_A_SECOND)
         self._at = now

@@ -1,4 +1,4 @@
-"""A server that is handed its connections, and answers each call in a way that no client can break."""
+"""A server that is given accepted connections, and answers each call in a way that no client can break."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _log = logging.getLogger("perennial.grpc")
 
 
 class GuardedServer(Server):
-    """A server that is handed its connections, by `attach`, and closes them when it is closed."""
+    """A server that is given accepted connections by `attach`, and closes them when it is closed."""
 
     def __init__(
         self, services: Collection[IServable], *, codec: CodecBase, limits: Limits, on_leaving: Callable[[], None]
@@ -51,7 +51,7 @@ class GuardedServer(Server):
             http2_connection_window_size=_CONNECTION_WINDOW_BYTES, http2_stream_window_size=_STREAM_WINDOW_BYTES
         )
         super().__init__(services, codec=codec, config=windows)
-        # Any byte has a letter there, so that what is no ASCII can be refused by its call.
+        # In latin-1 every byte is a character, so a header that is not ASCII costs only its own call.
         self._h2_config.header_encoding = "latin-1"
         self.limits = limits
         self.reading = memoryview(bytearray(_READ_AT_ONCE_BYTES))
@@ -60,7 +60,7 @@ class GuardedServer(Server):
         self._connections: dict[GuardedProtocol, None] = {}
 
     async def attach(self, connected: socket, tls: SSLContext | None) -> None:
-        """Serves this connection from now on, and returns once it is set up. It is closed where that fails."""
+        """Serves this connection from now on; returns once it is set up. If that fails, the connection is closed."""
         protocol = GuardedProtocol(self, self._config, self._h2_config)
         self._connections[protocol] = None
         try:
@@ -78,13 +78,13 @@ class GuardedServer(Server):
             _log.info("a gRPC connection could not be set up: %s", where(error))
 
     def forget(self, protocol: GuardedProtocol) -> None:
-        """Called for a connection that has ended."""
+        """Removes a connection that has ended."""
         if protocol in self._connections:
             del self._connections[protocol]
             self._on_leaving()
 
     def end_idle_one(self) -> None:
-        """Closes the connection that has had no call for longest, if there is one without a call."""
+        """Closes the connection that has been without a call for longest, if there is one."""
         idle = [
             (one.idle_since, index, one) for index, one in enumerate(self._connections) if one.idle_since is not None
         ]
@@ -92,19 +92,19 @@ class GuardedServer(Server):
             min(idle)[-1].end("others wait for its place")
 
     async def answer(self, stream: GuardedStream, headers: Headers) -> None:
-        """Answers one call, whatever it is."""
+        """Answers one call, valid or not."""
         try:
-            if (found := await self._admitted(stream, headers)) is not None:
+            if (found := await self._admit(stream, headers)) is not None:
                 await self._run(stream, *found)
         except StreamTerminatedError:
-            # The client has left or does not read, so there is nobody to be told.
+            # The client has left or does not read, so nobody can be told.
             pass
         except ProtocolError:
             if stream.closable:
                 raise
 
-    async def _admitted(self, stream: GuardedStream, headers: Headers) -> tuple[Headers, str, Handler] | None:
-        """The path and handler of a call that can be answered; another one is refused."""
+    async def _admit(self, stream: GuardedStream, headers: Headers) -> tuple[Headers, str, Handler] | None:
+        """The path and handler of a call that can be answered. Any other call is refused."""
         found = dict(headers)
         kind, _, subtype = found.get("content-type", "").partition("+")
         path = found.get(":path", "")
@@ -162,12 +162,12 @@ class GuardedServer(Server):
                 raise GRPCError(Status.INTERNAL, _OURS) from None
 
     def close(self) -> None:
-        """Tells every client to go, and cancels their calls."""
+        """Says goodbye to every client, and cancels the calls."""
         for protocol in list(self._connections):
             protocol.end("")
 
     async def wait_closed(self) -> None:
-        """Returns once every call and every connection has ended; who does not read is not waited for."""
+        """Returns once every call and connection has ended. Clients that do not read are not waited for."""
         connections = list(self._connections)
         for protocol in connections:
             await protocol.calls.wait_closed()

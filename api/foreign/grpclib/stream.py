@@ -1,4 +1,4 @@
-"""A stream whose peer has to read, and whose data is bounded by its window."""
+"""A stream whose peer must read in time, and whose received data is bounded by its window."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Headers = list[tuple[str, str]]
 
 
 class ReceiveBuffer(Buffer):
-    """A stream's data in one piece. The peer's window is opened again while somebody waits for more, so that bounds it."""
+    """A stream's received data in one piece. The window opens again only while somebody waits for more, which bounds the data."""
 
     def __init__(self, ack_callback: Callable[[int], None]) -> None:
         self._acknowledge = ack_callback
@@ -45,7 +45,7 @@ class ReceiveBuffer(Buffer):
         self._more.set()
 
     def holds(self, size: int) -> bool:
-        """Whether `read` of so much returns at once."""
+        """Whether `read(size)` would return at once."""
         return self._has_ended or len(self._data) >= size
 
     async def read(self, size: int) -> bytes:
@@ -64,7 +64,7 @@ class ReceiveBuffer(Buffer):
 
 
 class GuardedStream(H2Stream):
-    """A stream whose peer has to take what it is sent, within `reader_timeout_s` for each message."""
+    """A stream whose peer must take each message sent to it within `reader_timeout_s`."""
 
     buffer: ReceiveBuffer
     connection: GuardedConnection
@@ -74,7 +74,7 @@ class GuardedStream(H2Stream):
         self.buffer = ReceiveBuffer(partial(connection.ack, stream_id))
 
     async def recv_data(self, size: int, timeout_s: float | None = None) -> bytes:
-        """The next `size` bytes; fewer where the stream has ended. Raises GRPCError when they take longer."""
+        """The next `size` bytes; fewer if the stream has ended. Raises GRPCError if they take longer than `timeout_s`."""
         if self.buffer.holds(size):
             return await self.buffer.read(size)
         try:
@@ -84,7 +84,7 @@ class GuardedStream(H2Stream):
             raise GRPCError(Status.DEADLINE_EXCEEDED, f"the message took longer than {timeout_s} s to come") from None
 
     async def send_headers(self, headers: Headers, end_stream: bool = False) -> None:
-        """Raises StreamTerminatedError where the peer has left or does not read."""
+        """Raises StreamTerminatedError if the peer has left or does not read."""
         if headers[0][0] == ":status":
             headers = [*headers, _ACCEPTED]
         if not self._may_write():
@@ -96,7 +96,7 @@ class GuardedStream(H2Stream):
         self.connection.headers_send_process()
 
     async def send_data(self, data: bytes, end_stream: bool = False) -> None:
-        """Raises StreamTerminatedError where the peer has left or does not read."""
+        """Raises StreamTerminatedError if the peer has left or does not read."""
         if self._may_write() and self._window() >= len(data) <= self._h2_connection.max_outbound_frame_size:
             self._write(data, end_stream)
         else:
@@ -141,7 +141,7 @@ class GuardedStream(H2Stream):
 
 
 class _Reading:
-    """The time in which a stream's peer has to read."""
+    """The time within which a stream's peer must read."""
 
     def __init__(self, stream: GuardedStream, timeout_s: float) -> None:
         self._stream = stream

@@ -21,7 +21,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     Gemma3TextConfig,
-    GptOssConfig,
     Qwen2Config,
 )
 
@@ -35,7 +34,7 @@ from runtime.errors import ModelUnavailable
 from runtime.settings import Settings
 from runtime.slab import Slab
 from tests.actors.test_durable import ENGINE
-from tests.conftest import OWN_WINDOW, SMALL, SMALL_CONFIGS, save_random_model
+from tests.conftest import OWN_WINDOW, SMALL, SMALL_CONFIGS, YARN, save_random_model, small_gpt_oss
 from tests.reference.decoder import ReferenceDecoder
 from tests.runtime.engine.feeding import BusyNeighbours, LogitsEngine, feed, load, random_cut, random_tokens, threads
 from tests.runtime.engine.test_engine import FITS, ON_EVERY_ENGINE, transformers_logits
@@ -74,19 +73,7 @@ def test_logits_equal_those_of_transformers_while_the_history_fits(
 
 
 VARIANTS = {
-    "yarn of half angles": GptOssConfig(
-        **SMALL,
-        head_dim=32,
-        sliding_window=OWN_WINDOW,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 1e4,
-            "factor": 4.0,
-            "original_max_position_embeddings": 128,
-        },
-    ),
+    "yarn of half angles": small_gpt_oss(YARN),
     "windows in the upper layers": Qwen2Config(
         **SMALL, use_sliding_window=True, sliding_window=OWN_WINDOW, max_window_layers=1
     ),
@@ -321,8 +308,10 @@ def test_torch_has_code_for_all_parts() -> None:
 def test_the_readme_and_the_page_of_architectures_say_what_the_table_says() -> None:
     readme = " ".join((ROOT / "README.md").read_text().split())
     page = (ROOT / "docs" / "architectures.md").read_text()
+    assert all(f"`{name}`" in page for name in ENGINES)
     for one in ARCHITECTURES.values():
-        engines = ", ".join(name for name, parts in ENGINES.items() if one.parts <= parts)
+        able = [name for name, parts in ENGINES.items() if one.parts <= parts]
+        engines = "all" if len(able) == len(ENGINES) else ", ".join(able)
         parts = ", ".join(part for part in Part if part in one.parts)
         assert f"| {one.models} | `{one.name}` | {parts} | {engines} |" in page
         assert all(name in readme for name in one.models.split(", "))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ SPEC = SlabSpec(
 
 
 def a_rotary(head_dim: int = HEAD_DIM) -> ExactRotary:
-    original = nn.Module()
+    original: Any = nn.Module()
     original.rope_type = "default"
     original.register_buffer("inv_freq", 100.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2)))
     return ExactRotary(original)

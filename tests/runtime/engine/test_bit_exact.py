@@ -4,7 +4,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -154,7 +154,7 @@ def several_threads() -> Iterator[None]:
         yield
 
 
-CUTS = {
+CUTS: Mapping[str, Callable[[], Iterable[int]]] = {
     "ones": lambda: repeat(1),
     "sevens": lambda: repeat(7),
     "33s": lambda: repeat(33),

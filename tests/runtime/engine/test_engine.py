@@ -16,7 +16,7 @@ from runtime.engine.architectures import ARCHITECTURES, ENGINES
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory, StartError
 from runtime.events import Sampling
 from runtime.rows import Row, RowBatch
-from runtime.sampling import Draw, draw
+from runtime.sampling import Draw, draw_id
 from runtime.settings import Settings
 from runtime.text import Text
 from tests.conftest import SMALL, save_random_model
@@ -53,7 +53,8 @@ ROPES: Mapping[str, PreTrainedConfig] = {
 def transformers_logits(directory: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
     with torch.inference_mode():
-        return model(input_ids=torch.tensor([tokens])).logits[0].float()
+        logits: Tensor = model(input_ids=torch.tensor([tokens])).logits[0].float()
+    return logits
 
 
 def fed(load: Load, directory: Path, tokens: list[int], **settings: int | str) -> Tensor:
@@ -198,7 +199,7 @@ def test_a_drawn_token_is_the_one_for_the_next_position(small_models: Mapping[st
 
     drawn = engine.forward(RowBatch(tuple(Row(slab, at, token, Draw(sampling)) for at, token in enumerate(tokens))))
 
-    assert [token.token_id for token in drawn] == [draw(line, sampling, at + 1) for at, line in enumerate(logits)]
+    assert [token.token_id for token in drawn] == [draw_id(line, sampling, at + 1) for at, line in enumerate(logits)]
 
 
 def test_a_rewritten_tile_leaves_no_trace_of_what_it_replaces(small_models: Mapping[str, Path], load: Load) -> None:
@@ -290,7 +291,7 @@ def without_config(directory: Path) -> None:
     (directory / "config.json").unlink()
 
 
-DEFECTS: Mapping[str, Callable[[Path], None]] = {
+DEFECTS: Mapping[str, Callable[[Path], object]] = {
     "no config.json": without_config,
     "a config.json that is no JSON": with_a_broken_config,
     "a config.json that is no object": lambda directory: (directory / "config.json").write_text("[]") and None,

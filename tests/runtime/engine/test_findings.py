@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.engine.findings import found
+from runtime.engine.findings import find_or_probe
 
 
 class Probe:
@@ -33,7 +33,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_was_found_is_not_looked_for_again(home: Path, holds: bool) -> None:
     probe = Probe(holds)
 
-    assert [found("a linear", probe) for _ in range(3)] == [holds] * 3
+    assert [find_or_probe("a linear", probe) for _ in range(3)] == [holds] * 3
     assert probe.count == 1
 
 
@@ -41,12 +41,12 @@ def test_another_subject_thread_count_or_kernel_class_is_looked_for(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe = Probe()
-    found("a linear", probe)
-    found("another", probe)
+    find_or_probe("a linear", probe)
+    find_or_probe("another", probe)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    found("a linear", probe)
+    find_or_probe("a linear", probe)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
-    found("a linear", probe)
+    find_or_probe("a linear", probe)
 
     assert probe.count == 4
 
@@ -58,15 +58,15 @@ def test_a_file_that_says_nothing_is_written_anew(home: Path, content: bytes) ->
     file.write_bytes(content)
     probe = Probe()
 
-    assert [found("a linear", probe) for _ in range(2)] == [True] * 2
+    assert [find_or_probe("a linear", probe) for _ in range(2)] == [True] * 2
     assert probe.count == 1
 
 
 def test_without_a_home_nothing_is_kept_and_nothing_is_written(tmp_path: Path) -> None:
     program = (
         "import os; os.getuid = lambda: 54321\n"
-        "from runtime.engine.findings import found\n"
-        "print([found('a linear', lambda: True) for _ in range(2)])"
+        "from runtime.engine.findings import find_or_probe\n"
+        "print([find_or_probe('a linear', lambda: True) for _ in range(2)])"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
     paths = [str(Path(__file__).parents[3]), *filter(None, [environment.get("PYTHONPATH")])]
@@ -87,5 +87,5 @@ def test_where_no_file_can_be_written_it_is_looked_for_each_time(home: Path) -> 
     (home / "perennial").write_text("in the way")
     probe = Probe()
 
-    assert [found("a linear", probe) for _ in range(2)] == [True] * 2
+    assert [find_or_probe("a linear", probe) for _ in range(2)] == [True] * 2
     assert probe.count == 2

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from tests.conftest import OWN_WINDOW, SMALL, save_random_model
+from tests.conftest import SMALL, YARN, save_random_model, small_gpt_oss
 from tests.gguf_files import Kind, every_kind, write_gguf
 from tests.runtime.engine.feeding import Load, LogitsEngine, feed, random_tokens
 from tests.runtime.engine.test_engine import ON_EVERY_ENGINE
@@ -22,7 +22,8 @@ def transformers_logits(directory: Path, weights: Mapping[str, Tensor], tokens: 
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     model.load_state_dict(weights, strict=False)
     with torch.inference_mode():
-        return model.eval()(input_ids=torch.tensor([tokens])).logits[0]
+        logits: Tensor = model.eval()(input_ids=torch.tensor([tokens])).logits[0]
+    return logits
 
 
 def opened(load: Load, file: Path, **settings: str) -> LogitsEngine:
@@ -105,22 +106,6 @@ def test_the_factors_of_llama_3_divide_the_frequencies(tmp_path: Path, load: Loa
     torch.testing.assert_close(logits, transformers_logits(directory, weights, tokens), rtol=0, atol=1e-4)
 
 
-GPT_OSS = GptOssConfig(
-    **SMALL,
-    head_dim=32,
-    sliding_window=OWN_WINDOW,
-    num_local_experts=8,
-    num_experts_per_tok=2,
-    rope_parameters={
-        "rope_type": "yarn",
-        "rope_theta": 1e4,
-        "factor": 4.0,
-        "original_max_position_embeddings": 128,
-        "truncate": False,
-    },
-)
-
-
 def experts_in_mxfp4(name: str) -> Kind:
     return Kind.MXFP4 if "_exps" in name else Kind.Q8_0 if "attn" in name else Kind.F32
 
@@ -131,7 +116,7 @@ def test_experts_in_mxfp4_are_those_of_transformers_on_what_they_stand_for(
     """As llama.cpp has gpt-oss; the OpenVINO engine leaves it to torch."""
     if backend != "torch":
         pytest.skip("torch alone has code for experts")
-    directory = save_random_model(GPT_OSS, tmp_path)
+    directory = save_random_model(small_gpt_oss({**YARN, "truncate": False}), tmp_path)
     weights = write_gguf(directory, tmp_path / "model.gguf", experts_in_mxfp4)
     tokens = random_tokens(FITS, 2048)
     engine = load(tmp_path / "model.gguf", "auto", weights="auto", determinism="fast")

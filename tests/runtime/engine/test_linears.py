@@ -125,7 +125,7 @@ def test_a_model_gets_the_form_that_its_weights_are_to_have() -> None:
 
 
 def test_a_head_is_given_fewer_rows_at_once() -> None:
-    model = Model()
+    model: Any = Model()
     replace_linears(model, model.head, "int8", torch.float32, CPU)
 
     assert model.layer[0].most_rows == MOST_ROWS

@@ -88,11 +88,12 @@ def test_another_device_than_a_cpu_is_refused(seedling: Path) -> None:
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["int8", "int4"]), st.floats(1e-2, 100))
 def test_a_weight_is_off_by_no_more_than_half_a_step_of_its_group(seed: int, weights: str, size: float) -> None:
-    from runtime.engine.openvino_graphs import GROUP, quantised
+    from runtime.engine.openvino_fit import GROUP
+    from runtime.engine.stored import quantise
 
     # Of smaller weights the scale has fewer digits in half precision.
     weight = size * torch.randn(4, 2 * GROUP, generator=torch.Generator().manual_seed(seed))
-    steps, scales = quantised(weight, weights)
+    steps, scales = quantise(weight, weights)
 
     off = (steps * scales.float() - weight.unflatten(1, (-1, GROUP))).abs()
     # With 4 bits one side reaches a step less far than the other, and the largest value of that side may lie there.

@@ -2,6 +2,7 @@
 
 import math
 from decimal import Decimal, getcontext
+from typing import Any
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_turning_back_undoes_a_turn() -> None:
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope", None])
 def test_frequencies_that_change_with_the_length_are_refused(rope_type: str | None) -> None:
-    original = nn.Module()
+    original: Any = nn.Module()
     original.rope_type = rope_type
 
     with pytest.raises(ModelUnavailable, match="rotary embedding of type"):

@@ -75,17 +75,18 @@ def read(held: Tensor) -> Tensor:
     if held.dtype != torch.int8:
         return held.double()
     steps, scale = held.split((HEAD_DIM, held.shape[-1] - HEAD_DIM), dim=-1)
-    return steps.double() * scale.contiguous().view(torch.float32).double()
+    values: Tensor = steps.double() * scale.contiguous().view(torch.float32).double()
+    return values
 
 
 def attend(batch: RowBatch, histories: dict[Slab, History], layer: int = 0) -> Tensor:
     spec = batch.rows[0].slab.spec
     attention = RowAttention(spec, HEADS, a_rotary(HEAD_DIM))
-    given = [
+    query, key, value = (
         torch.stack([getattr(histories[row.slab], part)[row.position] for row in batch.rows])
         for part in ("queries", "keys", "values")
-    ]
-    return attention(layer, *given, attention.plan(batch))
+    )
+    return attention(layer, query, key, value, attention.plan(batch))
 
 
 def rows_of(slab: Slab, start: int, stop: int) -> tuple[Row, ...]:
