@@ -66,17 +66,36 @@ class Bounds:
     param: str = ""
 
     @classmethod
-    def of_tools(cls, tools: Sequence[Tool], choice: Choice, text: Text) -> Bounds:
-        """Raises InvalidRequest where a schema cannot be followed, or the model's template knows no tools."""
+    def of_tools(
+        cls,
+        tools: Sequence[Tool],
+        choice: Choice,
+        text: Text,
+        schema: Mapping[str, Any] | None = None,
+        schema_param: str = "",
+    ) -> Bounds:
+        """For an answer that may call tools, and is JSON of `schema` where it calls none, if `schema_param` has one.
+
+        Raises InvalidRequest where a schema cannot be followed, or the model's template knows no tools.
+        """
         called = [tool for tool in tools if choice.names is None or tool.name in choice.names]
+        if schema is not None and not called:
+            return cls.of_schema(schema, schema_param)
         if not called:
             return cls.without_calls(text) if tools else cls()
         form = CallForm.of_template(text)
         rules = [
             {"name": tool.name, "parameters": _schema_to_follow(index, tool, form)} for index, tool in enumerate(called)
         ]
+        if schema is not None:
+            if form.begins_as_json:
+                raise MalformedRequest(
+                    f"{schema_param} cannot be had beside tools with this model: send one of them", schema_param
+                )
+            with _naming_field(schema_param):
+                check_source(json_source(schema))
         with _naming_field("tools"):
-            source = form.source(rules, is_required=choice.is_required, is_parallel=choice.is_parallel)
+            source = form.source(rules, is_required=choice.is_required, is_parallel=choice.is_parallel, schema=schema)
         return cls(source, form, "tools")
 
     @classmethod

@@ -71,10 +71,23 @@ class CallForm:
         """The text after which a call must follow."""
         return self.opening.strip() or self.before_name
 
-    def source(self, tools: Sequence[Mapping[str, Any]], *, is_required: bool, is_parallel: bool) -> str:
+    @property
+    def begins_as_json(self) -> bool:
+        """Whether the first characters of a call may be those of other JSON: a grammar cannot tell them apart."""
+        return (self.opening + self.before_name).lstrip().startswith("{")
+
+    def source(
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        is_required: bool,
+        is_parallel: bool,
+        schema: Mapping[str, Any] | None = None,
+    ) -> str:
         """The text of a grammar of calls, after free text unless `is_required`; each of `tools` has a name and a schema.
 
-        Raises InvalidRequest if the schemas are too long.
+        An answer without calls is JSON of `schema`, if there is one, unless `begins_as_json`. Raises InvalidRequest if the
+        schemas are too long.
         """
         rest = (self.opening + self.before_name).partition(self.trigger)[2]
         lines = [
@@ -90,8 +103,12 @@ class CallForm:
                 f"{_literal(self.after_arguments)}",
                 f"args_{index}: {json_rule(tool['parameters'])}",
             ]
+        calls = f"call ({_literal(self.between)} call)*" if is_parallel else "call"
         if is_required:
-            start = f"call ({_literal(self.between)} call)*" if is_parallel else "call"
+            start = calls
+        elif schema is not None:
+            start = f"answer | {calls}"
+            lines.append(f"answer: {json_rule(schema)}")
         else:
             start = "free* TEXT" if is_parallel else "TEXT | free"
         return lark_source("\n".join([f"start: {start}", *lines]))

@@ -12,6 +12,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from hypothesis import settings
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -35,6 +36,10 @@ from runtime.models import SEEDLING, find_model
 from runtime.smollm2 import SMOLLM2
 
 pytest_plugins = ["tests.soak.ledger"]
+
+# How long a case takes depends on what else runs here.
+settings.register_profile("perennial", deadline=None)
+settings.load_profile("perennial")
 
 SMALL = {
     "vocab_size": 2048,

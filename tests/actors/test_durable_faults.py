@@ -162,7 +162,7 @@ async def drew(client: Client, session: SessionHandle, history: list[int], count
     client.sessions[session.id] = [history + taken]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(lives=st.lists(STEPS, min_size=1, max_size=4))
 def test_nothing_acknowledged_is_lost_whatever_fails_and_whenever_the_server_is_killed(lives: list[list[Step]]) -> None:
     client = Client()

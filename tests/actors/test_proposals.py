@@ -173,7 +173,7 @@ async def test_what_was_drawn_ahead_and_not_taken_never_was(engine: LedgerEngine
     assert rest == [history[length - len(PROMPT) :][:20]] * 2
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(0, 89), min_size=1, max_size=40),
     st.integers(1, 7),

@@ -45,7 +45,7 @@ def next_of(engine: LedgerEngine, slab: Slab, tokens: list[int], sampling: Sampl
 
 class TestAPool:
     @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(histories=st.lists(TOKENS, min_size=1, max_size=8), count=st.integers(1, 3))
     def test_lends_slabs_whose_draws_are_those_of_empty_ones(
         self, sampling: Sampling, histories: list[list[int]], count: int
@@ -60,7 +60,7 @@ class TestAPool:
             assert next_of(engine, slab, tokens, sampling) == engine.continued(tokens, 1, sampling)[0]
             pool.release(slab, array("I", tokens))
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(histories=st.lists(TOKENS, min_size=1, max_size=8), asked=TOKENS)
     def test_lends_the_slab_that_has_read_most(self, histories: list[list[int]], asked: list[int]) -> None:
         engine = trio.run(new_engine)
@@ -203,7 +203,7 @@ def ngram() -> Proposals:
 
 @pytest.mark.parametrize("new", [no_proposals, ngram], ids=["alone", "ngram"])
 @pytest.mark.parametrize("is_durable", [False, True], ids=["in memory", "durable"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(steps=st.lists(st.tuples(st.floats(0, 1), TOKENS), min_size=1, max_size=5))
 def test_a_session_that_goes_back_goes_on_as_a_fresh_one(
     new: Callable[[], Proposals | None],

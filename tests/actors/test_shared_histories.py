@@ -148,7 +148,7 @@ async def looked(world: World, server: int) -> bool:
     return True
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     clients=st.lists(STEPS, min_size=2, max_size=3),
     faults=st.dictionaries(st.integers(0, 80), st.sampled_from(Fault), max_size=8),

@@ -48,7 +48,7 @@ def spelling(told: list[ChosenLogprob]) -> bytes:
     return b"".join(bytes(one.bytes) for one in told)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(st.characters(codec="utf-8"), max_size=20))
 def test_without_a_stop_the_bytes_of_all_tokens_are_the_text(said: str) -> None:
     token_ids = text().encode(said)
@@ -59,7 +59,7 @@ def test_without_a_stop_the_bytes_of_all_tokens_are_the_text(said: str) -> None:
     assert len(told) == len(token_ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text("ab é☃", max_size=30), st.lists(st.text("ab é☃", min_size=1, max_size=4), min_size=1, max_size=4))
 def test_no_token_that_has_a_part_in_a_stop_string_is_told(said: str, stops: list[str]) -> None:
     out, told = sent(text().encode(said), stops)
@@ -88,7 +88,7 @@ def test_a_likely_token_is_spelt_and_an_impossible_one_has_a_number_that_json_kn
     ]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.randoms())
 def test_any_tokens_at_all_are_told_once_at_most(chance: random.Random) -> None:
     token_ids = [chance.randrange(3, 2048) for _ in range(30)]

@@ -46,7 +46,7 @@ def cut(text: str, places: list[int]) -> list[str]:
     return [text[one:other] for one, other in pairwise(at)]
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(pieces=PIECES, stops=STOPS)
 @example(pieces=["ab", "a", "b\n"], stops=["abab\n", "b\n"])
 @example(pieces=["aab"], stops=["aab", "a"])
@@ -62,7 +62,7 @@ def test_what_is_sent_is_the_text_before_the_stop_string_that_is_complete_first(
     assert ("".join(sent), has_stopped) == ((text, False) if before is None else (before, True))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(pieces=ANYTHING, data=st.data())
 def test_a_stop_string_out_of_the_text_itself_stops_any_text(pieces: list[str], data: st.DataObject) -> None:
     text = "".join(pieces)
@@ -75,7 +75,7 @@ def test_a_stop_string_out_of_the_text_itself_stops_any_text(pieces: list[str], 
     assert has_stopped == (stop in text)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(text=st.text("ab\n", max_size=24), stops=STOPS, places=st.lists(st.integers(0, 24), max_size=8))
 def test_how_the_text_is_cut_into_pieces_changes_nothing(text: str, stops: list[str], places: list[int]) -> None:
     whole, has_whole_stopped = sent_of([text], stops)
@@ -85,7 +85,7 @@ def test_how_the_text_is_cut_into_pieces_changes_nothing(text: str, stops: list[
     assert ("".join(sent), has_stopped) == ("".join(whole), has_whole_stopped)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(pieces=PIECES, stops=STOPS)
 def test_no_more_is_held_back_than_may_become_a_stop_string(pieces: list[str], stops: list[str]) -> None:
     stream = StopStrings(stops)
@@ -99,7 +99,7 @@ def test_no_more_is_held_back_than_may_become_a_stop_string(pieces: list[str], s
         assert sent == sendable(text, stops)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(pieces=ANYTHING)
 def test_without_stop_strings_each_piece_is_sent_as_it_comes(pieces: list[str]) -> None:
     sent, _ = sent_of(pieces, [])

@@ -71,7 +71,7 @@ def said_by_chance(grammar: Grammar, seed: int, temperature: float = 1.0) -> str
     return text().decode(token_ids)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SCHEMAS, st.integers(0, 2**32), st.sampled_from([0.0, 1.0, 100.0]))
 def test_what_was_said_validates(schema: dict[str, Any], seed: int, temperature: float) -> None:
     said = said_by_chance(text().json_grammar(schema), seed, temperature)
@@ -120,7 +120,7 @@ def test_a_proposed_token_that_only_the_model_has_is_not_allowed() -> None:
     assert len(constraint.allowed_along([10**6])) == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SCHEMAS, st.integers(0, 2**32), st.integers(0, 8), st.booleans())
 def test_what_is_allowed_along_a_proposal_is_what_would_be_step_by_step(
     schema: dict[str, Any], seed: int, begin: int, errs: bool

@@ -63,7 +63,7 @@ def longest_held(conversations: list[list[list[Item]]], items: list[Item]) -> in
     return best
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(held=st.lists(turns(), max_size=4), asked=turns())
 def test_a_conversation_is_found_as_far_as_it_is_held(held: list[list[list[Item]]], asked: list[list[Item]]) -> None:
     tree = PointTree(2**20)
@@ -80,7 +80,7 @@ def test_a_conversation_is_found_as_far_as_it_is_held(held: list[list[list[Item]
         assert match.count <= match.broke_at < len(items)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(turns(), min_size=1, max_size=4))
 def test_what_is_there_is_not_held_twice(conversations: list[list[list[Item]]]) -> None:
     tree = PointTree(2**20)
@@ -95,7 +95,7 @@ def test_what_is_there_is_not_held_twice(conversations: list[list[list[Item]]]) 
     assert size == sum(node.size_bytes for node in tree.nodes())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(turns(), min_size=1, max_size=8), st.integers(5_000, 20_000))
 def test_no_more_is_held_than_there_is_room_for_and_what_was_used_last_stays(
     conversations: list[list[list[Item]]], most: int

@@ -46,7 +46,7 @@ def test_reasoning_stands_between_tags_at_the_beginning(
     assert read([*said], is_open) == parts
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(said=TEXT, is_open=st.booleans(), data=st.data())
 @example(said="<think>\n\n</think>\n\na", is_open=False, data=None)
 def test_where_the_text_is_cut_makes_no_difference(said: str, is_open: bool, data: st.DataObject | None) -> None:

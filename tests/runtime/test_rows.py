@@ -34,7 +34,7 @@ def batch_of(sessions: list[tuple[int, int]]) -> RowBatch:
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SESSIONS)
 def test_pieces_hold_every_row_once_and_in_order(sessions: list[tuple[int, int]]) -> None:
     batch = batch_of(sessions)
@@ -44,7 +44,7 @@ def test_pieces_hold_every_row_once_and_in_order(sessions: list[tuple[int, int]]
     assert covered == list(range(len(batch.rows)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SESSIONS)
 def test_all_rows_of_a_piece_attend_alike(sessions: list[tuple[int, int]]) -> None:
     batch = batch_of(sessions)
@@ -56,7 +56,7 @@ def test_all_rows_of_a_piece_attend_alike(sessions: list[tuple[int, int]]) -> No
             assert (row.position >= SPEC.visible) == piece.is_past_window
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SESSIONS)
 def test_rows_that_attend_alike_are_not_cut_apart(sessions: list[tuple[int, int]]) -> None:
     pieces = batch_of(sessions).pieces()

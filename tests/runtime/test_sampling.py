@@ -27,7 +27,7 @@ SAMPLINGS = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(LOGITS, SAMPLINGS, POSITIONS)
 def test_the_same_logits_seed_and_position_give_the_same_token(
     logits: Tensor, sampling: Sampling, position: int
@@ -37,7 +37,7 @@ def test_the_same_logits_seed_and_position_give_the_same_token(
     assert draw_id(logits, sampling, position) == draw_id(logits.clone(), again, position)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(LOGITS, SAMPLINGS, POSITIONS)
 def test_a_drawn_token_is_one_that_was_kept(logits: Tensor, sampling: Sampling, position: int) -> None:
     token = draw_id(logits, sampling, position)
@@ -50,7 +50,7 @@ def test_a_drawn_token_is_one_that_was_kept(logits: Tensor, sampling: Sampling, 
     assert token in may or float(logits[token]) == float(logits.max())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(LOGITS, st.integers(0, 2**64 - 1), POSITIONS)
 def test_temperature_zero_takes_the_likeliest_token_whatever_the_seed(logits: Tensor, seed: int, position: int) -> None:
     assert draw_id(logits, Sampling(seed=seed), position) == logits.tolist().index(max(logits.tolist()))
@@ -66,7 +66,7 @@ def test_a_temperature_near_zero_takes_the_likeliest_token(temperature: float, t
     assert drawn == {1}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.one_of(LOGITS, FEW_LEVELS), st.integers(0, 50), st.floats(0, 1, exclude_min=True))
 def test_top_k_and_top_p_keep_what_their_definitions_say(logits: Tensor, top_k: int, top_p: float) -> None:
     left = candidates(logits.double(), Sampling(temperature=1.0, top_p=top_p, top_k=top_k))
@@ -152,7 +152,7 @@ def test_sampling_out_of_range_is_refused_by_name(field: str, value: Any) -> Non
     assert caught.value.param == field
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(LOGITS, SAMPLINGS, POSITIONS, st.integers(1, 2**40 - 1))
 def test_only_allowed_tokens_are_drawn_and_as_if_there_were_no_others(
     logits: Tensor, sampling: Sampling, position: int, bits: int
@@ -169,7 +169,7 @@ def test_only_allowed_tokens_are_drawn_and_as_if_there_were_no_others(
     assert token == draw_token(others_gone, Draw(sampling), position)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(LOGITS, SAMPLINGS, POSITIONS, st.integers(0, 5))
 def test_logprobs_are_the_models_own_whatever_the_sampling(
     logits: Tensor, sampling: Sampling, position: int, count: int

@@ -215,7 +215,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(field: str, value: Any) ->
         Settings(**{field: value})
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(sorted(FIELDS)), st.text())
 def test_any_text_is_taken_or_refused_in_one_line_that_names_the_field(field: str, text: str) -> None:
     refusal = None
@@ -286,7 +286,7 @@ def test_loopback_hosts_are_told_from_others(host: str, answer: bool) -> None:
     assert is_loopback(host) is answer
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.ip_addresses(), st.integers(0, 65535))
 def test_an_address_is_split_into_host_and_port(host: object, port: int) -> None:
     written = f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"

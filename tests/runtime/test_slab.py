@@ -56,7 +56,7 @@ def seen_by(spec: SlabSpec, position: int, held: dict[int, int]) -> list[int | N
     return [held.get(slot) for slot in visible.nonzero().flatten().tolist()]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tiles())
 def test_a_query_sees_the_sink_and_the_window_and_nothing_else_whatever_was_written_when(
     spec_and_tiles: tuple[SlabSpec, list[tuple[int, int]]],
@@ -73,7 +73,7 @@ def test_a_query_sees_the_sink_and_the_window_and_nothing_else_whatever_was_writ
             )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SPECS, st.integers(0, 300), st.integers(1, 60))
 def test_a_layer_with_a_window_of_its_own_sees_of_that_what_is_nearer(
     spec: SlabSpec, position: int, own_window: int
@@ -89,7 +89,7 @@ def test_a_layer_with_a_window_of_its_own_sees_of_that_what_is_nearer(
         assert {one for one in seen if one < spec.sink} == set(range(lasting.start, lasting.stop))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SPECS, st.integers(0, 10**12))
 def test_a_query_sees_as_many_slots_far_out_as_the_window_has(spec: SlabSpec, beyond: int) -> None:
     position = spec.visible + beyond
@@ -101,7 +101,7 @@ def test_a_query_sees_as_many_slots_far_out_as_the_window_has(spec: SlabSpec, be
     assert set(visible[0].nonzero().flatten().tolist()) == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(LONG_SPECS, st.integers(0, 5_000))
 def test_an_extent_holds_all_that_is_visible_in_whole_buckets(spec: SlabSpec, position: int) -> None:
     extent = spec.extent(position)
@@ -110,13 +110,13 @@ def test_an_extent_holds_all_that_is_visible_in_whole_buckets(spec: SlabSpec, po
     assert extent % BUCKET_SLOTS == 0 or extent == spec.slots
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(LONG_SPECS, st.integers(0, 5_000))
 def test_an_extent_never_shrinks_and_never_exceeds_the_slab(spec: SlabSpec, position: int) -> None:
     assert spec.extent(position) <= spec.extent(position + 1) <= spec.slots
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SPECS, st.integers(0, 10_000))
 def test_the_tokens_of_a_tile_and_of_its_windows_lie_in_slots_of_their_own(spec: SlabSpec, start: int) -> None:
     tile = range(start, start + spec.row_tile)
@@ -166,7 +166,7 @@ def test_the_ceiling_counts_what_recurrent_layers_keep_whatever_the_length(state
     assert slab.live_bytes == spec.token_bytes + kept
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 40), st.data())
 def test_a_recurrent_layer_finds_all_that_a_tile_may_need_whatever_was_taken_back(
     row_tile: int, data: st.DataObject
@@ -191,7 +191,7 @@ def test_a_recurrent_layer_finds_all_that_a_tile_may_need_whatever_was_taken_bac
         frontier = max(frontier, stop)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SPECS, st.booleans(), st.integers(1, 300), st.integers(0, 300))
 def test_a_slab_that_says_it_is_whole_holds_all_that_the_next_token_needs(
     spec: SlabSpec, is_recurrent: bool, written: int, frontier: int
@@ -313,7 +313,7 @@ def test_a_cleared_slab_holds_no_token() -> None:
     assert (slab.frontiers, slab.live_length, slab.live_bytes) == ((0,), 0, 0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 5), st.lists(st.one_of(st.just("acquire"), st.integers(0, 4)), max_size=40))
 def test_a_pool_lends_each_slab_to_one_at_a_time_and_refuses_when_none_is_free(
     total: int, steps: list[str | int]
@@ -376,7 +376,7 @@ def test_a_pool_gives_up_no_long_history_for_a_short_beginning_that_another_shar
     assert (again is slab, again.frontier) == (True, 40)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SPECS, st.integers(0, 150), st.data())
 def test_a_slab_is_whole_where_nothing_that_the_next_token_sees_was_written_over(
     spec: SlabSpec, written: int, data: st.DataObject

@@ -57,7 +57,7 @@ def pieces_of(text: Text, token_ids: list[int]) -> list[str]:
 
 
 @each_kind
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(written=WRITTEN)
 @example(written=FAMILY)
 @example(written=f"a{HALF}b")
@@ -75,7 +75,7 @@ def test_pieces_make_the_text_that_all_tokens_make(texts: Mapping[str, Text], ki
 
 
 @each_kind
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(written=WRITTEN.map(lambda text: text.replace(HALF, "")))
 @example(written=FAMILY)
 def test_no_piece_holds_half_a_character(texts: Mapping[str, Text], kind: str, written: str) -> None:
@@ -102,7 +102,7 @@ def test_a_character_cut_off_at_the_end_is_left_out(texts: Mapping[str, Text], k
     assert "".join(pieces_of(text, text.encode("so 👩")[:-1])) == "so "
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(token_ids=st.lists(st.integers(0, 2047), max_size=30))
 def test_pieces_of_any_tokens_are_the_start_of_their_text(texts: Mapping[str, Text], token_ids: list[int]) -> None:
     text = texts["byte level"]
@@ -114,7 +114,7 @@ def test_pieces_of_any_tokens_are_the_start_of_their_text(texts: Mapping[str, Te
     assert not whole[len(joined) :].strip(HALF)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(token_ids=st.lists(st.integers(0, 258), max_size=30))
 @example(token_ids=[13, 131, 259])
 def test_bytes_that_are_no_text_do_not_stop_a_stream(texts: Mapping[str, Text], token_ids: list[int]) -> None:
@@ -125,7 +125,7 @@ def test_bytes_that_are_no_text_do_not_stop_a_stream(texts: Mapping[str, Text], 
     assert joined.endswith("hello world")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(written=st.text())
 def test_text_survives_its_way_to_tokens_and_back(texts: Mapping[str, Text], written: str) -> None:
     text = texts["byte level"]

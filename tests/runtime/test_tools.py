@@ -149,6 +149,19 @@ def test_who_may_call_says_anything_but_half_a_call(said: str, parallel: bool, s
         assert follows(text, grammar, said) is expected
 
 
+def test_an_answer_of_a_schema_may_call_a_tool_instead() -> None:
+    text = text_with(HERMES)
+    form = CallForm.of_template(text)
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    grammar = text.grammar(form.source([CLOCK], is_required=False, is_parallel=True, schema=schema))
+
+    assert follows(text, grammar, '{"city": "Rome"}')
+    assert follows(text, grammar, CALL)
+    assert follows(text, grammar, f"{CALL}\n{CALL}")
+    assert not follows(text, grammar, "Rome")
+    assert not follows(text, grammar, f'{{"city": "Rome"}}{CALL}')
+
+
 def test_a_schema_that_cannot_be_followed_is_refused() -> None:
     text = text_with(HERMES)
     broken: dict[str, Any] = CLOCK | {"parameters": {"type": "nothing"}}
@@ -159,7 +172,7 @@ def test_a_schema_that_cannot_be_followed_is_refused() -> None:
 WORDS = st.text('ab{}"<tol_c>\n', max_size=12)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.tuples(WORDS, st.dictionaries(WORDS, WORDS, max_size=2)), max_size=3), WORDS, st.randoms())
 def test_calls_are_found_however_the_text_is_cut(
     turns: list[tuple[str, dict[str, str]]], last: str, chance: random.Random
@@ -186,7 +199,7 @@ def test_calls_are_found_however_the_text_is_cut(
     assert "".join(texts.split()) == "".join(expected.split())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.dictionaries(WORDS, WORDS, max_size=3), WORDS, st.randoms())
 @pytest.mark.parametrize("template", [HERMES, LLAMA], ids=["hermes", "llama"])
 def test_a_call_that_comes_in_part_is_told_as_far_as_it_goes(

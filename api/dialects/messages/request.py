@@ -155,7 +155,7 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[MessageRequest, Questio
     plain = [tool.plain() for tool in tools.values()]
     shown = [tool.plain().for_template() for tool in tools.values() if not tool.defer_loading]
     form = asked.output_config.format if asked.output_config else None
-    bounds = Bounds.of_schema(form.schema_, "output_config.format") if form else Bounds.of_tools(plain, choice, text)
+    bounds = Bounds.of_tools(plain, choice, text, form.schema_ if form else None, "output_config.format")
     options = thinking_options(text, asked.effort(), {}, "thinking")
     question = Question(
         items,

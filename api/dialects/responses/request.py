@@ -254,8 +254,7 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[ResponseRequest, Questi
     choice = asked.choice()
     choice.check(names)
     schema = _schema_of(asked)
-    # With a JSON schema every answer follows it, and no tool is called in it.
-    bounds = Bounds.of_tools(tools, choice, text) if schema is None else Bounds.of_schema(schema, "text.format")
+    bounds = Bounds.of_tools(tools, choice, text, schema, "text.format")
     effort = asked.reasoning.effort if asked.reasoning else None
     options = thinking_options(text, effort, {}, "reasoning.effort")
     question = Question(

@@ -72,7 +72,7 @@ def grown(tree: PointTree, point: Point, item: Item, tokens: array[int]) -> Poin
     return tree.grow(point, [item], tokens, spans)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_what_was_told_is_there_again_after_any_number_of_starts(tmp_path_factory: Any, data: st.DataObject) -> None:
     path: Path = tmp_path_factory.mktemp("state") / "conversations.tree"

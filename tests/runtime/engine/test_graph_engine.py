@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -147,7 +147,6 @@ def inputs(seedling: Path) -> tuple[StepInputs, SlabArena]:
     return StepInputs(ROWS_ON_GPU, 5, SLABS, CPU), SlabArena(spec, SLABS + 1)
 
 
-@settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 20), min_size=SLABS, max_size=SLABS), starts=st.integers(0, 10_000_000))
 def test_each_row_attends_in_one_block_of_its_slab(
     inputs: tuple[StepInputs, SlabArena], lengths: list[int], starts: int

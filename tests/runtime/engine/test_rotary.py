@@ -86,7 +86,7 @@ def turned(exact: ExactRotary, vector: Tensor, position: int) -> Tensor:
     return rotate(vector, cosines[0], sines[0])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 10_000_000), st.integers(0, 4096))
 def test_a_score_depends_on_the_distance_alone_however_far_out(position: int, distance: int) -> None:
     _, exact = rotary()

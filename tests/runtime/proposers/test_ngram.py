@@ -33,7 +33,7 @@ def looked_up(history: list[int], count: int, longest: int, shortest: int) -> li
     return []
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(FEW_TOKENS, max_size=4), st.integers(1, 9), st.integers(1, 3), st.integers(0, 3))
 def test_proposes_what_followed_the_longest_match_however_the_history_came(
     parts: list[list[int]], count: int, shortest: int, more: int
@@ -46,7 +46,7 @@ def test_proposes_what_followed_the_longest_match_however_the_history_came(
     assert list(lookup.propose(count)) == looked_up(history, count, shortest + more, shortest)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(FEW_TOKENS, st.integers(6, 12))
 def test_remembers_as_much_as_it_may_and_no_more(history: list[int], most: int) -> None:
     lookup = PromptLookup(3, 2, most_tokens=most)
