@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import secrets
 from importlib.resources import files
 
 import grpc
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.affinity import ROUTE_HEADER, route_of, route_of_headers, route_of_response
-
-# The longest body that a replica takes.
-_LONGEST_BODY_BYTES = 8 * 2**20
-# Within strings of JSON these quotes would be escaped, so this is a key of an object, though it may be of an inner one.
-_KEY_IN_BODY = re.compile(rb'"(previous_response_id|prompt_cache_key)"\s*:\s*"([^"\\]{1,256})"')
-_KEYED_PATHS = ("/v1/responses", "/v1/messages", "/v1/chat/completions")
+from api.ray_serve.naming import Routes
 
 
 def add_runtime_service(servicer: object, server: grpc.aio.Server) -> None:
@@ -46,45 +37,5 @@ def add_runtime_service(servicer: object, server: grpc.aio.Server) -> None:
 
 
 def middleware() -> list[Middleware]:
-    """For `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`: tells the router the session that a request's body names."""
+    """For `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`: has the router hear of sessions that only bodies name."""
     return [Middleware(Routes)]
-
-
-class Routes:
-    """ASGI middleware that adds a request's route to its headers: of its session, or one drawn for a new session."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path: str = scope.get("path", "")
-        if scope["type"] not in ("http", "websocket") or not path.startswith(_KEYED_PATHS):
-            await self._app(scope, receive, send)
-            return
-        route = route_of_headers(scope["headers"]) or route_of_response(path.rpartition("/")[2])
-        if route is None and scope["type"] == "http" and scope["method"] == "POST":
-            receive, route = await _route_in_body(receive)
-        added = (ROUTE_HEADER.encode(), (route or secrets.token_hex(8)).encode())
-        kept = [(name, value) for name, value in scope["headers"] if name.lower() != added[0]]
-        await self._app({**scope, "headers": [*kept, added]}, receive, send)
-
-
-async def _route_in_body(receive: Receive) -> tuple[Receive, str | None]:
-    """The route that the body names, and what gives the body again."""
-    begun: list[Message] = []
-    body = bytearray()
-    while not begun or (begun[-1].get("more_body") and len(body) <= _LONGEST_BODY_BYTES):
-        begun.append(await receive())
-        body += begun[-1].get("body", b"")
-    given = iter(begun)
-
-    async def receive_again() -> Message:
-        for message in given:
-            return message
-        return await receive()
-
-    named: dict[bytes, bytes] = dict(_KEY_IN_BODY.findall(body))
-    if (previous := named.get(b"previous_response_id")) and (route := route_of_response(previous.decode("latin-1"))):
-        return receive_again, route
-    key = named.get(b"prompt_cache_key", previous)
-    return receive_again, route_of(key.decode("latin-1")) if key else None

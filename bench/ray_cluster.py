@@ -1,0 +1,137 @@
+"""Our deployment on a local cluster of Ray's, for tests and benchmarks: started, changed, and its replicas killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import trio
+import yaml
+
+APPLICATION = "perennial"
+_REPLICA = f"ray::ServeReplica:{APPLICATION}:{APPLICATION}"
+_LONGEST_DEPLOY_S = 120.0
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody listens on, each another one."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in sockets]
+
+
+def configuration(http: int, grpc: int, arguments: Mapping[str, Any], **deployment: Any) -> dict[str, Any]:
+    """What `serve run` takes: `arguments` are our settings, `deployment` what is said to Serve of it."""
+    usual: dict[str, Any] = {
+        "health_check_period_s": 1,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "graceful_shutdown_timeout_s": 60,
+        "ray_actor_options": {"num_cpus": 0.1},
+    }
+    return {
+        "http_options": {"host": "127.0.0.1", "port": http},
+        "grpc_options": {
+            "port": grpc,
+            "grpc_servicer_functions": ["api.ray_serve.proxying.add_runtime_service"],
+        },
+        "applications": [
+            {
+                "name": APPLICATION,
+                "route_prefix": "/",
+                "import_path": "api.ray_serve:deploy",
+                "args": dict(arguments),
+                "deployments": [{"name": APPLICATION, **usual, **deployment}],
+            }
+        ],
+    }
+
+
+class Cluster:
+    """A running one. Every method's waits end when Ray says so."""
+
+    def __init__(self, control: trio.Process, address: str, folder: Path) -> None:
+        self._control = control
+        self._address = address
+        self._folder = folder
+
+    async def deploy(self, configured: Mapping[str, Any]) -> None:
+        """Has Serve bring about what the configuration says; returns at once."""
+        file = self._folder / "serve.yaml"
+        file.write_text(yaml.safe_dump(dict(configured)))
+        command = [
+            str(Path(sys.executable).with_name("serve")),
+            "run",
+            "--non-blocking",
+            "--address",
+            self._address,
+            str(file),
+        ]
+        await trio.run_process(command, capture_stdout=True, capture_stderr=True)
+
+    async def states(self) -> dict[str, int]:
+        """Replicas by their state: RUNNING, STARTING, STOPPING."""
+        assert self._control.stdin is not None
+        await self._control.stdin.send_all(b"\n")
+        states: dict[str, int] = json.loads(await _line(self._control))
+        return states
+
+    async def settled(self, replicas: int) -> None:
+        """Returns once so many replicas run, and there are no others. Raises TooSlowError after two minutes."""
+        with trio.fail_after(_LONGEST_DEPLOY_S):
+            while await self.states() != {"RUNNING": replicas}:
+                await trio.sleep(0.2)
+
+    def replicas(self) -> list[psutil.Process]:
+        """The processes of replicas, also of those that start or stop."""
+        ours = psutil.Process(self._control.pid).children(recursive=True)
+        return [each for each in ours if _title(each).startswith(_REPLICA)]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+async def _line(process: trio.Process) -> bytes:
+    assert process.stdout is not None
+    line = b""
+    while not line.endswith(b"\n"):
+        some = await process.stdout.receive_some(1)
+        if not some:
+            raise RuntimeError("Ray's local cluster ended")
+        line += some
+    return line
+
+
+@asynccontextmanager
+async def cluster(folder: Path, environment: Mapping[str, str] | None = None) -> AsyncIterator[Cluster]:
+    """A cluster of this machine alone, for the block; what Ray and the replicas say goes to `folder`/log."""
+    changed = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "api.ray_serve.proxying.middleware",
+        # Each replica would have as many threads as there are cores.
+        "OMP_NUM_THREADS": "1",
+        **(environment or {}),
+    }
+    command = [sys.executable, "-m", "bench.ray_control"]
+    with (folder / "log").open("wb") as log:
+        control = await trio.lowlevel.open_process(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=os.environ | changed
+        )
+        try:
+            yield Cluster(control, json.loads(await _line(control)), folder)
+        finally:
+            with trio.CancelScope(shield=True):
+                assert control.stdin is not None
+                await control.stdin.aclose()
+                await control.wait()
