@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import yaml
 APPLICATION = "perennial"
 _REPLICA = f"ray::ServeReplica:{APPLICATION}:{APPLICATION}"
 _LONGEST_DEPLOY_S = 120.0
+_EXAMPLE = Path(__file__).parents[1] / "docs" / "serve.yaml"
 
 
 def free_ports(count: int) -> list[int]:
@@ -29,29 +30,17 @@ def free_ports(count: int) -> list[int]:
 
 
 def configuration(http: int, grpc: int, arguments: Mapping[str, Any], **deployment: Any) -> dict[str, Any]:
-    """What `serve run` takes: `arguments` are our settings, `deployment` what is said to Serve of it."""
-    usual: dict[str, Any] = {
-        "health_check_period_s": 1,
-        "graceful_shutdown_wait_loop_s": 0.5,
-        "graceful_shutdown_timeout_s": 60,
-        "ray_actor_options": {"num_cpus": 0.1},
-    }
-    return {
-        "http_options": {"host": "127.0.0.1", "port": http},
-        "grpc_options": {
-            "port": grpc,
-            "grpc_servicer_functions": ["api.ray_serve.proxying.add_runtime_service"],
-        },
-        "applications": [
-            {
-                "name": APPLICATION,
-                "route_prefix": "/",
-                "import_path": "api.ray_serve:deploy",
-                "args": dict(arguments),
-                "deployments": [{"name": APPLICATION, **usual, **deployment}],
-            }
-        ],
-    }
+    """What docs/serve.yaml has `serve run` do, on this machine alone: with other settings of ours, and options of Serve's."""
+    configured: dict[str, Any] = yaml.safe_load(_EXAMPLE.read_text())
+    configured["http_options"] |= {"host": "127.0.0.1", "port": http}
+    configured["grpc_options"]["port"] = grpc
+    (application,) = configured["applications"]
+    application["args"] = dict(arguments)
+    (usual,) = application["deployments"]
+    if "num_replicas" in deployment:
+        del usual["autoscaling_config"]
+    usual |= {"health_check_period_s": 1, "ray_actor_options": {"num_cpus": 0.1}, **deployment}
+    return configured
 
 
 class Cluster:
@@ -76,18 +65,23 @@ class Cluster:
         ]
         await trio.run_process(command, capture_stdout=True, capture_stderr=True)
 
-    async def states(self) -> dict[str, int]:
-        """Replicas by their state: RUNNING, STARTING, STOPPING."""
-        assert self._control.stdin is not None
-        await self._control.stdin.send_all(b"\n")
-        states: dict[str, int] = json.loads(await _line(self._control))
-        return states
-
     async def settled(self, replicas: int) -> None:
-        """Returns once so many replicas run, and there are no others. Raises TooSlowError after two minutes."""
+        """Returns once what was deployed stands: so many replicas run, and none starts or stops. Raises TooSlowError."""
+        await self._until(lambda states: states == {"RUNNING": replicas})
+
+    async def served(self, least: int) -> None:
+        """Returns once so many replicas run, or more. Raises TooSlowError."""
+        await self._until(lambda states: states.get("RUNNING", 0) >= least)
+
+    async def _until(self, condition: Callable[[dict[str, int]], bool]) -> None:
+        assert self._control.stdin is not None
         with trio.fail_after(_LONGEST_DEPLOY_S):
-            while await self.states() != {"RUNNING": replicas}:
-                await trio.sleep(0.2)
+            while True:
+                await self._control.stdin.send_all(b"\n")
+                if condition(json.loads(await _line(self._control))):
+                    return
+                # Serve tells its state when asked, and has no event for it.
+                await trio.sleep(0.3)
 
     def replicas(self) -> list[psutil.Process]:
         """The processes of replicas, also of those that start or stop."""

@@ -18,11 +18,13 @@ _CPUS = 16
 _OBJECT_STORE_BYTES = 100 * 2**20
 
 
-def replicas() -> dict[str, int]:
-    """Replicas by their state, of all applications."""
+def states() -> dict[str, int]:
+    """Replicas by their state, and applications that are being brought about."""
     counts: Counter[str] = Counter()
     status: Any = serve.status()
     for application in status.applications.values():
+        if application.status != "RUNNING":
+            counts[application.status] += 1
         for deployment in application.deployments.values():
             counts.update(deployment.replica_states)
     return dict(counts)
@@ -39,7 +41,7 @@ def main() -> None:
     )
     print(json.dumps(ray.get_runtime_context().gcs_address), flush=True)
     for _ in sys.stdin:
-        print(json.dumps(replicas()), flush=True)
+        print(json.dumps(states()), flush=True)
     serve.shutdown()
     ray.shutdown()
 

@@ -127,8 +127,7 @@ async def kill(running: Cluster, chance: random.Random, count: int) -> None:
     """Kills replicas at random, and never the last one that serves."""
     for _ in range(count):
         await trio.sleep(chance.uniform(1, 8))
-        while (await running.states()).get("RUNNING", 0) < REPLICAS - 1:
-            await trio.sleep(0.5)
+        await running.served(REPLICAS - 1)
         chance.choice(running.replicas()).kill()
 
 
@@ -182,9 +181,8 @@ async def test_a_deployment_that_is_killed_grown_shrunk_and_upgraded_loses_nothi
             await kill(running, chance, KILLS - KILLS // 2)
             await running.settled(REPLICAS)
             await running.deploy(configured(REPLICAS, "second"))
-            while (await client.model_info()).model != "second":
-                await trio.sleep(0.5)
             await running.settled(REPLICAS)
+            assert (await client.model_info()).model == "second"
             over.set()
     async with open_runtime(Settings(**SETTINGS)) as runtime:  # type: ignore[arg-type]
         for seen in everyone:
