@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -46,10 +47,11 @@ def configuration(http: int, grpc: int, arguments: Mapping[str, Any], **deployme
 class Cluster:
     """A running one. Every method's waits end when Ray says so."""
 
-    def __init__(self, control: trio.Process, address: str, folder: Path) -> None:
+    def __init__(self, control: trio.Process, address: str, folder: Path, environment: Mapping[str, str]) -> None:
         self._control = control
         self._address = address
         self._folder = folder
+        self._environment = environment
 
     async def deploy(self, configured: Mapping[str, Any]) -> None:
         """Has Serve bring about what the configuration says; returns at once."""
@@ -63,7 +65,8 @@ class Cluster:
             self._address,
             str(file),
         ]
-        await trio.run_process(command, capture_stdout=True, capture_stderr=True)
+        with (self._folder / "log").open("ab") as log:
+            await trio.run_process(command, stdout=log, stderr=subprocess.STDOUT, env=self._environment)
 
     async def settled(self, replicas: int) -> None:
         """Returns once what was deployed stands: so many replicas run, and none starts or stops. Raises TooSlowError."""
@@ -111,19 +114,23 @@ async def _line(process: trio.Process) -> bytes:
 async def cluster(folder: Path, environment: Mapping[str, str] | None = None) -> AsyncIterator[Cluster]:
     """A cluster of this machine alone, for the block; what Ray and the replicas say goes to `folder`/log."""
     changed = {
+        # Nobody else on this machine is to have the cluster run code.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "api.ray_serve.proxying.middleware",
         # Each replica would have as many threads as there are cores.
         "OMP_NUM_THREADS": "1",
         **(environment or {}),
     }
+    everything = os.environ | changed
     command = [sys.executable, "-m", "bench.ray_control"]
     with (folder / "log").open("wb") as log:
         control = await trio.lowlevel.open_process(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=os.environ | changed
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=everything
         )
         try:
-            yield Cluster(control, json.loads(await _line(control)), folder)
+            yield Cluster(control, json.loads(await _line(control)), folder, everything)
         finally:
             with trio.CancelScope(shield=True):
                 assert control.stdin is not None

@@ -46,7 +46,7 @@ async def deployed(tmp_path: Path) -> AsyncIterator[Deployed]:
     arguments = {
         "device": "cpu",
         "sink": 4,
-        "window": 252,
+        "window": 508,
         "capacity": 4,
         "state_dir": f"file://{tmp_path}/store",
         "state_lease_s": 1,
@@ -67,6 +67,8 @@ async def test_replicas_answer_as_one_server_does_and_one_that_is_killed_costs_n
         await trio.to_thread.run_sync(goes_on_after_a_kill, client, deployed)
     with stock(stubs, deployed.grpc) as stranger, refused(grpc.StatusCode.UNAUTHENTICATED):
         await trio.to_thread.run_sync(stranger.create)
+    # A conversation is sent anew where its part of the ring has gone to another replica.
+    await deployed.running.settled(2)
     await trio.to_thread.run_sync(follow_ups_find_their_server, deployed)
 
 
@@ -81,7 +83,7 @@ def answers_as_one_server_does(client: Stock, deployed: Deployed) -> None:
         client.append(session_id, [2**31])
     with refused(grpc.StatusCode.ABORTED) as words:
         client.append(session_id, [5], expected_history_length=3)
-    assert words[0] == f"history_length is {len(PROMPT)}, not 3"
+    assert words[0].startswith(f"history_length is {len(PROMPT)}, not 3")
     stream = client.stream(session_id, 100_000)
     next(stream)
     stream.cancel()

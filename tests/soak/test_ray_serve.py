@@ -17,8 +17,9 @@ import trio
 from actors import Runtime, open_runtime
 from api.client import Client, ClientSession, connect
 from bench.ray_cluster import Cluster, cluster, configuration, free_ports
-from runtime import Settings, Token
+from runtime import Done, Settings, Token
 from runtime.errors import CapacityExhausted, HistoryMismatch, NotServing, SessionFailed, SessionMoved
+from runtime.events import Event
 
 pytest.importorskip("ray", reason="Ray Serve is not installed: pip install 'perennial[ray]'")
 pytestmark = pytest.mark.soak
@@ -95,9 +96,14 @@ async def draw(session: ClientSession, seen: Seen, turn: Turn, count: int) -> No
     while len(turn.drawn) < count:
         try:
             async with session.generate(count - len(turn.drawn), temperature=0.8, seed=turn.seed) as events:
+                last: Event | None = None
                 async for event in events:
+                    last = event
                     if isinstance(event, Token):
                         turn.drawn.append(event.token_id)
+            # A stream that was cut ends with an error, and never as one that is complete.
+            assert isinstance(last, Done)
+            seen.reread += last.reread_token_count
         except PASSING as error:
             seen.told[type(error).__name__] += 1
             await trio.sleep(0.3)
