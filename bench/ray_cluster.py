@@ -19,7 +19,7 @@ import yaml
 
 APPLICATION = "perennial"
 _REPLICA = f"ray::ServeReplica:{APPLICATION}:{APPLICATION}"
-_LONGEST_DEPLOY_S = 120.0
+_LONGEST_DEPLOY_S = 300.0
 _EXAMPLE = Path(__file__).parents[1] / "docs" / "serve.yaml"
 
 

@@ -27,8 +27,7 @@ pytestmark = pytest.mark.soak
 SESSIONS, REPLICAS, KILLS = 60, 3, 20
 KEY = "soak"
 SETTINGS = {"device": "cpu", "window": 124}
-# Tokens that a killed server may have recorded within a quarter of a second, and nobody heard of.
-MOST_UNHEARD = 32
+LONGEST_S = 1800
 # What a client is told while its session moves, or its replica is no more. It asks again.
 PASSING = (SessionMoved, NotServing, SessionFailed, CapacityExhausted)
 UNHEARD = -1
@@ -109,7 +108,7 @@ async def draw(session: ClientSession, seen: Seen, turn: Turn, count: int) -> No
             await trio.sleep(0.3)
             info = await asked(seen, session.info)
             unheard = info.history_length - seen.length
-            assert 0 <= unheard <= MOST_UNHEARD, (seen.session_id, unheard)
+            assert 0 <= unheard <= count - len(turn.drawn), (seen.session_id, unheard)
             turn.drawn += [UNHEARD] * unheard
 
 
@@ -172,24 +171,25 @@ async def test_a_deployment_that_is_killed_grown_shrunk_and_upgraded_loses_nothi
     chance = random.Random(0)
     everyone = [Seen() for _ in range(SESSIONS)]
     over = trio.Event()
-    async with cluster(tmp_path) as running:
+    async with cluster(tmp_path) as running, connect(f"127.0.0.1:{grpc}", key=KEY) as client:
         await running.deploy(configured(REPLICAS))
         await running.settled(REPLICAS)
-        async with connect(f"127.0.0.1:{grpc}", key=KEY) as client, trio.open_nursery() as nursery:
-            for number, seen in enumerate(everyone):
-                nursery.start_soon(talk, client, seen, number, over)
-            await kill(running, chance, KILLS // 2)
-            await running.deploy(configured(REPLICAS + 1))
-            await running.settled(REPLICAS + 1)
-            await trio.sleep(5)
-            await running.deploy(configured(REPLICAS))
-            await running.settled(REPLICAS)
-            await kill(running, chance, KILLS - KILLS // 2)
-            await running.settled(REPLICAS)
-            await running.deploy(configured(REPLICAS, "second"))
-            await running.settled(REPLICAS)
-            assert (await client.model_info()).model == "second"
-            over.set()
+        with trio.fail_after(LONGEST_S):
+            async with trio.open_nursery() as nursery:
+                for number, seen in enumerate(everyone):
+                    nursery.start_soon(talk, client, seen, number, over)
+                await kill(running, chance, KILLS // 2)
+                await running.deploy(configured(REPLICAS + 1))
+                await running.settled(REPLICAS + 1)
+                await trio.sleep(5)
+                await running.deploy(configured(REPLICAS))
+                await running.settled(REPLICAS)
+                await kill(running, chance, KILLS - KILLS // 2)
+                await running.settled(REPLICAS)
+                await running.deploy(configured(REPLICAS, "second"))
+                await running.settled(REPLICAS)
+                assert (await asked(Seen(), client.model_info)).model == "second"
+                over.set()
     async with open_runtime(Settings(**SETTINGS)) as runtime:  # type: ignore[arg-type]
         for seen in everyone:
             assert await undisturbed(runtime, seen) == seen.digest
@@ -198,7 +198,8 @@ async def test_a_deployment_that_is_killed_grown_shrunk_and_upgraded_loses_nothi
     record(
         f"{SESSIONS} sessions on {REPLICAS} replicas of Ray Serve: {KILLS} times `kill -9` at random, a replica more and one "
         "less, a rolling upgrade",
-        f"0 of {len(tokens) - tokens.count(UNHEARD)} acknowledged tokens lost or changed, every history one server's; asked "
+        f"0 of {len(tokens) - tokens.count(UNHEARD)} acknowledged tokens lost or changed, every history one server's; "
+        f"{tokens.count(UNHEARD)} more were recorded and not heard of; asked "
         f"again after {', '.join(f'{count} {name}' for name, count in sorted(told.items()))}; "
         f"{sum(seen.reread for seen in everyone)} tokens read again",
     )
