@@ -114,6 +114,11 @@ class EitherLoop:
         else:
             await self._cross(scope, receive, send)
 
+    async def call(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
+        """Awaits a function written in trio where the application lives, for an asyncio server; cancellation crosses."""
+        assert self._trio_thread is not None, "an asyncio server has to start the lifespan first"
+        return await self._trio_thread.call_async(function, *args)
+
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         _leave_signals_to_the_host()
         if _is_trio():
@@ -126,8 +131,5 @@ class EitherLoop:
 
     async def _cross(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the application in the trio thread; cancellation crosses too, in both directions."""
-        assert self._trio_thread is not None, "an asyncio server has to start the lifespan first"
         async with BlockingPortal() as here:
-            await self._trio_thread.call_async(
-                self._application, scope, partial(here.call_async, receive), partial(here.call_async, send)
-            )
+            await self.call(self._application, scope, partial(here.call_async, receive), partial(here.call_async, send))

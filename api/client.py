@@ -16,13 +16,14 @@ import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import anyio
 import sniffio
 from betterproto2 import Message
 from grpclib import GRPCError, Status
-from grpclib.client import Channel, UnaryStreamMethod, UnaryUnaryMethod
+from grpclib.client import Channel, Stream, UnaryStreamMethod, UnaryUnaryMethod
 from grpclib.exceptions import StreamTerminatedError
 
 from api.foreign.grpclib import ForgetfulChannel
@@ -204,7 +205,7 @@ class Client:
             error: BaseException = _Left()
             try:
                 await here(stream.send_message)(request, end=True)
-                yield here(stream.recv_message)
+                yield partial(here(_next), stream)
             except BaseException as raised:
                 error = raised
                 raise
@@ -212,6 +213,14 @@ class Client:
                 # Resets a stream that was not read to its end, also while the caller is being cancelled.
                 with anyio.CancelScope(shield=True):
                     await here(stream.__aexit__)(type(error), error, None)
+
+
+async def _next(stream: Stream[Any, A]) -> A | None:
+    """The next response; None at the end, which is the server's own word. Raises GRPCError where that is another one."""
+    response = await stream.recv_message()
+    if response is None:
+        await stream.recv_trailing_metadata()
+    return response
 
 
 class _Left(Exception):

@@ -11,7 +11,6 @@ from grpclib._typing import IServable
 from grpclib.health.check import ServiceStatus
 from grpclib.health.service import OVERALL, Health
 from grpclib.health.v1 import health_pb2
-from grpclib.reflection.service import ServerReflection
 
 from api.server import Phase, Server
 
@@ -32,6 +31,10 @@ class HealthOf:
 
 def with_standard_services(service: IServable, health: HealthOf) -> list[IServable]:
     """`service`, its health, and reflection over both."""
+    # It makes messages of names that grpcio's own reflection makes too, which a host of ours may have loaded: where we do
+    # not serve this door, neither is in the other's way.
+    from grpclib.reflection.service import ServerReflection
+
     checks = Health({service: [health.status], OVERALL: [health.status]})
     return ServerReflection.extend([service, checks], pool=descriptors())
 

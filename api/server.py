@@ -72,6 +72,11 @@ class Server:
         assert self._reader is not None, "nothing is read but in a call"
         return self._reader
 
+    @property
+    def load(self) -> float:
+        """Calls that run or wait, as a share of the slabs; 0 while nothing is served."""
+        return self._calls / self._runtime.load().slab_total if self._runtime is not None else 0.0
+
     async def next_phase(self) -> Phase:
         """Returns once the phase has changed."""
         await self._phase_waiters.park()

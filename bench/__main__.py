@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import trio
 
-from bench import agents, gguf, loop, marathon, moves, quality, recall, report, results, scheduling, speed
+from bench import agents, doors, gguf, loop, marathon, moves, quality, recall, report, results, scheduling, speed
 from bench.machine import describe_machine, our_versions
 from bench.models import MODELS, QWEN3_06B, SMALL, SMOLLM2, bench_model
 from bench.results import Record
@@ -35,6 +35,7 @@ SCENARIOS: Mapping[str, Callable[[Setup], Awaitable[Result]]] = {
     "marathon": marathon.run,
     "agents": agents.run,
     "moves": moves.run,
+    "doors": doors.run,
 }
 ALL = (
     ("speed", QWEN3_06B),
@@ -51,6 +52,7 @@ ALL = (
     ("scheduling", SMALL),
     ("marathon", SEEDLING),
     ("loop", SEEDLING),
+    ("doors", SEEDLING),
 )
 
 

@@ -25,6 +25,7 @@ PAGES = {
     "docs/guide.md": "Using it",
     "docs/agents.md": "With agents",
     "docs/sharing.md": "More than one server",
+    "docs/ray.md": "On Ray Serve",
     "docs/simulation.md": "A thousand servers, simulated",
     "docs/recordings.md": "What recorded agents cost",
     "docs/structure.md": "How it is built",

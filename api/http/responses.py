@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -15,6 +16,7 @@ from werkzeug.datastructures import Headers
 
 from actors import Runtime
 from actors.nursery import open_nursery
+from api.affinity import ROUTE_HEADER, is_route
 from api.answer import Part
 from api.answering import Answers, Ending, Usage, open_answers
 from api.dialects.responses.events import Event, ResponseWriter, as_responses_error, error_event
@@ -85,7 +87,7 @@ def add_response_routes(door: Door) -> None:
         runtime = held.enter_context(server.call())
         describe_request({"gen_ai.request.model": server.label})
         asked, question = await read_question(server, read)
-        turn = await held.enter_async_context(_open_turn(server, runtime, asked, question, _owner(request.headers)))
+        turn = await held.enter_async_context(_open_turn(server, runtime, asked, question, _caller(request.headers)))
         if not asked.stream:
             while not turn.is_over:
                 await turn.next()
@@ -120,18 +122,26 @@ def add_response_routes(door: Door) -> None:
         await _Socket(server).serve()
 
 
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    """Who asks, as far as keys tell, and the route by which a proxy sent the request here; empty where none did."""
+
+    owner: str
+    route: str
+
+
 class _Turn:
     """One response: its events in order. It is stored when its last event is made."""
 
     def __init__(
-        self, server: Server, runtime: Runtime, asked: ResponseRequest, owner: str, answers: Answers | Ending
+        self, server: Server, runtime: Runtime, asked: ResponseRequest, caller: _Caller, answers: Answers | Ending
     ) -> None:
         """`answers` is only an Ending if the request asked for no answer."""
         self._runtime = runtime
         self._asked = asked
-        self._owner = owner
+        self._caller = caller
         self._answers = answers
-        self._writer = ResponseWriter(asked, server.label)
+        self._writer = ResponseWriter(asked, server.label, caller.route)
         self._is_begun = False
         self.is_over = False
 
@@ -169,21 +179,21 @@ class _Turn:
         points, asked = self._runtime.conversations.points, self._asked
         points.name(self._writer.id, point, json.dumps(self.response).encode() if asked.store is not False else b"")
         if asked.conversation_id is not None:
-            points.name(_name_of(asked.conversation_id, self._owner), point)
+            points.name(_name_of(asked.conversation_id, self._caller.owner), point)
 
 
 @asynccontextmanager
 async def _open_turn(
-    server: Server, runtime: Runtime, asked: ResponseRequest, question: Question, owner: str
+    server: Server, runtime: Runtime, asked: ResponseRequest, question: Question, caller: _Caller
 ) -> AsyncIterator[_Turn]:
     """The turn that answers one client's request. Raises PreviousResponseNotFound, and as `open_answers`."""
-    start = _start_of(runtime, asked, owner)
+    start = _start_of(runtime, asked, caller.owner)
     if asked.is_prewarm:
         prompt = await write_prompt(server.reader, runtime, question, start)
-        yield _Turn(server, runtime, asked, owner, _ending_without_answer(runtime, prompt))
+        yield _Turn(server, runtime, asked, caller, _ending_without_answer(runtime, prompt))
         return
     async with open_answers(server, runtime, question, start) as answers:
-        yield _Turn(server, runtime, asked, owner, answers)
+        yield _Turn(server, runtime, asked, caller, answers)
 
 
 def _start_of(runtime: Runtime, asked: ResponseRequest, owner: str) -> Point | None:
@@ -205,10 +215,10 @@ def _name_of(conversation_id: str, owner: str) -> str:
     return f"conversation {owner} {conversation_id}"
 
 
-def _owner(headers: Headers) -> str:
-    """Identifies the client, as far as keys do."""
+def _caller(headers: Headers) -> _Caller:
     key = headers.get("Authorization") or headers.get("x-api-key") or ""
-    return blake2b(key.encode(), digest_size=16).hexdigest()
+    route = headers.get(ROUTE_HEADER, "")
+    return _Caller(blake2b(key.encode(), digest_size=16).hexdigest(), route if is_route(route) else "")
 
 
 def _ending_without_answer(runtime: Runtime, prompt: Prompt) -> Ending:
@@ -267,7 +277,7 @@ class _Socket:
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._owner = _owner(websocket.headers)
+        self._caller = _caller(websocket.headers)
         self._lanes: dict[str | None, trio.MemorySendChannel[Frame]] = {}
         self._room = trio.Semaphore(_MOST_REQUESTS, max_value=_MOST_REQUESTS)
         self._sending = trio.Lock()
@@ -322,7 +332,7 @@ class _Socket:
         asked, question = frame.read
         async with AsyncExitStack() as held:
             runtime = held.enter_context(self._server.call())
-            turn = await held.enter_async_context(_open_turn(self._server, runtime, asked, question, self._owner))
+            turn = await held.enter_async_context(_open_turn(self._server, runtime, asked, question, self._caller))
             async for event in _TurnEvents(turn, _as_frame):
                 await self._send(event)
             if asked.is_prewarm and (point := runtime.conversations.points.named(turn.response["id"])) is not None:

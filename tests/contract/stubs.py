@@ -42,11 +42,13 @@ def make_stubs(folder: Path) -> Stubs:
 class Stock:
     """The service through a stock client: methods by their names, requests by their fields."""
 
-    def __init__(self, stubs: Stubs, channel: grpc.Channel, key: str = "") -> None:
+    def __init__(
+        self, stubs: Stubs, channel: grpc.Channel, key: str = "", metadata: Iterable[tuple[str, str]] = ()
+    ) -> None:
         self.channel = channel
         self.messages = stubs.messages
         self._stub = stubs.services.RuntimeServiceStub(channel)
-        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
+        self._metadata = (*((("authorization", f"Bearer {key}"),) if key else ()), *metadata)
 
     def call(self, method: str, *, timeout: float = _LONGEST_CALL_S, **fields: Any) -> Any:
         """The response, or the stream of responses."""

@@ -23,8 +23,9 @@ Response = dict[str, Any]
 class ResponseWriter:
     """Turns the parts of an answer into the events of one response; `response` is the response so far."""
 
-    def __init__(self, asked: ResponseRequest, label: str) -> None:
-        self.id = f"resp_{secrets.token_hex(24)}"
+    def __init__(self, asked: ResponseRequest, label: str, route: str = "") -> None:
+        """The response's id begins with the `route`, by which a proxy finds the server that has it."""
+        self.id = f"resp_{route}{secrets.token_hex(24)}"
         self._number = 0
         self._namespaces = asked.namespaces()
         self._stream_id = {} if asked.stream_id is None else {"stream_id": asked.stream_id}
