@@ -22,7 +22,7 @@ from actors.mailbox import Mailbox, open_mailbox
 from actors.messages import Evict
 from actors.proposing import NewProposals, Proposals
 from actors.session import EndReason, Session
-from actors.storing import beside, stored
+from actors.storing import call_in_thread, call_store
 from runtime.durable import Durable, SessionStore, Terms
 from runtime.errors import CapacityExhausted, EngineFailed, InvariantViolation, SessionNotFound
 from runtime.metrics import Metrics
@@ -122,7 +122,7 @@ class SessionRegistry:
         A session that is not kept in the store ends with the server, or when its slab is needed.
         """
         store = self._store if is_kept else None
-        durable = await stored(store, store.create, terms, history) if store else None
+        durable = await call_store(store, store.create, terms, history) if store else None
         session_id = durable.id if durable else secrets.token_urlsafe(24)
         self._start(session_id, self._long_lived, slab, terms, self._idle_ttl_s, history, durable)
         return session_id
@@ -168,7 +168,7 @@ class SessionRegistry:
             asleep = self._store.sleeping()
             left = asleep[0].used_at + self._idle_ttl_s - time.time() if asleep else self._idle_ttl_s
             await trio.sleep(max(left, 1.0))
-            count = await beside(self._store.expire, self._idle_ttl_s)
+            count = await call_in_thread(self._store.expire, self._idle_ttl_s)
             self._metrics.session_total.labels("evicted").inc(count)
             self._metrics.session_evicted_total.labels(EndReason.IDLE.value).inc(count)
 
@@ -229,10 +229,10 @@ class SessionRegistry:
 
     async def _wake(self, store: SessionStore, session_id: str) -> None:
         with self._unseen(session_id):
-            durable, history = await beside(store.wake, session_id)
+            durable, history = await call_in_thread(store.wake, session_id)
             try:
                 async with self.free_slab() as slab:
-                    kept = await beside(durable.read_slab, slab, history)
+                    kept = await call_in_thread(durable.read_slab, slab, history)
                     self._metrics.reread_tokens_total.labels(kept.value).inc(len(history) - slab.frontier)
                     if durable.has_moved_here:
                         self._metrics.session_moved_here_total.labels(kept.value).inc()
@@ -248,7 +248,7 @@ class SessionRegistry:
                     )
             except BaseException:
                 with trio.CancelScope(shield=True):
-                    await stored(durable, durable.close)
+                    await call_store(durable, durable.close)
                 raise
 
     @contextmanager
@@ -317,7 +317,7 @@ class SessionRegistry:
             _log.error("session failed", exc_info=error)
             if durable is not None:
                 with trio.CancelScope(shield=True):
-                    await stored(durable, durable.forget_slab)
+                    await call_store(durable, durable.forget_slab)
         except BaseException:
             # The whole tree is ending.
             if self._store is not None:
@@ -328,7 +328,7 @@ class SessionRegistry:
             self._remove(session_id, read)
             if durable is not None:
                 with trio.CancelScope(shield=True):
-                    await stored(durable, durable.delete if has_ended else durable.close)
+                    await call_store(durable, durable.delete if has_ended else durable.close)
                 self._release_waiters(session_id)
 
 

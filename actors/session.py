@@ -31,7 +31,7 @@ from actors.messages import (
 )
 from actors.nursery import open_nursery
 from actors.proposing import Proposals
-from actors.storing import beside, stored
+from actors.storing import call_in_thread, call_store
 from actors.turn import Tally, TurnClock
 from runtime.checks import check_whole
 from runtime.durable import Durable, Terms
@@ -154,15 +154,15 @@ class Session:
             return
         lease = self._slab.leases
         try:
-            await stored(self._durable, self._durable.check)
+            await call_store(self._durable, self._durable.check)
         except (StorageFailed, SessionMoved):
             return
         writer = self._durable.new_writer(self._slab, self._history)
         try:
-            while await beside(writer.step):
+            while await call_in_thread(writer.step):
                 pass
             if self._slab.leases == lease:
-                await beside(writer.finish)
+                await call_in_thread(writer.finish)
                 self._durable.wrote(writer)
         except StorageFailed as error:
             _log.warning("%s", error)
@@ -199,7 +199,7 @@ class Session:
     async def _end_for_its_age(self) -> EndReason:
         try:
             if self._durable is not None:
-                await stored(self._durable, self._durable.end)
+                await call_store(self._durable, self._durable.end)
         except SessionMoved:
             return EndReason.MOVED
         except StorageFailed as error:
@@ -212,7 +212,7 @@ class Session:
         try:
             if self._durable is not None and not isinstance(request, Evict):
                 # If another server had taken the session, an answer from this one's state would be outdated.
-                await stored(self._durable, self._durable.check)
+                await call_store(self._durable, self._durable.check)
             await self._serve(request, reply)
         except SessionMoved:
             self._ending = EndReason.MOVED
@@ -232,13 +232,13 @@ class Session:
             case Save():
                 if self._durable is None:
                     raise NotDurable("this session is not kept on disk: start the server with state_dir")
-                saved = await beside(self._durable.save, self._slab, self._history)
+                saved = await call_in_thread(self._durable.save, self._slab, self._history)
                 await reply(Saved(saved.snapshot_id, saved.size_bytes, saved.history_length))
             case Rewind(history):
                 await reply(await self._rewind(common_length(self._history, history)))
             case Close():
                 if self._durable is not None:
-                    await stored(self._durable, self._durable.end)
+                    await call_store(self._durable, self._durable.end)
                 self._ending = EndReason.CLOSED
                 await reply(len(self._history))
             case Evict():
@@ -268,7 +268,7 @@ class Session:
         if self._durable is not None:
             self._durable.take_back(length)
             if self._durable.slab_length > length:
-                await stored(self._durable, self._durable.forget_slab)
+                await call_store(self._durable, self._durable.forget_slab)
         del self._history[length:]
         self._digest = hashlib.blake2b(_little_endian(self._history))
         self._feed.retract(length)
@@ -362,7 +362,7 @@ class Session:
         if self._durable is not None:
             # Shielded, because tokens that were taken back must be so before the next message, even if the asker has left.
             with trio.CancelScope(shield=True):
-                await stored(self._durable, self._durable.used, self._history)
+                await call_store(self._durable, self._durable.used, self._history)
 
     def _info(self) -> SessionInfo:
         spec = self._slab.spec
@@ -390,7 +390,7 @@ class Session:
 
     async def _record(self, tokens: array[int]) -> None:
         if self._durable is not None:
-            await stored(self._durable, self._durable.record, len(self._history), tokens)
+            await call_store(self._durable, self._durable.record, len(self._history), tokens)
 
     def _commit(self, tokens: array[int]) -> None:
         self._history += tokens

@@ -18,17 +18,17 @@ _MOST_CALLS = 64
 _limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("calls of a store")
 
 
-async def stored(place: SessionStore | Durable, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+async def call_store(place: SessionStore | Durable, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Calls `call`, a method of `place`, in a thread if the place is remote; returns its result.
 
     A directory answers in some ten microseconds, so it is called directly, without a checkpoint.
     """
     if place.is_remote:
-        return await beside(call, *args, **kwargs)
+        return await call_in_thread(call, *args, **kwargs)
     return call(*args, **kwargs)
 
 
-async def beside(call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+async def call_in_thread(call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Calls, in a thread, a method that takes long in every kind of store; returns its result.
 
     A call that has begun is waited for.

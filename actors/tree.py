@@ -18,7 +18,7 @@ from actors.messages import Load
 from actors.nursery import open_nursery
 from actors.proposing import NewProposals, open_proposing
 from actors.registry import SessionRegistry
-from actors.storing import beside
+from actors.storing import call_in_thread
 from runtime.checks import check_whole, short_repr
 from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity, Terms, fingerprint, open_store
 from runtime.engine import Engine, EngineFacts, load_engine
@@ -105,7 +105,7 @@ class Runtime:
         """
         store = self._durable()
         async with self._registry.free_slab() as slab:
-            terms, history = await beside(store.load, snapshot_id, slab)
+            terms, history = await call_in_thread(store.load, snapshot_id, slab)
             return await self._open_session(slab, terms, history)
 
     def list_snapshots(self) -> list[Snapshot]:
@@ -114,7 +114,7 @@ class Runtime:
 
     async def delete_snapshot(self, snapshot_id: str) -> int:
         """Deletes a snapshot; returns the bytes that it took. Raises NotDurable, SnapshotNotFound, StorageFailed."""
-        return await beside(self._durable().delete_snapshot, snapshot_id)
+        return await call_in_thread(self._durable().delete_snapshot, snapshot_id)
 
     async def model_info(self) -> ModelInfo:
         """What a client needs to know to make tokens for the model that runs."""

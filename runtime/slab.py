@@ -68,11 +68,11 @@ class Slab(ABC):
 
     @property
     def leases(self) -> int:
-        """How often it was lent and given back: who reads it over some time sees by this whether it was theirs throughout."""
+        """How often the slab was lent or given back. A reader that finds the same number at its end had the slab all the time."""
         return self._leases
 
     def change_hands(self) -> None:
-        """Is lent, or given back."""
+        """Counts that the slab was lent or given back."""
         self._leases += 1
 
     @property
@@ -91,7 +91,7 @@ class Slab(ABC):
         return self._written
 
     def is_whole(self, frontier: int) -> bool:
-        """Whether all is held still that a token at `frontier` attends to or goes on from."""
+        """Whether the slab still holds everything that a token at `frontier` needs."""
         return self.spec.is_whole(self._written, frontier)
 
     @property
@@ -140,7 +140,7 @@ class Slab(ABC):
         self._frontiers = [min(frontier, each) for each in self._frontiers]
 
     def skip(self, frontier: int) -> None:
-        """Goes on at `frontier`: of what lies before it only the sinks are there, and the rest is seen as zeros."""
+        """Moves the frontier to `frontier`: of the positions before it only the sinks are held, and the others read as zeros."""
         self.blank()
         for one in self.kept():
             one.zero_()
@@ -152,22 +152,22 @@ class Slab(ABC):
         self._written = 0
 
     def advance(self, layer: int, end: int) -> None:
-        """Says that a layer holds the positions up to `end` (exclusive)."""
+        """Marks the positions up to `end` (exclusive) as held by a layer."""
         self._frontiers[layer] = max(self._frontiers[layer], end)
         self._written = max(self._written, end)
 
     def advance_all(self, end: int) -> None:
-        """Says that every layer holds the positions up to `end` (exclusive)."""
+        """Marks the positions up to `end` (exclusive) as held by every layer."""
         for layer in range(self._layers):
             self.advance(layer, end)
 
     def resume(self, frontier: int, written: int) -> None:
-        """Says that an empty slab was filled with what another holds, which was `written` up to there and went back."""
+        """Sets the marks of an empty slab that was filled from another one, which was once `written` further than `frontier`."""
         self.advance_all(frontier)
         self._written = max(frontier, written)
 
     def kept(self) -> tuple[Tensor, ...]:
-        """What recurrent layers keep, in one order, to be read or written in place."""
+        """The tensors that recurrent layers keep, always in the same order, to be read or written in place."""
         return ()
 
     @abstractmethod
@@ -180,7 +180,7 @@ class Slab(ABC):
 
     @abstractmethod
     def blank(self) -> None:
-        """Makes zeros of all slots but the sinks'."""
+        """Sets all slots but the sinks' to zero."""
 
 
 class SlabPool:
@@ -232,7 +232,7 @@ class SlabPool:
         self._free[slab] = read or array("I")
 
     def _useful(self, slab: Slab, read: array[int], history: array[int] | None) -> int:
-        """How much of the history a slab has read and still holds whole."""
+        """How many tokens from the history's start a slab has read and still holds whole."""
         length = common_length(read, history or array("I"))
         return length if slab.is_whole(length) else 0
 

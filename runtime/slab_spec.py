@@ -24,9 +24,9 @@ _STATE_BYTES = _ITEM_BYTES["float32"]
 
 @dataclass(frozen=True, slots=True)
 class RecurrentSpec:
-    """What each of some recurrent `layers` keeps: for a token `columns` that it is given, of which it reads `reach` back.
+    """What the recurrent `layers` keep. An input has `columns` values; a token reads the inputs of `reach` tokens before it.
 
-    `state` is the shape of what it remembers of all tokens before a chunk, in float32; none where it reads tokens alone.
+    `state` is the shape, in float32, of what a layer remembers of all tokens before a chunk; empty for a layer without one.
     """
 
     layers: int
@@ -54,19 +54,19 @@ class SlabSpec:
 
     @property
     def given(self) -> int:
-        """Tokens whose input a recurrent layer keeps: a tile is taken back, another is read, and a chunk begins before both."""
+        """How many inputs a recurrent layer keeps: a tile to take back, a tile to read, and the start of a chunk."""
         assert self.recurrent is not None
         needed = 2 * self.row_tile + CHUNK + self.recurrent.reach
         return -(-needed // _LINE_SLOTS) * _LINE_SLOTS
 
     @property
     def states(self) -> int:
-        """Chunks before which a recurrent layer keeps its state: those that a tile touches which is taken back."""
+        """How many states a recurrent layer keeps: one before each chunk that a tile can touch, to take a tile back."""
         return -(-self.row_tile // CHUNK) + 1
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes that recurrent layers keep, however long the session."""
+        """Bytes that recurrent layers keep. They do not grow with the session."""
         if self.recurrent is None:
             return 0
         state = math.prod(self.recurrent.state) * _STATE_BYTES if self.recurrent.state else 0
