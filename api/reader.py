@@ -48,6 +48,10 @@ class ReadingFailed(Exception):
     """A request could not be read, by a fault of ours. Says where and not of what."""
 
 
+class _NotStarted(Exception):
+    """There is no process to read with. Says why."""
+
+
 @dataclass(eq=False)
 class _Asked:
     """A task that waits, how long what it reads is, and what came of it."""
@@ -127,21 +131,19 @@ class Reader:
         while True:
             asked = await desk.next()
             try:
-                process = await _opened()
-            except OSError as error:
-                _log.error("no process to read a request with: %s", error.strerror)
+                async with _started(self._text, self._terms) as reading:
+                    while True:
+                        asked.give(await reading.read(asked))
+                        self._next_at(desk)
+                        if reading.is_broken:
+                            break
+                        asked = await desk.next()
+            except _NotStarted as error:
+                _log.error("no process to read a request with: %s", error)
                 asked.give(
                     outcome.Error(NotServing("there is no room to read this request now: try again in a moment"))
                 )
                 self._next_at(desk)
-                continue
-            async with _started(process, self._text, self._terms) as reading:
-                while True:
-                    asked.give(await reading.read(asked))
-                    self._next_at(desk)
-                    if reading.is_broken:
-                        break
-                    asked = await desk.next()
 
     def _next_at(self, desk: _Desk) -> None:
         desk.is_free = True
@@ -224,30 +226,35 @@ class _Process:
 
 
 async def _opened() -> trio.Process:
-    """A process that is to read. Raises OSError where the system has no room for one."""
+    """A process that is to read. Raises _NotStarted where the system has no room for one."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
         # One thread tokenises, and beside it the engine has every core.
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
-    # What libraries print may have some of a prompt in it.
-    return await trio.lowlevel.open_process(
-        [sys.executable, "-c", _PROGRAM], stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment
-    )
+    try:
+        # What libraries print may have some of a prompt in it.
+        return await trio.lowlevel.open_process(
+            [sys.executable, "-c", _PROGRAM], stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment
+        )
+    except OSError as error:
+        raise _NotStarted(error.strerror) from None
 
 
 @asynccontextmanager
-async def _started(process: trio.Process, text: Text, terms: Terms) -> AsyncIterator[_Process]:
-    """The process with what it reads with, for the block; it is killed when the block ends."""
+async def _started(text: Text, terms: Terms) -> AsyncIterator[_Process]:
+    """A process with what it reads with, for the block; it is killed when the block ends. Raises _NotStarted."""
+    process = await _opened()
     try:
         reading = _Process(process)
         try:
             with trio.fail_after(_START_S):
                 await reading.exchange((text, terms))
-        except (trio.TooSlowError, trio.BrokenResourceError, EOFError):
-            reading.is_broken = True
-            _log.error("the process that reads requests does not start")
+        except trio.TooSlowError:
+            raise _NotStarted(f"it did not start within {_START_S:g} s") from None
+        except (trio.BrokenResourceError, EOFError):
+            raise _NotStarted("it ended while it started") from None
         yield reading
     finally:
         process.kill()

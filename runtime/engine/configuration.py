@@ -21,7 +21,7 @@ from runtime.engine.architectures import (
 from runtime.errors import InvalidSetting, ModelUnavailable, NotEnoughMemory, NotExact
 from runtime.gguf_model import gguf_config
 from runtime.model_files import one_line, quiet_transformers, read_checked_config
-from runtime.proposers.ngram import NgramProposer
+from runtime.proposers.ngram import PromptLookup
 from runtime.settings import Settings
 from runtime.slab import BUCKET_SLOTS, SlabSpec
 
@@ -162,7 +162,7 @@ def check_memory(weights: int, free: int, settings: Settings, spec: SlabSpec, be
     # Slabs take their memory as they fill.
     others = slabs * beside.slab.ceiling_bytes if beside else 0
     if settings.proposer == "ngram":
-        others += slabs * NgramProposer.ceiling_bytes()
+        others += slabs * PromptLookup.ceiling_bytes()
     needed = weights + slabs * spec.ceiling_bytes + others
     if needed > free:
         raise NotEnoughMemory(

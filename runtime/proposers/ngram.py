@@ -15,7 +15,7 @@ MOST_TOKENS = 2**16
 _SHARE_FORGOTTEN = 1 / 8
 
 
-class NgramProposer:
+class PromptLookup:
     """Searches the last `most_tokens` tokens: tens of microseconds a proposal, and no index that takes seconds to make."""
 
     def __init__(self, longest: int = LONGEST, shortest: int = SHORTEST, most_tokens: int = MOST_TOKENS) -> None:
@@ -25,7 +25,7 @@ class NgramProposer:
 
     @staticmethod
     def ceiling_bytes(most_tokens: int = MOST_TOKENS) -> int:
-        """Bytes that a proposer can ever hold: an array that grows takes an eighth more than it needs."""
+        """Bytes that a look-up can ever hold: an array that grows takes an eighth more than it needs."""
         return int(most_tokens * (1 + _SHARE_FORGOTTEN) ** 2) * array("I").itemsize
 
     @property
@@ -34,11 +34,13 @@ class NgramProposer:
         return len(self._tokens) * self._tokens.itemsize
 
     def extend(self, token_ids: Sequence[int]) -> None:
+        """Takes what was added to the history."""
         self._tokens.extend(token_ids[-self._most_tokens :])
         if len(self._tokens) > self._most_tokens * (1 + _SHARE_FORGOTTEN):
             self._tokens = self._tokens[-self._most_tokens :]
 
     def propose(self, count: int) -> Sequence[int]:
+        """`count` tokens that may follow the history; none where its last tokens never came before."""
         tokens = np.frombuffer(self._tokens, np.uint32)[-self._most_tokens :]
         follows = self._follows(tokens)
         if follows is None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable, Sequence
 
 import trio
 
 from actors import Runtime
-from actors.proposing import AtOnce, Proposals
+from actors.proposers import Proposer
+from actors.proposing import Proposals
 from runtime import Sampling
-from runtime.proposers import Experience, Proposer
+from runtime.proposers.budget import Budget, Experience
 from tests.actors.engines import LedgerEngine, generated
 
 PROMPT = [5, 6, 7, *range(20, 50)]
@@ -27,13 +29,18 @@ class Scripted:
 
     def __init__(self, make: Making) -> None:
         self._make = make
-        self.history: list[int] = []
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        self.history += token_ids
+        pass
 
-    def propose(self, count: int) -> Sequence[int]:
-        return self._make(self.history, count)
+    def rewind(self, length: int) -> None:
+        pass
+
+    async def propose(self, history: array[int], count: int, sampling: Sampling) -> Sequence[int]:
+        return self._make([*history], count)
+
+    def close(self) -> None:
+        pass
 
 
 class Eager(Proposals):
@@ -44,9 +51,9 @@ class Eager(Proposals):
 
 
 def eager(proposer: Proposer, most: int, vocabulary: int) -> Eager:
-    """Eager ones, of a proposer that needs no forward."""
+    """Proposals at full length from the first one on."""
     known = Experience(seconds={0: 1.0} | dict.fromkeys(range(1, most + 1), 1e-9))
-    return Eager(AtOnce(proposer), most, vocabulary, known)
+    return Eager(proposer, Budget(most, known), vocabulary)
 
 
 def erring(make: Making, wrong: float) -> Scripted:

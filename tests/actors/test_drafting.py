@@ -11,9 +11,11 @@ import trio
 
 from actors.engine_thread import EngineThread
 from actors.executor import ModelExecutor
-from actors.proposing import Drafter, NewProposals
+from actors.proposers import DraftProposer
+from actors.proposing import NewProposals
 from runtime import Done, Sampling, Token
 from runtime.metrics import Metrics
+from runtime.proposers.budget import Budget, Experience
 from runtime.slab import SlabPool
 from tests.actors.engines import VOCABULARY, LedgerEngine, generated, open_lab, sample
 from tests.actors.proposers import PROMPT, SAMPLINGS, Eager, converse_as_without
@@ -42,7 +44,9 @@ async def drafting(engine: LedgerEngine, slabs: int = 8) -> AsyncIterator[Draft]
         executor = ModelExecutor(engine, thread, Metrics())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(executor.run)
-            yield Draft(engine, pool, lambda: Eager(Drafter(pool, executor), BLOCK, VOCABULARY))
+            yield Draft(
+                engine, pool, lambda: Eager(DraftProposer(pool, executor), Budget(BLOCK, Experience()), VOCABULARY)
+            )
             nursery.cancel_scope.cancel()
 
 

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from actors import Runtime, SessionHandle
 from actors.handles import Completion
-from actors.proposing import AtOnce, Proposals
+from actors.proposers import NgramProposer
+from actors.proposing import Proposals
 from runtime import Overflow, Sampling
-from runtime.proposers.ngram import NgramProposer
+from runtime.proposers.budget import Budget, Experience
+from runtime.proposers.ngram import PromptLookup
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
 from runtime.slab import Slab, SlabPool, common_length
@@ -196,7 +198,7 @@ def no_proposals() -> None:
 
 
 def ngram() -> Proposals:
-    return Proposals(AtOnce(NgramProposer(2, 1)), 4, VOCABULARY)
+    return Proposals(NgramProposer(PromptLookup(2, 1)), Budget(4, Experience()), VOCABULARY)
 
 
 @pytest.mark.parametrize("new", [no_proposals, ngram], ids=["alone", "ngram"])

@@ -16,6 +16,7 @@ from trio.testing import wait_all_tasks_blocked
 from actors import Runtime, SessionHandle, open_runtime
 from actors.engine_thread import EngineThread
 from actors.handles import Completion
+from actors.proposers import NgramProposer
 from actors.proposing import NewProposals, Proposals
 from actors.tree import open_sessions
 from runtime import Done, Event, Overflow, Sampling, Settings, StopReason, Token
@@ -30,7 +31,7 @@ from runtime.errors import (
     SessionNotFound,
 )
 from runtime.metrics import Metrics
-from runtime.proposers.ngram import NgramProposer
+from runtime.proposers.ngram import PromptLookup
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
 from tests.actors.conftest import SEEDLING
@@ -480,7 +481,7 @@ class TestBits:
         self, seedling: Engine, expected: dict[str, list[int]], drawn: str
     ) -> None:
         def new() -> Proposals:
-            return eager(NgramProposer(2, 1), 8, seedling.facts.vocabulary)
+            return eager(NgramProposer(PromptLookup(2, 1)), 8, seedling.facts.vocabulary)
 
         assert await continue_prompt(seedling, SAMPLINGS[drawn], [7], 3, new) == expected[drawn]
 

@@ -29,7 +29,7 @@ from runtime.errors import (
     SlabOverflow,
 )
 from runtime.text import Text
-from tests.api.faults import Fault
+from tests.api.faults import EndsItsProcess, Fault
 from tests.api.hostile import few_descriptors
 
 TERMS = Terms("a model", 100)
@@ -149,6 +149,16 @@ async def test_without_room_for_a_process_a_request_is_told_to_come_again(caplog
             await read_prompt(reader, body("hello"))
 
         assert await read_prompt(reader, body("hello")) == [0]
+    assert len(caplog.records) == 1
+
+
+async def test_a_request_whose_process_ends_while_it_starts_is_told_to_come_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with open_reader(text(), EndsItsProcess("a model", 100), 60) as reader:
+        with pytest.raises(NotServing, match="try again"):
+            await read_prompt(reader, body("hello"))
+
     assert len(caplog.records) == 1
 
 

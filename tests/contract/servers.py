@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -148,7 +148,14 @@ def processes_of(server: ServerProcess) -> list[psutil.Process]:
 
 def readers_of(server: ServerProcess) -> list[psutil.Process]:
     """The processes that read requests, and are ended when they take too long or too much."""
-    return [each for each in processes_of(server) if "api.reading" in " ".join(each.cmdline())]
+    return [each for each in processes_of(server) if "api.reading" in line_of(each)]
+
+
+def line_of(process: psutil.Process) -> str:
+    """How the process was started; nothing where it has ended since."""
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def memory_of(server: ServerProcess) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 import httpx
+import psutil
 import pytest
 
 from runtime.models import SEEDLING
@@ -91,9 +92,9 @@ async def test_without_a_file_to_open_a_server_waits_for_room_and_says_so_once(k
             until(lambda: all(words in "".join(server.said) for words in NO_ROOM.values()))
 
             # Two places for processes that read, whose end is noticed when they are used, and one call that needs another.
-            killed = readers_of(server)
-            for each in killed:
-                each.kill()
+            for each in readers_of(server):
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
             for call in calls:
                 call.sendall(body[-1:])
                 status = call.recv(4096).split()[1]
@@ -103,6 +104,6 @@ async def test_without_a_file_to_open_a_server_waits_for_room_and_says_so_once(k
         assert server.stop() == 0
     said = "".join(server.said)
     assert [said.count(words) for words in NO_ROOM.values()] == [1, 1]
-    # One line for each door, each reader that was killed, and each call.
-    assert len(complaints(said)) <= 2 + len(killed) + len(calls)
+    # One line for each door, each call, and the process that was to be ready before the first call.
+    assert len(complaints(said)) <= 2 + len(calls) + 1
     assert max(map(len, server.said)) <= LONGEST_LINE

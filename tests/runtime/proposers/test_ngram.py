@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from actors.session import MAX_APPEND_TOKENS
 from runtime.engine.configuration import check_memory
 from runtime.errors import NotEnoughMemory
-from runtime.proposers.ngram import NgramProposer
+from runtime.proposers.ngram import PromptLookup
 from runtime.settings import Settings
 from runtime.slab import SlabSpec
 
@@ -39,29 +39,29 @@ def looked_up(history: list[int], count: int, longest: int, shortest: int) -> li
 def test_proposes_what_followed_the_longest_match_however_the_history_came(
     parts: list[list[int]], count: int, shortest: int, more: int
 ) -> None:
-    proposer = NgramProposer(shortest + more, shortest)
+    lookup = PromptLookup(shortest + more, shortest)
     for part in parts:
-        proposer.extend(part)
+        lookup.extend(part)
     history = [token for part in parts for token in part]
 
-    assert list(proposer.propose(count)) == looked_up(history, count, shortest + more, shortest)
+    assert list(lookup.propose(count)) == looked_up(history, count, shortest + more, shortest)
 
 
 @settings(max_examples=200, deadline=None)
 @given(FEW_TOKENS, st.integers(6, 12))
 def test_remembers_as_much_as_it_may_and_no_more(history: list[int], most: int) -> None:
-    proposer = NgramProposer(3, 2, most_tokens=most)
-    proposer.extend(history)
+    lookup = PromptLookup(3, 2, most_tokens=most)
+    lookup.extend(history)
 
-    assert list(proposer.propose(4)) == looked_up(history[-most:], 4, 3, 2)
+    assert list(lookup.propose(4)) == looked_up(history[-most:], 4, 3, 2)
 
 
 def test_its_size_is_bounded_however_long_the_history() -> None:
-    proposer = NgramProposer(4, 2, most_tokens=100)
+    lookup = PromptLookup(4, 2, most_tokens=100)
     for number in range(5000):
-        proposer.extend([number % 97, number * number % 89])
+        lookup.extend([number % 97, number * number % 89])
 
-        assert proposer.size_bytes <= NgramProposer.ceiling_bytes(100)
+        assert lookup.size_bytes <= PromptLookup.ceiling_bytes(100)
 
 
 @pytest.mark.parametrize("parts", [1, 3, 2**12])
@@ -70,22 +70,22 @@ def test_the_longest_append_takes_no_more_memory_than_is_told(parts: int) -> Non
     appended = array("I", (chance.randrange(150_000) for _ in range(MAX_APPEND_TOKENS)))
     gc.collect()
     tracemalloc.start()
-    proposer = NgramProposer()
+    lookup = PromptLookup()
     before, _ = tracemalloc.get_traced_memory()
     for part in range(parts):
-        proposer.extend(appended[part * len(appended) // parts : (part + 1) * len(appended) // parts])
+        lookup.extend(appended[part * len(appended) // parts : (part + 1) * len(appended) // parts])
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 
-    assert after - before <= NgramProposer.ceiling_bytes()
-    assert list(proposer.propose(3)) == []
+    assert after - before <= PromptLookup.ceiling_bytes()
+    assert list(lookup.propose(3)) == []
 
 
 @pytest.mark.parametrize("proposer", ["none", "ngram"])
 def test_what_proposers_hold_counts_when_the_memory_is_checked(proposer: str) -> None:
     chosen = Settings(proposer=proposer, capacity=3, max_concurrent=2)
     spec = SlabSpec(2, 2, 32, 4, 60, 8, torch.float32, torch.device("cpu"))
-    enough = 1000 + 5 * (spec.ceiling_bytes + (NgramProposer.ceiling_bytes() if proposer == "ngram" else 0))
+    enough = 1000 + 5 * (spec.ceiling_bytes + (PromptLookup.ceiling_bytes() if proposer == "ngram" else 0))
 
     check_memory(1000, enough, chosen, spec, None)
     with pytest.raises(NotEnoughMemory):
@@ -93,7 +93,7 @@ def test_what_proposers_hold_counts_when_the_memory_is_checked(proposer: str) ->
 
 
 def test_proposes_nothing_for_what_never_came() -> None:
-    proposer = NgramProposer()
-    proposer.extend(range(100))
+    lookup = PromptLookup()
+    lookup.extend(range(100))
 
-    assert list(proposer.propose(8)) == []
+    assert list(lookup.propose(8)) == []

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.proposers.length import Experience, ProposalLength
+from runtime.proposers.budget import Budget, Experience
 
 ROW_S, FORWARD_S = 0.001, 0.02
 
@@ -19,18 +19,18 @@ def seconds(length: int, row_s: float = ROW_S) -> float:
 
 
 def run(
-    acceptance: float, tokens: int, *, length: ProposalLength | None = None, row_s: float = ROW_S, seed: int = 7
+    acceptance: float, tokens: int, *, budget: Budget | None = None, row_s: float = ROW_S, seed: int = 7
 ) -> tuple[float, int, list[int]]:
     """Seconds spent, tokens made and the lengths chosen, where each proposed token holds with this chance."""
     chance = random.Random(seed)
-    length = length or ProposalLength(8)
+    budget = budget or Budget(8, Experience())
     spent, made, chosen = 0.0, 0, []
     while made < tokens:
-        count = length.choose()
+        count = budget.choose()
         accepted = 0
         while accepted < count and chance.random() < acceptance:
             accepted += 1
-        length.learn(count, accepted, seconds(count, row_s))
+        budget.learn(count, accepted, seconds(count, row_s))
         chosen.append(count)
         spent += seconds(count, row_s)
         made += accepted + 1
@@ -64,10 +64,10 @@ def test_short_streams_learn_from_those_before_them(row_s: float) -> None:
     experience = Experience()
     spent = made = 0.0
     for _ in range(200):
-        length = ProposalLength(8, experience)
+        budget = Budget(8, experience)
         for _ in range(20):
-            count = length.choose()
-            length.learn(count, 0, seconds(count, row_s))
+            count = budget.choose()
+            budget.learn(count, 0, seconds(count, row_s))
             spent += seconds(count, row_s)
             made += 1
 
@@ -87,22 +87,22 @@ def test_no_stream_however_short_loses_more_than_its_share_and_a_forward(
 ) -> None:
     """Whatever those before it came to believe of proposals."""
     experience = Experience(believed, {0: FORWARD_S, 1: seconds(1, row_s)})
-    length = ProposalLength(most, experience)
+    budget = Budget(most, experience)
 
-    spent, made, _ = run(acceptance, tokens, length=length, row_s=row_s, seed=seed)
+    spent, made, _ = run(acceptance, tokens, budget=budget, row_s=row_s, seed=seed)
 
     assert spent <= FORWARD_S * (1.03 * made + 1)
 
 
 def test_it_comes_back_when_proposals_hold_again() -> None:
-    length = ProposalLength(8)
+    budget = Budget(8, Experience())
     for _ in range(200):
-        count = length.choose()
-        length.learn(count, 0, seconds(count))
+        count = budget.choose()
+        budget.learn(count, 0, seconds(count))
     chosen = []
     for _ in range(2000):
-        count = length.choose()
-        length.learn(count, count, seconds(count))
+        count = budget.choose()
+        budget.learn(count, count, seconds(count))
         chosen.append(count)
 
     assert chosen[-50:].count(8) >= 49
