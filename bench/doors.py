@@ -25,7 +25,7 @@ from runtime.errors import NotServing, SessionFailed, SessionMoved, StartError
 from runtime.events import Done, Token
 from runtime.settings import Settings
 
-KEY = "bench"
+KEY = LABEL = "bench"
 WINDOW = 508
 LEASE_S = 2
 CALLS, FIRSTS, DRAWN, STREAMS, REPEATS = 200, 30, 256, 8, 3
@@ -58,7 +58,14 @@ async def run(setup: Setup) -> Result:
 
 def _arguments(settings: Settings, folder: Path, **changes: object) -> dict[str, object]:
     ours = {"state_dir": f"file://{folder}/store", "window": WINDOW, "capacity": SESSIONS, "state_lease_s": LEASE_S}
-    return {"model": settings.model, "device": settings.device, "api_keys": KEY, **ours, **changes}
+    return {
+        "model": settings.model,
+        "device": settings.device,
+        "api_keys": KEY,
+        "model_label": LABEL,
+        **ours,
+        **changes,
+    }
 
 
 async def at_plain(settings: Settings) -> dict[str, Figure]:
@@ -140,7 +147,7 @@ async def side_by_side(client: Client) -> None:
 def completion_ms(port: int) -> list[float]:
     """Milliseconds of completions on one connection."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1})
+    body = json.dumps({"model": LABEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1})
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     found = []
     for _ in range(FIRSTS + 1):
