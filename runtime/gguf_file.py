@@ -282,5 +282,5 @@ def _one_line_errors(path: Path) -> Iterator[None]:
             case KeyError():
                 line = f"{path} has no {words}: it is not a model, or was badly converted"
             case _:
-                line = f"{path} cannot be run: {words}"
+                line = f"{path} is no GGUF file that can be run: {words}"
         raise ModelUnavailable(line) from error

@@ -97,4 +97,4 @@ def _downloading(name: str) -> Iterator[None]:
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelUnavailable(f"{name!r} is not a directory here and cannot be downloaded: {reason}") from error
+        raise ModelUnavailable(f"{name!r} is no directory here and cannot be downloaded: {reason}") from error

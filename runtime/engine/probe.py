@@ -20,7 +20,7 @@ from runtime.sampling import Draw
 from runtime.slab import Slab, SlabPool, as_held
 from runtime.slab_spec import BUCKET_SLOTS, SlabSpec
 
-NO_NUMBERS = "the model computes values that are not finite: its weights or its config.json are damaged"
+NO_NUMBERS = "the model computes no numbers: its weights or its config.json are damaged"
 
 PROBED_ROWS = 4096
 # Each count of rows is tried on at least this many rows, at several places: a single count may err, and in few values.

@@ -103,7 +103,7 @@ def test_a_sessions_calls_come_to_one_server_and_go_on_at_the_other_when_that_is
     shared: dict[str, Any] = {
         "state_dir": f"file://{tmp_path}/store",
         "window": 252,
-        "capacity": SESSIONS,
+        "capacity": SESSIONS + 1,
         "state_lease_s": 3,
     }
     with (
@@ -111,8 +111,9 @@ def test_a_sessions_calls_come_to_one_server_and_go_on_at_the_other_when_that_is
         started("perennial", **shared) as two,
         proxied(kind, tmp_path, [one, two]) as (address, _),
         stock(stubs, address) as client,
+        stock(stubs, one.grpc) as direct,
     ):
-        undisturbed = client.generated(client.create(PROMPT), 2 * CALLS)
+        undisturbed = direct.generated(direct.create(PROMPT), 2 * CALLS)
         metadata = {
             session_id: (("x-session-id", session_id),) for session_id in (client.create() for _ in range(SESSIONS))
         }

@@ -116,9 +116,7 @@ def test_a_gguf_file_of_a_repository_in_the_hub_cache_is_found_without_a_network
 def test_a_gguf_file_that_cannot_be_downloaded_is_unavailable_in_one_line(tmp_path: Path) -> None:
     printed = found_in_a_new_process("org/tiny-GGUF:other.gguf", tmp_path, HF_HUB_OFFLINE="1")
 
-    assert printed.startswith(
-        "unavailable: 'org/tiny-GGUF:other.gguf' is not a directory here and cannot be downloaded: "
-    )
+    assert printed.startswith("unavailable: 'org/tiny-GGUF:other.gguf' is no directory here and cannot be downloaded: ")
     assert len(printed.splitlines()) == 1
 
 
@@ -154,7 +152,7 @@ def test_an_id_that_cannot_be_downloaded_is_unavailable_in_one_line(
 ) -> None:
     printed = found_in_a_new_process("org/no-such", tmp_path, **environment)
 
-    assert printed.startswith("unavailable: 'org/no-such' is not a directory here and cannot be downloaded: ")
+    assert printed.startswith("unavailable: 'org/no-such' is no directory here and cannot be downloaded: ")
     assert len(printed.splitlines()) == 1
 
 
