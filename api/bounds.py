@@ -74,14 +74,14 @@ class Bounds:
         schema: Mapping[str, Any] | None = None,
         schema_param: str = "",
     ) -> Bounds:
-        """For an answer that may call tools, and is JSON of `schema` where it calls none, if `schema_param` has one.
+        """For an answer that may call tools, or else is JSON of `schema`, if there is one, which came in `schema_param`.
 
         Raises InvalidRequest where a schema cannot be followed, or the model's template knows no tools.
         """
         called = [tool for tool in tools if choice.names is None or tool.name in choice.names]
-        if schema is not None and not called:
-            return cls.of_schema(schema, schema_param)
         if not called:
+            if schema is not None:
+                return cls.of_schema(schema, schema_param)
             return cls.without_calls(text) if tools else cls()
         form = CallForm.of_template(text)
         rules = [

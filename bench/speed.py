@@ -17,6 +17,7 @@ from bench.floor import floors, memory_floor
 from bench.peers.processes import PeerFailed, installed, measured, speeds
 from bench.peers.speeds import GENERATED_TOKENS, PREFILL, PREFILL_TOKENS, decoding, prompt
 from bench.scenario import Result, Setup
+from runtime.dtypes import dtype_named
 from runtime.engine import EngineFacts
 from runtime.errors import InvalidSetting
 from runtime.events import Token
@@ -119,7 +120,7 @@ async def run(setup: Setup) -> Result:
             result.remarks.append(f"{LABEL} {name}: {facts.backend}, {facts.dtype}, weights {facts.weights}")
             everyone[_memory_of(name)] = {decoding(1): memory_floor(facts, setup.settings.model)}
     torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
-    everyone["floor"] = floors(setup.settings.model, getattr(torch, dtype), MODES["strict"].streams)
+    everyone["floor"] = floors(setup.settings.model, dtype_named(dtype), MODES["strict"].streams)
     await _measure_peers(setup, dtype, everyone, result)
     for who, figures in everyone.items():
         label = f"{LABEL} {who}" if who in MODES else who

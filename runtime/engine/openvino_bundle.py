@@ -22,7 +22,7 @@ from torch import Tensor
 import runtime
 from runtime.bundles import Bundle, BundleDamaged, BundleName, BundleWriter, let_go, new_bundle, remove_bundle
 from runtime.caches import cache_folder
-from runtime.dtypes import name_of
+from runtime.dtypes import dtype_named, name_of
 from runtime.engine.machine import cpu_flags, features
 from runtime.engine.openvino_compiling import Compiling, Draft, Graph, Graphs, Shape
 from runtime.engine.openvino_graphs import MOST_AT_ONCE
@@ -181,7 +181,7 @@ def _embedding(bundle: Bundle, directory: Path) -> Rows:
     mapped = bundle.part(_EMBEDDING)
     # Rows are read one by one from now on.
     let_go(mapped)
-    return DenseRows(torch.frombuffer(mapped, dtype=getattr(torch, kept["dtype"])).view(kept["shape"]))
+    return DenseRows(torch.frombuffer(mapped, dtype=dtype_named(kept["dtype"])).view(kept["shape"]))
 
 
 def _is_of_use(facts: Mapping[str, Any]) -> bool:
