@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from runtime.metrics import Metrics, Turn
+from runtime.metrics import Metrics, TurnTime
 
 
 class TurnClock:
@@ -25,7 +25,7 @@ class TurnClock:
         if self._first is None:
             self._first = now
             self._metrics.generate_prefill_duration_seconds.observe(now - self._began)
-            self._metrics.record_turn(Turn(self._label, history_length, now - self._turn_began))
+            self._metrics.record_turn(TurnTime(self._label, history_length, now - self._turn_began))
         else:
             self._metrics.inter_token_seconds.observe(now - self._last)
         self._last = now

@@ -16,7 +16,7 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class TurnTime:
     """The time from a turn's first append to its first token, which was drawn after `history_length` tokens."""
 
     label: str
@@ -29,7 +29,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._turns: deque[Turn] = deque(maxlen=RECENT_TURNS)
+        self._turns: deque[TurnTime] = deque(maxlen=RECENT_TURNS)
 
         def counter(name: str, words: str, *labels: str) -> Counter:
             return Counter(f"perennial_{name}", words, labels, registry=self.registry)
@@ -87,11 +87,11 @@ class Metrics:
         return int(self.registry.get_sample_value("perennial_generated_tokens_total") or 0)
 
     @property
-    def turns(self) -> tuple[Turn, ...]:
+    def turns(self) -> tuple[TurnTime, ...]:
         """The last turns, the oldest first, `RECENT_TURNS` at most."""
         return tuple(self._turns)
 
-    def record_turn(self, turn: Turn) -> None:
+    def record_turn(self, turn: TurnTime) -> None:
         """Counts a turn when its first token has been drawn."""
         self.time_to_first_token_seconds.observe(turn.time_to_first_token_s)
         self._turns.append(turn)

@@ -21,7 +21,7 @@ from runtime.errors import (
     SessionNotFound,
     SlabOverflow,
 )
-from runtime.metrics import Turn
+from runtime.metrics import TurnTime
 from runtime.sessions import SessionInfo
 from tests.actors.engines import (
     GOES_BACK,
@@ -672,7 +672,7 @@ async def test_a_turn_is_kept_with_what_it_took_from_its_first_append_to_its_fir
         mock_clock.jump(3)
         await generated(session, 4)
         await generated(session, 1)
-    assert runtime.metrics.turns == (Turn("ours", 3, 5.0), Turn("ours", 7, 0.0))
+    assert runtime.metrics.turns == (TurnTime("ours", 3, 5.0), TurnTime("ours", 7, 0.0))
     assert sample(runtime.metrics, "time_to_first_token_seconds_sum") == 5
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from runtime.metrics import RECENT_TURNS, Metrics, Turn
+from runtime.metrics import RECENT_TURNS, Metrics, TurnTime
 
 
 def test_the_last_turns_are_kept_in_their_order_and_all_are_counted() -> None:
     metrics = Metrics()
-    turns = [Turn("ours", length, 0.5) for length in range(RECENT_TURNS + 7)]
+    turns = [TurnTime("ours", length, 0.5) for length in range(RECENT_TURNS + 7)]
 
     for turn in turns:
         metrics.record_turn(turn)
