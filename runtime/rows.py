@@ -20,7 +20,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Stretch:
     """Consecutive rows of a batch that attend over the same extent of the same slab."""
 
     slab: Slab
@@ -36,7 +36,7 @@ class RowBatch:
 
     rows: tuple[Row, ...]
 
-    def pieces(self) -> tuple[Piece, ...]:
+    def stretches(self) -> tuple[Stretch, ...]:
         """The batch, cut wherever the slab, the extent or the side of the window's edge changes."""
 
         def kind(numbered: tuple[int, Row]) -> tuple[int, int, bool]:
@@ -44,9 +44,9 @@ class RowBatch:
             spec = row.slab.spec
             return id(row.slab), spec.extent(row.position), row.position >= spec.visible
 
-        pieces = []
+        stretches = []
         for (_, extent, is_past_window), group in groupby(enumerate(self.rows), key=kind):
             members = list(group)
             first, last = members[0], members[-1]
-            pieces.append(Piece(first[1].slab, first[0], last[0] + 1, extent, is_past_window))
-        return tuple(pieces)
+            stretches.append(Stretch(first[1].slab, first[0], last[0] + 1, extent, is_past_window))
+        return tuple(stretches)

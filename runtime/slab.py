@@ -3,9 +3,9 @@
 Letters for shapes, here and in the engines: L layers, B slabs, G kv heads, Q query heads a kv head, S slots, D head
 dimension, W what a slot holds of a head, N rows. W is D; where slabs are int8 it is D whole numbers and their scale's bytes.
 
-A recurrent layer keeps two rings: what it was given for each of the last tokens, and the state before each of the last
-chunks of positions. A row's output follows from the state before its chunk and what was given inside it, so a position
-that is written anew, as after a proposal that failed, needs nothing to be undone.
+A recurrent layer keeps two rings: its inputs for the last tokens, and the state before each of the last chunks of
+positions. A row's output follows from the state before its chunk and the inputs inside it, so a position that is
+written anew, as after a proposal that failed, needs nothing to be undone.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Slab(ABC):
         self.clear()
         for layer in range(self.spec.layers):
             self.put(layer, *other.held(layer))
-        for mine, theirs in zip(self.kept(), other.kept(), strict=True):
+        for mine, theirs in zip(self.recurrent_tensors(), other.recurrent_tensors(), strict=True):
             mine.copy_(theirs)
         self.resume(other.frontier, other.written)
 
@@ -142,7 +142,7 @@ class Slab(ABC):
     def skip(self, frontier: int) -> None:
         """Moves the frontier to `frontier`: of the positions before it only the sinks are held, and the others read as zeros."""
         self.blank()
-        for one in self.kept():
+        for one in self.recurrent_tensors():
             one.zero_()
         self.advance_all(frontier)
 
@@ -166,7 +166,7 @@ class Slab(ABC):
         self.advance_all(frontier)
         self._written = max(frontier, written)
 
-    def kept(self) -> tuple[Tensor, ...]:
+    def recurrent_tensors(self) -> tuple[Tensor, ...]:
         """The tensors that recurrent layers keep, always in the same order, to be read or written in place."""
         return ()
 

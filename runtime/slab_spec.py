@@ -53,7 +53,7 @@ class SlabSpec:
     recurrent: RecurrentSpec | None = None
 
     @property
-    def given(self) -> int:
+    def inputs(self) -> int:
         """How many inputs a recurrent layer keeps: a tile to take back, a tile to read, and the start of a chunk."""
         assert self.recurrent is not None
         needed = 2 * self.row_tile + CHUNK + self.recurrent.reach
@@ -70,7 +70,7 @@ class SlabSpec:
         if self.recurrent is None:
             return 0
         state = math.prod(self.recurrent.state) * _STATE_BYTES if self.recurrent.state else 0
-        return self.recurrent.layers * (self.given * self.recurrent.columns * self.item_bytes + self.states * state)
+        return self.recurrent.layers * (self.inputs * self.recurrent.columns * self.item_bytes + self.states * state)
 
     @property
     def ring(self) -> int:
@@ -128,7 +128,7 @@ class SlabSpec:
         first = max(0, chunk * CHUNK - self.recurrent.reach)
         # Before the first chunk there is no state to be kept.
         has_state = not chunk or written // CHUNK - chunk < self.states
-        return written - self.ring <= oldest and written - self.given <= first and has_state
+        return written - self.ring <= oldest and written - self.inputs <= first and has_state
 
     def lasting_sinks(self, window: int | None) -> slice:
         """The slots of the first tokens that a query past the window sees in a layer with a `window` of its own, or without."""

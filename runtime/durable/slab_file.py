@@ -153,7 +153,7 @@ def read_slab(files: Files, path: Path, identity: SlabIdentity, slab: Slab, hist
                 keys, values = torch.cat(whole).view(2, spec.kv_heads, used, spec.width)
                 slab.put(layer, keys, values)
                 whole = []
-        for piece in _kept_pieces(slab):
+        for piece in _recurrent_pieces(slab):
             piece.copy_(read(piece.numel(), piece.dtype))
         slab.resume(frontier, written)
 
@@ -172,17 +172,17 @@ def _pieces(spec: SlabSpec, used: int) -> Iterator[tuple[int, int, int, slice]]:
                     yield layer, side, head, slice(first, min(first + at_once, used))
 
 
-def _kept_pieces(slab: Slab) -> Iterator[Tensor]:
+def _recurrent_pieces(slab: Slab) -> Iterator[Tensor]:
     """What recurrent layers keep, as views in pieces of the size that is written or read at once."""
-    for kept in slab.kept():
-        yield from kept.view(-1).split(MOST_PIECE_BYTES // kept.itemsize)
+    for tensor in slab.recurrent_tensors():
+        yield from tensor.view(-1).split(MOST_PIECE_BYTES // tensor.itemsize)
 
 
 def _contents(slab: Slab, used: int) -> Iterator[Tensor]:
     """The content of each piece, in file order, of a slab of which `used` slots are used."""
     for layer, side, head, slots in _pieces(slab.spec, used):
         yield slab.held(layer)[side][head, slots]
-    yield from _kept_pieces(slab)
+    yield from _recurrent_pieces(slab)
 
 
 def _version_of(spec: SlabSpec) -> int:

@@ -59,10 +59,10 @@ def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, *, scoring: Sc
 
     Returns [rows, G*Q, D].
     """
-    for piece_plan in plan.pieces:
-        piece = piece_plan.piece
-        inside = slice(piece.start, piece.stop)
-        as_torch(piece.slab).write(layer, piece_plan.slots, piece_plan.end, key[:, inside], value[:, inside])
+    for stretch_plan in plan.stretches:
+        stretch = stretch_plan.stretch
+        inside = slice(stretch.start, stretch.stop)
+        as_torch(stretch.slab).write(layer, stretch_plan.slots, stretch_plan.end, key[:, inside], value[:, inside])
     queries = query.index_select(1, plan.rows)
     kind = plan.kinds[layer]
     turn = plan.sink_turns.get(kind.rotary)

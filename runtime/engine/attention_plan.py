@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from runtime.engine.architectures import LayerKind
 from runtime.engine.rotary import ExactRotary
 from runtime.engine.torch_slab import SlabStore, as_torch
-from runtime.rows import Piece, RowBatch
+from runtime.rows import RowBatch, Stretch
 from runtime.slab import visible_slots
 from runtime.slab_spec import SlabSpec
 
@@ -24,10 +24,10 @@ _QUERY_STEP = 8
 
 
 @dataclass(frozen=True, slots=True)
-class PiecePlan:
-    """The positions of one piece, from `begin` to `end` (exclusive), and the slots for its keys and values."""
+class StretchPlan:
+    """The positions of one stretch, from `begin` to `end` (exclusive), and the slots for its keys and values."""
 
-    piece: Piece
+    stretch: Stretch
     begin: int
     end: int
     slots: Tensor  # [N]
@@ -35,7 +35,7 @@ class PiecePlan:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Blocks for one call of attention: all blocks of one piece, or one block each of pieces whose slabs lie side by side."""
+    """Blocks for one call of attention: all of one stretch, or one each of stretches whose slabs lie side by side."""
 
     store: SlabStore
     slabs: slice
@@ -50,9 +50,9 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class ForwardPlan:
-    """The pieces and stacks of a forward, and the parts of the plan that all of its queries share."""
+    """The stretches and stacks of a forward, and the parts of the plan that all of its queries share."""
 
-    pieces: tuple[PiecePlan, ...]
+    stretches: tuple[StretchPlan, ...]
     stacks: tuple[Stack, ...]
     rows: Tensor  # [queries]: the batch's row for each query
     places: Tensor  # [rows]: a query for each of the batch's rows
@@ -83,14 +83,14 @@ def plan_forward(
     batch: RowBatch, rotaries: Mapping[str, ExactRotary], heads: int, kinds: tuple[LayerKind, ...]
 ) -> ForwardPlan:
     """The plan of a batch, for a model of that many query `heads` with layers of these `kinds`."""
-    pieces = batch.pieces()
+    stretches = batch.stretches()
     spec = batch.rows[0].slab.spec
     keys = as_torch(batch.rows[0].slab).store.keys
     size, queries = block_shape(spec, heads, torch.get_num_threads())
     positions = torch.tensor([row.position for row in batch.rows], device=keys.device)
     # Devices other than CPUs only take a mask of the queries' type.
     dtype = torch.float32 if keys.device.type == "cpu" else keys.dtype
-    extent = max(piece.extent for piece in pieces)
+    extent = max(stretch.extent for stretch in stretches)
     hidden = {
         window: torch.zeros(len(positions), extent, dtype=dtype, device=keys.device).masked_fill_(
             ~visible_slots(spec, positions, extent, window), float("-inf")
@@ -100,12 +100,12 @@ def plan_forward(
     row_of: list[int] = []
     place_of = [0] * len(batch.rows)
     stacks = []
-    for members in _group_pieces(pieces, size):
+    for members in _group_stretches(stretches, size):
         begin, first, lead = len(row_of), members[0], as_torch(members[0].slab)
-        for piece in members:
-            count = piece.stop - piece.start
-            place_of[piece.start : piece.stop] = range(len(row_of), len(row_of) + count)
-            row_of += [*range(piece.start, piece.stop), *[piece.stop - 1] * (-count % size)]
+        for stretch in members:
+            count = stretch.stop - stretch.start
+            place_of[stretch.start : stretch.stop] = range(len(row_of), len(row_of) + count)
+            row_of += [*range(stretch.start, stretch.stop), *[stretch.stop - 1] * (-count % size)]
         if spec.kv_heads == 1 and len(row_of) - begin == size:
             # A call for a single block would run outside torch's threads, and the matrix product inside it would start
             # threads of its own.
@@ -129,20 +129,20 @@ def plan_forward(
     rows = torch.tensor(row_of, device=keys.device)
     slots = torch.tensor([spec.slot(row.position) for row in batch.rows], device=keys.device)
     sink_turns: dict[str | None, tuple[Tensor, Tensor]] = {}
-    if spec.sink and any(piece.is_past_window for piece in pieces):
+    if spec.sink and any(stretch.is_past_window for stretch in stretches):
         too_far = (spec.visible - 1 - positions.index_select(0, rows)).clamp(max=0)
         for name, rotary in rotaries.items():
             cosines, sines = rotary.turn(too_far)
             sink_turns[name] = cosines.float(), sines.float()
     return ForwardPlan(
-        pieces=tuple(
-            PiecePlan(
-                piece,
-                batch.rows[piece.start].position,
-                batch.rows[piece.stop - 1].position + 1,
-                slots[piece.start : piece.stop],
+        stretches=tuple(
+            StretchPlan(
+                stretch,
+                batch.rows[stretch.start].position,
+                batch.rows[stretch.stop - 1].position + 1,
+                slots[stretch.start : stretch.stop],
             )
-            for piece in pieces
+            for stretch in stretches
         ),
         stacks=tuple(stacks),
         rows=rows,
@@ -166,26 +166,26 @@ def pad_rows(blocks: Tensor, queries: int) -> Tensor:
     return nn.functional.pad(blocks, (0, 0, 0, missing)) if missing else blocks
 
 
-def _group_pieces(pieces: tuple[Piece, ...], size: int) -> list[list[Piece]]:
-    """Groups pieces for stacks.
+def _group_stretches(stretches: tuple[Stretch, ...], size: int) -> list[list[Stretch]]:
+    """Groups stretches for stacks.
 
-    Pieces of one block form runs whose slabs follow each other in one store, with the same extent and on the same side of
-    the window's edge; each longer piece is alone.
+    Stretches of one block form runs whose slabs follow each other in one store, with the same extent and on the same side of
+    the window's edge; each longer stretch is alone.
     """
 
-    def kind(piece: Piece) -> tuple[int, int, bool]:
-        return id(as_torch(piece.slab).store), piece.extent, piece.is_past_window
+    def kind(stretch: Stretch) -> tuple[int, int, bool]:
+        return id(as_torch(stretch.slab).store), stretch.extent, stretch.is_past_window
 
-    runs: list[list[Piece]] = []
-    for piece in sorted(pieces, key=lambda piece: (*kind(piece), as_torch(piece.slab).index)):
+    runs: list[list[Stretch]] = []
+    for stretch in sorted(stretches, key=lambda stretch: (*kind(stretch), as_torch(stretch.slab).index)):
         before = runs[-1][-1] if runs else None
         if (
             before is not None
-            and kind(before) == kind(piece)
-            and as_torch(before.slab).index + 1 == as_torch(piece.slab).index
-            and max(before.stop - before.start, piece.stop - piece.start) <= size
+            and kind(before) == kind(stretch)
+            and as_torch(before.slab).index + 1 == as_torch(stretch.slab).index
+            and max(before.stop - before.start, stretch.stop - stretch.start) <= size
         ):
-            runs[-1].append(piece)
+            runs[-1].append(stretch)
         else:
-            runs.append([piece])
+            runs.append([stretch])
     return runs

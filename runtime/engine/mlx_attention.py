@@ -19,7 +19,7 @@ from torch import Tensor
 from runtime.dtypes import dtype_named
 from runtime.engine.mlx_slab import MlxSlab, Run, to_mlx
 from runtime.engine.rotary import ExactRotary
-from runtime.rows import Piece, Row, RowBatch
+from runtime.rows import Row, RowBatch, Stretch
 from runtime.slab import visible_slots
 from runtime.slab_spec import SlabSpec
 
@@ -27,8 +27,8 @@ Angles = tuple[mx.array, mx.array]  # cosines and sines [N, D]
 
 
 @dataclass(frozen=True, slots=True)
-class PiecePlan:
-    """Where the keys and values of one piece go, and what its queries see."""
+class StretchPlan:
+    """Where the keys and values of one stretch go, and what its queries see."""
 
     slab: MlxSlab
     rows: slice
@@ -45,13 +45,13 @@ class PiecePlan:
 class ForwardPlan:
     """What every layer needs to know of a batch. The rotary embedding gets it as the `offset` of a cache."""
 
-    pieces: tuple[PiecePlan, ...]
+    stretches: tuple[StretchPlan, ...]
     turn: Angles
     filler: int  # rows appended to the batch's own
 
 
 def plan_forward(batch: RowBatch, rows: int, rotary: ExactRotary) -> ForwardPlan:
-    """The plan of a batch that is padded to `rows`, as the queries of each piece are."""
+    """The plan of a batch that is padded to `rows`, as the queries of each stretch are."""
     spec = batch.rows[0].slab.spec
     filler = rows - len(batch.rows)
     positions = torch.tensor([row.position for row in batch.rows])
@@ -59,33 +59,33 @@ def plan_forward(batch: RowBatch, rows: int, rotary: ExactRotary) -> ForwardPlan
         torch.empty(0, dtype=dtype_named(spec.dtype)), torch.nn.functional.pad(positions, (0, filler))
     )
     return ForwardPlan(
-        tuple(_plan_piece(piece, batch.rows, positions, rows, rotary, spec) for piece in batch.pieces()),
+        tuple(_plan_stretch(stretch, batch.rows, positions, rows, rotary, spec) for stretch in batch.stretches()),
         (to_mlx(cosines), to_mlx(sines)),
         filler,
     )
 
 
-def _plan_piece(
-    piece: Piece, rows: tuple[Row, ...], positions: Tensor, size: int, rotary: ExactRotary, spec: SlabSpec
-) -> PiecePlan:
-    assert isinstance(piece.slab, MlxSlab)
-    count = piece.stop - piece.start
+def _plan_stretch(
+    stretch: Stretch, rows: tuple[Row, ...], positions: Tensor, size: int, rotary: ExactRotary, spec: SlabSpec
+) -> StretchPlan:
+    assert isinstance(stretch.slab, MlxSlab)
+    count = stretch.stop - stretch.start
     filler = size - count
-    at = positions[[*range(piece.start, piece.stop), *[piece.stop - 1] * filler]]
+    at = positions[[*range(stretch.start, stretch.stop), *[stretch.stop - 1] * filler]]
     dtype = dtype_named(spec.dtype)
-    hidden = torch.zeros(len(at), piece.extent, dtype=dtype)
-    hidden.masked_fill_(~visible_slots(spec, at, piece.extent), float("-inf"))
+    hidden = torch.zeros(len(at), stretch.extent, dtype=dtype)
+    hidden.masked_fill_(~visible_slots(spec, at, stretch.extent), float("-inf"))
     sink_turn = None
-    if spec.sink and piece.is_past_window:
+    if spec.sink and stretch.is_past_window:
         cosines, sines = rotary.turn((spec.visible - 1 - at).clamp(max=0))
         sink_turn = to_mlx(cosines.to(dtype)), to_mlx(sines.to(dtype))
-    mine = rows[piece.start : piece.stop]
-    return PiecePlan(
-        slab=piece.slab,
-        rows=slice(piece.start, piece.stop),
+    mine = rows[stretch.start : stretch.stop]
+    return StretchPlan(
+        slab=stretch.slab,
+        rows=slice(stretch.start, stretch.stop),
         runs=_runs([spec.slot(row.position) for row in mine]),
         end=mine[-1].position + 1,
-        extent=piece.extent,
+        extent=stretch.extent,
         sink=spec.sink,
         filler=filler,
         hidden=to_mlx(hidden),
@@ -114,46 +114,48 @@ class SlabCache:
         self._layer = layer
 
     def make_mask(self, *_: Any, **__: Any) -> None:
-        """None: every piece has a mask of its own."""
+        """None: every stretch has a mask of its own."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Writes `keys` and `values` [1, G, rows, D] into the slabs. `attend` ignores what it returns."""
-        for piece in self.offset.pieces:
-            piece.slab.write(self._layer, piece.runs, piece.end, keys[0, :, piece.rows], values[0, :, piece.rows])
+        for stretch in self.offset.stretches:
+            stretch.slab.write(
+                self._layer, stretch.runs, stretch.end, keys[0, :, stretch.rows], values[0, :, stretch.rows]
+            )
         return keys, values
 
     def attend(self, queries: mx.array, scale: float) -> mx.array:
         """The attention of `queries` [1, G*Q, rows, D], of the same shape; zeros for rows that only fill up the batch."""
-        found = [self._attend(queries[0], piece, scale) for piece in self.offset.pieces]
+        found = [self._attend(queries[0], stretch, scale) for stretch in self.offset.stretches]
         if self.offset.filler:
             found.append(mx.zeros((queries.shape[1], self.offset.filler, queries.shape[3]), queries.dtype))
         return mx.concatenate(found, axis=1)[None]
 
-    def _attend(self, queries: mx.array, piece: PiecePlan, scale: float) -> mx.array:
-        """Softmax attention of one piece in explicit steps, because fused kernels tile by the number of rows.
+    def _attend(self, queries: mx.array, stretch: StretchPlan, scale: float) -> mx.array:
+        """Softmax attention of one stretch in explicit steps, because fused kernels tile by the number of rows.
 
         Returns [G*Q, rows, D].
         """
         heads, _, head_dim = queries.shape
-        keys, values = piece.slab.seen(self._layer, piece.extent)
-        groups, size = keys.shape[0], piece.hidden.shape[0]
-        mine = queries[:, piece.rows]
-        if piece.filler:
-            mine = mx.concatenate([mine, mx.repeat(mine[:, -1:], piece.filler, axis=1)], axis=1)
+        keys, values = stretch.slab.seen(self._layer, stretch.extent)
+        groups, size = keys.shape[0], stretch.hidden.shape[0]
+        mine = queries[:, stretch.rows]
+        if stretch.filler:
+            mine = mx.concatenate([mine, mx.repeat(mine[:, -1:], stretch.filler, axis=1)], axis=1)
 
         def scores(some: mx.array, seen: mx.array, hidden: mx.array) -> mx.array:  # [G, Q, N, slots]
             products = (some.reshape(groups, -1, head_dim) * scale) @ seen.swapaxes(1, 2)
             return products.reshape(groups, heads // groups, size, -1) + hidden
 
-        if piece.sink_turn is None:
-            seen = scores(mine, keys, piece.hidden)
+        if stretch.sink_turn is None:
+            seen = scores(mine, keys, stretch.hidden)
         else:
-            sink = piece.sink
-            turned = scores(rotate(mine, *piece.sink_turn), keys[:, :sink], piece.hidden[:, :sink])
-            seen = mx.concatenate([turned, scores(mine, keys[:, sink:], piece.hidden[:, sink:])], axis=-1)
+            sink = stretch.sink
+            turned = scores(rotate(mine, *stretch.sink_turn), keys[:, :sink], stretch.hidden[:, :sink])
+            seen = mx.concatenate([turned, scores(mine, keys[:, sink:], stretch.hidden[:, sink:])], axis=-1)
         shares = mx.softmax(seen, axis=-1, precise=True)
-        attended = shares.reshape(groups, -1, piece.extent) @ values
-        return attended.reshape(heads, size, head_dim)[:, : size - piece.filler]
+        attended = shares.reshape(groups, -1, stretch.extent) @ values
+        return attended.reshape(heads, size, head_dim)[:, : size - stretch.filler]
 
 
 class AttentionOrSlabs:

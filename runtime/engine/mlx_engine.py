@@ -147,15 +147,15 @@ class MlxEngine:
         return torch.cat([self._logits(part, at_once) for part in parts])
 
     def _logits(self, batch: RowBatch, size: int) -> Tensor:
-        """The logits of a batch that is padded to `size` rows, as each of its pieces is."""
+        """The logits of a batch that is padded to `size` rows, as each of its stretches is."""
         rows = batch.rows
         plan = plan_forward(batch, size, self._rotary)
-        for piece in plan.pieces:
-            piece.slab.reserve(piece.extent)
+        for stretch in plan.stretches:
+            stretch.slab.reserve(stretch.extent)
         tokens = mx.array([[*(row.token_id for row in rows), *[0] * plan.filler]])
         caches = [SlabCache(plan, layer) for layer in range(self._spec.layers)]
         hidden = self._model.model(tokens, caches)[0]
-        written = [array for piece in plan.pieces for array in piece.slab.arrays()]
+        written = [array for stretch in plan.stretches for array in stretch.slab.arrays()]
         wanted = [index for index, row in enumerate(rows) if row.draw is not None]
         if not wanted:
             mx.eval(written)

@@ -1,8 +1,8 @@
 """Layers that keep a state of fixed size instead of keys and values: short convolutions, and the gated delta rule.
 
-A row's output follows from its position and its history alone, however that was cut into forwards. A convolution reads what
-its layer was given for the tokens before. The delta rule is computed in chunks of `CHUNK` positions that begin at multiples of
-it, from the state before the chunk and what was given inside it: always products of the same shapes, in which rows that are
+A row's output follows from its position and its history alone, however that was cut into forwards. A convolution reads its
+layer's inputs of the tokens before. The delta rule is computed in chunks of `CHUNK` positions that begin at multiples of
+it, from the state before the chunk and the inputs inside it: always products of the same shapes, in which rows that are
 still to come are zeros, and add nothing to those before them.
 """
 
@@ -34,13 +34,13 @@ class ShortConvolution(nn.Module):
     def forward(self, hidden_states: Tensor, *, plan: ForwardPlan, **_: Any) -> Tensor:
         """Of `hidden_states` [1, rows, columns], the same shape."""
         before, behind, rows = self.in_proj(hidden_states[0]).chunk(3, dim=-1)
-        given = before * rows
+        inputs = before * rows
         parts = []
-        for part in plan.pieces:
-            slab = as_torch(part.piece.slab)
-            slab.give(self._layer, given[part.piece.start : part.piece.stop], part.begin)
+        for part in plan.stretches:
+            slab = as_torch(part.stretch.slab)
+            slab.write_inputs(self._layer, inputs[part.stretch.start : part.stretch.stop], part.begin)
             parts.append(
-                convolve(slab.taken(self._layer, part.begin - self.weight.shape[1] + 1, part.end), self.weight)
+                convolve(slab.read_inputs(self._layer, part.begin - self.weight.shape[1] + 1, part.end), self.weight)
             )
         mixed = torch.cat(parts) if self.bias is None else torch.cat(parts) + self.bias.float()
         output: Tensor = self.out_proj(behind * mixed.to(rows.dtype))
@@ -67,11 +67,11 @@ class DeltaRule(nn.Module):
     def forward(self, hidden_states: Tensor, *, plan: ForwardPlan, **_: Any) -> Tensor:
         """Of `hidden_states` [1, rows, columns], the same shape."""
         rows = hidden_states[0]
-        given = torch.cat((self.in_proj_qkv(rows), self.in_proj_b(rows), self.in_proj_a(rows)), dim=-1)
+        inputs = torch.cat((self.in_proj_qkv(rows), self.in_proj_b(rows), self.in_proj_a(rows)), dim=-1)
         parts = []
-        for part in plan.pieces:
-            slab = as_torch(part.piece.slab)
-            slab.give(self._layer, given[part.piece.start : part.piece.stop], part.begin)
+        for part in plan.stretches:
+            slab = as_torch(part.stretch.slab)
+            slab.write_inputs(self._layer, inputs[part.stretch.start : part.stretch.stop], part.begin)
             for chunk in range(part.begin // CHUNK, (part.end - 1) // CHUNK + 1):
                 first = chunk * CHUNK
                 found = self._run_chunk(slab, chunk, part.end)
@@ -87,22 +87,23 @@ class DeltaRule(nn.Module):
         After a whole chunk, its state is in the slab.
         """
         first, reach = chunk * CHUNK, self.weight.shape[1] - 1
-        taken = slab.taken(self._layer, first - reach, min(end, first + CHUNK))
-        taken = nn.functional.pad(taken, (0, 0, 0, CHUNK + reach - len(taken)))
+        inputs = slab.read_inputs(self._layer, first - reach, min(end, first + CHUNK))
+        inputs = nn.functional.pad(inputs, (0, 0, 0, CHUNK + reach - len(inputs)))
         # A copy, because the order of sums may depend on where in a line of memory the operands begin.
         before = slab.state(self._layer, chunk).clone()
-        output, after = self._delta(taken, before if chunk else before.zero_())
+        output, after = self._delta(inputs, before if chunk else before.zero_())
         if end >= first + CHUNK:
             slab.state(self._layer, chunk + 1).copy_(after)
         return output
 
-    def _delta(self, taken: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs [C, H, V] and the state [H, K, V] after a chunk, from what was `taken` for it and the state `before` it.
+    def _delta(self, inputs: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs [C, H, V] and the state [H, K, V] after a chunk, from its `inputs` and the state `before` it.
 
-        In float32, by the chunked form of the rule (arXiv 2406.06484, section 3).
+        The inputs [C + reach, columns] begin `reach` positions before the chunk. All is computed in float32, by the chunked
+        form of the rule (arXiv 2406.06484, section 3).
         """
-        mixed, learning, forgetting = taken.split((len(self.weight), self._heads, self._heads), dim=-1)
-        mixed = nn.functional.silu(convolve(mixed, self.weight).to(taken.dtype)).float()
+        mixed, learning, forgetting = inputs.split((len(self.weight), self._heads, self._heads), dim=-1)
+        mixed = nn.functional.silu(convolve(mixed, self.weight).to(inputs.dtype)).float()
         each = self._key_heads * self._keys
         query, key, value = mixed.split((each, each, self._heads * self._values), dim=-1)
         query, key = (self._by_value_head(part) for part in (query, key))  # [H, C, K]
@@ -135,11 +136,11 @@ class DeltaRule(nn.Module):
         return unit.repeat_interleave(self._heads // self._key_heads, dim=1).transpose(0, 1)
 
 
-def convolve(taken: Tensor, weight: Tensor) -> Tensor:
-    """Convolves `taken` [rows + reach, columns] with `weight` [columns, reach + 1]; returns [rows, columns] float32."""
-    rows = len(taken) - weight.shape[1] + 1
-    taken, weight = taken.float(), weight.float()
-    summed = taken[:rows] * weight[:, 0]
+def convolve(inputs: Tensor, weight: Tensor) -> Tensor:
+    """Convolves `inputs` [rows + reach, columns] with `weight` [columns, reach + 1]; returns [rows, columns] float32."""
+    rows = len(inputs) - weight.shape[1] + 1
+    inputs, weight = inputs.float(), weight.float()
+    summed = inputs[:rows] * weight[:, 0]
     for back in range(1, weight.shape[1]):
-        summed = summed + taken[back : back + rows] * weight[:, back]
+        summed = summed + inputs[back : back + rows] * weight[:, back]
     return summed

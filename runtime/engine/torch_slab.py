@@ -21,12 +21,12 @@ _CPU = torch.device("cpu")
 class SlabStore:
     """The memory of slabs that lie side by side: keys and values [L, B, G, S, W].
 
-    For recurrent layers: `given`, their inputs [layers, B, tokens, columns], and their `states` [layers, B, chunks, *shape].
+    For recurrent layers: `inputs` [layers, B, tokens, columns], and their `states` [layers, B, chunks, *shape].
     """
 
     keys: Tensor
     values: Tensor
-    given: Tensor | None = None
+    inputs: Tensor | None = None
     states: Tensor | None = None
 
     def stacked(self, layer: int, slabs: slice, extent: int) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ class TorchSlab(Slab):
         self.index = index
         self.keys = store.keys[:, index]
         self.values = store.values[:, index]
-        self._given = None if store.given is None else store.given[:, index]
+        self._inputs = None if store.inputs is None else store.inputs[:, index]
         self._states = None if store.states is None else store.states[:, index]
 
     def write(self, layer: int, slots: Tensor, end: int, keys: Tensor, values: Tensor) -> None:
@@ -52,27 +52,27 @@ class TorchSlab(Slab):
         self.values[layer].index_copy_(1, slots, values)
         self.advance(layer, end)
 
-    def give(self, layer: int, rows: Tensor, start: int) -> None:
+    def write_inputs(self, layer: int, rows: Tensor, start: int) -> None:
         """Keeps a recurrent layer's inputs, `rows` [N, columns], for the positions from `start` on."""
-        assert self._given is not None
-        places = torch.arange(start, start + len(rows), device=rows.device) % self.spec.given
-        self._given[layer].index_copy_(0, places, rows)
+        assert self._inputs is not None
+        places = torch.arange(start, start + len(rows), device=rows.device) % self.spec.inputs
+        self._inputs[layer].index_copy_(0, places, rows)
         self.advance(self.spec.layers + layer, start + len(rows))
 
-    def taken(self, layer: int, start: int, stop: int) -> Tensor:
+    def read_inputs(self, layer: int, start: int, stop: int) -> Tensor:
         """A recurrent layer's inputs for positions from `start` to `stop` (exclusive), [N, columns]; zeros before position 0."""
-        assert self._given is not None
+        assert self._inputs is not None
         before = max(0, -start)
-        places = torch.arange(start + before, stop, device=self._given.device) % self.spec.given
-        return nn.functional.pad(self._given[layer].index_select(0, places), (0, 0, before, 0))
+        places = torch.arange(start + before, stop, device=self._inputs.device) % self.spec.inputs
+        return nn.functional.pad(self._inputs[layer].index_select(0, places), (0, 0, before, 0))
 
     def state(self, layer: int, chunk: int) -> Tensor:
         """A view of a recurrent layer's state before the chunk with this number, to read or write."""
         assert self._states is not None
         return self._states[layer, chunk % self.spec.states]
 
-    def kept(self) -> tuple[Tensor, ...]:
-        return tuple(layer for kept in (self._given, self._states) if kept is not None for layer in kept)
+    def recurrent_tensors(self) -> tuple[Tensor, ...]:
+        return tuple(layer for held in (self._inputs, self._states) if held is not None for layer in held)
 
     def held(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.keys[layer, :, : self.used], self.values[layer, :, : self.used]
@@ -98,15 +98,15 @@ class SlabArena:
     def __init__(self, spec: SlabSpec, count: int, device: torch.device = _CPU) -> None:
         dtype = dtype_named(spec.dtype)
         shape = (spec.layers, count, spec.kv_heads, spec.slots, spec.width)
-        given = states = None
+        inputs = states = None
         if recurrent := spec.recurrent:
-            given = _lazy_zeros((recurrent.layers, count, spec.given, recurrent.columns), dtype, device)
+            inputs = _lazy_zeros((recurrent.layers, count, spec.inputs, recurrent.columns), dtype, device)
             if recurrent.state:
                 shape_of_all = (recurrent.layers, count, spec.states, *recurrent.state)
                 states = _lazy_zeros(shape_of_all, torch.float32, device)
         keys, values = (_lazy_zeros(shape, dtype, device) for _ in range(2))
         self.spec, self.device = spec, device
-        self.store = SlabStore(keys, values, given, states)
+        self.store = SlabStore(keys, values, inputs, states)
         self._free = [*range(count)][::-1]
 
     def pool(self, count: int) -> SlabPool:

@@ -1,4 +1,4 @@
-"""Row batches: how the rows of a forward are cut into pieces that attend alike."""
+"""Row batches: how the rows of a forward are cut into stretches that attend alike."""
 
 from itertools import pairwise
 
@@ -36,30 +36,30 @@ def batch_of(sessions: list[tuple[int, int]]) -> RowBatch:
 
 @settings(max_examples=100)
 @given(SESSIONS)
-def test_pieces_hold_every_row_once_and_in_order(sessions: list[tuple[int, int]]) -> None:
+def test_stretches_hold_every_row_once_and_in_order(sessions: list[tuple[int, int]]) -> None:
     batch = batch_of(sessions)
 
-    covered = [index for piece in batch.pieces() for index in range(piece.start, piece.stop)]
+    covered = [index for stretch in batch.stretches() for index in range(stretch.start, stretch.stop)]
 
     assert covered == list(range(len(batch.rows)))
 
 
 @settings(max_examples=100)
 @given(SESSIONS)
-def test_all_rows_of_a_piece_attend_alike(sessions: list[tuple[int, int]]) -> None:
+def test_all_rows_of_a_stretch_attend_alike(sessions: list[tuple[int, int]]) -> None:
     batch = batch_of(sessions)
 
-    for piece in batch.pieces():
-        for row in batch.rows[piece.start : piece.stop]:
-            assert row.slab is piece.slab
-            assert SPEC.extent(row.position) == piece.extent
-            assert (row.position >= SPEC.visible) == piece.is_past_window
+    for stretch in batch.stretches():
+        for row in batch.rows[stretch.start : stretch.stop]:
+            assert row.slab is stretch.slab
+            assert SPEC.extent(row.position) == stretch.extent
+            assert (row.position >= SPEC.visible) == stretch.is_past_window
 
 
 @settings(max_examples=100)
 @given(SESSIONS)
 def test_rows_that_attend_alike_are_not_cut_apart(sessions: list[tuple[int, int]]) -> None:
-    pieces = batch_of(sessions).pieces()
+    stretches = batch_of(sessions).stretches()
 
-    for one, other in pairwise(pieces):
+    for one, other in pairwise(stretches):
         assert (one.slab, one.extent, one.is_past_window) != (other.slab, other.extent, other.is_past_window)

@@ -157,7 +157,7 @@ def test_the_ceiling_counts_what_recurrent_layers_keep_whatever_the_length(state
     slab = recurrent_slab(state)
     spec = slab.spec
 
-    kept = sum(one.nbytes for one in slab.kept())
+    kept = sum(one.nbytes for one in slab.recurrent_tensors())
 
     assert spec.kept_bytes == kept > 0
     assert spec.ceiling_bytes == slab.keys.nbytes + slab.values.nbytes + kept
@@ -177,14 +177,14 @@ def test_a_recurrent_layer_finds_all_that_a_tile_may_need_whatever_was_taken_bac
     for value in range(20):
         start = frontier - data.draw(st.integers(0, min(frontier, row_tile - 1)))
         stop = start + data.draw(st.integers(1, row_tile))
-        slab.give(1, torch.full((stop - start, 5), float(value)), start)
+        slab.write_inputs(1, torch.full((stop - start, 5), float(value)), start)
         given |= dict.fromkeys(range(start, stop), float(value))
         first = start // CHUNK * CHUNK
         for chunk in range(first // CHUNK, stop // CHUNK + 1):
             if start < chunk * CHUNK <= stop:
                 slab.state(1, chunk).fill_(chunk)
 
-        taken = slab.taken(1, first - reach, stop)
+        taken = slab.read_inputs(1, first - reach, stop)
 
         assert taken[:, 0].tolist() == [given.get(position, 0.0) for position in range(first - reach, stop)]
         assert not first or (slab.state(1, first // CHUNK) == first // CHUNK).all()
@@ -207,9 +207,9 @@ def test_a_slab_that_says_it_is_whole_holds_all_that_the_next_token_needs(
     assert all(held[spec.slot(one)] == one for one in positions_seen(frontier, spec.sink, spec.window) - {frontier})
     if is_recurrent:
         chunk = frontier // CHUNK
-        given = {position % spec.given: position for position in range(written)}
+        given = {position % spec.inputs: position for position in range(written)}
         states = {one % spec.states: one for one in range(1, written // CHUNK + 1)}
-        assert all(given[one % spec.given] == one for one in range(max(0, chunk * CHUNK - 3), frontier))
+        assert all(given[one % spec.inputs] == one for one in range(max(0, chunk * CHUNK - 3), frontier))
         assert not chunk or states[chunk % spec.states] == chunk
 
 
@@ -233,14 +233,14 @@ def test_a_slab_that_went_back_knows_what_was_written_over_before() -> None:
 
 def test_a_fork_has_what_recurrent_layers_keep_and_a_skip_forgets_it() -> None:
     slab, fork = recurrent_slab(), recurrent_slab()
-    for one in slab.kept():
+    for one in slab.recurrent_tensors():
         one.normal_()
 
     fork.copy_from(slab)
-    assert all(torch.equal(*pair) for pair in zip(fork.kept(), slab.kept(), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(fork.recurrent_tensors(), slab.recurrent_tensors(), strict=True))
 
     fork.skip(1_000)
-    assert not any(one.any() for one in fork.kept())
+    assert not any(one.any() for one in fork.recurrent_tensors())
     assert set(fork.frontiers) == {1_000}
 
 

@@ -26,8 +26,8 @@ def filled(length: int, spec: SlabSpec = SPEC) -> tuple[Slab, array[int]]:
     slab = torch_pool(spec, 1).acquire()
     block = torch.randn(spec.layers, spec.kv_heads, length, spec.head_dim)
     slab.fill(block, -block, length)
-    for kept in slab.kept():
-        kept.normal_()
+    for tensor in slab.recurrent_tensors():
+        tensor.normal_()
     return slab, array("I", range(length))
 
 
@@ -61,8 +61,8 @@ def test_what_recurrent_layers_keep_comes_back_whole(tmp_path: Path) -> None:
 
     assert size > slab.spec.kept_bytes
     assert read.frontiers == slab.frontiers == (40,) * (SPEC.layers + RECURRENT.layers)
-    assert len(read.kept()) == 2 * RECURRENT.layers
-    assert all(torch.equal(*pair) for pair in zip(read.kept(), slab.kept(), strict=True))
+    assert len(read.recurrent_tensors()) == 2 * RECURRENT.layers
+    assert all(torch.equal(*pair) for pair in zip(read.recurrent_tensors(), slab.recurrent_tensors(), strict=True))
 
 
 def test_a_slab_comes_back_as_one_that_went_back(tmp_path: Path) -> None:
