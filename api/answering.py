@@ -125,7 +125,7 @@ class _Standing:
 
 
 class AnswerStream:
-    """One answer as it is generated, part by part, then its Ending."""
+    """One answer as it is generated, part by part."""
 
     def __init__(self, asked: _Asked, events: Events) -> None:
         question = asked.question
@@ -142,14 +142,11 @@ class AnswerStream:
             is_in_reasoning=asked.prompt.is_in_reasoning,
         )
 
-    async def next(self) -> Part | Ending:
-        """The next part, or the Ending. Raises DeadlineExceeded, NotServing."""
+    async def next(self) -> Part | None:
+        """The next part, or None when the answer has ended. Raises DeadlineExceeded, NotServing."""
         while not self._waiting:
-            if (reason := self.answer.finish_reason) is not None:
-                self._asked.runtime.metrics.completions_total.labels(reason).inc()
-                ending = Ending(reason, self._usage(), self._point(), self.answer.stop_string)
-                self._asked.runtime.conversations.record_turn(ending.point, ending.usage.report())
-                return ending
+            if self.answer.finish_reason is not None:
+                return None
             with self._asked.limit.holds():
                 event = await anext(self._events)
             self._waiting += self.answer.take(event)
@@ -163,10 +160,17 @@ class AnswerStream:
             return tree.use(point)
         return tree.grow(point, answer.items, answer.tokens, answer.spans)
 
-    def _point(self) -> Point:
-        """The point after all that was said. A call that was cut off is left out."""
-        kept = self.keep()
-        return Point(kept.node, kept.node.spans[-1].end) if kept.node.is_answer and self.answer.items else kept
+    def end(self, kept: Point) -> Ending:
+        """Has the metrics and the conversation count the answer, which `keep` added up to `kept`; returns how it ended."""
+        answer, runtime = self.answer, self._asked.runtime
+        assert answer.finish_reason is not None
+        # The conversation continues after all that was said: a call that was cut off is left out.
+        is_said = kept.node.is_answer and answer.items
+        point = Point(kept.node, kept.node.spans[-1].end) if is_said else kept
+        ending = Ending(answer.finish_reason, self._usage(), point, answer.stop_string)
+        runtime.metrics.completions_total.labels(ending.finish_reason).inc()
+        runtime.conversations.record_turn(point, ending.usage.report())
+        return ending
 
     def _usage(self) -> Usage:
         asked, answer = self._asked, self.answer
@@ -322,11 +326,12 @@ async def _answer(
         async with generation as events:
             stream = AnswerStream(asked, events)
             try:
-                while not isinstance(part := await stream.next(), Ending):
+                while (part := await stream.next()) is not None:
                     await channel.send((index, outcome.Value(part)))
             finally:
-                seats.leave(stream.keep())
-        last = outcome.Value(part)
+                kept = stream.keep()
+                seats.leave(kept)
+            last = outcome.Value(stream.end(kept))
     except Exception as error:
         last = outcome.Error(error)
     await channel.send((index, last))
