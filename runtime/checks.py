@@ -15,7 +15,8 @@ _SHORT.maxstring = _SHORT.maxother = 120
 def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
     """Raises InvalidRequest, naming the field, unless `value` is a whole number from `low` to `high`."""
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        # numpy has a bool of its own, which its older versions take for a whole number.
+        number = None if type(value).__name__ == "bool" else operator.index(value)
     except TypeError:
         number = None
     if number is None:
