@@ -32,7 +32,7 @@ async def failing_house() -> AsyncIterator[tuple[House, trio.Nursery]]:
 
 def client_of(house: House) -> httpx.AsyncClient:
     host, port = house.http
-    return httpx.AsyncClient(base_url=f"http://{host}:{port}")
+    return httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=60)
 
 
 async def test_an_http_client_is_answered_with_500_and_all_headers() -> None:

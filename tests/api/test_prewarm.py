@@ -11,7 +11,7 @@ from tests.api.doors import House, open_house
 async def used(house: House, **asked: Any) -> dict[str, int]:
     """What a response says that its input took."""
     host, port = house.http
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         body = {"model": "seedling", "max_output_tokens": 4, **asked}
         answer = await client.post(f"http://{host}:{port}/v1/responses", json=body)
     details: dict[str, int] = answer.raise_for_status().json()["usage"]["input_tokens_details"]
