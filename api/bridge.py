@@ -22,6 +22,7 @@ import trio
 import trio_asyncio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from api.foreign.grpclib import use_asyncios_current_task
 from api.logs import where
 from runtime.errors import lone_errors
 
@@ -58,6 +59,7 @@ async def asyncio_loop() -> AsyncIterator[FromAsyncio]:
 
     That way is bound to the loop, so any task can use it, and not only tasks started in the block.
     """
+    use_asyncios_current_task()
     with lone_errors():
         async with trio_asyncio.open_loop() as loop:
             loop.set_exception_handler(_log_failure)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import subprocess
+import sys
 
 import pytest
 from grpclib.protocol import Buffer, Connection, EventsProcessor
@@ -137,6 +139,26 @@ def test_an_empty_piece_is_no_end() -> None:
 
 async def cancelled_after_its_end() -> None:
     Handler({}, None, None, None).cancel(object())  # type: ignore[arg-type] # Any stream.
+
+
+# In an interpreter of its own, because the order of imports decides.
+GRPCLIB_FIRST = """
+import trio
+from grpclib import utils
+from api.bridge import asyncio_loop
+
+async def task(): return utils._current_task()
+
+async def main():
+    async with asyncio_loop() as from_asyncio:
+        assert await from_asyncio(task)() is not None
+
+trio.run(main)
+"""
+
+
+def test_grpclib_finds_its_task_under_trio_also_if_it_was_imported_first() -> None:
+    subprocess.run([sys.executable, "-c", GRPCLIB_FIRST], check=True)
 
 
 def test_upstream_fails_at_a_reset_of_a_call_that_has_ended() -> None:

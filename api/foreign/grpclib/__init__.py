@@ -12,6 +12,7 @@
 | waits for ever to close a connection whose peer reads nothing | for `_CLOSING_S` |
 | logs a traceback where a cancelled call comes to its end just then | says nothing |
 | knows no compression | takes gzip, and says so |
+| fails under trio from Python 3.12 on if it was imported before trio-asyncio | works in either order |
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from api.foreign import require
 from api.foreign.grpclib.client import ForgetfulChannel
 from api.foreign.grpclib.limits import Limits
 from api.foreign.grpclib.server import GuardedServer
+from api.foreign.grpclib.tasks import use_asyncios_current_task
 from api.foreign.h2 import require_tested_h2
 
-__all__ = ["ForgetfulChannel", "GuardedServer", "Limits", "require_tested_grpclib"]
+__all__ = ["ForgetfulChannel", "GuardedServer", "Limits", "require_tested_grpclib", "use_asyncios_current_task"]
 
 
 def require_tested_grpclib() -> None:
