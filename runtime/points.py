@@ -260,8 +260,8 @@ class PointTree:
         # A client that continues within an answer had it cut off; one whose rest of the answer differs has changed it.
         has_branches = any(child.parent == point for child in point.node.children)
         is_broken = count <= furthest < len(items) and (has_branches or (count > 0 and is_assistants(items[count])))
-        # At the beginning of a conversation nothing is held that an item could differ from.
-        is_broken = is_broken and (count > 0 or any(map(is_assistants, items)))
+        # At the beginning of a conversation nothing is held that an item could differ from, and its answer may be begun.
+        is_broken = is_broken and (count > 0 or any(map(is_assistants, items[:-1])))
         return Match(point, count, furthest if is_broken else None)
 
     def grow(

@@ -180,6 +180,13 @@ class TestAnAnswer:
         assert len(tree.names()) < 5_000
 
 
+def test_a_new_conversation_whose_answer_is_begun_differs_from_nothing() -> None:
+    tree = PointTree()
+    tree.grow(tree.root(HEAD), [Message("user", "other")], array("I", [7]))
+
+    assert tree.match(tree.root(HEAD), [Message("user", "a"), Message("assistant", "Once")]).broke_at is None
+
+
 class TestARoot:
     def test_from_which_nothing_continues_is_not_kept(self) -> None:
         tree = PointTree()
