@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from array import array
 from collections.abc import Awaitable, Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -153,6 +154,35 @@ async def test_answers_after_reuse_and_forks_are_those_of_a_fresh_session(sampli
 
             assert len(drawn) == answer.usage["output_tokens"]
             assert [*drawn] == engine.continued(prompt, len(drawn), sampling)
+
+
+async def test_frames_that_wait_share_the_room_for_bodies_until_their_client_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(import_module("api.http.app"), "MOST_UPLOAD_BYTES", 2**20)
+    short = {"type": "response.create", "model": "seedling", "max_output_tokens": 2, "input": "hello"}
+    long = {"type": "unheard of", "padding": "x" * 300_000}
+    async with open_house() as house:
+        house.engine.hold()
+        async with open_lane(house.http) as leaves:
+            await leaves.send(short)
+            await house.engine.begun()
+            # What comes after it is read after it, so all that is before it waits by then.
+            for frame in (long, long, long, {"type": "unheard of", "stream_id": "another"}):
+                await leaves.send(frame)
+            while (await leaves.receive()).get("stream_id") != "another":
+                pass
+            async with open_lane(house.http) as other:
+                refused = await heard_on(other, long)
+        house.engine.open()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        async with open_lane(house.http) as other:
+            read = await heard_on(other, long)
+
+    assert refused.error is not None
+    assert read.error is not None
+    assert "too many long bodies" in refused.error["message"]
+    assert "unheard of" in read.error["message"]
 
 
 async def test_lanes_whose_requests_were_answered_are_forgotten() -> None:
