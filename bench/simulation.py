@@ -27,7 +27,8 @@ from runtime.durable.shared import GROUP_S
 SCENARIOS = ("quiet", "growth", "zone lost", "rolling upgrade")
 PART_BYTES = 8 * 2**20
 SEGMENTS = 64
-_POINTS_A_SERVER = 64
+# On the ring, for each server.
+POINTS = 64
 # Dollars a million, as S3 takes them.
 PUT, GET = 5.0, 0.4
 # And for a gigabyte that lies there for an hour.
@@ -103,7 +104,9 @@ class Seen:
 class Fleet:
     """All servers, the ring that sends a session to one of those that are up, and all sessions."""
 
-    def __init__(self, machine: Machine, servers: int, minutes: int, lease_s: float, seed: int = 0) -> None:
+    def __init__(
+        self, machine: Machine, servers: int, minutes: int, lease_s: float, points: int = POINTS, seed: int = 0
+    ) -> None:
         self.machine = machine
         self.minutes = minutes
         self.lease_s = lease_s
@@ -111,9 +114,9 @@ class Fleet:
         self.clock = Clock()
         self.sessions: list[Session] = []
         self.servers = [Server(self.new_streams()) for _ in range(servers)]
-        points = sorted((self.chance.random(), number) for number in range(servers) for _ in range(_POINTS_A_SERVER))
-        self._places = [place for place, _ in points]
-        self._owners = [number for _, number in points]
+        ring = sorted((self.chance.random(), number) for number in range(servers) for _ in range(points))
+        self._places = [place for place, _ in ring]
+        self._owners = [number for _, number in ring]
         self.seen = Seen([array("d") for _ in range(minutes)], bytes_up=[0.0] * minutes, bytes_down=[0.0] * minutes)
 
     def serving(self, session: Session) -> Server:
@@ -318,10 +321,12 @@ class Fleet:
                 yield 0.0
 
 
-def simulated(scenario: str, machine: Machine, servers: int, sessions: int, minutes: int, lease_s: float) -> Seen:
+def simulated(
+    scenario: str, machine: Machine, servers: int, sessions: int, minutes: int, lease_s: float, points: int = POINTS
+) -> Seen:
     """One run. Sessions are in the midst of their pauses when it begins, and have slabs in the store."""
     with many_objects():
-        fleet = Fleet(machine, servers, minutes, lease_s)
+        fleet = Fleet(machine, servers, minutes, lease_s, points)
         chance = fleet.chance
         for _ in range(sessions):
             history = min(100_000, int(chance.lognormvariate(8.7, 1.0)))
@@ -382,7 +387,7 @@ def draw(found: dict[tuple[str, str], Seen], path: Path) -> None:
     machines = list(dict.fromkeys(machine for machine, _ in found))
     figure, axes = pyplot.subplots(2, len(machines), figsize=(6 * len(machines), 7), squeeze=False, sharex=True)
     for column, machine in enumerate(machines):
-        for scenario in SCENARIOS:
+        for scenario in [scenario for of, scenario in found if of == machine]:
             seen = found[machine, scenario]
             tail: list[Any] = [np.percentile(minute, 99) if minute else np.nan for minute in seen.first_token_s]
             axes[0][column].plot(tail, label=scenario)
@@ -404,22 +409,25 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=1_000_000)
     parser.add_argument("--minutes", type=int, default=12)
     parser.add_argument("--lease", type=float, default=10.0, help="state_lease_s")
+    parser.add_argument("--points", type=int, default=POINTS, help="of each server on the ring")
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--machines", nargs="+", choices=MACHINES, default=list(MACHINES))
     parser.add_argument("--plot", type=Path, help="where to draw it, as SVG or PNG")
     asked = parser.parse_args()
     found: dict[tuple[str, str], Seen] = {}
     for machine in asked.machines:
         rows = {}
-        for scenario in SCENARIOS:
+        for scenario in asked.scenarios:
             began = time.process_time()
-            seen = simulated(scenario, MACHINES[machine], asked.servers, asked.sessions, asked.minutes, asked.lease)
+            size = asked.servers, asked.sessions, asked.minutes
+            seen = simulated(scenario, MACHINES[machine], *size, asked.lease, asked.points)
             found[machine, scenario] = seen
             rows[scenario] = row_of(seen, MACHINES[machine], asked.minutes)
             spent = f"{time.process_time() - began:.0f} s of one core, {_peak_gb():.1f} GB"
             print(f"<!-- {machine}, {scenario}: {spent}, {dict(seen.counts)} -->", flush=True)
-        print(f"\n| {machine} | {' | '.join(SCENARIOS)} |\n|{' --- |' * (len(SCENARIOS) + 1)}")
-        for name in rows[SCENARIOS[0]]:
-            print(f"| {name} | {' | '.join(rows[scenario][name] for scenario in SCENARIOS)} |")
+        print(f"\n| {machine} | {' | '.join(rows)} |\n|{' --- |' * (len(rows) + 1)}")
+        for name in rows[asked.scenarios[0]]:
+            print(f"| {name} | {' | '.join(row[name] for row in rows.values())} |")
     if asked.plot:
         draw(found, asked.plot)
 
