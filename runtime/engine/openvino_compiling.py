@@ -33,6 +33,9 @@ class Compiling:
             "NUM_STREAMS": 1,
             # Threads that are tied to a core stand in the way of torch's own.
             "ENABLE_CPU_PINNING": False,
+            # Graphs share the caller's arena of TBB. In an arena of its own a short graph ends before a worker comes, and what
+            # was left for the worker (a task_proxy for each split of a loop) stays in memory; hour after hour it adds up.
+            "EXCLUSIVE_ASYNC_REQUESTS": "YES",
         }
 
 

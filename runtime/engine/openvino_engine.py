@@ -34,7 +34,7 @@ from runtime.engine.findings import find_or_probe
 from runtime.engine.machine import Level, hardware_level, kernel_class, level
 from runtime.engine.openvino_bundle import bundled_bytes, find_parts
 from runtime.engine.openvino_compiling import Compiling, as_given, as_rows
-from runtime.engine.openvino_fit import can_build
+from runtime.engine.openvino_fit import GROUP, can_build
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
 from runtime.engine.row_attention import CLAIM, RowAttention, row_attention_is_exact
 from runtime.engine.torch_slab import torch_pool
@@ -154,7 +154,8 @@ class _Model:
 
     def __init__(self, config: PreTrainedConfig, directory: Path, form: Form, spec: SlabSpec) -> None:
         """Raises ModelUnavailable."""
-        parts = find_parts(directory, _compiling(form))
+        self._compiling = _compiling(form)
+        parts = find_parts(directory, self._compiling)
         self.config = config
         self._form, self._spec, self._parts = form, spec, parts
         self._graphs, self._embedding, self._rotary = parts.graphs, parts.embedding, parts.rotary
@@ -164,16 +165,17 @@ class _Model:
 
     def is_exact(self) -> bool:
         """Whether each kind of graph, attention, and a layer as a whole, give rows the same bits in every batch here."""
-        described = f"openvino {version('openvino')} {self.config} {self._form} {' '.join(self.tensors)}".strip()
+        way = f"openvino {version('openvino')} {self._compiling.properties(GROUP)}"
+        described = f"{way} {self.config} {self._form} {' '.join(self.tensors)}".strip()
         graphs = self._graphs
         kinds = {"first": graphs.first, "last": graphs.last, "head": graphs.head}
         kinds |= {f"between {' '.join(graph.forms)}".strip(): graph for graph in graphs.between}
         for kind, graph in kinds.items():
             # What is imported might be called otherwise than what was compiled here.
-            way = f"{kind}, imported" if graph.is_imported else kind
+            called = f"{kind}, imported" if graph.is_imported else kind
             most = _HEAD_MOST_ROWS if graph is graphs.head else self._spec.row_tile
             probe = partial(is_exact_function, graph.of_rows, sum(graph.widths), torch.float32, most)
-            if not find_or_probe(f"{described} graph {way}, at most {most} rows", probe):
+            if not find_or_probe(f"{described} graph {called}, at most {most} rows", probe):
                 _log.warning("a row gets other bits in other batches of the graph %s of %s", kind, self._form)
                 return False
         layer = _FirstLayer(self, replace(self._spec, layers=1))

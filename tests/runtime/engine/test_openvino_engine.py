@@ -105,3 +105,36 @@ def test_nothing_of_openvino_reports_home() -> None:
     code = "import sys, runtime.engine.openvino_engine; print('openvino_telemetry' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+# What allocators round up; a task of each loop that stayed would be three times that.
+_GROWS_AT_MOST = 4 * 2**20
+_STEPS = """
+import sys
+from pathlib import Path
+
+import psutil
+
+from runtime.engine import load_engine
+from runtime.rows import Row, RowBatch
+from runtime.settings import Settings
+
+engine = load_engine(Settings(device="cpu", window=60, sink=4, backend="openvino"), Path(sys.argv[1]))
+slab = engine.new_pool(1).acquire()
+
+
+def run(first: int, count: int) -> int:
+    for position in range(first, first + count):
+        engine.logits(RowBatch((Row(slab, position, 7),)))
+    return psutil.Process().memory_info().rss
+
+
+before = run(0, 1000)
+print(run(1000, 6000) - before)
+"""
+
+
+def test_memory_stays_where_it_is_however_many_steps_are_made(seedling: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", _STEPS, seedling], capture_output=True, text=True, check=True)
+
+    assert int(run.stdout) < _GROWS_AT_MOST
