@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -273,12 +274,12 @@ def _as_frame(event: Event) -> bytes:
 
 
 class _Socket:
-    """One WebSocket: a lane for each `stream_id`; the requests of a lane are answered one after the other."""
+    """One WebSocket: a lane for each `stream_id` with requests; those of a lane are answered one after the other."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._caller = _caller(websocket.headers)
-        self._lanes: dict[str | None, trio.MemorySendChannel[Frame]] = {}
+        self._lanes: dict[str | None, deque[Frame]] = {}
         self._room = trio.Semaphore(_MOST_REQUESTS, max_value=_MOST_REQUESTS)
         self._sending = trio.Lock()
 
@@ -290,10 +291,11 @@ class _Socket:
                 frame = await self._next()
                 if frame is None:
                     break
-                if frame.stream_id not in self._lanes:
-                    self._lanes[frame.stream_id], waiting = trio.open_memory_channel[Frame](_MOST_REQUESTS)
-                    nursery.start_soon(self._run_lane, waiting)
-                self._lanes[frame.stream_id].send_nowait(frame)
+                if frame.stream_id in self._lanes:
+                    self._lanes[frame.stream_id].append(frame)
+                else:
+                    self._lanes[frame.stream_id] = deque([frame])
+                    nursery.start_soon(self._run_lane, frame.stream_id)
             nursery.cancel_scope.cancel()
         await websocket.close(1000)
 
@@ -317,14 +319,17 @@ class _Socket:
         except RequestError as error:
             return Frame(None, error)
 
-    async def _run_lane(self, waiting: trio.MemoryReceiveChannel[Frame]) -> None:
-        async for frame in waiting:
+    async def _run_lane(self, stream_id: str | None) -> None:
+        waiting = self._lanes[stream_id]
+        while waiting:
+            frame = waiting.popleft()
             try:
                 await self._answer(frame)
             except Exception as error:
                 await self._send(_as_frame(error_event(error, frame.stream_id)))
             finally:
                 self._room.release()
+        del self._lanes[stream_id]
 
     async def _answer(self, frame: Frame) -> None:
         if isinstance(frame.read, RequestError):
