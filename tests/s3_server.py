@@ -43,7 +43,7 @@ class S3Server:
     @property
     def environment(self) -> dict[str, str]:
         """What tells a server of ours the same."""
-        return {name.upper(): str(value) for name, value in self.config.items()} | {"AWS_ALLOW_HTTP": "true"}
+        return {f"AWS_{name.upper()}": str(value) for name, value in self.config.items()} | {"AWS_ALLOW_HTTP": "true"}
 
     def opened(self, folder: str) -> ObjectStore:
         """A store of ours in this folder of its bucket."""
@@ -68,10 +68,10 @@ def started(program: str, folder: Path) -> Iterator[S3Server]:
     flags += [f"-{part}.port.grpc={port}" for part, port in zip(_PARTS, ports[len(_PARTS) :], strict=True)]
     flags += [f"-{part}.localSocket={folder}/{part}.sock" for part in ("filer", "s3")]
     config: S3Config = {
-        "aws_endpoint_url": f"http://127.0.0.1:{ports[_PARTS.index('s3')]}",
-        "aws_region": "us-east-1",
-        "aws_access_key_id": "tests",
-        "aws_secret_access_key": "of-nobody-but-tests",
+        "endpoint": f"http://127.0.0.1:{ports[_PARTS.index('s3')]}",
+        "region": "us-east-1",
+        "access_key_id": "tests",
+        "secret_access_key": "of-nobody-but-tests",
     }
     server = S3Server(_URL, config)
     command = [program, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *_FLAGS, *flags]
