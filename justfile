@@ -67,10 +67,10 @@ recordings:
 soak:
     pytest -q -s -m soak --timeout 0 tests/soak tests/api
 
-# The deployment on a local cluster of Ray's: its contract, and ten minutes of kills; wants the extra `ray`, and a wheel of ours.
+# The deployment on a local cluster of Ray's: its contract, ten minutes of kills, a crowd; wants the extra `ray`, and a wheel of ours.
 ray:
     pytest -q tests/contract/test_ray_serve.py
-    pytest -q -s -m soak --timeout 0 tests/soak/test_ray_serve.py
+    pytest -q -s -m soak --timeout 0 tests/soak/test_ray_serve.py tests/soak/test_ray_scaling.py
 
 # Agents from npm and PyPI against a model with a script, and what each turn cost them; skipped where no registry is reached.
 agents:

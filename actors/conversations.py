@@ -184,7 +184,7 @@ class Conversations:
 
     def summaries(self) -> list[PointSummary]:
         """The most recently used points, parents before their children."""
-        nodes = sorted(self.points.nodes(), key=lambda node: node.used)[-_MOST_SUMMARIES:]
+        nodes = self.points.latest(_MOST_SUMMARIES)
         reports, standing = dict(self._reports), Counter(point.node.id for point in self._standing.values())
         return [
             PointSummary(

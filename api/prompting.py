@@ -71,7 +71,7 @@ def _find_held(runtime: Runtime, question: Question, start: Point | None) -> tup
         )
     else:
         match = tree.match(tree.root(head), items)
-        for root in tree.roots():
+        for root in tree.kindred(head):
             other = tree.match(root, items) if _head_serves(root.head, head) else match
             if other.count > match.count and any(point.node.is_answer for point in other.point.path()):
                 match = other

@@ -74,8 +74,15 @@ class Server:
 
     @property
     def load(self) -> float:
-        """Calls that run or wait, as a share of the slabs; 0 while nothing is served."""
-        return self._calls / self._runtime.load().slab_total if self._runtime is not None else 0.0
+        """Calls as a share of `capacity`, or completions that run and wait of `max_concurrent`, whichever is more; 0 while
+        nothing is served.
+        """
+        if self._runtime is None:
+            return 0.0
+        now = self._runtime.load()
+        completions = now.completions_running + now.completions_waiting
+        # Each bound by itself has clients refused: free slabs for completions are of no use to a session.
+        return max(self._calls / self.settings.capacity, completions / self.settings.max_concurrent)
 
     async def next_phase(self) -> Phase:
         """Returns once the phase has changed."""

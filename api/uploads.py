@@ -1,4 +1,4 @@
-"""Bodies that are arriving at the HTTP door, with a bound on what it holds of them at once."""
+"""Bodies and frames that arrive at the HTTP door, with a bound on what it holds of them at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from runtime.errors import Saturated
 
 
 class UploadRoom:
-    """The bytes that all bodies together may take, including bodies that have arrived and wait to be read."""
+    """The bytes that all bodies and frames together may take, including those that have arrived and wait."""
 
     def __init__(self, most_bytes: int) -> None:
         self._free_bytes = most_bytes
@@ -23,6 +23,10 @@ class UploadRoom:
 
     def give_back(self, size: int) -> None:
         self._free_bytes += size
+
+
+def too_much_at_once() -> Saturated:
+    return Saturated("too many long bodies are on their way: send fewer at once, or try again")
 
 
 class Upload(TrioBody):
@@ -48,7 +52,7 @@ class Upload(TrioBody):
             self._held_bytes += len(data)
             super().append(data)
         elif self._is_wanted:
-            self._refuse(Saturated("too many long bodies are on their way: send fewer at once, or try again"))
+            self._refuse(too_much_at_once())
 
     def pass_over(self) -> None:
         """Drops the body: awaiting it then only waits for its end."""

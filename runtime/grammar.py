@@ -67,7 +67,8 @@ def check_source(source: str) -> None:
 
 def json_rule(schema: Mapping[str, Any]) -> str:
     """The right side of a rule in llguidance's Lark for JSON of this schema."""
-    guidance = {**schema.get("x-guidance", {}), **_JSON_SPELLING}
+    asked = schema.get("x-guidance")
+    guidance = {**(asked if isinstance(asked, Mapping) else {}), **_JSON_SPELLING}
     return f"%json {json.dumps({**schema, 'x-guidance': guidance})}"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,6 +22,8 @@ from runtime.script import Head
 
 # The size of a node besides its tokens and text, in bytes.
 _NODE_BYTES = 2048
+# The size of a name besides its text and its record, in bytes.
+_NAME_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,22 +214,33 @@ class PointTree:
         self._next_id = 0
         self._bytes = 0
         self._roots: dict[bytes, Node] = {}
+        self._kindred: dict[bytes, dict[Node, None]] = {}
+        """The roots whose heads differ in their tools alone, by what they have in common."""
+        self._by_use: OrderedDict[Node, None] = OrderedDict()
+        """Every node but the roots, the one used longest ago first. A node comes after those that continue from it."""
         self._named: dict[str, tuple[Point, bytes]] = {}
         self._uses = 0
 
     def root(self, head: Head, as_id: int | None = None) -> Point:
-        """The root of the conversations whose prompts have this head."""
-        node = self._roots.get(head.digest)
-        if node is None:
-            node = Node(self._new_id(as_id), None, head=head)
-            if self._log:
-                self._log.rooted(node)
-            self._roots[head.digest] = node
-        return Point(node, 0)
+        """The root of the conversations whose prompts have this head. It is kept once something continues from it."""
+        return Point(self._roots.get(head.digest) or Node(self._new_id(as_id), None, head=head), 0)
 
-    def roots(self) -> list[Point]:
-        """The roots, the most recently used first."""
-        return [Point(node, 0) for node in sorted(self._roots.values(), key=lambda node: -node.used)]
+    def _kept(self, point: Point) -> Point:
+        """The point; if it is a root, that of the tree for its head."""
+        head = point.node.head
+        if head is None:
+            return point
+        if head.digest not in self._roots:
+            if self._log:
+                self._log.rooted(point.node)
+            self._roots[head.digest] = point.node
+            self._kindred.setdefault(head.digest_without_tools, {})[point.node] = None
+        return Point(self._roots[head.digest], 0)
+
+    def kindred(self, head: Head) -> list[Point]:
+        """The roots whose heads differ from this one in their tools at most, the most recently used first."""
+        nodes = self._kindred.get(head.digest_without_tools, {})
+        return [Point(node, 0) for node in sorted(nodes, key=lambda node: -node.used)]
 
     def match(self, start: Point, items: Sequence[Item]) -> Match:
         """The furthest point from `start` on whose items are the first of `items`; of several, the most recently used."""
@@ -246,8 +260,8 @@ class PointTree:
         # A client that continues within an answer had it cut off; one whose rest of the answer differs has changed it.
         has_branches = any(child.parent == point for child in point.node.children)
         is_broken = count <= furthest < len(items) and (has_branches or (count > 0 and is_assistants(items[count])))
-        # At the beginning of a conversation nothing is held that an item could differ from.
-        is_broken = is_broken and (count > 0 or any(map(is_assistants, items)))
+        # At the beginning of a conversation nothing is held that an item could differ from, and its answer may be begun.
+        is_broken = is_broken and (count > 0 or any(map(is_assistants, items[:-1])))
         return Match(point, count, furthest if is_broken else None)
 
     def grow(
@@ -259,7 +273,7 @@ class PointTree:
         as_id: int | None = None,
     ) -> Point:
         """Adds these items after `point`; returns the point after them. Items that are there already are not added again."""
-        keys = keys_of(items)
+        keys, point = keys_of(items), self._kept(point)
         for child in _branches(point, keys):
             if child.keys == keys and child.tokens == tokens:
                 return self.use(Point(child, len(tokens)))
@@ -280,23 +294,38 @@ class PointTree:
         """Records that a conversation continued from this point now."""
         self._uses += 1
         for each in point.path():
-            each.node.used = self._uses
+            node = each.node
+            node.used = self._uses
+            if node.is_held and node.parent is not None:
+                self._by_use[node] = None
+                self._by_use.move_to_end(node)
         return point
+
+    def latest(self, count: int) -> list[Node]:
+        """So many nodes, those used last; no roots."""
+        return [*islice(reversed(self._by_use), count)]
 
     def name(self, name: str, point: Point, record: bytes = b"") -> None:
         """Gives a point a name by which to find it, and a `record` that belongs to the name.
 
-        The name is forgotten together with the point.
+        The name is forgotten together with the point, or for room, before younger names of the point.
         """
         if not point.node.is_held:
             self.forget(name)
             return
+        point = self._kept(point)
         if self._log:
             self._log.named(name, point, record)
         self._forget(name)
         self._named[name] = (point, record)
-        self._bytes += len(record)
+        self._bytes += _size_of_name(name, record)
         point.node.names.append(name)
+        self._make_room(self.use(point).node)
+        # A client may have one point named again and again.
+        for older in point.node.names[:-1]:
+            if self._bytes <= self._most_bytes:
+                break
+            self.forget(older)
 
     def named(self, name: str) -> Point | None:
         """The point with this name, or None."""
@@ -316,7 +345,7 @@ class PointTree:
     def _forget(self, name: str) -> None:
         if name in self._named:
             point, record = self._named.pop(name)
-            self._bytes -= len(record)
+            self._bytes -= _size_of_name(name, record)
             point.node.names.remove(name)
 
     def names(self) -> list[str]:
@@ -363,15 +392,14 @@ class PointTree:
         return found
 
     def _make_room(self, newest: Node | None) -> None:
-        if self._bytes <= self._most_bytes:
-            return
-        for leaf in sorted((node for node in self.nodes() if not node.has_children), key=lambda node: node.used):
-            node = leaf
-            while self._bytes > self._most_bytes and node is not newest and node.parent and not node.has_children:
-                if self._log:
-                    self._log.dropped(node)
-                self.drop(node)
-                node = node.parent.node
+        while self._bytes > self._most_bytes and self._by_use:
+            oldest = next(iter(self._by_use))
+            # What is younger is what the newest continues from.
+            if oldest is newest:
+                break
+            if self._log:
+                self._log.dropped(oldest)
+            self.drop(oldest)
 
     def drop(self, node: Node) -> None:
         """Forgets a node that has no children, and its names."""
@@ -385,11 +413,20 @@ class PointTree:
             if not above.given[key]:
                 del above.given[key]
         node.is_held = False
+        del self._by_use[node]
         self._bytes -= node.size_bytes
         for name in [*node.names]:
             self._forget(name)
         if above.head is not None and not above.has_children:
             del self._roots[above.head.digest]
+            kindred = self._kindred[above.head.digest_without_tools]
+            del kindred[above]
+            if not kindred:
+                del self._kindred[above.head.digest_without_tools]
+
+
+def _size_of_name(name: str, record: bytes) -> int:
+    return _NAME_BYTES + len(name) + len(record)
 
 
 def _common(one: Sequence[object], other: Sequence[object]) -> int:

@@ -41,8 +41,11 @@ class Head:
 
     @cached_property
     def digest(self) -> bytes:
-        told = json.dumps([self.tools, self.options, self.instructions]).encode()
-        return hashlib.blake2b(told, digest_size=16).digest()
+        return _digest([self.tools, self.options, self.instructions])
+
+    @cached_property
+    def digest_without_tools(self) -> bytes:
+        return _digest([self.options, self.instructions])
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,10 @@ class Written:
 
     tokens: array[int]
     cue: array[int]
+
+
+def _digest(told: object) -> bytes:
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).digest()
 
 
 def head_of(text: Text, tools: Sequence[Mapping[str, Any]], options: Options, instructions: str = "") -> Head:

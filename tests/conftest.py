@@ -35,7 +35,7 @@ from runtime.errors import ModelUnavailable
 from runtime.models import SEEDLING, find_model
 from runtime.smollm2 import SMOLLM2
 
-pytest_plugins = ["tests.soak.ledger"]
+pytest_plugins = ["tests.s3_server", "tests.runtime.durable.buckets", "tests.soak.ledger"]
 
 # How long a case takes depends on what else runs here.
 settings.register_profile("perennial", deadline=None)

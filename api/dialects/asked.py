@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from runtime.errors import InvalidRequest, MalformedRequest, ModelNotFound
 
 MOST_TOKENS = 2**31 - 1
 MOST_TOOLS = 1024
 _FIELD = re.compile(r"[a-z]\w*")
+_TYPES = frozenset({"str", "int", "float", "bool", "list", "dict"})
 
 # Agents join the names of a server and its tool with dots, slashes and colons.
 ToolName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
@@ -24,6 +35,21 @@ def _whole(number: object) -> object:
 # In JSON, and so in its schemas, 4.0 is an integer.
 AS_WHOLE = BeforeValidator(_whole)
 
+# -1 means as many as there is room for.
+MostTokens = Annotated[int, Field(ge=1, le=MOST_TOKENS), AS_WHOLE] | Literal[-1]
+
+
+def _without_infinity(found: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(found, allow_nan=False)
+    except ValueError:
+        raise ValueError("JSON has neither NaN nor infinity, nor a number that is too large") from None
+    return found
+
+
+# Answers quote such objects, and no client could read NaN in one.
+JsonObject = Annotated[dict[str, Any], AfterValidator(_without_infinity)]
+
 
 class Asked(BaseModel):
     """Checks types strictly and ignores unknown fields, for agents' clients send fields that we do not know."""
@@ -34,6 +60,11 @@ class Asked(BaseModel):
 def is_same(one: object, other: object) -> bool:
     """Whether two values are equal in JSON, where 0 is not false."""
     return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+def limit_of(most_tokens: int | None) -> int | None:
+    """The most tokens that an answer may have; None if the client does not say."""
+    return MOST_TOKENS if most_tokens == -1 else most_tokens
 
 
 class Unsupported(Exception):
@@ -92,6 +123,6 @@ def _refusal(error: ValidationError) -> InvalidRequest:
     if first["type"] == "json_invalid":
         return MalformedRequest(f"the body is not JSON: {first['msg']}")
     # pydantic's locations also name members of unions; a client knows only fields and indices.
-    path = [part for part in first["loc"] if isinstance(part, int) or (_FIELD.fullmatch(part) and part != "str")]
+    path = [part for part in first["loc"] if isinstance(part, int) or (_FIELD.fullmatch(part) and part not in _TYPES)]
     param = ".".join(str(part) for part in path) or None
     return InvalidRequest(f"{param or 'the body'}: {first['msg']}", param)

@@ -35,7 +35,7 @@ from api.uploads import Upload, UploadRoom
 from runtime.errors import InvalidSetting, Saturated
 from runtime.settings import UNIX
 
-# Bound on all bodies together, for clients without a key can send some too.
+# Bound on all bodies and frames together, for clients without a key can send some too.
 MOST_UPLOAD_BYTES = 64 * 2**20
 # Each adds its routes.
 _FAMILIES = (add_standard_routes, add_chat_routes, add_response_routes, add_message_routes)
@@ -45,14 +45,15 @@ def make_app(server: Server) -> QuartTrio:
     """The HTTP door of `server` as an ASGI application for trio."""
     app = QuartTrio("perennial", root_path=str(Path(__file__).parent), static_folder=None)
     app.config.update(RESPONSE_TIMEOUT=None, MAX_CONTENT_LENGTH=MOST_BODY_BYTES)
-    body_class = partial(Upload, UploadRoom(MOST_UPLOAD_BYTES))
+    uploads = UploadRoom(MOST_UPLOAD_BYTES)
+    body_class = partial(Upload, uploads)
     app.request_class = cast(type[TrioRequest], type("UploadRequest", (TrioRequest,), {"body_class": body_class}))
     app.asgi_http_class = cast(type[Connection], partial(Connection, server))
     # Each path has one spelling here, and a redirect would lead to whatever Host the client named.
     app.url_map.merge_slashes = False
     app.url_map.redirect_defaults = False
     settings = server.settings
-    door = Door(app, server)
+    door = Door(app, server, uploads)
 
     @app.before_websocket
     async def guard_handshake() -> None:

@@ -80,7 +80,7 @@ def add_message_routes(door: Door) -> None:
         with server.call(), server.may_be_ended():
             async with request_body() as body:
                 _, question = await server.reader.read(ReadBody(read, body), len(body))
-            task = Write(question.head, (), question.items, question.options)
+            task = Write(question.head, (), question.items, question.options, is_open_turn=question.is_open_turn)
             written = await server.reader.read(task, len(body))
             assert written is not None
             return json_response(TokenCount(input_tokens=len(written.tokens) + len(written.cue)))

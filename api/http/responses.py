@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import trio
 from pydantic import BaseModel
@@ -29,6 +31,7 @@ from api.question import Question
 from api.reading import ReadBody
 from api.server import Server
 from api.traces import describe_request
+from api.uploads import UploadRoom, too_much_at_once
 from runtime.errors import (
     NotServing,
     PayloadTooLarge,
@@ -119,7 +122,7 @@ def add_response_routes(door: Door) -> None:
     @door.app.websocket(RESPONSES.base)
     async def respond_over_websocket() -> None:
         await websocket.accept()
-        await _Socket(server).serve()
+        await _Socket(server, door.uploads).serve()
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,32 +275,46 @@ def _as_frame(event: Event) -> bytes:
     return json.dumps(event).encode()
 
 
-class _Socket:
-    """One WebSocket: a lane for each `stream_id`; the requests of a lane are answered one after the other."""
+class _Waiting(NamedTuple):
+    """A frame that has been read, and what it holds of the room for uploads until its answer begins."""
 
-    def __init__(self, server: Server) -> None:
+    frame: Frame
+    held: ExitStack
+
+
+class _Socket:
+    """One WebSocket: a lane for each `stream_id` with requests; those of a lane are answered one after the other."""
+
+    def __init__(self, server: Server, uploads: UploadRoom) -> None:
         self._server = server
+        self._uploads = uploads
         self._caller = _caller(websocket.headers)
-        self._lanes: dict[str | None, trio.MemorySendChannel[Frame]] = {}
+        self._lanes: dict[str | None, deque[_Waiting]] = {}
         self._room = trio.Semaphore(_MOST_REQUESTS, max_value=_MOST_REQUESTS)
         self._sending = trio.Lock()
 
     async def serve(self) -> None:
         """Answers requests until the client leaves, or has been silent and idle for `idle_connection_s`."""
-        async with open_nursery() as nursery:
-            while True:
-                await self._room.acquire()
-                frame = await self._next()
-                if frame is None:
-                    break
-                if frame.stream_id not in self._lanes:
-                    self._lanes[frame.stream_id], waiting = trio.open_memory_channel[Frame](_MOST_REQUESTS)
-                    nursery.start_soon(self._run_lane, waiting)
-                self._lanes[frame.stream_id].send_nowait(frame)
-            nursery.cancel_scope.cancel()
+        try:
+            async with open_nursery() as nursery:
+                while True:
+                    await self._room.acquire()
+                    received = await self._next()
+                    if received is None:
+                        break
+                    stream_id = received.frame.stream_id
+                    if stream_id in self._lanes:
+                        self._lanes[stream_id].append(received)
+                    else:
+                        self._lanes[stream_id] = deque([received])
+                        nursery.start_soon(self._run_lane, stream_id)
+                nursery.cancel_scope.cancel()
+        finally:
+            for waiting in chain(*self._lanes.values()):
+                waiting.held.close()
         await websocket.close(1000)
 
-    async def _next(self) -> Frame | None:
+    async def _next(self) -> _Waiting | None:
         """The next frame, read; None if none has come for `idle_connection_s`."""
         while True:
             with trio.move_on_after(self._server.settings.idle_connection_s):
@@ -307,24 +324,33 @@ class _Socket:
             if self._room.value == _MOST_REQUESTS - 1:
                 return None
 
-    async def _read(self, body: bytes) -> Frame:
+    async def _read(self, body: bytes) -> _Waiting:
         server = self._server
         try:
             if len(body) > MOST_BODY_BYTES:
                 raise PayloadTooLarge(f"the frame is over {MOST_BODY_BYTES} bytes: send less")
-            with server.call(), server.may_be_ended():
-                return await server.reader.read(ReadBody(read_frame, body), len(body))
+            with ExitStack() as held:
+                if not self._uploads.take(len(body)):
+                    raise too_much_at_once()
+                held.callback(self._uploads.give_back, len(body))
+                with server.call(), server.may_be_ended():
+                    frame = await server.reader.read(ReadBody(read_frame, body), len(body))
+                return _Waiting(frame, held.pop_all())
         except RequestError as error:
-            return Frame(None, error)
+            return _Waiting(Frame(None, error), ExitStack())
 
-    async def _run_lane(self, waiting: trio.MemoryReceiveChannel[Frame]) -> None:
-        async for frame in waiting:
+    async def _run_lane(self, stream_id: str | None) -> None:
+        waiting = self._lanes[stream_id]
+        while waiting:
+            frame, held = waiting.popleft()
+            held.close()
             try:
                 await self._answer(frame)
             except Exception as error:
                 await self._send(_as_frame(error_event(error, frame.stream_id)))
             finally:
                 self._room.release()
+        del self._lanes[stream_id]
 
     async def _answer(self, frame: Frame) -> None:
         if isinstance(frame.read, RequestError):

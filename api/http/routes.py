@@ -13,6 +13,7 @@ from werkzeug.exceptions import RequestTimeout
 from api.replies import as_http
 from api.schemas import ErrorReply
 from api.server import Server
+from api.uploads import UploadRoom
 from runtime.errors import (
     CapacityExhausted,
     DeadlineExceeded,
@@ -101,11 +102,12 @@ class Route:
 
 
 class Door:
-    """The application of one server, to which families add their routes."""
+    """The application of one server, to which families add their routes. `uploads` is the room for what clients send."""
 
-    def __init__(self, app: QuartTrio, server: Server) -> None:
+    def __init__(self, app: QuartTrio, server: Server, uploads: UploadRoom) -> None:
         self.app = app
         self.server = server
+        self.uploads = uploads
         self._routes: list[Route] = []
 
     def route(

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
 LOAD = "perennial_load"
-"""What a replica reports: its calls, and completions that wait, as a share of what it has slabs for."""
+"""What a replica reports: `Server.load`, which is 1 where it has to refuse or to let wait."""
 
 # The rest is for what comes until another replica has loaded its model.
 _TARGET_LOAD = 0.7

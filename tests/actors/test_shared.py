@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from runtime.metrics import Metrics
 from runtime.sessions import SessionInfo
 from tests.actors.engines import LedgerEngine, generated, open_lab, sample
 from tests.actors.test_durable import ENGINE, MODEL, OTHER_ENGINE, PROMPT
-from tests.runtime.durable.buckets import BUCKETS, Fault, FaultyObjects, opened
+from tests.runtime.durable.buckets import Fault, FaultyObjects
 
 FOR_EVER = 1e9
 
@@ -62,11 +61,6 @@ async def taken_by(runtime: Runtime, session_id: str) -> SessionInfo:
             return await runtime.find_session(session_id).info()
         except SessionMoved:
             continue
-
-
-@pytest.fixture(params=BUCKETS)
-def bucket(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    return opened(request.param, tmp_path)
 
 
 async def test_a_session_goes_on_at_another_server_after_a_stop_and_reads_nothing_again(bucket: ObjectStore) -> None:

@@ -54,6 +54,11 @@ def python_program() -> Path:
     return python
 
 
+def _hear_interrupts() -> None:
+    # What a shell starts behind it ignores SIGINT, and so would all that is started here.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _ask_registry(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_REGISTRY_S, check=False)
@@ -113,7 +118,8 @@ class Desk:
 
     async def interrupt(self, until: Awaitable[None], *command: str | Path) -> None:
         """Has an agent work until that returns, and then be interrupted as from a terminal. Raises TooSlowError."""
-        agent = partial(trio.run_process, [*map(str, command)], **self._how, check=False, start_new_session=True)
+        how = {**self._how, "start_new_session": True, "preexec_fn": _hear_interrupts}
+        agent = partial(trio.run_process, [*map(str, command)], **how, check=False)
         with trio.fail_after(_LONGEST_S):
             async with trio.open_nursery() as nursery:
                 process = await nursery.start(agent)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import copy
 from array import array
+from collections.abc import Awaitable, Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
+import trio
+from trio.testing import MockClock
 
+from api.event_stream import KEEPALIVE_S
 from runtime import Sampling
 from tests import templates
 from tests.actors.engines import LedgerEngine
-from tests.api.agents import heard, heard_on, open_lane
+from tests.api.agents import calling, heard, heard_on, open_lane
 from tests.api.doors import House, open_house
 from tests.api.recordings import Heard
 from tests.api.scripted import ScriptedEngine
+from tests.api.test_rude_clients import tasks_living
 from tests.templates import text_with
 
 TOOL = {
@@ -148,3 +154,112 @@ async def test_answers_after_reuse_and_forks_are_those_of_a_fresh_session(sampli
 
             assert len(drawn) == answer.usage["output_tokens"]
             assert [*drawn] == engine.continued(prompt, len(drawn), sampling)
+
+
+async def test_frames_that_wait_share_the_room_for_bodies_until_their_client_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(import_module("api.http.app"), "MOST_UPLOAD_BYTES", 2**20)
+    short = {"type": "response.create", "model": "seedling", "max_output_tokens": 2, "input": "hello"}
+    long = {"type": "unheard of", "padding": "x" * 300_000}
+    async with open_house() as house:
+        house.engine.hold()
+        async with open_lane(house.http) as leaves:
+            await leaves.send(short)
+            await house.engine.begun()
+            # What comes after it is read after it, so all that is before it waits by then.
+            for frame in (long, long, long, {"type": "unheard of", "stream_id": "another"}):
+                await leaves.send(frame)
+            while (await leaves.receive()).get("stream_id") != "another":
+                pass
+            async with open_lane(house.http) as other:
+                refused = await heard_on(other, long)
+        house.engine.open()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        async with open_lane(house.http) as other:
+            read = await heard_on(other, long)
+
+    assert refused.error is not None
+    assert read.error is not None
+    assert "too many long bodies" in refused.error["message"]
+    assert "unheard of" in read.error["message"]
+
+
+async def test_lanes_whose_requests_were_answered_are_forgotten() -> None:
+    engine = new_engine()
+    async with open_house(engine, engine.text) as house, open_lane(house.http) as lane:
+        await heard_on(lane, {"type": "unheard of", "stream_id": "first"})
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        tasks = tasks_living()
+        for number in range(200):
+            answer = await heard_on(lane, {"type": "unheard of", "stream_id": f"lane {number}"})
+            assert answer.error is not None
+
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert tasks_living() <= tasks
+
+
+class TestALongPrompt:
+    """An agent gives up on a stream in which nothing comes for minutes, and each has an event that says nothing new."""
+
+    @pytest.mark.parametrize(
+        ("path", "asked", "begins", "silence"),
+        [
+            ("/v1/responses", {"input": "hello word7"}, 2, "response.in_progress"),
+            ("/v1/messages", {"messages": [{"role": "user", "content": "hello word7"}]}, 1, "ping"),
+        ],
+        ids=["responses", "messages"],
+    )
+    async def test_is_no_silence(
+        self, mock_clock: MockClock, path: str, asked: dict[str, Any], begins: int, silence: str
+    ) -> None:
+        body = {"model": "seedling", "stream": True, "max_tokens": 2, "max_output_tokens": 2} | asked
+        async with open_house() as house:
+            house.engine.hold()
+            async with calling(house.http, path, body) as call:
+                await house.engine.begun()
+                heard_first = [await call.receive() for _ in range(begins)]
+                assert None not in heard_first
+                await self.check_silence(mock_clock, call.receive, silence)
+                house.engine.open()
+                while (event := await call.receive()) is not None:
+                    assert event["type"] not in ("error", "response.failed")
+
+    async def test_is_no_silence_on_a_socket(self, mock_clock: MockClock) -> None:
+        async with open_house() as house, open_lane(house.http) as lane:
+            house.engine.hold()
+            frame = {"type": "response.create", "model": "seedling", "max_output_tokens": 2, "input": "hello word7"}
+            await lane.send(frame)
+            await house.engine.begun()
+            for _ in range(2):
+                await lane.receive()
+            await self.check_silence(mock_clock, lane.receive, "response.in_progress")
+            house.engine.open()
+
+    async def check_silence(
+        self, clock: MockClock, receive: Callable[[], Awaitable[dict[str, Any] | None]], expected: str
+    ) -> None:
+        for _ in range(3):
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            clock.jump(KEEPALIVE_S + 1)
+            event = await receive()
+            assert event is not None
+            assert event["type"] == expected
+
+
+async def test_words_that_begin_an_answer_are_continued_and_counted() -> None:
+    engine = new_engine()
+    begun = {"model": "local-model", "messages": [said("user", "Tell me."), said("assistant", "Once upon")]}
+    async with open_house(engine, engine.text, model_label="local-model", sink=4, window=65_532) as house:
+        answer = await told(house, engine, begun | {"max_tokens": 20}, " a time.")
+
+        assert [part.text for part in answer.parts] == [" a time."]
+        assert engine.text.spelled(array("I", engine.history)).endswith("<|im_start|>assistant\nOnce upon a time.")
+        assert answer.usage is not None
+        async with calling(house.http, "/v1/messages/count_tokens", begun) as call:
+            counted = await call.receive()
+        assert counted == {"input_tokens": answer.usage["reused"] + answer.usage["read"]}
+
+
+def said(role: str, words: str) -> dict[str, Any]:
+    return {"role": role, "content": words}

@@ -174,7 +174,9 @@ import {entry}
 """
 
 
-@pytest.mark.parametrize("entry", ["actors.tree", "actors.messages", "api.http", "api.doors", "bench.__main__"])
+@pytest.mark.parametrize(
+    "entry", ["actors.tree", "actors.messages", "api.http", "api.doors", "bench.__main__", "tools.gpu_check"]
+)
 def test_threads_of_openmp_are_told_to_wait_quietly_before_torch_is_loaded(
     entry: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -403,3 +403,42 @@ def test_every_control_has_a_name(page: Page) -> None:
     for control in page.locator("button:visible, input:visible, textarea:visible").all():
         expect(control).to_have_accessible_name(re.compile(r"\w"))
     expect(page.get_by_role("log")).to_have_attribute("aria-live", "polite")
+
+
+class TestConversations:
+    def test_are_shown_as_a_tree_with_what_each_turn_read_and_why(self, browser: Browser) -> None:
+        with started("perennial", sink=SINK, window=508) as server:
+            first = responded(server, QUESTION)
+            begun = {"previous_response_id": first["id"]}
+            turns = [first, responded(server, "And the land?", **begun), responded(server, "And the sky?", **begun)]
+            asked = {"role": "user", "content": QUESTION}
+            changed = [asked, {"role": "assistant", "content": "Something else."}, asked]
+            turns.append(responded(server, changed))
+
+            with visited(browser, server.http) as visit:
+                rows = visit.page.locator("#points tr")
+                # Of each turn what was given and what was answered.
+                expect(rows).to_have_count(2 * len(turns))
+                shown = [row.locator("td").all_inner_texts() for row in rows.all()]
+                depths = [
+                    row.locator("th span").evaluate("span => parseFloat(span.style.marginLeft)") for row in rows.all()
+                ]
+
+        told = [usage_of_input(turn) for turn in turns]
+        expected = [[str(one["reused"]), str(one["read"])] for one in told]
+        assert sorted(row[2:4] for row in shown if row[2]) == sorted(expected)
+        assert [row[4] for row in shown if row[4]] == ["differs at input.1"]
+        assert told[-1]["broke_at"] == "input.1"
+        # The first question was answered, and gone on from otherwise; so was its answer.
+        assert sorted(depths) == [0, 1, 1, 1, 2, 2, 2, 2]
+
+
+def responded(server: ServerProcess, input_: object, **more: Any) -> Any:
+    body = {"model": SEEDLING, "input": input_, "max_output_tokens": 4, "temperature": 0, **more}
+    response = httpx.post(f"{server.http}/v1/responses", json=body, timeout=60)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def usage_of_input(response: Any) -> Any:
+    return response["usage"]["input_tokens_details"]

@@ -12,15 +12,27 @@ from api.client_sync import connect_sync
 from runtime.errors import SessionMoved
 from tests.contract.servers import started, until
 from tests.contract.stubs import PROMPT, Stock, Stubs, digest_of, refused, stock
+from tests.s3_server import S3Server, s3_program
 
 pytestmark = pytest.mark.door
 
 MORE = 50
 
 
-def test_a_killed_servers_session_goes_on_at_the_other_with_the_same_tokens(tmp_path: Path, stubs: Stubs) -> None:
+@pytest.fixture
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a store that servers started by a test can open: a bucket, or a folder where no S3 server is installed."""
+    if s3_program() is None:
+        return f"file://{tmp_path}"
+    server: S3Server = request.getfixturevalue("s3_server")
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"{server.url}/shared"
+
+
+def test_a_killed_servers_session_goes_on_at_the_other_with_the_same_tokens(store: str, stubs: Stubs) -> None:
     shared: dict[str, Any] = {
-        "state_dir": f"file://{tmp_path}",
+        "state_dir": store,
         "sink": 4,
         "window": 252,
         "capacity": 2,

@@ -167,3 +167,62 @@ class TestAnAnswer:
 
         tree.forget("n")
         assert (tree.named("n"), tree.record("n")) == (None, b"")
+
+    def test_has_no_more_names_than_there_is_room_for(self, tree: PointTree, end: Point) -> None:
+        for number in range(100):
+            tree.name(f"{number} " + "n" * 500, end, bytes(20_000))
+        assert tree.size_bytes <= 2**20
+        assert tree.named("99 " + "n" * 500) == end
+
+        for number in range(10_000):
+            tree.name(f"without a record {number}", end)
+        assert tree.size_bytes <= 2**20
+        assert len(tree.names()) < 5_000
+
+
+def test_a_new_conversation_whose_answer_is_begun_differs_from_nothing() -> None:
+    tree = PointTree()
+    tree.grow(tree.root(HEAD), [Message("user", "other")], array("I", [7]))
+
+    assert tree.match(tree.root(HEAD), [Message("user", "a"), Message("assistant", "Once")]).broke_at is None
+
+
+class TestARoot:
+    def test_from_which_nothing_continues_is_not_kept(self) -> None:
+        tree = PointTree()
+        for number in range(3):
+            tree.match(tree.root(Head(instructions=str(number))), [Message("user", "a")])
+
+        assert [tree.kindred(Head(instructions=str(number))) for number in range(3)] == [[], [], []]
+
+    def test_that_was_forgotten_in_the_middle_of_a_turn_is_kept_again(self) -> None:
+        tree = PointTree(20_000)
+        root = tree.root(HEAD)
+        tree.grow(root, [Message("user", "a")], array("I", [1]) * 2000)
+        tree.grow(tree.root(Head(instructions="other")), [Message("user", "b")], array("I", [2]) * 2000)
+        assert tree.kindred(HEAD) == []
+
+        end = tree.grow(root, [Message("user", "c")], array("I", [3]))
+
+        assert tree.match(tree.root(HEAD), [Message("user", "c")]).point == end
+        tree.bound(0)
+        assert (tree.size_bytes, [*tree.nodes()], tree.kindred(HEAD)) == (0, [], [])
+
+    def test_of_a_head_is_one_though_two_turns_begin_at_once(self) -> None:
+        tree = PointTree()
+        one, other = tree.root(HEAD), tree.root(HEAD)
+
+        ends = [tree.grow(root, [Message("user", "a")], array("I", [7])) for root in (one, other)]
+
+        assert ends[0] == ends[1]
+        assert len(tree.kindred(HEAD)) == 1
+
+    def test_is_found_beside_those_of_other_tools(self) -> None:
+        tree = PointTree()
+        heads = [Head(("a",), (), "i"), Head((), (), "i"), Head(("a",), (), "j"), Head(("a",), (("x", 1),), "i")]
+        for head in heads:
+            tree.grow(tree.root(head), [Message("user", "a")], array("I", [7]))
+
+        found = [point.node.head for point in tree.kindred(Head((), (), "i"))]
+
+        assert found == [heads[1], heads[0]]

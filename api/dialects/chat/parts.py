@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from api import bounds
-from api.dialects.asked import Asked, ToolName
+from api.dialects.asked import Asked, JsonObject, ToolName
 from runtime.items import Call, Item, Message, Output, Reasoning
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -100,7 +100,7 @@ class ChatMessage(Asked):
 class Function(Asked):
     name: ToolName
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
 
@@ -126,7 +126,7 @@ class ChosenTool(Asked):
 class JsonSchema(Asked):
     name: ToolName
     description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: JsonObject = Field(alias="schema")
     strict: bool | None = None
 
 

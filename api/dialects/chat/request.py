@@ -7,7 +7,17 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
 
 from api.bounds import NO_CALLS, Bounds, Choice
-from api.dialects.asked import AS_WHOLE, MOST_TOKENS, MOST_TOOLS, Asked, AskedBody, describe_neutral
+from api.dialects.asked import (
+    AS_WHOLE,
+    MOST_TOKENS,
+    MOST_TOOLS,
+    Asked,
+    AskedBody,
+    JsonObject,
+    MostTokens,
+    describe_neutral,
+    limit_of,
+)
 from api.dialects.chat.parts import ChatMessage, ChosenTool, ResponseFormat, Tool
 from api.question import Question, check_length, temperature_of, thinking_options
 from api.reading import Terms
@@ -33,8 +43,6 @@ class StreamOptions(Asked):
         return value
 
 
-# -1 means as many as there is room for.
-MostTokens = Annotated[int, Field(ge=1, le=MOST_TOKENS), AS_WHOLE] | Literal[-1]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 StopStrings = Annotated[list[StopString], Field(max_length=4)]
 
@@ -85,10 +93,10 @@ class CompletionRequest(AskedBody):
     add_generation_prompt: bool | None = None
     ignore_eos: bool | None = None
     # Hints that change no answer.
-    metadata: dict[str, Any] | None = None
-    prediction: dict[str, Any] | None = None
+    metadata: JsonObject | None = None
+    prediction: JsonObject | None = None
     prompt_cache_key: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_options: JsonObject | None = None
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
     service_tier: str | None = None
@@ -171,7 +179,6 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[CompletionRequest, Ques
         bounds = Bounds.of_schema(schema, "response_format")
     else:
         bounds = Bounds.of_tools(tools, asked.choice, text)
-    limit = asked.max_completion_tokens or asked.max_tokens
     question = Question(
         items,
         places,
@@ -182,7 +189,7 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[CompletionRequest, Ques
         top_p=asked.top_p or 1.0,
         top_k=asked.top_k or 0,
         seed=asked.seed,
-        max_tokens=MOST_TOKENS if limit == -1 else limit,
+        max_tokens=limit_of(asked.max_completion_tokens or asked.max_tokens),
         stop=tuple(asked.stop or ()),
         top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         count=asked.n or 1,

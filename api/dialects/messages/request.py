@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
 from api.bounds import NO_CALLS, Bounds, Choice
 from api.bounds import Tool as PlainTool
-from api.dialects.asked import AS_WHOLE, MOST_TOKENS, MOST_TOOLS, Asked, AskedBody, ToolName, describe_neutral
+from api.dialects.asked import (
+    AS_WHOLE,
+    MOST_TOKENS,
+    MOST_TOOLS,
+    Asked,
+    AskedBody,
+    JsonObject,
+    MostTokens,
+    ToolName,
+    describe_neutral,
+    limit_of,
+)
 from api.dialects.sealed import unseal
 from api.question import Question, check_length, temperature_of, thinking_options
 from api.reading import Terms
@@ -21,6 +32,9 @@ from runtime.text import Text
 
 # Such a block tells the vendor's service whom to bill. It differs between conversations, and a model need not read it.
 _BILLING = "x-anthropic-billing-header:"
+
+# Tools that the vendor's service runs itself, as OpenAI's does too; each has a date behind its name.
+_HOSTED = ("web_search_", "web_fetch_", "code_execution_", "tool_search_tool_")
 
 Place = tuple[str, Item]
 
@@ -34,7 +48,7 @@ class Block(Asked):
     signature: str | None = None
     id: str | None = None
     name: str | None = None
-    input: dict[str, Any] | None = None
+    input: JsonObject | None = None
     tool_use_id: str | None = None
     tool_name: str | None = None
     is_error: bool | None = None
@@ -54,9 +68,17 @@ class Tool(Asked):
     type: str | None = None
     name: ToolName
     description: str | None = None
-    input_schema: dict[str, Any] | None = None
+    input_schema: JsonObject | None = None
     strict: bool | None = None
     defer_loading: bool | None = None
+
+    def check_type(self, place: str) -> bool:
+        """Whether it is a tool that the client runs; False if the vendor's service would. Raises InvalidRequest."""
+        if self.type is not None and self.type.startswith(_HOSTED):
+            return False
+        if self.type not in (None, "custom"):
+            raise InvalidRequest(f"{place}: tools of type {self.type!r} are not supported", f"{place}.type")
+        return True
 
     def plain(self) -> PlainTool:
         """The tool, independent of the dialect."""
@@ -79,7 +101,7 @@ class Thinking(Asked):
 
 class OutputFormat(Asked):
     type: Literal["json_schema"]
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: JsonObject = Field(alias="schema")
 
 
 class OutputConfig(Asked):
@@ -102,12 +124,12 @@ class MessageRequest(AskedBody):
 
     messages: Annotated[list[MessageIn], Field(min_length=1)]
     system: str | list[Block] | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), AS_WHOLE] | None = None
+    max_tokens: MostTokens | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    context_management: dict[str, Any] | None = None
+    context_management: JsonObject | None = None
     stop_sequences: (
         Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=16)] | None
     ) = None
@@ -116,7 +138,7 @@ class MessageRequest(AskedBody):
     top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS), AS_WHOLE] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64), AS_WHOLE] | None = None
     stream: bool | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: JsonObject | None = None
     service_tier: str | None = None
 
     def choice(self) -> Choice:
@@ -144,12 +166,14 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[MessageRequest, Questio
         raise InvalidRequest(
             "context_management is not supported but for `keep: all`: leave it out", "context_management"
         )
-    tools = {tool.name: tool for tool in asked.tools or ()}
-    if len(tools) < len(asked.tools or ()):
+    own = [tool for index, tool in enumerate(asked.tools or ()) if tool.check_type(f"tools.{index}")]
+    tools = {tool.name: tool for tool in own}
+    if len(tools) < len(own):
         raise InvalidRequest("tools must have names of their own", "tools")
     said = [*_items_of(asked, tools)]
     places, items = tuple(place for place, _ in said), tuple(item for _, item in said)
-    check_length(items, text, terms.most_tokens)
+    system = _system_of(asked)
+    check_length((Message("system", system), *items), text, terms.most_tokens)
     choice = asked.choice()
     choice.check(tools)
     plain = [tool.plain() for tool in tools.values()]
@@ -160,15 +184,17 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[MessageRequest, Questio
     question = Question(
         items,
         places,
-        head_of(text, shown, options, _system_of(asked)),
+        head_of(text, shown, options, system),
         options,
         bounds,
         temperature=temperature_of(asked.temperature, asked.top_p),
         top_p=asked.top_p or 1.0,
         top_k=asked.top_k or 0,
         seed=asked.seed,
-        max_tokens=asked.max_tokens,
+        max_tokens=limit_of(asked.max_tokens),
         stop=tuple(asked.stop_sequences or ()),
+        # In this dialect words of the assistant's at the end begin its answer.
+        is_open_turn=bool(items) and isinstance(items[-1], Message) and items[-1].role == "assistant",
     )
     return asked.model_copy(update={"messages": [], "system": None, "tools": None}), question
 

@@ -6,12 +6,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, StringConstraints
 from pydantic_core import from_json
 
 from api.bounds import NO_CALLS, Bounds, Choice
 from api.bounds import Tool as PlainTool
-from api.dialects.asked import AS_WHOLE, MOST_TOKENS, MOST_TOOLS, Asked, AskedBody, ToolName, describe_neutral
+from api.dialects.asked import (
+    AS_WHOLE,
+    MOST_TOKENS,
+    MOST_TOOLS,
+    Asked,
+    AskedBody,
+    JsonObject,
+    MostTokens,
+    ToolName,
+    describe_neutral,
+    limit_of,
+)
 from api.dialects.sealed import unseal
 from api.question import Question, check_length, temperature_of, thinking_options
 from api.reading import Terms
@@ -21,7 +32,14 @@ from runtime.script import head_of
 from runtime.text import Text
 
 # Tools that OpenAI's service runs itself. Clients send them to every server; this one cannot run them and leaves them out.
-_HOSTED = frozenset({"web_search", "web_search_preview", "file_search", "code_interpreter", "image_generation"})
+_HOSTED = frozenset(
+    {
+        *("web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11"),
+        *("file_search", "code_interpreter", "image_generation"),
+    }
+)
+# What a client names and keeps with the server: as long as the longest that anybody's service makes, and more.
+Name = Annotated[str, StringConstraints(max_length=256)]
 
 
 class Part(Asked):
@@ -85,7 +103,7 @@ class Tool(Asked):
     type: str
     name: ToolName | None = None
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
     tools: list[Tool] | None = None
 
@@ -93,17 +111,16 @@ class Tool(Asked):
         """The functions, independent of the dialect. Raises InvalidRequest."""
         if self.type in _HOSTED:
             return
+        if self.type != "function" and (self.type != "namespace" or namespace is not None):
+            raise InvalidRequest(f"{place}: tools of type {self.type!r} are not supported", f"{place}.type")
         if self.name is None:
             raise InvalidRequest(f"{place}.name: a tool needs one", f"{place}.name")
-        match self.type:
-            case "function":
-                name = visible_name(namespace, self.name)
-                yield PlainTool(name, self.description, self.parameters, bool(self.strict))
-            case "namespace" if namespace is None:
-                for index, tool in enumerate(self.tools or ()):
-                    yield from tool.plain(f"{place}.tools.{index}", self.name)
-            case _:
-                raise InvalidRequest(f"{place}: tools of type {self.type!r} are not supported", f"{place}.type")
+        if self.type == "function":
+            name = visible_name(namespace, self.name)
+            yield PlainTool(name, self.description, self.parameters, bool(self.strict))
+        else:
+            for index, tool in enumerate(self.tools or ()):
+                yield from tool.plain(f"{place}.tools.{index}", self.name)
 
 
 class ChosenTool(Asked):
@@ -113,13 +130,13 @@ class ChosenTool(Asked):
     name: str | None = None
     namespace: str | None = None
     mode: Literal["auto", "required"] = "auto"
-    tools: list[dict[str, Any]] | None = None
+    tools: list[JsonObject] | None = None
 
 
 class Format(Asked):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    schema_: JsonObject | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
@@ -136,7 +153,7 @@ class ReasoningOptions(Asked):
 
 
 class ConversationRef(Asked):
-    id: str
+    id: Name
 
 
 class ResponseRequest(AskedBody):
@@ -155,14 +172,14 @@ class ResponseRequest(AskedBody):
     input: str | list[InputItem] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
-    conversation: str | ConversationRef | None = None
+    conversation: Name | ConversationRef | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), AS_WHOLE] | None = None
+    max_output_tokens: MostTokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS), AS_WHOLE] | None = None
@@ -171,17 +188,17 @@ class ResponseRequest(AskedBody):
     stream: bool | None = None
     store: bool | None = None
     generate: bool | None = None
-    stream_id: str | None = None
+    stream_id: Name | None = None
     include: list[str] | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: JsonObject | None = None
     # Hints that change no answer.
-    client_metadata: dict[str, Any] | None = None
+    client_metadata: JsonObject | None = None
     prompt_cache_key: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_options: JsonObject | None = None
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
     service_tier: str | None = None
-    stream_options: dict[str, Any] | None = None
+    stream_options: JsonObject | None = None
     user: str | None = None
 
     @property
@@ -246,7 +263,7 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[ResponseRequest, Questi
     asked.check_model(terms.label)
     said = [*_items_of(asked)]
     places, items = tuple(place for place, _ in said), tuple(item for _, item in said)
-    check_length(items, text, terms.most_tokens)
+    check_length((Message("system", asked.instructions or ""), *items), text, terms.most_tokens)
     tools = [plain for index, tool in enumerate(asked.tools or ()) for plain in tool.plain(f"tools.{index}")]
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
@@ -267,7 +284,7 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[ResponseRequest, Questi
         top_p=asked.top_p or 1.0,
         top_k=asked.top_k or 0,
         seed=asked.seed,
-        max_tokens=asked.max_output_tokens,
+        max_tokens=limit_of(asked.max_output_tokens),
         top_logprobs=(asked.top_logprobs or 0) if asked.has_logprobs else None,
         forgets=None if asked.truncation is None else asked.truncation == "auto",
     )

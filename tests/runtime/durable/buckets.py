@@ -1,6 +1,7 @@
 """Object stores for tests, and operations on them that fail when a test wants them to.
 
-Tests run on obstore's own two, and on a bucket besides if PERENNIAL_TEST_BUCKET names one, such as `s3://bucket/folder`.
+Tests run on obstore's own two and on a real S3 server, and on a bucket besides if PERENNIAL_TEST_BUCKET names one, such as
+`s3://bucket/folder`.
 """
 
 from __future__ import annotations
@@ -12,21 +13,29 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 
+import pytest
 from obstore.store import LocalStore, MemoryStore, ObjectStore, from_url
 
 from runtime.durable.objects import Listed, Objects
+from tests.s3_server import S3Server
 
 GIVEN = os.environ.get("PERENNIAL_TEST_BUCKET")
-BUCKETS = ("memory", "local", *((GIVEN,) if GIVEN else ()))
+BUCKETS = ("memory", "local", "s3", *((GIVEN,) if GIVEN else ()))
 
 
-def opened(bucket: str, folder: Path) -> ObjectStore:
-    """An empty store of this kind, one of BUCKETS."""
-    if bucket == "memory":
-        return MemoryStore()
-    if bucket == "local":
-        return LocalStore(folder, automatic_cleanup=True)
-    return from_url(f"{bucket}/{secrets.token_hex(8)}", client_options={"allow_http": True})
+@pytest.fixture(params=BUCKETS)
+def bucket(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    """An empty store of each kind."""
+    match request.param:
+        case "memory":
+            return MemoryStore()
+        case "local":
+            return LocalStore(tmp_path, automatic_cleanup=True)
+        case "s3":
+            server: S3Server = request.getfixturevalue("s3_server")
+            return server.opened(secrets.token_hex(8))
+        case url:
+            return from_url(f"{url}/{secrets.token_hex(8)}", client_options={"allow_http": True})
 
 
 class Fault(Enum):

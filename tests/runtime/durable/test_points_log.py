@@ -199,7 +199,7 @@ def test_what_cannot_be_written_does_not_happen(path: Path) -> None:
     for change in (
         lambda: tree.grow(point, [Message("user", "more")], array("I", [2])),
         lambda: tree.name("a name", point),
-        lambda: tree.root(Head(instructions="Be brief.")),
+        lambda: tree.grow(tree.root(Head(instructions="Be brief.")), [Message("user", "hello")], array("I", [1])),
     ):
         with pytest.raises(StorageFailed):
             change()

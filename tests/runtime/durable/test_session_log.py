@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from obstore.store import ObjectStore
@@ -12,16 +12,11 @@ from runtime.durable import HistoryIdentity, Terms
 from runtime.durable.framing import Damaged, Unknown
 from runtime.durable.session_log import MOST_SEGMENTS, Lease, SessionLog, read_log
 from runtime.errors import SessionMoved, SessionNotFound
-from tests.runtime.durable.buckets import BUCKETS, Fault, FaultyObjects, opened
+from tests.runtime.durable.buckets import Fault, FaultyObjects
 
 MODEL = HistoryIdentity("a model", 100)
 TERMS = Terms(frozenset({2}), label="kept")
 ID = "an-id-that-nobody-guesses"
-
-
-@pytest.fixture(params=BUCKETS)
-def bucket(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    return opened(request.param, tmp_path)
 
 
 def tokens(*token_ids: int) -> array[int]:
@@ -58,6 +53,22 @@ def test_a_session_that_is_held_is_refused_until_its_lease_has_lapsed(bucket: Ob
         claimed(two, "two")
 
     assert claimed(two, "two", has_lapsed=True)[1] == [1]
+
+
+def test_of_servers_that_claim_a_session_at_once_one_has_it(bucket: ObjectStore) -> None:
+    log = created(FaultyObjects(bucket), 1, 2, 3)
+    log.release()
+
+    def has_it(holder: str) -> bool:
+        try:
+            return claimed(FaultyObjects(bucket), holder)[1] == [1, 2, 3]
+        except SessionMoved:
+            return False
+
+    with ThreadPoolExecutor() as servers:
+        have_it = list(servers.map(has_it, ["two", "three", "four"]))
+
+    assert have_it.count(True) == 1
 
 
 def test_what_others_left_beside_a_session_is_no_part_of_it(bucket: ObjectStore) -> None:
