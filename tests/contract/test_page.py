@@ -292,8 +292,13 @@ def test_who_waits_for_a_permit_is_shown_and_may_stop(page: Page, watched: Serve
 
 
 def test_an_answer_that_was_stopped_stays_as_far_as_it_came(page: Page) -> None:
+    def ask_for_more(route: Route) -> None:
+        asked = json.loads(route.request.post_data or "")
+        route.continue_(post_data=json.dumps(asked | {"max_tokens": ENDLESS["max_tokens"], "ignore_eos": True}))
+
+    # An answer that ends by itself may have come whole when the page gets to press.
+    page.route("**/v1/chat/completions", ask_for_more)
     page.get_by_label("Message").fill(QUESTION)
-    # Pressed by the page itself with the first piece, so that the answer cannot be whole before.
     page.evaluate(
         "new MutationObserver(() => { if (document.querySelector('#log .assistant span')?.textContent) "
         "document.getElementById('stop').click() }).observe(document.getElementById('log'), { childList: true, subtree: true })"
