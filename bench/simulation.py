@@ -342,8 +342,9 @@ def row_of(seen: Seen, machine: Machine, minutes: int) -> dict[str, str]:
     """A line of the table. The first minute, in which nobody holds a slab yet, is no part of the times."""
     counts = seen.counts
     turns = counts["turns"]
-    times = np.concatenate([[0.0], *seen.first_token_s[1:]])[1:]
-    worst = max((np.percentile(minute, 99) for minute in seen.first_token_s[1:] if minute), default=0.0)
+    later = [minute for minute in seen.first_token_s[1:] if minute]
+    times = np.concatenate(later) if later else np.zeros(1)
+    worst = max((np.percentile(minute, 99) for minute in later), default=0.0)
     hours = minutes / 60
     spared = counts["tokens drawn"] * (1 - machine.token_s / GROUP_S)
     dollars = ((counts["PUT"]) * PUT + (counts["GET"] + counts["HEAD"]) * GET) / 1e6 / hours

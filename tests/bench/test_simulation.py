@@ -29,3 +29,9 @@ def test_the_same_seed_gives_the_same_run_and_no_lease_is_waited_for_while_all_i
 
     assert first.counts == second.counts
     assert first.counts["turns that waited for a lease"] == 0
+
+
+def test_a_run_of_one_minute_has_a_line_of_the_table_too() -> None:
+    seen = simulated("quiet", MACHINES["int8"], SERVERS, SESSIONS, 1, LEASE_S)
+
+    assert row_of(seen, MACHINES["int8"], 1)["99.9 %"] == "0.0"
