@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -32,6 +33,7 @@ from runtime.foreign.gguf import (
     get_gguf_tokenizer,
     read_gguf_metadata,
 )
+from runtime.model_files import file_identity
 
 Values = Mapping[str, Any]
 
@@ -122,12 +124,12 @@ class GgufFile:
     def read(cls, path: Path) -> Self:
         """Raises ModelUnavailable if it is not a whole GGUF file."""
         with _one_line_errors(path):
-            metadata, _ = read_gguf_metadata(str(path))
+            metadata, tensors = _header(path, file_identity(path))
             if metadata.get("split.count", 1) != 1:
                 raise ModelUnavailable(
                     f"{path} is one of {metadata['split.count']} parts: join them by llama-gguf-split --merge first"
                 )
-            return cls(path, metadata["general.architecture"], metadata, dict(_tensors(path)))
+            return cls(path, metadata["general.architecture"], metadata, tensors)
 
     def rope_factors(self, count: int) -> Tensor:
         """The divisors of the rotary embedding's frequencies, [count] in float32, which Llama 3.1 has.
@@ -246,6 +248,13 @@ def _backend(architecture: str, words: dict[str, Any]) -> Any:
         # The tokenizers package raises nothing narrower for a vocabulary that does not fit together.
         raise ValueError(f"its tokenizer cannot be built: {error}") from error
     return backend
+
+
+@lru_cache(maxsize=1)
+def _header(path: Path, identity: tuple[int, ...]) -> tuple[Values, Mapping[str, StoredTensor]]:
+    """Metadata and tensors of a file. A load asks for them several times, and to pass over a vocabulary takes a while."""
+    metadata, _ = read_gguf_metadata(str(path))
+    return MappingProxyType(metadata), MappingProxyType(dict(_tensors(path)))
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:

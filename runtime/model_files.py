@@ -48,6 +48,12 @@ _DTYPES = ("auto", "float64", "float32", "float16", "bfloat16")
 _STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
+def file_identity(file: Path) -> tuple[int, ...]:
+    """What changes where the file does: a copy that keeps its time has another time of change. Raises OSError."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silences transformers' warnings in the block: what is wrong with a model is reported once, in our words."""

@@ -218,9 +218,12 @@ def largest(typing: Any, numbers: Any) -> Any:
     """The largest of the 16."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        name = f"llvm.vector.reduce.fmax.v{LANES}f32"
-        kind = ir.FunctionType(_FLOAT, [_FLOATS])
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
+        (found,), distance = values, LANES // 2
+        while distance:
+            across = ir.Constant(_INTS, [lane ^ distance for lane in range(LANES)])
+            found = _call(builder, "maxnum", found, builder.shuffle_vector(found, found, across))
+            distance //= 2
+        return builder.extract_element(found, ir.Constant(_INT, 0))
 
     return types.float32(_vector), generate
 

@@ -29,7 +29,7 @@ from runtime.engine.openvino_graphs import MOST_AT_ONCE
 from runtime.engine.openvino_parts import DenseRows, InMemory, Parts, Rows, make_parts
 from runtime.engine.rotary import ExactRotary, KnownRotary
 from runtime.gguf_file import GgufFile, StoredRows
-from runtime.model_files import one_line
+from runtime.model_files import file_identity, one_line
 
 _EMBEDDING = "embedding"
 # Graphs of one version of each of these are not another's.
@@ -169,8 +169,8 @@ def _graphs(bundle: Bundle, compiling: Compiling) -> Graphs:
         shape = Shape(tuple(graphs[name]["widths"]), graphs[name]["groups"])
         return Graph.imported(bundle.part(name), shape, compiling)
 
-    # Each waits for memory and for its own kernels in turn.
-    with ThreadPoolExecutor(min(compiling.threads, MOST_AT_ONCE)) as pool:
+    # Each packs its weights on one core, and often waits for memory or for OpenVINO's locks.
+    with ThreadPoolExecutor(MOST_AT_ONCE) as pool:
         return Graphs.of(dict(zip(graphs, pool.map(imported, graphs), strict=True)))
 
 
@@ -206,9 +206,7 @@ def _name(directory: Path, compiling: Compiling) -> BundleName:
 
 
 def _identities(directory: Path) -> list[tuple[object, ...]]:
-    """What changes where a file of the model does: a copy that keeps its time has another time of change."""
-    stats = ((file.name, file.stat()) for file in _model_files(directory))
-    return [(name, one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino) for name, one in stats]
+    return [(file.name, file_identity(file)) for file in _model_files(directory)]
 
 
 def _model_files(directory: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,7 +61,7 @@ class Draft:
     shape: Shape
 
     def compiled(self, compiling: Compiling) -> ov.CompiledModel:
-        return ov.Core().compile_model(self.model, "CPU", compiling.properties(self.shape.group))
+        return _core().compile_model(self.model, "CPU", compiling.properties(self.shape.group))
 
 
 class Graph:
@@ -84,7 +85,7 @@ class Graph:
         They pack weights at their first product, and read them no more. Raises RuntimeError where it is no such graph.
         """
         exported = ov.Tensor(np.frombuffer(mapped, np.uint8), shared_memory=True)
-        graph = cls(ov.Core().import_model(exported, "CPU", compiling.properties(shape.group)), shape, mapped)
+        graph = cls(_core().import_model(exported, "CPU", compiling.properties(shape.group)), shape, mapped)
         graph.of_rows(torch.zeros(1, sum(shape.widths)))
         let_go(mapped)
         return graph
@@ -147,6 +148,12 @@ class Graphs:
 def graph_names(layers: int) -> Iterator[str]:
     """What the graphs of a model of so many layers are called, the head first, which takes longest."""
     yield from ("head", "first", *(f"between-{number}" for number in range(layers - 1)), "last")
+
+
+@cache
+def _core() -> ov.Core:
+    """One for all graphs: a new one reads again what devices there are."""
+    return ov.Core()
 
 
 class Realise(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -36,7 +37,7 @@ from runtime.engine.openvino_bundle import bundled_bytes, find_parts
 from runtime.engine.openvino_compiling import Compiling, as_given, as_rows
 from runtime.engine.openvino_fit import GROUP, can_build
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
-from runtime.engine.row_attention import CLAIM, RowAttention, row_attention_is_exact
+from runtime.engine.row_attention import CLAIM, RowAttention, prepare_kernels, row_attention_is_exact
 from runtime.engine.torch_slab import torch_pool
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.events import Token
@@ -155,7 +156,11 @@ class _Model:
     def __init__(self, config: PreTrainedConfig, directory: Path, form: Form, spec: SlabSpec) -> None:
         """Raises ModelUnavailable."""
         self._compiling = _compiling(form)
-        parts = find_parts(directory, self._compiling)
+        with ThreadPoolExecutor(1) as beside:
+            # Both take a while, and neither keeps a core busy all the time.
+            prepared = beside.submit(prepare_kernels, spec)
+            parts = find_parts(directory, self._compiling)
+            prepared.result()
         self.config = config
         self._form, self._spec, self._parts = form, spec, parts
         self._graphs, self._embedding, self._rotary = parts.graphs, parts.embedding, parts.rotary

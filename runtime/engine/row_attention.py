@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.dtypes import dtype_named
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import find_or_probe
 from runtime.engine.probe import hard_rows, is_exact_at_every_count
@@ -62,6 +63,15 @@ class RowPlan:
     positions: Any  # [N]
     ends: tuple[tuple[Slab, int], ...]
     sink_turn: tuple[Tensor, Tensor] | None  # cosines and sines [N, 1, D]
+
+
+def prepare_kernels(spec: SlabSpec) -> None:
+    """Has the kernels for slabs of this type compiled, or found in the user's cache, before the first forward needs them."""
+    held = _for_kernels(torch.empty(1, 1, 1, spec.slots, spec.width, dtype=dtype_named(spec.dtype)))
+    rows, nowhere = np.empty((1, 1, spec.head_dim), np.float32), np.empty(0, np.int64)
+    write_rows(0, held, rows, nowhere, nowhere, nowhere)
+    where = (held, held, nowhere, nowhere, nowhere, nowhere)
+    attend_rows(0, rows, rows, rows, *where, spec.sink, spec.window, np.float32(1), 0, 0)
 
 
 class RowAttention:

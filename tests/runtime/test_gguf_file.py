@@ -93,6 +93,19 @@ def test_what_a_file_leaves_out_is_what_llama_cpp_takes(small_models: Mapping[st
     assert values["num_key_value_heads"] == values["num_attention_heads"]
 
 
+def test_another_file_in_the_place_of_one_is_read_anew(
+    file: Path, small_models: Mapping[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(file.read_bytes())
+    before = GgufFile.read(path)
+
+    write_gguf(small_models["qwen3"], tmp_path / "other.gguf")
+    (tmp_path / "other.gguf").replace(path)
+
+    assert GgufFile.read(path).embedding.shape != before.embedding.shape
+
+
 def test_kinds_of_tensors_are_counted(file: Path) -> None:
     kinds = GgufFile.read(file).kinds()
 

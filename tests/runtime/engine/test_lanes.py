@@ -7,9 +7,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis.strategies import floats, integers, lists
 from numba import config
 
-from runtime.engine.lanes import full, kernel, store
+from runtime.engine.lanes import LANES, full, kernel, largest, load, store
+
+
+@kernel
+def largest_of(numbers: Any) -> Any:
+    return largest(load(numbers, 0))
+
+
+@given(lists(floats(width=32, allow_nan=False), min_size=LANES, max_size=LANES), integers(0, LANES - 1))
+def test_the_largest_of_some_is_that_of_all_of_them_that_are_numbers(numbers: list[float], place: int) -> None:
+    array = np.array(numbers, np.float32)
+    assert largest_of(array) == array.max()
+
+    array[place] = np.nan
+    assert largest_of(array) == np.nanmax(array)
 
 
 def test_a_kernel_that_cannot_be_kept_is_compiled_each_time() -> None:

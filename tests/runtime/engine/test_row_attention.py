@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from torch import Tensor
 from runtime.engine.machine import Level, hardware_level
 from runtime.engine.probe import hard_rows, is_exact_at_every_count
 from runtime.engine.rotary import rotate
-from runtime.engine.row_attention import RowAttention, RowAttentionAlone
+from runtime.engine.row_attention import RowAttention, RowAttentionAlone, prepare_kernels
+from runtime.engine.row_kernel import attend_rows, write_rows
 from runtime.engine.torch_slab import as_torch, torch_pool
 from runtime.rows import Row, RowBatch
 from runtime.slab import Slab, as_held
@@ -182,6 +184,34 @@ def test_a_row_gets_the_same_bits_whatever_is_computed_beside_it(
             for engine, one in ((shared, slab), (alone, other))
         )
         assert torch.equal(mine, theirs)
+
+
+def signatures() -> list[int]:
+    """How many kinds of arrays each kernel has been compiled for."""
+    kernels: list[Any] = [attend_rows, write_rows]
+    return [len(kernel.signatures) for kernel in kernels]
+
+
+def compiled_by_a_forward() -> list[str]:
+    """The types of slabs for which a forward has more to compile than was prepared."""
+    found = []
+    table = torch.zeros(64, HEADS + 2 * KV_HEADS, HEAD_DIM)
+    for dtype in HELD:
+        spec = replace(SPEC, layers=1, dtype=dtype)
+        prepare_kernels(spec)
+        prepared = signatures()
+        engine = RowAttentionAlone(spec, HEADS, a_rotary(HEAD_DIM), table)
+        engine.logits(RowBatch((Row(engine.new_pool(1).acquire(), 0, 0, GREEDY),)))
+        if prepared != signatures():
+            found.append(dtype)
+    return found
+
+
+def test_a_forward_finds_its_kernels_prepared() -> None:
+    """In a process of its own, for here other tests have prepared them."""
+    code = "from tests.runtime.engine.test_row_attention import compiled_by_a_forward; assert compiled_by_a_forward() == []"
+
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def digests() -> dict[str, str]:
