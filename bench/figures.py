@@ -30,6 +30,12 @@ def over(upper: Figure, lower: Figure) -> Figure:
     return Figure("x", upper.median / lower.median, upper.min / lower.max, upper.max / lower.min)
 
 
+def pooled(rounds: Sequence[Figure]) -> Figure:
+    """What the same thing came to in several rounds: the median of their medians, the least and the most of all."""
+    medians = statistics.median(one.median for one in rounds)
+    return Figure(rounds[0].unit, medians, min(one.min for one in rounds), max(one.max for one in rounds))
+
+
 def repeats(seconds: float, least: int = 3, most: int = 9) -> Iterator[int]:
     """Numbers of repetitions: `least` of them, and more, up to `most`, until so many seconds have passed."""
     began = time.perf_counter()

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import trio
 
-from bench.figures import Figure, figure, over
+from bench.figures import Figure, figure, over, pooled
 from bench.peers.processes import Peer, PeerFailed, installed, made_gguf, measured
 from bench.peers.speeds import LOAD, MEMORY, PREFILL, decoding
 from bench.scenario import Result, Setup
@@ -18,36 +18,46 @@ from bench.speed import LABEL, WINDOW, ours
 
 KINDS = ("Q8_0", "Q4_0", "Q4_K_M")
 STREAMS = (1, 4, 8)
+# Of both, one after the other.
+ROUNDS = 3
 THEIRS = "llama.cpp"
 
 
 async def run(setup: Setup) -> Result:
-    """Each file measured by both, then ours over theirs."""
+    """Each file measured by both in turn, for the machine's pace drifts; then ours over theirs of each turn."""
     result = Result(WINDOW)
     versions = await installed(setup.peers)
     threads = str(psutil.cpu_count(logical=False) or 1)
     for kind, file in (await _files(setup, result)).items():
-        size = (await trio.Path(file).stat()).st_size
-        result.figures[f"{kind}: the file"] = figure("MiB", [size / 2**20])
+        size = (await trio.Path(file).stat()).st_size / 2**20
+        result.figures[f"{kind}: the file"] = figure("MiB", [size])
         settings = replace(setup.settings, model=file, capacity=max(STREAMS), max_concurrent=1, window=WINDOW)
-        facts, figures = await ours(settings, STREAMS)
+        rounds: list[dict[str, Figure]] = []
+        for _ in range(ROUNDS):
+            facts, mine = await ours(settings, STREAMS)
+            everyone = {LABEL: mine | await _loaded(file, "again")}
+            try:
+                everyone[THEIRS] = await measured(
+                    setup.peers, Peer(THEIRS, THEIRS, "llama_cpp_decode", (file, threads))
+                )
+                result.peers |= {name: version for name, version in versions.items() if name == "llama-cpp-python"}
+            except PeerFailed as error:
+                result.remarks.append(f"{THEIRS} {kind}: {error}")
+            figures = {f"{who}, {kind}: {name}": one for who, each in everyone.items() for name, one in each.items()}
+            over_file = figure("x", [everyone[LABEL][MEMORY].median / size])
+            rounds.append(figures | compared(kind, everyone) | {f"{kind}, {MEMORY}, over the file": over_file})
+        # What its probes find is known by now.
+        first = await _loaded(file, "first")
+        result.figures |= {f"{LABEL}, {kind}: {name}": one for name, one in first.items()}
+        result.figures |= {name: pooled([one[name] for one in rounds if name in one]) for name in rounds[0]}
         result.remarks.append(
             f"{LABEL} {kind}: {facts.backend}, {facts.dtype}, weights {facts.weights}; {'; '.join(facts.tensors)}"
         )
-        for how in ("first", "again"):
-            figures |= await measured(sys.executable, Peer(LABEL, LABEL, "gguf_load", (file, how)))
-        everyone = {LABEL: figures}
-        try:
-            everyone[THEIRS] = await measured(setup.peers, Peer(THEIRS, THEIRS, "llama_cpp_decode", (file, threads)))
-            result.peers |= {name: version for name, version in versions.items() if name == "llama-cpp-python"}
-        except PeerFailed as error:
-            result.remarks.append(f"{THEIRS} {kind}: {error}")
-        result.figures |= {
-            f"{who}, {kind}: {name}": one for who, theirs in everyone.items() for name, one in theirs.items()
-        }
-        result.figures |= compared(kind, everyone)
-        result.figures[f"{kind}, {MEMORY}, over the file"] = figure("x", [figures[MEMORY].median / (size / 2**20)])
     return result
+
+
+async def _loaded(file: str, how: str) -> dict[str, Figure]:
+    return await measured(sys.executable, Peer(LABEL, LABEL, "gguf_load", (file, how)))
 
 
 async def _files(setup: Setup, result: Result) -> dict[str, str]:
