@@ -60,9 +60,9 @@ _MINUTES_APART = (
 )
 
 _LOAD = (
-    "A load imports a graph a layer from disk (6 ms of a core each) and has its weights packed (8 ms a layer of SmolLM2 and 40 of "
-    "the 0.6B shape in 4 bits, which oneDNN packs one by one; a quarter of that in 8). Layers that share a graph, or weights on "
-    "disk as kernels read them, which OpenVINO does not hand out."
+    "A load imports a graph a layer from disk (6 ms of a core each) and has its weights packed (8 ms a layer of SmolLM2 and 40 "
+    "of the 0.6B shape in 4 bits, which oneDNN packs one by one; a quarter of that in 8). Layers that share a graph, or weights "
+    "on disk as kernels read them, which OpenVINO does not hand out."
 )
 _MEMORY = (
     "What comes beside the weights is libraries (OpenVINO's plugin and numba's compiler, 110 MiB, however large the model), a "
@@ -71,7 +71,7 @@ _MEMORY = (
 _PRODUCTS = (
     "Of a prompt of the 0.6B shape in Q4_0 three quarters are OpenVINO's products, which come to 515 billion multiplications a "
     "second, half of what two cores of Zen 5 can do on 8 bits; sums in groups of 32, as files have them, cost it a tenth, and "
-    "groups of 16 (Q6_K) a quarter. Kernels that do more, or 512 rows at once (15 % a row), for which a probe would try each count."
+    "groups of 16 (Q6_K) a quarter. Kernels that do more, or 512 rows at once (15 % faster), each count of which a probe would try."
 )
 
 # By the scenario and model that a result is of, and the figure's name in it.
