@@ -69,9 +69,10 @@ _MEMORY = (
     "MiB or two a graph, and the slots that were written; scales of Q4_K, and offsets, are wider than in the file."
 )
 _PRODUCTS = (
-    "Of a prompt of the 0.6B shape in Q4_0 three quarters are OpenVINO's products, which come to 515 billion multiplications a "
-    "second, half of what two cores of Zen 5 can do on 8 bits; sums in groups of 32, as files have them, cost it a tenth, and "
-    "groups of 16 (Q6_K) a quarter. Kernels that do more, or 512 rows at once (15 % faster), each count of which a probe would try."
+    "Of a prompt of the 0.6B shape in Q4_0 three quarters are OpenVINO's products: 515 billion multiplications a second, half of "
+    "what two cores of Zen 5 can do on 8 bits. Weights of 4 bits with a sign cost a tenth, sums in groups of 32 another, groups "
+    "of 16 (Q6_K) a quarter, which the other products of its layer pay too. It would take kernels that do more, or 512 rows at "
+    "once (15 % faster), each count of which a probe would try."
 )
 
 # By the scenario and model that a result is of, and the figure's name in it.

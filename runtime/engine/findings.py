@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -14,9 +15,6 @@ import torch
 
 from runtime.caches import cache_folder
 from runtime.engine.machine import cpu_flags, kernel_class
-
-# Incremented when a probe tries more than before, so that results of older probes are ignored.
-_PROBE_VERSION = 2
 
 
 def find_or_probe(subject: str, probe: Callable[[], bool]) -> bool:
@@ -31,10 +29,16 @@ def find_or_probe(subject: str, probe: Callable[[], bool]) -> bool:
 
 
 def _key(subject: str) -> str:
-    """A digest of everything that the choice of a kernel may depend on."""
+    """A digest of everything that the choice of a kernel may depend on, and of the code that calls and tries it."""
     gpu = kernel_class(torch.device("cuda")) if torch.cuda.is_available() else ""
     machine = (platform.node(), cpu_flags(), kernel_class(), gpu, torch.__version__, torch.__config__.show())
-    return hashlib.sha256(repr((_PROBE_VERSION, machine, subject)).encode()).hexdigest()
+    return hashlib.sha256(repr((_code(), machine, subject)).encode()).hexdigest()
+
+
+@cache
+def _code() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def _file() -> Path | None:

@@ -202,14 +202,18 @@ class _Model:
         graphs = self._graphs
         hidden, turn = as_given(embedded), [as_given(one) for one in angles]
         projected = graphs.first.run(hidden, *turn)
-        for layer in range(layers):
+        for layer in range(layers - 1):
             query, key, value = map(as_rows, projected)
             attended = self._attend(layer, query, key, value, plan)
-            if layer == layers - 1:
-                (hidden,) = graphs.last.run(as_given(attended), hidden)
-            else:
-                hidden, *projected = graphs.between[layer].run(as_given(attended), hidden, *turn)
-        return as_rows(hidden)[[index for index, row in enumerate(rows) if row.draw is not None]]
+            hidden, *projected = graphs.between[layer].run(as_given(attended), hidden, *turn)
+        query, key, value = map(as_rows, projected)
+        drawing = [index for index, row in enumerate(rows) if row.draw is not None]
+        if not drawing:
+            # What later rows need of the last layer is its keys and values.
+            self._attend.write(layers - 1, key, value, plan)
+            return as_rows(hidden)[drawing]
+        attended = self._attend(layers - 1, query, key, value, plan)
+        return graphs.last(attended[drawing], as_rows(hidden)[drawing])[0].clone()
 
     def logits(self, batch: RowBatch) -> Tensor:
         """The logits of the rows with `draw`, [rows, vocabulary] float32."""

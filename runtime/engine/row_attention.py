@@ -112,18 +112,25 @@ class RowAttention:
             sink_turn=sink_turn,
         )
 
+    def write(self, layer: int, key: Tensor, value: Tensor, plan: RowPlan) -> None:
+        """Writes `key`, `value` [N, G, D] in float32 into the slabs of `plan`."""
+        for part in plan.stores:
+            for held, new in ((part.keys, key), (part.values, value)):
+                write_rows(layer, held, new.numpy(), part.rows, part.slabs, part.slots)
+        for slab, end in plan.ends:
+            slab.advance(layer, end)
+
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, plan: RowPlan) -> Tensor:
         """Writes `key`, `value` [N, G, D] into the slabs of `plan`, then attends `query` [N, G*Q, D] over them, all float32.
 
         Returns [N, G*Q * D].
         """
+        self.write(layer, key, value, plan)
         spec = self._spec
         attended = torch.empty(len(query), query.shape[1] * query.shape[2])
         at_sinks = rotate(query, *plan.sink_turn) if plan.sink_turn else query
         given = (attended.view(query.shape).numpy(), query.numpy(), at_sinks.numpy())
         for part in plan.stores:
-            for held, new in ((part.keys, key), (part.values, value)):
-                write_rows(layer, held, new.numpy(), part.rows, part.slabs, part.slots)
             where = (part.keys, part.values, plan.slabs, plan.positions, part.firsts, part.counts)
             work = partial(attend_rows, layer, *given, *where, spec.sink, spec.window, self._scaling)
             own, *others = part.shares
@@ -131,8 +138,6 @@ class RowAttention:
             work(*own)
             for one in under_way:
                 one.result()
-        for slab, end in plan.ends:
-            slab.advance(layer, end)
         return attended
 
     def _in_store(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import runtime
 from runtime.engine.findings import find_or_probe
 
 
@@ -49,6 +51,28 @@ def test_another_subject_thread_count_or_kernel_class_is_looked_for(
     find_or_probe("a linear", probe)
 
     assert probe.count == 4
+
+
+def test_what_was_found_of_other_code_is_looked_for(home: Path, tmp_path: Path) -> None:
+    """A release that draws up its graphs in another way has not been tried by what the one before found."""
+    code = tmp_path / "code"
+    shutil.copytree(Path(runtime.__file__).parent, code / "runtime")
+    program = (
+        "from runtime.engine.findings import find_or_probe\n"
+        "find_or_probe('a linear', lambda: bool(print('tried')) or True)"
+    )
+
+    def tried() -> bool:
+        environment = os.environ | {"PYTHONPATH": str(code)}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, cwd=tmp_path, check=True, capture_output=True
+        )
+        return b"tried" in done.stdout
+
+    assert [tried(), tried()] == [True, False]
+    with (code / "runtime" / "engine" / "exact.py").open("a") as source:
+        source.write("# otherwise\n")
+    assert tried()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"a": 1}'])
