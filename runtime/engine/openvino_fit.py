@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from runtime.engine.architectures import missing_parts
-from runtime.engine.configuration import attention_shape, read_config
+from runtime.engine.configuration import attention_shape, count_weights, is_small, read_config
 from runtime.engine.machine import Level, level
+from runtime.errors import ModelUnavailable
+from runtime.gguf_file import GgufFile
+from runtime.model_files import count_stored
 from runtime.settings import Settings
 
 # This many consecutive weights of a row share a scale.
@@ -21,7 +27,8 @@ _HEAD_STEP = 16
 def is_best_by(settings: Settings, directory: Path) -> bool:
     """Whether the settings allow this engine, and it is the fastest for the model on this machine.
 
-    That was measured on CPUs with AVX-512.
+    That was measured on CPUs with AVX-512. One that cannot multiply 16-bit numbers would round the weights of a model that fits
+    into its cache, which torch multiplies as they are.
     """
     config = read_config(directory)
     is_on_cpu = settings.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
@@ -31,7 +38,20 @@ def is_best_by(settings: Settings, directory: Path) -> bool:
         and settings.dtype == "auto"
         and level() >= Level.AVX512
         and can_build(config)
+        and (level() >= Level.AVX512_BF16 or not is_small(_count(config, directory)))
     )
+
+
+def _count(config: PreTrainedConfig, directory: Path) -> int:
+    """How many weights the model's files have, those that are there twice counted twice; its code need not be imported for it.
+
+    What is wrong with the files is for an engine to say. Raises ModelUnavailable.
+    """
+    with suppress(ModelUnavailable, OSError, SafetensorError):
+        if directory.is_file():
+            return sum(math.prod(stored.shape) for stored in GgufFile.read(directory).weights().values())
+        return count_stored(directory)
+    return count_weights(config, directory)
 
 
 def can_build(config: PreTrainedConfig) -> bool:
