@@ -35,7 +35,8 @@ def findings(file: Path) -> Findings:
 
 
 def settings(weights: str = "auto", dtype: str = "auto") -> Settings:
-    return Settings(weights=weights, dtype=dtype, device="cpu", window=64)
+    """On torch, which has several forms to choose from."""
+    return Settings(backend="torch", weights=weights, dtype=dtype, device="cpu", window=64)
 
 
 def found_by_starts(file: Path, directory: Path, weights: str) -> Findings:

@@ -186,12 +186,12 @@ def test_without_mlx_lm_the_setting_is_refused_in_a_line_that_says_what_to_insta
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_off_apple_silicon_the_backend_that_is_chosen_is_torch(small_models: Mapping[str, Path]) -> None:
+def test_off_apple_silicon_another_backend_is_chosen(small_models: Mapping[str, Path]) -> None:
     if sys.platform == "darwin":
         pytest.skip("this is a Mac")
     settings = Settings(window=64, determinism="fast")
 
-    assert load_engine(settings, small_models["qwen3"]).facts.backend == "torch"
+    assert load_engine(settings, small_models["qwen3"]).facts.backend in ("openvino", "torch")
 
 
 def test_weights_of_no_file_are_no_model(small_models: Mapping[str, Path], tmp_path: Path) -> None:
