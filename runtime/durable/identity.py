@@ -40,7 +40,7 @@ class SlabIdentity:
     sink: int
     window: int
     slots: int
-    version: int = field(default=2)
+    version: int = field(default=3)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
