@@ -96,7 +96,8 @@ def descriptors(server: ServerProcess) -> int:
 @each_kind
 def test_answers_that_nobody_reads_cost_no_descriptor_once_their_clients_have_left(kind: str) -> None:
     with started(kind) as server:
-        httpx.get(f"{server.http}/healthz").raise_for_status()
+        # Its reading process starts beside the model, and opens files until it can answer.
+        httpx.post(server.http + COMPLETIONS, json=TALK | {"max_tokens": 1}, timeout=60).raise_for_status()
         before = descriptors(server)
         for is_reset in [False, True] * 10:
             with unread(server, "/openapi.json", 1000, is_reset=is_reset):
