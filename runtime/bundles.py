@@ -29,8 +29,8 @@ from typing import IO, Any
 
 _INDEX = "index.json"
 _SCRATCH, _TURN = ".", "turn"
-# Of the disk that they lie on: what all bundles may take, and what they leave free.
-_MOST_SHARE, _FREE_SHARE = 1 / 4, 1 / 20
+# Of the disk that they lie on: what all bundles may take, and what they leave free, of a large disk so many bytes.
+_MOST_SHARE, _FREE_SHARE, _MOST_FREE = 1 / 4, 1 / 20, 4 * 2**30
 
 # Linux holds what is written at once as one piece, and maps all of it where a number of it is read.
 _WRITTEN_AT_ONCE = 2**16
@@ -108,9 +108,8 @@ class BundleWriter:
 
     def add(self, name: str, content: memoryview) -> mmap.mmap:
         """Writes a part of bytes, not an empty one, and maps it. Raises OSError, also where the disk would be all but full."""
-        usage = shutil.disk_usage(self._scratch)
-        if usage.free - content.nbytes < usage.total * _FREE_SHARE:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if not _has_room(self._scratch, content.nbytes):
+            raise _no_room(content.nbytes)
         path = self._scratch / name
         with path.open("xb") as file:
             for at in range(0, content.nbytes, _WRITTEN_AT_ONCE):
@@ -178,18 +177,26 @@ def _make_room(folder: Path, most_bytes: int, is_of_use: Callable[[Mapping[str, 
             _clear(one)
         if one.exists():
             sizes[one] = _size(one)
+    if not _has_room(folder, most_bytes - sum(sizes.values())):
+        raise _no_room(most_bytes)
     for oldest in [*sizes, None]:
-        usage = shutil.disk_usage(folder)
-        is_free = usage.free - most_bytes >= usage.total * _FREE_SHARE
-        if is_free and sum(sizes.values()) + most_bytes <= most:
+        if _has_room(folder, most_bytes) and sum(sizes.values()) + most_bytes <= most:
             return
         if oldest and _clear(oldest):
             del sizes[oldest]
     raise _no_room(most_bytes)
 
 
-def _no_room(most_bytes: int) -> OSError:
-    return OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for {most_bytes / 2**30:.1f} GiB more")
+def _has_room(folder: Path, more_bytes: int) -> bool:
+    """Whether the disk has what is to be left free after so much more was written."""
+    usage = shutil.disk_usage(folder)
+    return usage.free - more_bytes >= min(usage.total * _FREE_SHARE, _MOST_FREE)
+
+
+def _no_room(more_bytes: int) -> OSError:
+    return OSError(
+        errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for {more_bytes / 2**20:,.1f} MiB beside what is left free"
+    )
 
 
 def _bundles(folder: Path) -> list[Path]:

@@ -2,30 +2,23 @@
 
 import os
 import resource
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runtime.bundles import Bundle, BundleDamaged, BundleName, let_go, new_bundle, remove_bundle
+from tests.runtime.disks import set_disk
+
+pytestmark = pytest.mark.usefixtures("roomy_disk")
 
 NAME = BundleName("model", "state", "int8")
 PARTS = {"head": b"\x07" * 10_000, "first": bytes(range(256)) * 40}
 FACTS = {"widths": [1, 2], "scaling": 0.1}
-
-
-class Usage(NamedTuple):
-    """Of a disk."""
-
-    total: int
-    used: int
-    free: int
 
 
 def written(folder: Path, name: BundleName = NAME, facts: Mapping[str, object] = FACTS, most_bytes: int = 0) -> Path:
@@ -50,7 +43,7 @@ def held(bundle: Bundle) -> dict[str, bytes]:
     return {name: bundle.part(name)[:] for name in PARTS}
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.from_regex(r"\A[a-z][a-z0-9-]{0,9}\Z"), st.binary(min_size=1), max_size=4))
 def test_what_was_written_is_read(parts: dict[str, bytes]) -> None:
     with TemporaryDirectory() as folder:
@@ -83,7 +76,7 @@ def test_one_that_was_not_finished_leaves_nothing(tmp_path: Path) -> None:
     assert not folders(tmp_path)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(part=st.sampled_from(["index.json", *PARTS]), at=st.floats(0, 0.999), bit=st.integers(0, 7), cut=st.booleans())
 def test_a_flipped_bit_or_a_lost_end_is_found(part: str, at: float, bit: int, cut: bool) -> None:
     with TemporaryDirectory() as folder:
@@ -146,18 +139,42 @@ def test_room_is_made_by_those_not_opened_for_longest(tmp_path: Path, monkeypatc
     opened(places[2])
     size = sum(file.stat().st_size for file in places[0].iterdir())
     # A quarter of the disk is room for three.
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(14 * size, 0, 14 * size))
+    set_disk(monkeypatch, 14 * size, 14 * size)
     new = written(tmp_path, most_bytes=size)
 
     assert folders(tmp_path) == {places[0], places[2], new}
 
 
-def test_what_would_fill_the_disk_is_refused_and_clears_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("total", "free"),
+    [(2**40, 4 * 2**30), (20 * 2**30, 2**30), (2**40, 0), (2**12, 2**12)],
+    ids=["a large one's last", "a twentieth", "a full one", "one too small"],
+)
+def test_what_would_fill_the_disk_is_refused_and_clears_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total: int, free: int
+) -> None:
     place = written(tmp_path)
+    set_disk(monkeypatch, total, free)
 
     with pytest.raises(OSError, match="No space left"):
-        written(tmp_path, BundleName("other", "state", "int8"), most_bytes=shutil.disk_usage(tmp_path).total)
+        written(tmp_path, BundleName("other", "state", "int8"), most_bytes=2**20)
     assert folders(tmp_path) == {place}
+
+
+def test_a_part_that_would_fill_the_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_disk(monkeypatch, 2**40, 4 * 2**30)
+
+    with pytest.raises(OSError, match="No space left"):
+        written(tmp_path)
+    assert not folders(tmp_path)
+
+
+def test_of_a_large_disk_that_is_all_but_full_some_gigabytes_are_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_disk(monkeypatch, 2**40, 5 * 2**30)
+
+    assert held(opened(written(tmp_path, most_bytes=2**29))) == PARTS
 
 
 def test_a_part_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import pytest
 import torch
@@ -19,20 +19,16 @@ from runtime.engine.machine import Level, level
 from runtime.settings import Settings
 from tests.conftest import SMALL, save_random_model
 from tests.gguf_files import every_kind, write_gguf
+from tests.runtime.disks import set_disk
 from tests.runtime.engine.feeding import LogitsEngine, feed, random_tokens
 
-pytestmark = pytest.mark.skipif(level() < Level.AVX512, reason="OpenVINO is not taken below AVX-512")
+pytestmark = [
+    pytest.mark.skipif(level() < Level.AVX512, reason="OpenVINO is not taken below AVX-512"),
+    pytest.mark.usefixtures("roomy_disk"),
+]
 
 FORMAT = {"format": "pt"}
 PLAIN = ("bfloat16" if level() >= Level.AVX512_BF16 else "float32", "none")
-
-
-class Usage(NamedTuple):
-    """Of a disk."""
-
-    total: int
-    used: int
-    free: int
 
 
 @pytest.fixture
@@ -163,7 +159,7 @@ def faulty(fault: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
                 cache.parent.mkdir(parents=True)
                 cache.touch()
             case "no room":
-                patch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 2**40, 0))
+                set_disk(patch, 2**40, 0)
             case _:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
         try:
