@@ -100,6 +100,9 @@ def count_weights(config: PreTrainedConfig, directory: Path) -> int:
         raise ModelUnavailable(f"the configuration in {directory} makes no model: {one_line(error)}") from error
 
 
+IN_CACHE = "so small a model stays in the CPU's cache"
+
+
 def is_small(weights: int) -> bool:
     """Whether a model with this many weights fits into a CPU's cache, and runs fastest on one thread."""
     return weights * torch.float32.itemsize < _ONE_THREAD_BYTES

@@ -18,8 +18,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 from runtime.caches import cache_folder
+from runtime.engine.machine import Level, hardware_level
 
 LANES = 16
+# As many sums as registers hold beside what they are made of: AVX-512 has 32 registers for a vector, AVX2 has 8 pairs.
+_SUMS_AT_ONCE = LANES if hardware_level() >= Level.AVX512 else 4
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -259,16 +262,18 @@ def dot_products(typing: Any, rows: Any, at: Any, other: Any, other_at: Any, wid
         vector = _place(context, builder, other, *values[2:4])
         columns = values[4]
         none = ir.Constant(columns.type, 0)
-        sums = [cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, [0.0] * LANES)) for _ in range(LANES)]
-        for one in sums:
-            builder.store(ir.Constant(_FLOATS, [0.0] * LANES), one)
         step = ir.Constant(columns.type, LANES)
-        with cgutils.for_range_slice(builder, none, columns, step, columns.type) as (column, _):
-            theirs = _read(builder, builder.gep(vector, [column]))
-            for number, one in enumerate(sums):
-                place = builder.add(column, builder.mul(columns, ir.Constant(columns.type, number)))
-                ours = _read(builder, builder.gep(first, [place]))
-                builder.store(_call(builder, "fma", theirs, ours, builder.load(one)), one)
+        sums = [cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, [0.0] * LANES)) for _ in range(LANES)]
+        for begin in range(0, LANES, _SUMS_AT_ONCE):
+            some = range(begin, begin + _SUMS_AT_ONCE)
+            for number in some:
+                builder.store(ir.Constant(_FLOATS, [0.0] * LANES), sums[number])
+            with cgutils.for_range_slice(builder, none, columns, step, columns.type) as (column, _):
+                theirs = _read(builder, builder.gep(vector, [column]))
+                for number in some:
+                    place = builder.add(column, builder.mul(columns, ir.Constant(columns.type, number)))
+                    ours = _read(builder, builder.gep(first, [place]))
+                    builder.store(_call(builder, "fma", theirs, ours, builder.load(sums[number])), sums[number])
         return _sums_of_each(builder, [builder.load(one) for one in sums])
 
     return _vector(rows, types.intp, other, types.intp, types.intp), generate

@@ -45,6 +45,11 @@ def level() -> Level:
     return min(hardware_level(), aten, _onednn_limit())
 
 
+def sums_bytes() -> bool:
+    """Whether the CPU is known or likely to have instructions that sum products of 8 bits in 32."""
+    return hardware_level() != Level.AVX2 or "avx_vnni" in cpu_flags().split()
+
+
 def features() -> str:
     """The level in words, and what limits it if the CPU has more."""
     own, used = hardware_level(), level()

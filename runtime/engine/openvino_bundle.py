@@ -108,7 +108,7 @@ class _InBundle:
             mapped = self._writer.add(name, exported)
         except OSError as error:
             self._failure = error
-            return Graph(compiled, draft.shape)
+            return Graph(compiled, draft.shape, self._compiling)
         shape = draft.shape
         self._graphs[name] = {"widths": shape.widths, "groups": shape.groups, "bytes": exported.nbytes}
         # Otherwise a head would be in memory three times.

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from runtime.bundles import let_go
+from runtime.engine.machine import sums_bytes
 from runtime.engine.openvino_fit import GROUP
 from runtime.foreign.openvino import ov
+
+# Up to so many rows oneDNN multiplies float32 by kernels with narrower blocks of outputs.
+_FEW_ROWS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +29,34 @@ class Compiling:
     weights: str
     threads: int
 
+    @property
+    def rounds_rows(self) -> bool:
+        """Whether products are of whole numbers, for which rows are rounded to 8 bits."""
+        return self.weights != "none" and sums_bytes()
+
+    @property
+    def row_counts(self) -> range:
+        """How many rows a graph may be called with, so that a row gets the same bits in each call.
+
+        Without instructions for bytes products are of float32. Up to 64 rows are one block, which goes over all columns in order
+        (jit_brgemm_inner_product_utils.cpp of oneDNN); more are cut, and the columns with them. For one row of weights that have
+        to be widened there is another kernel, which keeps several sums.
+        """
+        if sums_bytes():
+            return range(1, 129)
+        return range(1 if self.weights == "none" else 2, 65)
+
+    @property
+    def layouts(self) -> tuple[int, ...]:
+        """Counts of rows for each of which kernels may pack weights in another layout, where all others find theirs."""
+        fewest = self.row_counts.start
+        return (fewest,) if sums_bytes() else (fewest, _FEW_ROWS + 1)
+
     def properties(self, group: int) -> dict[str, Any]:
         """For OpenVINO, of a graph whose weights have a scale for each `group` of them, or larger groups."""
         return {
             "INFERENCE_PRECISION_HINT": "bf16" if self.dtype == torch.bfloat16 and self.weights == "none" else "f32",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group if self.weights != "none" else 0),
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group if self.rounds_rows else 0),
             "INFERENCE_NUM_THREADS": self.threads,
             "NUM_STREAMS": 1,
             # Threads that are tied to a core stand in the way of torch's own.
@@ -70,8 +97,11 @@ class Graph:
     `forms` are those of its weights that come from a GGUF file.
     """
 
-    def __init__(self, compiled: ov.CompiledModel, shape: Shape, mapped: mmap.mmap | None = None) -> None:
+    def __init__(
+        self, compiled: ov.CompiledModel, shape: Shape, compiling: Compiling, mapped: mmap.mmap | None = None
+    ) -> None:
         """`mapped` is what its constants lie in."""
+        self._least_rows = compiling.row_counts.start
         self.widths, self.forms = shape.widths, tuple(shape.groups)
         self._mapped = mapped
         self._compiled = compiled
@@ -82,11 +112,14 @@ class Graph:
     def imported(cls, mapped: mmap.mmap, shape: Shape, compiling: Compiling) -> Graph:
         """The graph that was exported to `mapped`, of which what its kernels pack stays in memory alone.
 
-        They pack weights at their first product, and read them no more. Raises RuntimeError where it is no such graph.
+        They pack weights at their first product in each layout, and read them no more.
+
+        Raises RuntimeError where it is no such graph.
         """
         exported = ov.Tensor(np.frombuffer(mapped, np.uint8), shared_memory=True)
-        graph = cls(_core().import_model(exported, "CPU", compiling.properties(shape.group)), shape, mapped)
-        graph.of_rows(torch.zeros(1, sum(shape.widths)))
+        graph = cls(_core().import_model(exported, "CPU", compiling.properties(shape.group)), shape, compiling, mapped)
+        for count in compiling.layouts:
+            graph.of_rows(torch.zeros(count, sum(shape.widths)))
         let_go(mapped)
         return graph
 
@@ -95,10 +128,14 @@ class Graph:
         return self._mapped is not None
 
     def __call__(self, *rows: Tensor) -> list[Tensor]:
-        return [as_rows(one) for one in self.run(*map(as_given, rows))]
+        returned = self.run(*(as_given(lengthened(one, self._least_rows)) for one in rows))
+        return [as_rows(one)[: len(rows[0])] for one in returned]
 
     def run(self, *given: ov.Tensor) -> list[ov.Tensor]:
-        """As calling it, for what is given to several graphs, or goes from one to the next."""
+        """As calling it, for what is given to several graphs, or goes from one to the next.
+
+        It has to be as many rows as `Compiling.row_counts` allows.
+        """
         for place, tensor in enumerate(given):
             self._request.set_input_tensor(place, tensor)
         self._request.infer()
@@ -112,6 +149,12 @@ class Graph:
         """All that it returns for `rows` that hold all that it takes, one beside the other."""
         taken = [part.contiguous() for part in rows.split(self.widths, dim=1)]
         return torch.cat([one.flatten(1) for one in self(*taken)], dim=1)
+
+
+def lengthened(rows: Tensor, least: int) -> Tensor:
+    """Rows, of which there are as many as `least` or more: the last one again where some are missing."""
+    missing = least - len(rows)
+    return rows if missing <= 0 else torch.cat([rows, *[rows[-1:]] * missing])
 
 
 def as_given(rows: Tensor) -> ov.Tensor:

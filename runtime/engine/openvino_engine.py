@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from runtime.dtypes import dtype_named, name_of
 from runtime.engine import EngineFacts
 from runtime.engine.configuration import (
+    IN_CACHE,
     KEPT,
     Form,
     check_covered,
@@ -34,8 +35,8 @@ from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import find_or_probe
 from runtime.engine.machine import Level, hardware_level, kernel_class, level
 from runtime.engine.openvino_bundle import bundled_bytes, find_parts
-from runtime.engine.openvino_compiling import Compiling, as_given, as_rows
-from runtime.engine.openvino_fit import GROUP, can_build
+from runtime.engine.openvino_compiling import Compiling, as_given, as_rows, lengthened
+from runtime.engine.openvino_fit import GROUP, can_build, is_small_model
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
 from runtime.engine.row_attention import CLAIM, RowAttention, prepare_kernels, row_attention_is_exact
 from runtime.engine.torch_slab import torch_pool
@@ -49,8 +50,6 @@ from runtime.slab_spec import SlabSpec
 
 _log = logging.getLogger("perennial.engine")
 
-# More rows would not read a prompt faster, and a probe must try each count.
-_ROW_TILE = 128
 # The types of slabs that attention can read, whatever type the graphs compute in.
 _HELD = ("float32", "bfloat16", "int8")
 # The head has few rows, one for each session, and its probe takes longest.
@@ -86,10 +85,12 @@ class OpenVinoEngine:
                 f"backend=openvino cannot run the model in {directory}, whose layers have other parts, sizes that are not "
                 "multiples of 32 or head dimensions that are not multiples of 16: set backend to torch"
             )
-        forms = _forms(settings, is_file=directory.is_file())
+        forms = _forms(settings, config, directory)
 
         def spec_of(form: Form) -> SlabSpec:
-            return slab_spec(config, settings, form.dtype, row_tile=_ROW_TILE, others=_held_types())
+            return slab_spec(
+                config, settings, form.dtype, row_tile=_compiling(form).row_counts[-1], others=_held_types()
+            )
 
         needed = _needed_bytes(config, directory, forms)
         check_memory(needed, psutil.virtual_memory().available, settings, spec_of(forms[0]), beside)
@@ -124,13 +125,14 @@ class OpenVinoEngine:
         )
 
     def _claims(self) -> list[Claim]:
-        is_whole = self._form.weights != "none"
-        dtype = name_of(self._form.dtype)
-        linears = Claim(
-            "linears",
-            "OpenVINO, rows in 8 bits, groups of 32 added in order" if is_whole else f"OpenVINO, in {dtype}",
-            Ground.WHOLE_NUMBERS if is_whole else Ground.ROW_BY_ROW,
-        )
+        compiling = _compiling(self._form)
+        if compiling.rounds_rows:
+            form, ground = "OpenVINO, rows in 8 bits, groups of 32 added in order", Ground.WHOLE_NUMBERS
+        else:
+            dtype = name_of(self._form.dtype if self._form.weights == "none" else torch.float32)
+            counts = compiling.row_counts
+            form, ground = f"OpenVINO, in {dtype}, {counts[0]} to {counts[-1]} rows", Ground.ROW_BY_ROW
+        linears = Claim("linears", form, ground)
         rest = (
             Claim(part, "OpenVINO's vectors, a row at a time", Ground.ROW_BY_ROW)
             for part in ("norms", "activations, rotation")
@@ -196,8 +198,9 @@ class _Model:
     def hidden(self, batch: RowBatch, layers: int) -> Tensor:
         """The head's input for the rows with `draw`, after the first `layers` layers."""
         rows = batch.rows
-        embedded = self._embedding.rows([row.token_id for row in rows])
-        angles = self._rotary(embedded, torch.tensor([row.position for row in rows]))
+        embedded = lengthened(self._embedding.rows([row.token_id for row in rows]), self._compiling.row_counts.start)
+        positions = lengthened(torch.tensor([row.position for row in rows]), self._compiling.row_counts.start)
+        angles = self._rotary(embedded, positions)
         plan = self._attend.plan(batch)
         graphs = self._graphs
         hidden, turn = as_given(embedded), [as_given(one) for one in angles]
@@ -256,8 +259,8 @@ def _held_types() -> tuple[str, ...]:
     return (*_HELD, "float16") if reads_halves else _HELD
 
 
-def _forms(settings: Settings, *, is_file: bool) -> list[Form]:
-    """The forms that the settings allow, in the order in which to try them. Raises InvalidSetting.
+def _forms(settings: Settings, config: PreTrainedConfig, directory: Path) -> list[Form]:
+    """The forms that the settings allow, in the order in which to try them. Raises InvalidSetting or ModelUnavailable.
 
     Weights of a GGUF file are rounded again only if a setting asks for it.
     """
@@ -270,8 +273,10 @@ def _forms(settings: Settings, *, is_file: bool) -> list[Form]:
         dtype = torch.float32 if is_emulated else torch.bfloat16
     if settings.weights != "auto":
         return [Form(dtype, settings.weights)]
-    if is_file:
+    if directory.is_file():
         return [Form(dtype, KEPT, "as the file has them")]
+    if settings.dtype == "auto" and not multiplies_halves and is_small_model(config, directory):
+        return [Form(torch.float32, "none", IN_CACHE)]
     whole = Form(dtype, "int8", "" if multiplies_halves else "this CPU cannot multiply 16-bit numbers")
     if multiplies_halves and dtype == torch.bfloat16:
         return [Form(dtype, "none", "this CPU reads 16 bits a weight at its memory's speed"), whole]

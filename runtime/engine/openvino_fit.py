@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from runtime.engine.architectures import missing_parts
 from runtime.engine.configuration import attention_shape, count_weights, is_small, read_config
-from runtime.engine.machine import Level, level
+from runtime.engine.machine import Level, hardware_level, level
 from runtime.errors import ModelUnavailable
 from runtime.gguf_file import GgufFile
 from runtime.model_files import count_stored
@@ -27,8 +27,7 @@ _HEAD_STEP = 16
 def is_best_by(settings: Settings, directory: Path) -> bool:
     """Whether the settings allow this engine, and it is the fastest for the model on this machine.
 
-    That was measured on CPUs with AVX-512. One that cannot multiply 16-bit numbers would round the weights of a model that fits
-    into its cache, which torch multiplies as they are.
+    On a CPU with AVX2 alone its graphs hold weights that are not quantised in 32 bits, and torch's linears in 16.
     """
     config = read_config(directory)
     is_on_cpu = settings.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
@@ -36,22 +35,27 @@ def is_best_by(settings: Settings, directory: Path) -> bool:
         settings.device in ("auto", "cpu")
         and is_on_cpu
         and settings.dtype == "auto"
-        and level() >= Level.AVX512
+        and fits_cpu()
         and can_build(config)
-        and (level() >= Level.AVX512_BF16 or not is_small(_count(config, directory)))
+        and (level() >= Level.AVX512 or settings.weights != "none" or is_small_model(config, directory))
     )
 
 
-def _count(config: PreTrainedConfig, directory: Path) -> int:
-    """How many weights the model's files have, those that are there twice counted twice; its code need not be imported for it.
+def fits_cpu() -> bool:
+    """Whether its kernels were tried on CPUs like this one. What limits torch's libraries does not limit them in the same way."""
+    return level() >= Level.AVX512 or level() == hardware_level() == Level.AVX2
 
-    What is wrong with the files is for an engine to say. Raises ModelUnavailable.
+
+def is_small_model(config: PreTrainedConfig, directory: Path) -> bool:
+    """Whether the model's weights fit into a CPU's cache, those that its files have twice counted twice.
+
+    Its code need not be imported for it. What is wrong with the files is for an engine to say. Raises ModelUnavailable.
     """
     with suppress(ModelUnavailable, OSError, SafetensorError):
         if directory.is_file():
-            return sum(math.prod(stored.shape) for stored in GgufFile.read(directory).weights().values())
-        return count_stored(directory)
-    return count_weights(config, directory)
+            return is_small(sum(math.prod(stored.shape) for stored in GgufFile.read(directory).weights().values()))
+        return is_small(count_stored(directory))
+    return is_small(count_weights(config, directory))
 
 
 def can_build(config: PreTrainedConfig) -> bool:

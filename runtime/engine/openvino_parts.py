@@ -79,7 +79,7 @@ class InMemory:
         self._compiling = compiling
 
     def graph(self, name: str, draft: Draft) -> Graph:
-        return Graph(draft.compiled(self._compiling), draft.shape)
+        return Graph(draft.compiled(self._compiling), draft.shape, self._compiling)
 
     def embedding(self, weight: Tensor) -> Tensor:
         return weight.detach().clone()

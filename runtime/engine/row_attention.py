@@ -128,6 +128,7 @@ class RowAttention:
         self.write(layer, key, value, plan)
         spec = self._spec
         attended = torch.empty(len(query), query.shape[1] * query.shape[2])
+        attended[len(plan.positions) :] = 0
         at_sinks = rotate(query, *plan.sink_turn) if plan.sink_turn else query
         given = (attended.view(query.shape).numpy(), query.numpy(), at_sinks.numpy())
         for part in plan.stores:

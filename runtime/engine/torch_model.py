@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import load_weights
 from runtime.dtypes import dtype_named
-from runtime.engine.configuration import Form, is_small
+from runtime.engine.configuration import IN_CACHE, Form, is_small
 from runtime.engine.exact import Claim
 from runtime.engine.findings import find_or_probe
 from runtime.engine.linears import RowLinear, replace_linears
@@ -101,7 +101,7 @@ def forms_of(settings: Settings, device: torch.device, weights: int, kinds: Mapp
     if kinds:
         choices = {"none": _dequantised_reason(kinds)}
     elif is_small(weights):
-        choices = {"none": "so small a model stays in the CPU's cache", "int8": ""}
+        choices = {"none": IN_CACHE, "int8": ""}
     elif here >= Level.AVX512_BF16:
         choices = {"none": "this CPU reads 16 bits a weight at its memory's speed", "int8": ""}
     else:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.engine.machine import Level, level
+from runtime.engine.openvino_fit import fits_cpu
 from runtime.errors import ModelUnavailable
 from runtime.gguf_model import dense_model
 from runtime.models import find_model
@@ -108,7 +108,7 @@ def check_near(logits: Tensor, exact: Tensor) -> None:
     assert (logits.argmax(dim=1) == exact.argmax(dim=1)).float().mean() > 0.9
 
 
-@pytest.mark.skipif(level() < Level.AVX512, reason="OpenVINO is not taken below AVX-512")
+@pytest.mark.skipif(not fits_cpu(), reason="OpenVINO's kernels were not tried on such a CPU")
 def test_in_the_files_own_bits_it_is_as_near_to_exact_as_llama_cpp(
     smollm2: Path, tokens: list[int], exact: Tensor
 ) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, Qwen3Config
 
 from runtime.engine.machine import Level, level
+from runtime.engine.openvino_fit import fits_cpu
 from runtime.events import Sampling
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
@@ -120,18 +121,18 @@ _CASES = (
         ("openvino", model, *kind)
         for model in ("seedling", "heads of 0.6B", "widths of SmolLM2")
         for kind in (*KINDS, ("bfloat16", "int8"), ("bfloat16", "int4"))
-        if level() >= (Level.AVX512_BF16 if kind == ("bfloat16", "none") else Level.AVX512)
+        if (IS_BFLOAT16_NATIVE if kind == ("bfloat16", "none") else fits_cpu())
     ),
     *(("mlx", "small", *kind) for kind in KINDS),
     ("mlx", "seedling", "float32", "none"),
     ("step", "seedling", "float32", "none"),
     ("step", "widths of SmolLM2", "float32", "int8"),
     *((("step", "heads of 0.6B", "bfloat16", "none"),) if IS_BFLOAT16_NATIVE else ()),
-    *(("openvino", GGUF, dtype, "auto") for dtype in ("float32", "bfloat16") if level() >= Level.AVX512),
+    *(("openvino", GGUF, dtype, "auto") for dtype in ("float32", "bfloat16") if fits_cpu()),
 )
 CASES = (
     *((*case, "auto") for case in _CASES),
-    *(("openvino", "widths of SmolLM2", *kind) for kind in KV_KINDS if level() >= Level.AVX512),
+    *(("openvino", "widths of SmolLM2", *kind) for kind in KV_KINDS if fits_cpu()),
 )
 
 

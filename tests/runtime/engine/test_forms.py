@@ -15,6 +15,7 @@ import torch
 
 from runtime.engine import load_engine
 from runtime.engine.machine import Level, features, level
+from runtime.engine.openvino_fit import fits_cpu
 from runtime.errors import InvalidSetting
 from runtime.rows import Row, RowBatch
 from runtime.settings import Settings
@@ -90,9 +91,9 @@ def test_where_no_form_is_exact_each_row_runs_alone_and_the_start_goes_on(file: 
 @pytest.mark.parametrize(
     ("here", "asked_for", "backend", "dtype", "weights"),
     [
-        (Level.AVX2, "auto", "torch", "float32", "int8"),
+        (Level.AVX2, "auto", *(("openvino", "bfloat16") if fits_cpu() else ("torch", "float32")), "int8"),
         (Level.AVX2, "torch", "torch", "float32", "int8"),
-        (Level.AVX512, "auto", "openvino", "float32", "int8"),
+        (Level.AVX512, "auto", "openvino", "bfloat16", "int8"),
         (Level.AVX512, "torch", "torch", "float32", "int8"),
         (Level.AVX512_BF16, "auto", "openvino", "bfloat16", "none"),
         (Level.AVX512_BF16, "torch", "torch", "float32", "none"),

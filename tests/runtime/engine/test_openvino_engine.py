@@ -15,20 +15,19 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from runtime.engine import load_engine
-from runtime.engine.machine import Level, level
+from runtime.engine.openvino_fit import fits_cpu
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.settings import Settings
 from tests.conftest import SMALL, save_random_model
 
-pytestmark = pytest.mark.skipif(level() < Level.AVX512, reason="OpenVINO is not taken below AVX-512")
+pytestmark = pytest.mark.skipif(not fits_cpu(), reason="OpenVINO's kernels were not tried on such a CPU")
 
 
 def test_models_run_on_openvino_and_keep_their_bits_where_they_are_small(large_model: Path, seedling: Path) -> None:
     large, small = (load_engine(Settings(device="cpu", window=64), one).facts for one in (large_model, seedling))
 
     assert (large.backend, large.is_bit_exact) == ("openvino", True)
-    backend = "openvino" if level() >= Level.AVX512_BF16 else "torch"
-    assert (small.backend, small.weights, small.is_bit_exact) == (backend, "none", True)
+    assert (small.backend, small.weights, small.is_bit_exact) == ("openvino", "none", True)
 
 
 def test_a_type_that_was_asked_for_is_torchs(large_model: Path) -> None:
