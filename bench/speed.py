@@ -19,6 +19,7 @@ from bench.peers.speeds import GENERATED_TOKENS, PREFILL, PREFILL_TOKENS, decodi
 from bench.scenario import Result, Setup
 from runtime.dtypes import dtype_named
 from runtime.engine import EngineFacts
+from runtime.engine.machine import Level, level
 from runtime.errors import InvalidSetting
 from runtime.events import Token
 from runtime.models import find_model
@@ -109,7 +110,8 @@ async def run(setup: Setup) -> Result:
     everyone: dict[str, dict[str, Figure]] = {}
     widest = max(max(mode.streams) for mode in MODES.values())
     settings = replace(setup.settings, capacity=widest, max_concurrent=1, window=WINDOW)
-    dtype = ""
+    # What is computed in torch: without instructions for 16-bit numbers these are a type to hold keys and values in.
+    dtype = "" if level() >= Level.AVX512_BF16 else "float32"
     for name, mode in MODES.items():
         try:
             facts, everyone[name] = await ours(replace(settings, **mode.changes), mode.streams)

@@ -40,7 +40,8 @@ _STEP = (
     "Of a step of one stream on OpenVINO in 8 bits, 24.5 ms, the graphs take 18.4, attention 4.1, and what lies between them 2 "
     "(ADR 11). A graph whose weights lie in the cache takes 0.23 ms, one in turn with the others 0.55, and to read its weights "
     "takes 0.32: OpenVINO's kernels for one row compute and read one after the other. It would take kernels that do both at "
-    "once. On CPUs with AVX2 alone torch's linears run the layers: OpenVINO was not measured there."
+    "once. On CPUs with AVX2 alone OpenVINO widens weights to float32 and multiplies in it, where llama.cpp multiplies bytes: "
+    "ONNX Runtime's MatMulNBits does so too, in half of the time for few rows (ADR 11)."
 )
 _EIGHT_BITS = (
     "Weights in 8 bits alone give 20.02, and rows rounded to 8 bits beside them 20.11; llama.cpp's Q8_0 is as far above its "

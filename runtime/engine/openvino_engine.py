@@ -198,9 +198,9 @@ class _Model:
     def hidden(self, batch: RowBatch, layers: int) -> Tensor:
         """The head's input for the rows with `draw`, after the first `layers` layers."""
         rows = batch.rows
-        embedded = lengthened(self._embedding.rows([row.token_id for row in rows]), self._compiling.row_counts.start)
-        positions = lengthened(torch.tensor([row.position for row in rows]), self._compiling.row_counts.start)
-        angles = self._rotary(embedded, positions)
+        fewest = self._compiling.row_counts.start
+        embedded = lengthened(self._embedding.rows([row.token_id for row in rows]), fewest)
+        angles = self._rotary(embedded, lengthened(torch.tensor([row.position for row in rows]), fewest))
         plan = self._attend.plan(batch)
         graphs = self._graphs
         hidden, turn = as_given(embedded), [as_given(one) for one in angles]

@@ -123,7 +123,7 @@ class RowAttention:
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, plan: RowPlan) -> Tensor:
         """Writes `key`, `value` [N, G, D] into the slabs of `plan`, then attends `query` [N, G*Q, D] over them, all float32.
 
-        Returns [N, G*Q * D].
+        Returns [N, G*Q * D]; rows beyond those of the plan are zeros.
         """
         self.write(layer, key, value, plan)
         spec = self._spec
