@@ -241,8 +241,8 @@ def said(*contents: str, **more: object) -> bytes:
     return json.dumps(HELLO | {"messages": messages, "max_tokens": 1} | more).encode()
 
 
-# Steps of the loop take a millisecond; these bodies kept it busy for seconds. A slow core takes a quarter of one for a step.
-_LONG_STEP_S = 0.5
+# Steps of the loop take a millisecond; these bodies kept it busy for seconds.
+_LONG_STEP_S = 0.2
 
 
 @pytest.mark.parametrize("contents", [["a" * (8 * 2**20 - 200)], [""] * 220_000], ids=["a long one", "many empty ones"])
