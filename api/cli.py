@@ -63,19 +63,21 @@ def _bench(arguments: Sequence[str]) -> int:
 # Each command imports what it needs when it runs, so that `doctor` can report a foreign package in the place of ours, which
 # other commands fail to import.
 def _serve(settings: Settings, asked: argparse.Namespace) -> int:
+    # A thread waits for these: Python's handlers nest when signals come faster than they run. They stay blocked, so that one
+    # that comes after the drain does not change the exit status. Threads that libraries start at their import are to inherit
+    # this, and the shell may have them ignored.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_DFL)
+
     from api.doors import serve
     from api.traces import configure_tracing
 
-    async def serve_until_signalled() -> None:
-        for number in _STOPS:
-            # Set after the receiver: a signal that comes after the drain must not change the exit status.
-            signal.signal(number, signal.SIG_IGN)
-        with trio.open_signal_receiver(*_STOPS) as signals:
-            next_signal = partial(anext, signals)
-            await serve(settings, http_bind=asked.bind or None, shutdown_trigger=next_signal, hurry_trigger=next_signal)
-
+    next_stop = partial(trio.to_thread.run_sync, signal.sigwait, _STOPS, abandon_on_cancel=True)
     configure_tracing()
-    trio.run(serve_until_signalled)
+    trio.run(
+        partial(serve, settings, http_bind=asked.bind or None, shutdown_trigger=next_stop, hurry_trigger=next_stop)
+    )
     return 0
 
 
