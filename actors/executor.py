@@ -208,6 +208,8 @@ class ModelExecutor:
         if self._running and self._error is None:
             with trio.CancelScope(shield=True):
                 await self._is_quiet.wait()
+        # Whoever still knows this executor must not keep a model in memory: gauges of metrics, or a closed runtime.
+        del self._engine
         # Told in the same step in which `run` raises, so that no session reports the failure before the tree begins to end.
         for asker, _ in self._running:
             asker.tell(outcome.Error(ActorFailed()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 
 import trio
@@ -104,9 +104,9 @@ async def _open_draft(
             f"proposer_model knows {engine.facts.vocabulary} tokens and the model {facts.vocabulary}: "
             "give a model with the same tokenizer"
         )
-    pool = engine.new_pool(settings.capacity + settings.max_concurrent)
     executor = ModelExecutor(engine, thread, Metrics())
-    async with open_nursery() as nursery:
-        nursery.start_soon(executor.run)
-        yield lambda: DraftProposer(pool, executor)
-        nursery.cancel_scope.cancel()
+    with closing(engine.new_pool(settings.capacity + settings.max_concurrent)) as pool:
+        async with open_nursery() as nursery:
+            nursery.start_soon(executor.run)
+            yield lambda: DraftProposer(pool, executor)
+            nursery.cancel_scope.cancel()

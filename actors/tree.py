@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import AsyncIterator, Iterable
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing
 
 import trio
 
@@ -248,27 +248,31 @@ async def open_sessions(
     Raises EngineFailed if the engine fails. What the block raises comes out as it is, and not in an exception group.
     """
     executor = ModelExecutor(engine, thread, metrics)
-    async with open_nursery() as executor_nursery:
-        executor_nursery.start_soon(executor.run)
-        async with open_nursery() as session_nursery:
-            registry = SessionRegistry(
-                session_nursery,
-                executor,
-                metrics,
-                vocabulary=engine.facts.vocabulary,
-                idle_ttl_s=settings.idle_ttl_s,
-                long_lived=engine.new_pool(settings.capacity),
-                completions=engine.new_pool(settings.max_concurrent),
-                store=store,
-                new_proposals=new_proposals,
-            )
-            session_nursery.start_soon(registry.expire)
-            runtime = Runtime(settings, engine.facts, text, registry, Admission(settings, metrics), metrics, store)
-            if store is not None:
-                _delete_lost(store, runtime.conversations)
-            yield runtime
-            session_nursery.cancel_scope.cancel()
-        executor_nursery.cancel_scope.cancel()
+    with (
+        closing(engine.new_pool(settings.capacity)) as long_lived,
+        closing(engine.new_pool(settings.max_concurrent)) as completions,
+    ):
+        async with open_nursery() as executor_nursery:
+            executor_nursery.start_soon(executor.run)
+            async with open_nursery() as session_nursery:
+                registry = SessionRegistry(
+                    session_nursery,
+                    executor,
+                    metrics,
+                    vocabulary=engine.facts.vocabulary,
+                    idle_ttl_s=settings.idle_ttl_s,
+                    long_lived=long_lived,
+                    completions=completions,
+                    store=store,
+                    new_proposals=new_proposals,
+                )
+                session_nursery.start_soon(registry.expire)
+                runtime = Runtime(settings, engine.facts, text, registry, Admission(settings, metrics), metrics, store)
+                if store is not None:
+                    _delete_lost(store, runtime.conversations)
+                yield runtime
+                session_nursery.cancel_scope.cancel()
+            executor_nursery.cancel_scope.cancel()
 
 
 def _delete_lost(store: SessionStore, conversations: Conversations) -> None:

@@ -231,6 +231,11 @@ class SlabPool:
             slab.clear()
         self._free[slab] = read or array("I")
 
+    def close(self) -> None:
+        """Lets go of the slabs that are free, and of their memory."""
+        self.total = self.in_use
+        self._free.clear()
+
     def _useful(self, slab: Slab, read: array[int], history: array[int] | None) -> int:
         """How many tokens from the history's start a slab has read and still holds whole."""
         length = common_length(read, history or array("I"))

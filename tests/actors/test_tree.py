@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from array import array
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -21,6 +22,7 @@ from actors.proposing import NewProposals, Proposals
 from actors.tree import open_sessions
 from runtime import Done, Event, Overflow, Sampling, Settings, StopReason, Token
 from runtime.engine import Engine
+from runtime.engine.torch_engine import TorchEngine
 from runtime.errors import (
     EngineFailed,
     InvariantViolation,
@@ -34,6 +36,7 @@ from runtime.metrics import Metrics
 from runtime.proposers.ngram import PromptLookup
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
+from runtime.slab import Slab
 from tests.actors.conftest import SEEDLING
 from tests.actors.engines import (
     BREAKS,
@@ -81,6 +84,25 @@ async def test_a_model_that_is_not_there_stops_the_start_with_one_error() -> Non
     with pytest.raises(ModelUnavailable):
         async with open_runtime(Settings(model="./no such directory")):
             pass
+
+
+def models_and_slabs() -> set[int]:
+    gc.collect()
+    return {id(one) for one in gc.get_objects() if issubclass(type(one), TorchEngine | Slab)}
+
+
+@pytest.mark.parametrize(
+    "proposer", [{}, {"proposer": "draft", "proposer_model": "seedling"}], ids=["alone", "beside a draft"]
+)
+async def test_a_runtime_frees_its_memory_at_its_end_whatever_still_refers_to_it(proposer: dict[str, Any]) -> None:
+    metrics, before = Metrics(), models_and_slabs()
+    async with open_runtime(Settings(model="seedling", backend="torch", **proposer), metrics) as runtime:
+        session = await runtime.create_session()
+        await session.append([5, 6, 7])
+        assert models_and_slabs() > before
+
+    assert models_and_slabs() <= before
+    del runtime, session, metrics
 
 
 async def stop(runtime: Runtime) -> None:
