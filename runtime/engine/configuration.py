@@ -30,6 +30,8 @@ from runtime.slab_spec import BUCKET_SLOTS, SlabSpec
 
 # The name of the form of weights that stay as a GGUF file has them.
 KEPT = "kept"
+# Why a model below a size is neither rounded nor computed in fewer bits.
+IN_CACHE = "so small a model stays in the CPU's cache"
 # Rows of a forward; with more of them prompts are read faster.
 ROW_TILE = 256
 # Smaller, because recurrent layers keep a state for each chunk of a tile.
@@ -98,9 +100,6 @@ def count_weights(config: PreTrainedConfig, directory: Path) -> int:
             return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
     except FILE_ERRORS as error:
         raise ModelUnavailable(f"the configuration in {directory} makes no model: {one_line(error)}") from error
-
-
-IN_CACHE = "so small a model stays in the CPU's cache"
 
 
 def is_small(weights: int) -> bool:

@@ -167,6 +167,7 @@ class _Model:
         self._form, self._spec, self._parts = form, spec, parts
         self._graphs, self._embedding, self._rotary = parts.graphs, parts.embedding, parts.rotary
         self._attend = RowAttention(spec, config.num_attention_heads, self._rotary)
+        self._least_rows = self._compiling.row_counts.start
         self.tensors, self.weights_bytes = parts.tensors, parts.weights_bytes
         self._no_logits = torch.empty(0, config.vocab_size)
 
@@ -198,9 +199,8 @@ class _Model:
     def hidden(self, batch: RowBatch, layers: int) -> Tensor:
         """The head's input for the rows with `draw`, after the first `layers` layers."""
         rows = batch.rows
-        fewest = self._compiling.row_counts.start
-        embedded = lengthened(self._embedding.rows([row.token_id for row in rows]), fewest)
-        angles = self._rotary(embedded, lengthened(torch.tensor([row.position for row in rows]), fewest))
+        embedded = lengthened(self._embedding.rows([row.token_id for row in rows]), self._least_rows)
+        angles = self._rotary(embedded, lengthened(torch.tensor([row.position for row in rows]), self._least_rows))
         plan = self._attend.plan(batch)
         graphs = self._graphs
         hidden, turn = as_given(embedded), [as_given(one) for one in angles]

@@ -3,8 +3,9 @@
 Between the attention of one layer and that of the next lies one graph: the output projection, the MLP, and the projections,
 norms and rotation of the next layer's queries and keys. All take rows, and any number of them.
 
-Weights of 8 and 4 bits have a scale for each group of 32 in a row. OpenVINO rounds the rows to 8 bits in the same groups,
-sums whole numbers inside a group, and adds the groups in order, which is what Q8_0 and Q4_0 of GGUF mean.
+Weights of 8 and 4 bits have a scale for each group of 32 in a row. Where the CPU sums products of bytes, OpenVINO rounds the
+rows to 8 bits in the same groups, sums whole numbers inside a group, and adds the groups in order, which is what Q8_0 and Q4_0
+of GGUF mean. Elsewhere it multiplies in float32.
 """
 
 from __future__ import annotations
