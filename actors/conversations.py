@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,7 +12,7 @@ from typing import Protocol
 import trio
 
 from actors.handles import SessionHandle
-from runtime.errors import CapacityExhausted, SessionFailed, SessionNotFound
+from runtime.errors import CapacityExhausted, RequestError, SessionFailed, SessionMoved, SessionNotFound
 from runtime.points import Point, PointTree, common_history
 from runtime.slab_spec import SlabSpec
 
@@ -105,12 +105,10 @@ class Conversations:
         self._spec = spec
         self._eos_token_ids = eos_token_ids
         self._are_kept = are_kept
-        # In order of use, the most recently used last.
-        self._standing = {
-            name.removeprefix(_SESSION): point
-            for name in self.points.names()
-            if name.startswith(_SESSION) and (point := self.points.named(name)) is not None
-        }
+        # The ids of sessions that are not lent, in order of use, the most recently used last; where they stand the tree knows.
+        self._standing = dict.fromkeys(
+            name.removeprefix(_SESSION) for name in self.points.names() if name.startswith(_SESSION)
+        )
         self._reading: dict[trio.Event, Point] = {}
         self._reports: deque[tuple[int, TurnReport]] = deque(maxlen=_MOST_SUMMARIES)
 
@@ -120,14 +118,14 @@ class Conversations:
 
         Raises CapacityExhausted if no slab is free.
         """
-        await self._wait_until_read(point)
+        await self._wait_until_read(point, cue)
         async with self._lend(point, cue) as stand:
             yield stand
 
     def held(self, point: Point) -> int:
         """How many of the conversation's first tokens the best session that is not lent has read."""
         found = self._best(point, array("I"))
-        return found[1] if found else 0
+        return found[2] if found else 0
 
     async def read_ahead(self, point: Point) -> None:
         """Makes a session read a conversation up to `point`. Turns that continue from there wait until it has."""
@@ -150,28 +148,30 @@ class Conversations:
             with trio.CancelScope(shield=True):
                 await self._give_back(stand)
 
-    async def _wait_until_read(self, point: Point) -> None:
-        nodes = {each.node for each in point.path()}
-        while waits := [is_read for is_read, part in self._reading.items() if part.node in nodes]:
+    async def _wait_until_read(self, point: Point, cue: array[int]) -> None:
+        """Waits while a beginning of this history is being read."""
+        while waits := [
+            is_read for is_read, part in self._reading.items() if common_history(part, point, cue) == part.length
+        ]:
             await waits[0].wait()
 
     async def _take(self, point: Point, cue: array[int]) -> Stand:
         history = point.history + cue
         while (found := self._best(point, cue)) is not None:
-            session_id, length = found
-            given_up = self._standing[session_id].length - length
+            session_id, stood, length = found
+            given_up = stood.length - length
             try:
                 if given_up > min(length, _WORTH_A_SLAB):
                     with suppress(CapacityExhausted):
                         if length < _WORTH_A_COPY:
                             return await self._new_stand()
                         return await self._stand_of(await self._sessions.fork_session(session_id), history)
-                stood = self._standing.pop(session_id)
+                del self._standing[session_id]
                 try:
-                    return await self._stand_of(self._sessions.find_session(session_id), history)
+                    return await self._stand_of(self._sessions.find_session(session_id), history, stood)
                 except CapacityExhausted:
                     # The session is still asleep and unchanged.
-                    self._standing[session_id] = stood
+                    self._standing[session_id] = None
                     raise
             except (SessionNotFound, SessionFailed):
                 self._standing.pop(session_id, None)
@@ -185,7 +185,7 @@ class Conversations:
     def summaries(self) -> list[PointSummary]:
         """The most recently used points, parents before their children."""
         nodes = self.points.latest(_MOST_SUMMARIES)
-        reports, standing = dict(self._reports), Counter(point.node.id for point in self._standing.values())
+        reports, standing = dict(self._reports), Counter(point.node.id for _, point in self._stands())
         return [
             PointSummary(
                 id=node.id,
@@ -208,37 +208,67 @@ class Conversations:
         session = await self._sessions.create_session(self._eos_token_ids, label=LABEL, is_kept=self._are_kept)
         return Stand(session, 0, 0)
 
-    async def _stand_of(self, session: SessionHandle, history: array[int]) -> Stand:
+    async def _stand_of(self, session: SessionHandle, history: array[int], stood: Point | None = None) -> Stand:
+        """Lends a session, which `stood` at a point, to a turn whose prompt is `history`."""
         try:
             rewound = await session.rewind(history)
         except CapacityExhausted:
             raise
         except BaseException:
             with trio.CancelScope(shield=True):
-                await self._give_back(Stand(session, 0, 0))
+                await self._give_back(Stand(session, 0, 0, stood))
             raise
         return Stand(session, rewound.length, rewound.read)
 
-    def _best(self, point: Point, cue: array[int]) -> tuple[str, int] | None:
-        """The session that shares the longest beginning with this history, and that length; None if no session shares any."""
-        best: tuple[str, int] | None = None
-        for session_id, held in self._standing.items():
+    def _stands(self) -> Iterator[tuple[str, Point]]:
+        """The sessions that are not lent and where each stands, the most recently used last."""
+        for session_id in self._standing:
+            if (point := self.points.named(_SESSION + session_id)) is not None:
+                yield session_id, point
+
+    def _best(self, point: Point, cue: array[int]) -> tuple[str, Point, int] | None:
+        """The session that shares the longest beginning with this history, where it stands, and that beginning's length.
+
+        None if no session shares any.
+        """
+        best: tuple[str, Point, int] | None = None
+        for session_id, held in self._stands():
             length = common_history(held, point, cue)
             if not self._spec.is_whole(held.length, length):
                 continue
-            if length and (best is None or length >= best[1]):
-                best = (session_id, length)
+            if length and (best is None or length >= best[2]):
+                best = (session_id, held, length)
         return best
 
     async def _give_back(self, stand: Stand) -> None:
+        """Remembers where the session stands from now on. One of which nobody would know, or no longer, is closed."""
         session, point = stand.session, stand.point
-        with suppress(SessionNotFound, SessionFailed):
+        try:
             length = (await session.info()).history_length
-            if point is None or length < point.length:
+            if point is None or length < point.length or not point.node.is_held:
                 self.points.forget(_SESSION + session.id)
                 await session.close()
                 return
             if length > point.length:
                 await session.rewind(point.history)
-            self._standing[session.id] = point
-            self.points.name(_SESSION + session.id, point)
+        except (SessionNotFound, SessionMoved, SessionFailed):
+            self.points.forget(_SESSION + session.id)
+            return
+        except RequestError:
+            # It fell asleep meanwhile, with its whole history, and cannot be woken now.
+            if point is None:
+                return
+        self._standing[session.id] = None
+        self.points.name(_SESSION + session.id, point)
+        self._forget_ended()
+
+    def _forget_ended(self) -> None:
+        """Forgets the sessions that were evicted and are not kept: those that were used least recently."""
+        for session_id in [*self._standing]:
+            try:
+                self._sessions.find_session(session_id)
+            except SessionNotFound:
+                del self._standing[session_id]
+                self.points.forget(_SESSION + session_id)
+            else:
+                break

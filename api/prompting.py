@@ -11,7 +11,7 @@ from actors import Runtime
 from api.question import Question
 from api.reader import Reader
 from api.reading import Write
-from runtime.items import Item
+from runtime.items import Item, length_of
 from runtime.points import Match, Point
 from runtime.reasoning import begins_in_reasoning
 from runtime.script import Head, Written
@@ -39,7 +39,7 @@ async def write_prompt(reader: Reader, runtime: Runtime, question: Question, sta
     """The prompt of a question that follows `start`, or begins a conversation. Raises MalformedRequest, DeadlineExceeded."""
     tree, eos = runtime.conversations.points, runtime.text.eos_token_ids
     match, unheld, because = _find_held(runtime, question, start)
-    point, new, written = match.point, unheld, None
+    point, new, written = _said_at(match.point), unheld, None
     if not question.is_open_turn:
         written = await _write_new(reader, question, point, new, eos)
         if written is None:
@@ -78,6 +78,13 @@ def _find_held(runtime: Runtime, question: Question, start: Point | None) -> tup
     return match, items[match.count :], because
 
 
+def _said_at(point: Point) -> Point:
+    """The last point at which something was said. A node without items was read ahead: what follows is not written after it."""
+    while not point.node.items and point.node.parent is not None:
+        point = point.node.parent
+    return point
+
+
 def _head_serves(held: Head, asked: Head) -> bool:
     """Whether a prompt held with one head serves a request with another. A request without tools may use one that has them."""
     is_as_asked = (held.options, held.instructions) == (asked.options, asked.instructions)
@@ -97,8 +104,4 @@ async def _write_new(
         is_after_eos=last in eos_token_ids,
         is_open_turn=question.is_open_turn,
     )
-    return await reader.read(task, sum(map(_size, new)))
-
-
-def _size(item: Item) -> int:
-    return len(getattr(item, "text", "") or getattr(item, "arguments", ""))
+    return await reader.read(task, sum(map(length_of, new)))

@@ -54,6 +54,11 @@ def is_assistants(item: Item) -> bool:
     return isinstance(item, Reasoning | Call) or (isinstance(item, Message) and item.role == "assistant")
 
 
+def length_of(item: Item) -> int:
+    """How many characters the item has in all its parts."""
+    return sum(len(getattr(item, part)) for part in item.__slots__)
+
+
 def keys_of(items: Sequence[Item]) -> tuple[bytes, ...]:
     """A digest of each item, equal for items that mean the same, whatever their ids and the spelling of their JSON."""
     return tuple(map(_key_of, items))

@@ -12,12 +12,11 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import chain, islice, takewhile
 from math import inf
 from typing import Protocol
 
-from runtime.items import Item, Message, Reasoning, are_same, is_assistants, keys_of
+from runtime.items import Item, Message, Reasoning, are_same, is_assistants, keys_of, length_of
 from runtime.script import Head
 
 # The size of a node besides its tokens and text, in bytes.
@@ -66,16 +65,15 @@ class Node:
     used: int = 0
     is_held: bool = True
     """Whether it is in the tree, and not forgotten while a turn had it."""
+    before: int = field(init=False)
+    """How many tokens of the conversation precede the node's own."""
+    first: Node = field(init=False)
+    """The first node of the conversation, below the root."""
 
-    @cached_property
-    def before(self) -> int:
-        """How many tokens of the conversation precede the node's own."""
-        return self.parent.length if self.parent else 0
-
-    @cached_property
-    def first(self) -> Node:
-        """The first node of the conversation, below the root."""
-        return self.parent.node.first if self.parent and self.parent.node.parent else self
+    def __post_init__(self) -> None:
+        # Computed here, where the node before is there: later it would take a call for each node of a long conversation.
+        self.before = self.parent.length if self.parent else 0
+        self.first = self.parent.node.first if self.parent and self.parent.node.parent else self
 
     @property
     def children(self) -> list[Node]:
@@ -92,8 +90,7 @@ class Node:
 
     @property
     def size_bytes(self) -> int:
-        text = sum(len(getattr(item, "text", "")) + len(getattr(item, "arguments", "")) for item in self.items)
-        return _NODE_BYTES + text + 4 * len(self.tokens) * (2 if self.spans else 1)
+        return _NODE_BYTES + sum(map(length_of, self.items)) + 4 * len(self.tokens) * (2 if self.spans else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +231,7 @@ class PointTree:
             if self._log:
                 self._log.rooted(point.node)
             self._roots[head.digest] = point.node
+            self._bytes += head.size_bytes
             self._kindred.setdefault(head.digest_without_tools, {})[point.node] = None
         return Point(self._roots[head.digest], 0)
 
@@ -419,6 +417,7 @@ class PointTree:
             self._forget(name)
         if above.head is not None and not above.has_children:
             del self._roots[above.head.digest]
+            self._bytes -= above.head.size_bytes
             kindred = self._kindred[above.head.digest_without_tools]
             del kindred[above]
             if not kindred:

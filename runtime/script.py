@@ -44,6 +44,11 @@ class Head:
         return _digest([self.tools, self.options, self.instructions])
 
     @cached_property
+    def size_bytes(self) -> int:
+        """About how much memory it takes, in bytes."""
+        return sum(map(len, self.tools)) + len(self.instructions) + sum(len(str(option)) for option in self.options)
+
+    @cached_property
     def digest_without_tools(self) -> bytes:
         return _digest([self.options, self.instructions])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,46 @@ async def test_a_session_that_was_evicted_is_missed_by_nobody(engine: LedgerEngi
         await runtime.create_session()
 
         assert await checked_turn(runtime, engine, point) == 0
+
+
+async def test_sessions_that_were_evicted_are_not_remembered(engine: LedgerEngine) -> None:
+    async with open_lab(engine, capacity=2) as runtime:
+        for first in range(6):
+            await turn(runtime, point_after(runtime, [first, *LONG]))
+
+        assert sum(one.sessions for one in runtime.conversations.summaries()) == 2
+        assert len([name for name in runtime.conversations.points.names() if name.startswith("session ")]) == 2
+
+
+async def test_who_leaves_while_a_session_wakes_leaves_it_as_it_was(engine: LedgerEngine, tmp_path: Path) -> None:
+    async with open_durable(tmp_path, lab=engine, capacity=1) as runtime:
+        point = point_after(runtime, LONG)
+        await turn(runtime, point)
+        await runtime.create_session()
+        with trio.CancelScope() as leaving:
+            leaving.cancel()
+            async with runtime.conversations.stand(point, CUE):
+                pass
+
+        assert leaving.cancelled_caught
+        async with runtime.conversations.stand(point, CUE) as stand:
+            assert stand.length == len(LONG)
+
+
+async def test_a_turn_is_answered_though_its_session_fell_asleep_and_no_slab_is_free(
+    engine: LedgerEngine, tmp_path: Path
+) -> None:
+    async with open_durable(tmp_path, lab=engine, capacity=1) as runtime:
+        point = point_after(runtime, LONG)
+        async with AsyncExitStack() as working, runtime.conversations.stand(point, CUE) as stand:
+            await stand.session.append([*point.history])
+            stand.leave(point)
+            other = await runtime.create_session()
+            await other.append([1])
+            await anext(await working.enter_async_context(other.generate(1000)))
+
+        async with runtime.conversations.stand(point, CUE) as stand:
+            assert stand.length == len(LONG)
 
 
 async def test_where_every_slab_is_at_work_there_is_none_for_a_conversation(engine: LedgerEngine) -> None:

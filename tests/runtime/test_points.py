@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.items import Call, Item, Message, Output, Reasoning
-from runtime.points import Point, PointTree, Span
+from runtime.points import Point, PointTree, Span, common_history
 from runtime.script import Head
 
 HEAD = Head()
@@ -109,6 +109,40 @@ def test_no_more_is_held_than_there_is_room_for_and_what_was_used_last_stays(
 
         assert tree.size_bytes <= most or len([*tree.nodes()]) == len(path) - 1
         assert [node for node in tree.nodes() if node.parent and node not in node.parent.node.children] == []
+
+
+def test_a_conversation_may_be_as_long_as_it_likes() -> None:
+    tree = PointTree()
+    ends = []
+    for first in (1, 2):
+        point = tree.root(HEAD)
+        for turn in range(3000):
+            point = tree.grow(point, [Message("user", str(turn))], array("I", [first, turn]))
+        ends.append(point)
+
+    assert [end.length for end in ends] == [6000, 6000]
+    assert common_history(ends[0], ends[1], array("I")) == 0
+
+
+@pytest.mark.parametrize(
+    ("head", "item"),
+    [
+        (HEAD, Message("user", "", "n" * 10_000)),
+        (HEAD, Call("f" * 10_000, "{}")),
+        (HEAD, Output("", "c" * 10_000)),
+        (Head(("t" * 10_000,)), Message("user", "")),
+        (Head(options=(("o", "x" * 10_000),)), Message("user", "")),
+        (Head(instructions="i" * 10_000), Message("user", "")),
+    ],
+    ids=["name", "tool", "id of a call", "tools", "options", "instructions"],
+)
+def test_all_that_a_client_can_send_counts(head: Head, item: Item) -> None:
+    tree = PointTree()
+    point = tree.grow(tree.root(head), [item], array("I", [1]))
+
+    assert tree.size_bytes > 10_000
+    tree.drop(point.node)
+    assert tree.size_bytes == 0
 
 
 def said(text: str, length: int) -> tuple[list[Item], array[int], list[Span]]:
