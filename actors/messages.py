@@ -105,10 +105,11 @@ class Forward(Message[Ran]):
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """The terms and the history with which a fork begins."""
+    """The terms and the history with which a fork begins, and whether it is kept in the store as its parent is."""
 
     terms: Terms
     history: array[int]
+    is_kept: bool
 
 
 @dataclass(frozen=True, slots=True)

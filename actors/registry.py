@@ -141,11 +141,6 @@ class SessionRegistry:
         if not is_asleep and session_id not in self._entries and session_id not in self._passing:
             raise SessionNotFound(NO_SESSION)
 
-    def is_kept(self, session_id: str) -> bool:
-        """Whether a session that is awake here is also kept in the store."""
-        entry = self._entries.get(session_id)
-        return entry is not None and entry.durable is not None
-
     async def mailbox(self, session_id: str) -> Mailbox:
         """The mailbox of a session, which is woken if it sleeps.
 

@@ -228,7 +228,7 @@ class Session:
                 await reply(self._info())
             case Fork(target):
                 await trio.to_thread.run_sync(target.copy_from, self._slab)
-                await reply(Branch(self._terms, array("I", self._history)))
+                await reply(Branch(self._terms, array("I", self._history), self._durable is not None))
             case Save():
                 if self._durable is None:
                     raise NotDurable("this session is not kept on disk: start the server with state_dir")

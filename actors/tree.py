@@ -90,8 +90,7 @@ class Runtime:
         await self._registry.mailbox(session_id)
         async with self._registry.free_slab(beside=session_id) as target:
             branch = await session.fork_into(target)
-            is_kept = self._registry.is_kept(session_id)
-            return await self._open_session(target, branch.terms, branch.history, is_kept=is_kept)
+            return await self._open_session(target, branch.terms, branch.history, is_kept=branch.is_kept)
 
     async def save_session(self, session_id: str) -> Saved:
         """Writes a snapshot of the session under `state_dir`. Raises SessionNotFound, NotDurable, StorageFailed."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -16,17 +15,13 @@ from runtime.engine.architectures import ONE_ROTARY, LayerKind
 from runtime.engine.attention import attend
 from runtime.engine.attention_plan import plan_forward
 from runtime.engine.findings import find_or_probe
-from runtime.engine.probe import hard_rows, is_exact_at_every_count
+from runtime.engine.probe import is_exact_at_every_count, tried_attention
 from runtime.engine.rotary import ExactRotary
 from runtime.engine.softmax import Scoring
 from runtime.engine.torch_slab import torch_pool
 from runtime.rows import RowBatch
 from runtime.slab import SlabPool
 from runtime.slab_spec import SlabSpec
-
-# Attention is not tried over longer windows, since more runs of slots only repeat the same products.
-_PROBED_WINDOW = 1020
-_PROBED_TOKENS = 64
 
 _log = logging.getLogger("perennial.engine")
 
@@ -71,15 +66,11 @@ def attention_is_exact(
     spec: SlabSpec, heads: int, rotaries: Mapping[str, ExactRotary], manners: Iterable[Manner], device: torch.device
 ) -> bool:
     """Whether attention of `heads` over such slabs, in each manner, gives a row the same bits in every batch on `device`."""
-    tried = replace(spec, layers=1, window=min(spec.window, _PROBED_WINDOW))
-    parts = heads + 2 * spec.kv_heads
-    generator = torch.Generator().manual_seed(1)
-    rows = hard_rows(_PROBED_TOKENS * parts, spec.head_dim, dtype_named(spec.dtype), generator)
-    table = rows.view(_PROBED_TOKENS, parts, -1).to(device)
+    tried, table = tried_attention(spec, heads, dtype_named(spec.dtype))
     for manner in manners:
-        alone = AttentionAlone(tried, heads, rotaries, table, manner)
+        alone = AttentionAlone(tried, heads, rotaries, table.to(device), manner)
         described = f"attention of {heads} heads over {tried} on {device}{'' if manner == PLAIN else f' {manner}'}"
-        if not find_or_probe(described, partial(is_exact_at_every_count, alone, tried, _PROBED_TOKENS)):
+        if not find_or_probe(described, partial(is_exact_at_every_count, alone, tried, len(table))):
             _log.warning("a row gets other bits in other batches of %s", described)
             return False
     return True

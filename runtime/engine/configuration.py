@@ -34,6 +34,8 @@ KEPT = "kept"
 IN_CACHE = "so small a model stays in the CPU's cache"
 # Rows of a forward; with more of them prompts are read faster.
 ROW_TILE = 256
+# The head has few rows, one for each session, and its probe takes longest.
+HEAD_MOST_ROWS = 32
 # Smaller, because recurrent layers keep a state for each chunk of a tile.
 _RECURRENT_TILE = 32
 # A model below this size runs on one thread: sharing so little work costs more than it saves, and much more beside busy

@@ -14,14 +14,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from runtime.engine.configuration import HEAD_MOST_ROWS
 from runtime.engine.exact import Ground
 from runtime.engine.machine import Level, level
 from runtime.errors import InvalidSetting
 
 # The most rows in one call of a kernel, so that a probe can try every count.
 MOST_ROWS = 128
-# The head has few rows, one for each session, and its probe takes longest.
-HEAD_MOST_ROWS = 32
 
 # On AMX a product in 16 bits costs the same for one row as for this many; elsewhere fewer rows cost less.
 _FIXED_ROWS_ON_AMX, _FIXED_ROWS_ON_CPU = 32, 4

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from runtime.dtypes import dtype_named, name_of
 from runtime.engine import EngineFacts
 from runtime.engine.configuration import (
+    HEAD_MOST_ROWS,
     IN_CACHE,
     KEPT,
     Form,
@@ -52,8 +53,6 @@ _log = logging.getLogger("perennial.engine")
 
 # The types of slabs that attention can read, whatever type the graphs compute in.
 _HELD = ("float32", "bfloat16", "int8")
-# The head has few rows, one for each session, and its probe takes longest.
-_HEAD_MOST_ROWS = 32
 
 _TRIED = (
     f"each kind of graph at every count of rows on {PROBED_ROWS} rows or more, attention at every count, a layer in "
@@ -181,7 +180,7 @@ class _Model:
         for kind, graph in kinds.items():
             # What is imported might be called otherwise than what was compiled here.
             called = f"{kind}, imported" if graph.is_imported else kind
-            most = _HEAD_MOST_ROWS if graph is graphs.head else self._spec.row_tile
+            most = HEAD_MOST_ROWS if graph is graphs.head else self._spec.row_tile
             probe = partial(is_exact_function, graph.of_rows, sum(graph.widths), torch.float32, most)
             if not find_or_probe(f"{described} graph {called}, at most {most} rows", probe):
                 _log.warning("a row gets other bits in other batches of the graph %s of %s", kind, self._form)
@@ -220,7 +219,7 @@ class _Model:
 
     def logits(self, batch: RowBatch) -> Tensor:
         """The logits of the rows with `draw`, [rows, vocabulary] float32."""
-        parts = self.hidden(batch, self._spec.layers).split(_HEAD_MOST_ROWS)
+        parts = self.hidden(batch, self._spec.layers).split(HEAD_MOST_ROWS)
         return torch.cat([self._graphs.head(part)[0].clone() for part in parts if len(part)] or [self._no_logits])
 
 

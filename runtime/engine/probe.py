@@ -25,6 +25,9 @@ NO_NUMBERS = "the model computes no numbers: its weights or its config.json are 
 PROBED_ROWS = 4096
 # Each count of rows is tried on at least this many rows, at several places: a single count may err, and in few values.
 _ROWS_A_COUNT = 128
+# Attention is not tried over longer windows, since more runs of slots only repeat the same products.
+_ATTENDED_WINDOW = 1020
+_ATTENDING_TOKENS = 64
 # Rows computed again, in other counts, for each row of the reference.
 _TRIED_FOR_EACH = 4
 
@@ -68,6 +71,15 @@ def is_exact_function(
                 return False
             tried += count
     return True
+
+
+def tried_attention(spec: SlabSpec, heads: int, dtype: torch.dtype) -> tuple[SlabSpec, Tensor]:
+    """Slabs over which to try attention of `heads`, and a table [tokens, heads + 2 G, D] of queries, keys and values."""
+    parts = heads + 2 * spec.kv_heads
+    generator = torch.Generator().manual_seed(1)
+    rows = hard_rows(_ATTENDING_TOKENS * parts, spec.head_dim, dtype, generator)
+    tried = replace(spec, layers=1, window=min(spec.window, _ATTENDED_WINDOW))
+    return tried, rows.view(_ATTENDING_TOKENS, parts, -1)
 
 
 def hard_rows(count: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

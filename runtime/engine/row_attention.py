@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from runtime.dtypes import dtype_named
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import find_or_probe
-from runtime.engine.probe import hard_rows, is_exact_at_every_count
+from runtime.engine.probe import is_exact_at_every_count, tried_attention
 from runtime.engine.rotary import ExactRotary, rotate
 from runtime.engine.row_kernel import MOST_QUERIES, attend_rows, write_rows
 from runtime.engine.torch_slab import SlabStore, as_torch, torch_pool
@@ -31,9 +31,6 @@ CLAIM = Claim("attention", "a kernel of ours in float32, slots in order", Ground
 
 # Waking a thread for fewer slots takes longer than their work, above all beside busy programs.
 _LEAST_SLOTS = 2**14
-# Attention is not tried over longer windows, since more slots only repeat the same sums.
-_PROBED_WINDOW = 1020
-_PROBED_TOKENS = 64
 # numba's arrays have no 16-bit floats: kernels get these as whole numbers of 16 bits, and know what they mean.
 _VIEWED = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
@@ -195,13 +192,10 @@ class RowAttentionAlone:
 
 def row_attention_is_exact(spec: SlabSpec, heads: int, rotary: ExactRotary) -> bool:
     """Whether attention of `heads` over slabs of this shape gives a row the same bits in every batch here."""
-    tried = replace(spec, layers=1, window=min(spec.window, _PROBED_WINDOW))
-    parts = heads + 2 * spec.kv_heads
-    generator = torch.Generator().manual_seed(1)
-    table = hard_rows(_PROBED_TOKENS * parts, spec.head_dim, torch.float32, generator).view(_PROBED_TOKENS, parts, -1)
+    tried, table = tried_attention(spec, heads, torch.float32)
     alone = RowAttentionAlone(tried, heads, rotary, table)
     kind = f"row by row attention of {heads} heads over {tried}"
-    holds = find_or_probe(kind, partial(is_exact_at_every_count, alone, tried, _PROBED_TOKENS))
+    holds = find_or_probe(kind, partial(is_exact_at_every_count, alone, tried, len(table)))
     if not holds:
         _log.warning("a row gets other bits in other batches of %s", kind)
     return holds

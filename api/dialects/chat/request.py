@@ -119,10 +119,6 @@ class CompletionRequest(AskedBody):
         return self.tools or []
 
     @property
-    def must_call(self) -> bool:
-        return self.tool_choice == "required" or isinstance(self.tool_choice, ChosenTool)
-
-    @property
     def schema_of_answers(self) -> dict[str, Any] | None:
         """The JSON schema of every answer, if it is to be JSON."""
         return self.response_format.schema_of_answers if self.response_format else None
@@ -134,7 +130,7 @@ class CompletionRequest(AskedBody):
             return NO_CALLS
         chosen = self.tool_choice
         names = frozenset({chosen.function.name}) if isinstance(chosen, ChosenTool) else None
-        return Choice(names, self.must_call, self.parallel_tool_calls is not False)
+        return Choice(names, chosen == "required" or names is not None, self.parallel_tool_calls is not False)
 
     def check_combinations(self) -> None:
         """Raises InvalidRequest if fields that are valid by themselves cannot be honoured together."""
@@ -153,8 +149,7 @@ class CompletionRequest(AskedBody):
             raise MalformedRequest(
                 "continue_final_message leaves no place for add_generation_prompt", "add_generation_prompt"
             )
-        if self.must_call and not self.called_tools:
-            raise MalformedRequest("tool_choice asks for a tool that tools does not hold", "tool_choice")
+        self.choice.check(names)
         for name, is_bound in (
             ("tools", bool(self.called_tools)),
             ("response_format", self.schema_of_answers is not None),
