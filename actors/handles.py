@@ -101,6 +101,7 @@ class SessionHandle:
             yield Events(replies)
 
     async def info(self) -> SessionInfo:
+        """What the session holds. Raises SessionNotFound, SessionFailed, and what waking it raises, as every call does."""
         with as_session_errors():
             return await self._ask(Info())
 
@@ -110,7 +111,7 @@ class SessionHandle:
             return await self._ask(Save())
 
     async def rewind(self, history: array[int]) -> Rewound:
-        """Cuts the session's history back to the beginning that it shares with `history`."""
+        """Cuts the session's history back to the beginning that it shares with `history`; returns how long that is."""
         with as_session_errors():
             return await self._ask(Rewind(history))
 

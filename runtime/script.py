@@ -66,7 +66,7 @@ def _digest(told: object) -> bytes:
 
 
 def head_of(text: Text, tools: Sequence[Mapping[str, Any]], options: Options, instructions: str = "") -> Head:
-    """The head of a prompt with these tools and options."""
+    """The head of a prompt with these tools and options. Raises MalformedRequest if the template refuses the options."""
     asked = [{"role": "user", "content": _DASH}]
     plain = text.apply_template(asked, is_turn_next=False) if options else ""
     shown = {

@@ -123,6 +123,7 @@ class GraphEngine:
 
     @torch.inference_mode()
     def logits(self, batch: RowBatch) -> Tensor:
+        """The logits of the rows with `draw`, [rows, vocabulary] float32; at most `row_tile` rows run at once."""
         logits = self._model.logits[: self._run(batch)].clone()
         if self._device.type == "cuda":
             # Wait until the step has read its inputs, so that they may be filled again.

@@ -144,6 +144,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def logits(self, batch: RowBatch) -> Tensor:
+        """The logits of the rows with `draw`, [rows, vocabulary] float32; at most `row_tile` rows run at once."""
         rows = batch.rows
         assert 0 < len(rows) <= self._spec.row_tile
         device = self._device
