@@ -13,6 +13,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -30,6 +31,7 @@ from runtime.errors import (
     SnapshotMismatch,
     SnapshotNotFound,
     SnapshotUnreadable,
+    StorageFailed,
     StorageFull,
 )
 from runtime.points import PointTree
@@ -51,12 +53,15 @@ class DirectoryStore:
         history_identity: HistoryIdentity,
         slab_identity: SlabIdentity,
         *,
+        workers: Executor,
         most_bytes: int = 0,
         files: Files | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
+        """What takes long and need not be waited for is done by the `workers`."""
         self._history_identity = history_identity
         self._slab_identity = slab_identity
+        self._workers = workers
         self._most_bytes = most_bytes
         self._files = files or Files()
         self._now = now
@@ -88,7 +93,10 @@ class DirectoryStore:
             directory = Path(path).expanduser()
         except RuntimeError as error:
             raise InvalidSetting(f"state_dir={path} names a home that is not known here: write the path out") from error
-        store = cls(directory, history_identity, slab_identity, most_bytes=most_bytes, files=files, now=now)
+        workers = ThreadPoolExecutor(1, thread_name_prefix="state_dir")
+        store = cls(
+            directory, history_identity, slab_identity, workers=workers, most_bytes=most_bytes, files=files, now=now
+        )
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             for folder in (store._sessions, store._snapshots, store._aside):
@@ -109,6 +117,7 @@ class DirectoryStore:
         finally:
             if store._points is not None:
                 store._points.close()
+            workers.shutdown()
             with suppress(OSError):
                 store._files.close(lock)
 
@@ -120,10 +129,14 @@ class DirectoryStore:
         most_bytes = min(most_bytes, self._most_bytes // 4) if self._most_bytes else most_bytes
         try:
             tree, self._points = open_points(
-                self._files, path, self._aside, self._history_identity, most_bytes, self._is_token
+                self._files, path, self._aside, self._history_identity, most_bytes, self._is_token, self._workers
             )
         except OSError as error:
             raise InvalidSetting(f"state_dir={self._directory} cannot be written: {error.strerror}") from error
+        except StorageFailed as error:
+            raise InvalidSetting(
+                f"the conversations in state_dir={self._directory} cannot be bounded: {error}"
+            ) from error
         return tree
 
     # Sessions

@@ -155,7 +155,7 @@ def of_a_newer_format(content: bytes) -> bytes:
     """The same segment as a server with the next format would write it."""
     newer = bytearray(content[:-CHECKSUM_BYTES])
     newer[len(MAGIC) : len(MAGIC) + 4] = (VERSION + 1).to_bytes(4, "little")
-    return bytes(newer) + checksum(newer)
+    return bytes(newer) + checksum(bytes(newer))
 
 
 @pytest.mark.parametrize("write", ["record", "release", "end", "check"])
