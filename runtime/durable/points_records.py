@@ -72,6 +72,10 @@ def all_of(contents: Contents) -> Iterator[bytes]:
                 written.add(each)
                 yield grew(each)
     for name, (point, record) in contents.names.items():
+        if point.node not in written:
+            # A root leaves the tree with the last that continues from it, and may still have a name.
+            written.add(point.node)
+            yield rooted(point.node)
         yield named(name, point, record)
 
 

@@ -123,14 +123,20 @@ def test_what_was_told_is_there_again_after_any_number_of_starts(tmp_path_factor
             action = data.draw(st.sampled_from(["grow", "name", "forget"]))
             if action == "grow":
                 grown(tree, point, data.draw(ITEMS), data.draw(TOKENS))
-            elif action == "name" and point.node.parent:
+            elif action == "name":
                 tree.name(data.draw(st.sampled_from("xyz")), point, data.draw(st.binary(max_size=4)))
             else:
                 tree.forget(data.draw(st.sampled_from("xyz")))
-        before = told(tree)
+        before, names = told(tree), tree.names()
         log.close()
+        if data.draw(st.booleans()):
+            # What was torn is left out of the file that is written then.
+            with path.open("ab") as file:
+                file.write(b"torn")
+            opened(path)[1].close()
         tree, log = opened(path)
         assert told(tree) == before
+        assert tree.names() == names
     log.close()
 
 
@@ -296,6 +302,24 @@ def test_changes_go_on_while_a_shorter_file_is_written(path: Path) -> None:
     again, _ = opened(path, most_bytes=4 * MOST_BYTES)
     assert told(again) == told(tree)
     assert again.names() == tree.names()
+
+
+def test_a_name_of_the_beginning_of_conversations_that_were_forgotten_is_kept(path: Path) -> None:
+    tree, log = opened(path, most_bytes=4000)
+    first = tree.grow(tree.root(Head()), [Message("user", "hello")], array("I", [1]))
+    [beginning] = tree.kindred(Head())
+    tree.name("beginning", beginning)
+    tree.grow(tree.root(Head(instructions="Be brief.")), [Message("user", "hello")], array("I", [1]) * 300)
+    assert not first.node.is_held
+    before = told(tree)
+    log.close()
+    with path.open("ab") as file:
+        file.write(b"torn")
+
+    for _ in range(2):
+        again, log = opened(path, most_bytes=4000)
+        log.close()
+        assert told(again) == before
 
 
 def test_a_shorter_file_tells_what_was_used_last(path: Path) -> None:
