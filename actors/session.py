@@ -34,7 +34,7 @@ from actors.proposing import Proposals
 from actors.storing import call_in_thread, call_store
 from actors.turn import Tally, TurnClock
 from runtime.checks import check_whole
-from runtime.durable import Durable, Terms
+from runtime.durable import Durable, SlabWriter, Terms
 from runtime.errors import HistoryMismatch, InvalidRequest, NotDurable, SessionMoved, SlabOverflow, StorageFailed
 from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
 from runtime.grammar import Constraint, Mask
@@ -155,15 +155,15 @@ class Session:
         lease = self._slab.leases
         try:
             await call_store(self._durable, self._durable.check)
+            writer = self._durable.new_writer(self._slab, self._history)
         except (StorageFailed, SessionMoved):
             return
-        writer = self._durable.new_writer(self._slab, self._history)
         try:
             while await call_in_thread(writer.step):
                 pass
             if self._slab.leases == lease:
-                await call_in_thread(writer.finish)
-                self._durable.wrote(writer)
+                # In one call, so that no slab is on disk that the store does not count.
+                await call_in_thread(_finish, self._durable, writer)
         except StorageFailed as error:
             _log.warning("%s", error)
         finally:
@@ -433,6 +433,11 @@ class Session:
         if self._proposals and is_decode:
             self._proposals.learn(checked, len(tokens) - 1, trio.current_time() - began)
         return tokens, checked
+
+
+def _finish(durable: Durable, writer: SlabWriter) -> None:
+    writer.finish()
+    durable.wrote(writer)
 
 
 def _ids_of(tokens: Iterable[Token]) -> array[int]:

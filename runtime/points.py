@@ -188,6 +188,19 @@ class Match:
     broke_at: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a tree held at one time, in collections that do not change with it.
+
+    `nodes` are all but the roots, the one used longest ago first; a node comes after those that continue from it. `names` have
+    their points and records, the oldest name first.
+    """
+
+    roots: list[Node]
+    nodes: list[Node]
+    names: dict[str, tuple[Point, bytes]]
+
+
 class Log(Protocol):
     """An observer that is told of every change of a tree before it is made. It raises StorageFailed to prevent the change."""
 
@@ -360,15 +373,9 @@ class PointTree:
         self._most_bytes = most_bytes
         self._make_room(None)
 
-    def write_to(self, log: Log) -> None:
-        """Tells `log` of everything in the tree, and of every change from now on."""
-        for root in self._roots.values():
-            log.rooted(root)
-        for node in self.nodes():
-            log.grew(node)
-        for name, (point, record) in self._named.items():
-            log.named(name, point, record)
-        self._log = log
+    def contents(self) -> Contents:
+        """What is in the tree now."""
+        return Contents([*self._roots.values()], [*self._by_use], self._named.copy())
 
     def go_on_in(self, log: Log) -> None:
         """Tells `log`, which has everything in the tree already, of every change from now on."""

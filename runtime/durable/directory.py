@@ -1,7 +1,7 @@
 """The store in a directory: sessions and snapshots of one server, and the only code that touches files there.
 
-Sessions that have a slab are *open*; the others sleep. A record is deleted when its session is closed, evicted or too long
-idle, and for the bound of the directory; never because of a fault. A damaged record is set aside whole, and named in one log
+Sessions that have a slab are *open*; the others sleep. A record is deleted when its session is closed or too long idle, and
+for the bound of the directory; never because of a fault. A damaged record is set aside whole, and named in one log
 line.
 """
 
@@ -13,7 +13,9 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from math import inf
 from pathlib import Path
 from typing import Self
 
@@ -30,6 +32,7 @@ from runtime.errors import (
     SnapshotMismatch,
     SnapshotNotFound,
     SnapshotUnreadable,
+    StorageFailed,
     StorageFull,
 )
 from runtime.points import PointTree
@@ -51,12 +54,15 @@ class DirectoryStore:
         history_identity: HistoryIdentity,
         slab_identity: SlabIdentity,
         *,
+        workers: Executor,
         most_bytes: int = 0,
         files: Files | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
+        """What takes long and need not be waited for is done by the `workers`."""
         self._history_identity = history_identity
         self._slab_identity = slab_identity
+        self._workers = workers
         self._most_bytes = most_bytes
         self._files = files or Files()
         self._now = now
@@ -88,7 +94,10 @@ class DirectoryStore:
             directory = Path(path).expanduser()
         except RuntimeError as error:
             raise InvalidSetting(f"state_dir={path} names a home that is not known here: write the path out") from error
-        store = cls(directory, history_identity, slab_identity, most_bytes=most_bytes, files=files, now=now)
+        workers = ThreadPoolExecutor(1, thread_name_prefix="state_dir")
+        store = cls(
+            directory, history_identity, slab_identity, workers=workers, most_bytes=most_bytes, files=files, now=now
+        )
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             for folder in (store._sessions, store._snapshots, store._aside):
@@ -109,6 +118,7 @@ class DirectoryStore:
         finally:
             if store._points is not None:
                 store._points.close()
+            workers.shutdown()
             with suppress(OSError):
                 store._files.close(lock)
 
@@ -120,10 +130,14 @@ class DirectoryStore:
         most_bytes = min(most_bytes, self._most_bytes // 4) if self._most_bytes else most_bytes
         try:
             tree, self._points = open_points(
-                self._files, path, self._aside, self._history_identity, most_bytes, self._is_token
+                self._files, path, self._aside, self._history_identity, most_bytes, self._is_token, self._workers
             )
         except OSError as error:
             raise InvalidSetting(f"state_dir={self._directory} cannot be written: {error.strerror}") from error
+        except StorageFailed as error:
+            raise InvalidSetting(
+                f"the conversations in state_dir={self._directory} cannot be bounded: {error}"
+            ) from error
         return tree
 
     # Sessions
@@ -289,8 +303,25 @@ class DirectoryStore:
         self._remove(self._sessions / f"{record.id}{SLAB}")
         record.slab_bytes = 0
 
+    def keep_slab(self, record: Record, slab_bytes: int) -> bool:
+        """Makes room for a slab that was written, at the cost of those of sleeping sessions; returns whether there was any.
+
+        If there was none the slab is deleted, for it only saves time.
+        """
+        with self._lock:
+            record.slab_bytes = slab_bytes
+            has_room = self._forget_slabs() < 0
+            if not has_room:
+                self.forget_slab(record)
+            return has_room
+
     def new_writer(self, record: Record, slab: Slab, history: array[int]) -> SlabWriter:
-        """A writer that saves a session's slab on disk piece by piece."""
+        """A writer that saves a session's slab on disk piece by piece. Raises StorageFull if there will be no room for it."""
+        if self._most_bytes:
+            with self._lock:
+                in_use = self.size - record.slab_bytes - sum(one.slab_bytes for one in self.sleeping())
+            if in_use + slab.used * slab.spec.token_bytes + slab.spec.kept_bytes >= self._most_bytes:
+                raise StorageFull(f"state_max_bytes={self._most_bytes} leaves no room for the slab: raise it")
         path = self._sessions / f"{record.id}{SLAB}"
         return SlabWriter(self._files, path, self._slab_identity, slab, history)
 
@@ -374,16 +405,8 @@ class DirectoryStore:
 
     def _make_room(self) -> None:
         """Keeps the directory within its bound: deletes slabs of sleeping sessions, then sessions and snapshots, by last use."""
-        if not self._most_bytes:
-            return
-        over = self.size - self._most_bytes
-        asleep = self.sleeping()
-        for record in asleep:
-            if over < 0:
-                return
-            over -= record.slab_bytes
-            self.forget_slab(record)
-        for record in sorted([*asleep, *self._saved.values()], key=lambda one: one.use):
+        over = self._forget_slabs()
+        for record in sorted([*self.sleeping(), *self._saved.values()], key=lambda one: one.use):
             if over < 0:
                 return
             over -= record.size
@@ -397,6 +420,18 @@ class DirectoryStore:
             raise StorageFull(
                 f"state_max_bytes={self._most_bytes} is reached by sessions at work: close some, or raise it"
             )
+
+    def _forget_slabs(self) -> float:
+        """Deletes slabs of sleeping sessions as long as the directory has reached its bound; returns by how much it still has."""
+        if not self._most_bytes:
+            return -inf
+        over = self.size - self._most_bytes
+        for record in self.sleeping():
+            if over < 0:
+                break
+            over -= record.slab_bytes
+            self.forget_slab(record)
+        return over
 
     def _next_use(self) -> int:
         self._uses += 1
@@ -455,9 +490,9 @@ class DirectoryDurable:
         return self._store.new_writer(self._record, slab, history)
 
     def wrote(self, writer: SlabWriter) -> None:
-        """Records that the slab on disk is now the one that `writer` finished."""
-        self._slab_length = writer.frontier
-        self._record.slab_bytes = writer.size
+        """Records that the slab on disk is now the one that `writer` finished. If there is no room for it, it is deleted."""
+        is_kept = self._store.keep_slab(self._record, writer.size)
+        self._slab_length = writer.frontier if is_kept else 0
 
     def forget_slab(self) -> None:
         """Deletes the slab on disk, so that the history is read again when the session wakes."""

@@ -32,6 +32,10 @@ class Files:
     def truncate(self, file: int, size: int) -> None:
         os.ftruncate(file, size)
 
+    def sync(self, file: int) -> None:
+        """Waits until the file's content is on disk."""
+        os.fsync(file)
+
     def open(self, path: Path) -> int:
         """Opens an existing file; returns its descriptor, for reading and writing."""
         return self._open(path, os.O_RDWR)

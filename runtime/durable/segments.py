@@ -19,7 +19,6 @@ from runtime.durable.identity import HistoryIdentity, Terms
 
 MAGIC, VERSION = b"PERSEGM\n", 1
 _HEAD = struct.Struct("<8sII")  # magic, version, size of the header that follows in bytes
-_TOKEN_BYTES = 4
 
 
 class Kind(Enum):

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-from runtime.durable.framing import Damaged
+from runtime.durable.framing import Damaged, Unknown
 from runtime.durable.identity import HistoryIdentity, Terms
 from runtime.durable.objects import Listed, Objects
 from runtime.durable.segments import Kind, Segment, read_segment, seal_of
@@ -255,7 +255,7 @@ class SessionLog:
         """Continues after an existing segment if it is ours, of a write whose answer was lost. Otherwise raises SessionMoved."""
         try:
             segment = read_segment(content, self.session_id, self._number + 1, self._identity)
-        except Damaged as error:
+        except (Damaged, Unknown) as error:
             raise SessionMoved(f"moved: the session cannot go on here: {error}") from None
         if (segment.holder, segment.epoch) != (self._holder, self.epoch):
             raise SessionMoved(f"moved: another server has taken the session, in epoch {segment.epoch}; ask that one")

@@ -80,6 +80,8 @@ class SharedStore:
         self._slabs = PartFiles(objects)
         self._lock = threading.Lock()
         self._asleep: dict[str, Record] = {}
+        self._deleting: set[str] = set()
+        self._has_deleted = threading.Condition(self._lock)
         self._saved: dict[str, Record] = {}
         self._set_aside: set[str] = set()
         self._uses = 0
@@ -135,8 +137,22 @@ class SharedStore:
 
         Raises SessionNotFound, SessionMoved if another server holds it, or StorageFailed.
         """
-        with self._lock:
+        with self._has_deleted:
+            self._has_deleted.wait_for(lambda: session_id not in self._deleting)
             self._asleep.pop(session_id, None)
+        return self._claim(session_id)
+
+    def expire(self, idle_s: float) -> int:
+        """Deletes the sessions that this server was the last to hold and that nobody has used for `idle_s`; returns how many."""
+        oldest = self._now() - idle_s
+        with self._lock:
+            old = [one for one in self._asleep.values() if one.used_at < oldest]
+        return sum(self._delete_if_unused(record) for record in old)
+
+    def delete(self, record: Record) -> None:
+        self._delete_if_unused(record)
+
+    def _claim(self, session_id: str) -> tuple[SharedDurable, array[int]]:
         try:
             with storage_errors("the session sleeps on"):
                 log, history = SessionLog.claim(
@@ -154,19 +170,24 @@ class SharedStore:
             raise SessionNotFound("the session's record cannot be read") from None
         return self._open_record(log, has_moved_here=log.taken_from != self._holder), history
 
-    def expire(self, idle_s: float) -> int:
-        """Deletes the sessions that this server was the last to hold and that nobody has used for `idle_s`; returns how many."""
-        oldest = self._now() - idle_s
-        with self._lock:
-            old = [one for one in self._asleep.values() if one.used_at < oldest]
-        return sum(self._delete_if_unused(record) for record in old)
-
-    def delete(self, record: Record) -> None:
-        self._delete_if_unused(record)
-
     def _delete_if_unused(self, record: Record) -> bool:
+        # Claims by one server look alike, so both of two at once would succeed: nobody may wake a session that is being
+        # deleted, and one that was woken since the record was read is not deleted.
+        with self._lock:
+            if self._asleep.get(record.id) is not record:
+                return False
+            del self._asleep[record.id]
+            self._deleting.add(record.id)
         try:
-            durable, _ = self.wake(record.id)
+            return self._delete_claimed(record.id)
+        finally:
+            with self._has_deleted:
+                self._deleting.remove(record.id)
+                self._has_deleted.notify_all()
+
+    def _delete_claimed(self, session_id: str) -> bool:
+        try:
+            durable, _ = self._claim(session_id)
         except (SessionNotFound, SessionMoved, StorageFailed):
             return False
         if durable.has_moved_here:

@@ -98,11 +98,14 @@ class Durable(Protocol):
         ...
 
     def new_writer(self, slab: Slab, history: array[int]) -> SlabWriter:
-        """A writer that saves the slab in the store piece by piece. It waits for no network."""
+        """A writer that saves the slab in the store piece by piece. It waits for no network.
+
+        Raises StorageFull if there will be no room for the slab.
+        """
         ...
 
     def wrote(self, writer: SlabWriter) -> None:
-        """Records that the slab in the store is now the one that `writer` finished. It waits for no network."""
+        """Records that the slab in the store is now the one that `writer` finished. It may take long in every kind of store."""
         ...
 
     def forget_slab(self) -> None:

@@ -15,7 +15,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from actors import Runtime, open_runtime
+from actors import Runtime, SessionHandle, open_runtime
 from runtime import Overflow, Settings, Token
 from runtime.durable import DirectoryStore, HistoryIdentity, SlabIdentity
 from runtime.durable.files import Files
@@ -47,6 +47,16 @@ class WatchedFiles(Files):
         super().replace(source, target)
         if target.suffix == ".slab":
             trio.from_thread.run_sync(self.slab_is_there.set)
+
+
+class CountingFiles(Files):
+    """Counts the slabs that were begun."""
+
+    slabs_begun = 0
+
+    def reuse(self, path: Path) -> int:
+        self.slabs_begun += 1
+        return super().reuse(path)
 
 
 @asynccontextmanager
@@ -412,6 +422,67 @@ async def test_the_directory_keeps_its_bound_and_the_oldest_go_first(tmp_path: P
         size = sum(path.stat().st_size for path in everything(tmp_path) if path.is_file())
         assert size < 20_000 + saved[0].size_bytes
         await session.append([1])
+
+
+def slabs(directory: Path) -> dict[str, int]:
+    """The size of each session's slab in a directory, by the session's id."""
+    return {path.stem: path.stat().st_size for path in directory.rglob("*.slab*")}
+
+
+async def left_by(directory: Path) -> SessionHandle:
+    """A session with a slab that a server without a bound left in a directory."""
+    async with open_durable(directory) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+    return session
+
+
+async def test_slabs_that_are_left_on_disk_keep_the_bound_and_cost_no_session_and_no_snapshot(tmp_path: Path) -> None:
+    free, bound = tmp_path / "free", tmp_path / "bound"
+    left = await left_by(free)
+    one_slab = slabs(free)[left.id]
+    most_bytes = 4 * one_slab
+
+    async with open_durable(bound, most_bytes=most_bytes, capacity=6) as runtime:
+        sessions = [await runtime.create_session() for _ in range(6)]
+        for session in sessions:
+            await session.append(PROMPT)
+        saved = await runtime.save_session(sessions[0].id)
+
+    assert slabs(bound)
+    assert sum(path.stat().st_size for path in everything(bound) if path.is_file()) < most_bytes
+    async with open_durable(bound) as runtime:
+        assert [one.snapshot_id for one in runtime.list_snapshots()] == [saved.snapshot_id]
+        for session in sessions:
+            assert await generated(runtime.find_session(session.id), 3) == LedgerEngine().continued(PROMPT, 3)
+
+
+async def test_a_slab_takes_the_room_of_those_of_sessions_that_sleep(tmp_path: Path) -> None:
+    old = await left_by(tmp_path)
+    one_slab = slabs(tmp_path)[old.id]
+
+    async with open_durable(tmp_path, most_bytes=2 * one_slab + one_slab // 2) as runtime:
+        new = await runtime.create_session()
+        await new.append(PROMPT)
+
+    assert [*slabs(tmp_path)] == [new.id]
+    async with open_durable(tmp_path) as runtime:
+        assert await generated(runtime.find_session(old.id), 3) == LedgerEngine().continued(PROMPT, 3)
+
+
+async def test_a_slab_for_which_there_is_no_room_is_not_begun(tmp_path: Path) -> None:
+    free, bound = tmp_path / "free", tmp_path / "bound"
+    left = await left_by(free)
+    one_slab = slabs(free)[left.id]
+    files = CountingFiles()
+
+    async with open_durable(bound, files=files, most_bytes=one_slab) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+
+    assert files.slabs_begun == 0
+    async with open_durable(bound) as runtime:
+        assert await generated(runtime.find_session(session.id), 3) == LedgerEngine().continued(PROMPT, 3)
 
 
 async def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from runtime.sessions import SessionInfo
 from tests.actors.engines import LedgerEngine, generated, open_lab, sample
 from tests.actors.test_durable import ENGINE, MODEL, OTHER_ENGINE, PROMPT
 from tests.runtime.durable.buckets import Fault, FaultyObjects
+from tests.runtime.durable.test_session_log import of_a_newer_format
 
 FOR_EVER = 1e9
 
@@ -430,3 +431,19 @@ async def test_a_store_that_does_not_answer_keeps_nobody_waiting_who_asks_it_not
                 assert await trio.to_thread.run_sync(lambda: "done") == "done"
         finally:
             answers.set()
+
+
+async def test_a_session_that_a_newer_server_has_taken_fails_alone() -> None:
+    objects = FaultyObjects()
+    async with open_server(objects) as runtime:
+        session, other = await runtime.create_session(), await runtime.create_session()
+        await session.append(PROMPT)
+        await other.append(PROMPT)
+        [*_, last] = sorted(one.key for one in objects.list(f"sessions/{session.id}/log/"))
+        number = int(last.rpartition("/")[2]) + 1
+        objects.put(f"sessions/{session.id}/log/{number:012d}", of_a_newer_format(objects.read(last)))
+
+        with pytest.raises(SessionMoved, match=r"^moved"):
+            await session.append([1])
+
+        assert await generated(other, 3) == LedgerEngine().continued(PROMPT, 3)

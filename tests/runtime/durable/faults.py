@@ -57,6 +57,10 @@ class FaultyFiles(Files):
         self._operate()
         super().truncate(file, size)
 
+    def sync(self, file: int) -> None:
+        self._operate()
+        super().sync(file)
+
     def open(self, path: Path) -> int:
         self._operate()
         self._held.add(file := super().open(path))

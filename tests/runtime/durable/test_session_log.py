@@ -9,7 +9,8 @@ import pytest
 from obstore.store import ObjectStore
 
 from runtime.durable import HistoryIdentity, Terms
-from runtime.durable.framing import Damaged, Unknown
+from runtime.durable.framing import CHECKSUM_BYTES, Damaged, Unknown, checksum
+from runtime.durable.segments import MAGIC, VERSION
 from runtime.durable.session_log import MOST_SEGMENTS, Lease, SessionLog, read_log
 from runtime.errors import SessionMoved, SessionNotFound
 from tests.runtime.durable.buckets import Fault, FaultyObjects
@@ -148,6 +149,26 @@ def test_a_write_that_comes_late_finds_its_place_taken_even_when_all_else_was_ma
 
     assert len([key for name, key in two.operations if name == "delete"]) == 1
     assert read_log(two, ID, MODEL).history.tolist() == history
+
+
+def of_a_newer_format(content: bytes) -> bytes:
+    """The same segment as a server with the next format would write it."""
+    newer = bytearray(content[:-CHECKSUM_BYTES])
+    newer[len(MAGIC) : len(MAGIC) + 4] = (VERSION + 1).to_bytes(4, "little")
+    return bytes(newer) + checksum(bytes(newer))
+
+
+@pytest.mark.parametrize("write", ["record", "release", "end", "check"])
+def test_who_lost_the_session_to_a_server_with_a_newer_format_is_told_so(write: str) -> None:
+    one = FaultyObjects()
+    log = created(one, 1)
+    claimed(FaultyObjects(one.store), "two", has_lapsed=True)
+    claim = f"sessions/{ID}/log/{1:012d}"
+    one.put(claim, of_a_newer_format(one.read(claim)))
+
+    writes = {"record": lambda: log.record(1, tokens(9)), "release": log.release, "end": log.end, "check": log.check}
+    with pytest.raises(SessionMoved, match="format 2"):
+        writes[write]()
 
 
 @pytest.mark.parametrize("then", [[2, 3], [8, 8]], ids=["others", "the same"])
