@@ -33,7 +33,7 @@ from actors.nursery import open_nursery
 from actors.proposing import Proposals
 from actors.storing import call_in_thread, call_store
 from actors.turn import Tally, TurnClock
-from runtime.checks import check_whole
+from runtime.checks import MAX_APPEND_TOKENS, check_whole
 from runtime.durable import Durable, Terms
 from runtime.errors import HistoryMismatch, InvalidRequest, NotDurable, SessionMoved, SlabOverflow, StorageFailed
 from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
@@ -42,8 +42,6 @@ from runtime.metrics import Metrics
 from runtime.sampling import Draw
 from runtime.sessions import Appended, Saved, SessionInfo
 from runtime.slab import Slab, common_length
-
-MAX_APPEND_TOKENS = 2**18
 
 # A session that has been idle this long saves its slab, if the saved one lacks more than this share of what a token sees.
 _IDLE_BEFORE_WRITING_S = 2.0

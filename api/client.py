@@ -17,6 +17,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
+from operator import index
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import anyio
@@ -56,6 +57,7 @@ from proto.kakeya.v1 import (
 )
 from proto.kakeya.v1 import Overflow as WireOverflow
 from runtime import events
+from runtime.checks import check_whole, checked_eos_ids, checked_label, checked_tokens, is_text, short_repr
 from runtime.errors import (
     CapacityExhausted,
     DeadlineExceeded,
@@ -69,6 +71,7 @@ from runtime.errors import (
     SessionNotFound,
     SlabOverflow,
     SnapshotMismatch,
+    SnapshotNotFound,
     Unauthenticated,
 )
 from runtime.sessions import Appended, ModelInfo, Saved, SessionInfo, SessionSummary, Snapshot
@@ -84,6 +87,9 @@ A = TypeVar("A", bound=Message)
 
 # Other strings cannot be sent as a header.
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+# protobuf sends larger numbers as others.
+_MOST_UINT32 = 2**32 - 1
+_MOST_UINT64 = 2**64 - 1
 SESSION_HEADER = "x-session-id"
 """The metadata of a call on a session."""
 
@@ -133,16 +139,19 @@ class Client:
         overflow: events.Overflow = events.Overflow.EVICT,
         label: str = "",
     ) -> ClientSession:
-        """A new session on the server, to be closed by the caller. Raises CapacityExhausted."""
+        """A new session on the server, to be closed by the caller. Raises CapacityExhausted, InvalidRequest."""
         request = CreateSessionRequest(
-            client_label=label, eos_token_ids=list(eos_token_ids), overflow=WireOverflow[overflow.name]
+            client_label=checked_label(label),
+            eos_token_ids=sorted(checked_eos_ids(eos_token_ids)),
+            overflow=WireOverflow[events.checked_overflow(overflow).name],
         )
         reply = await self.call("CreateSession", request, CreateSessionResponse)
         return self.find_session(reply.session_id)
 
     async def restore_session(self, snapshot_id: str) -> ClientSession:
         """A new session that continues from where a saved one stood. Raises SessionNotFound, SnapshotMismatch."""
-        reply = await self.call("RestoreSession", RestoreSessionRequest(snapshot_id), RestoreSessionResponse)
+        request = RestoreSessionRequest(_checked_snapshot(snapshot_id))
+        reply = await self.call("RestoreSession", request, RestoreSessionResponse)
         return self.find_session(reply.session_id)
 
     async def list_snapshots(self) -> list[Snapshot]:
@@ -152,7 +161,8 @@ class Client:
 
     async def delete_snapshot(self, snapshot_id: str) -> int:
         """Deletes a snapshot; returns the bytes that it took. Raises SessionNotFound."""
-        reply = await self.call("DeleteSnapshot", DeleteSnapshotRequest(snapshot_id), DeleteSnapshotResponse)
+        request = DeleteSnapshotRequest(_checked_snapshot(snapshot_id))
+        reply = await self.call("DeleteSnapshot", request, DeleteSnapshotResponse)
         return reply.freed_bytes
 
     async def list_sessions(self) -> list[SessionSummary]:
@@ -165,7 +175,12 @@ class Client:
         return model_of(await self.call("GetModelInfo", GetModelInfoRequest(), GetModelInfoResponse))
 
     def find_session(self, session_id: str) -> ClientSession:
-        """A handle on the session with this id. The server looks it up at the first call."""
+        """A handle on the session with this id. The server looks it up at the first call.
+
+        Raises SessionNotFound for what cannot be an id.
+        """
+        if not is_text(session_id):
+            raise SessionNotFound(f"no session has the id {short_repr(session_id)}")
         return ClientSession(self, session_id)
 
     @asynccontextmanager
@@ -215,6 +230,12 @@ class Client:
                     await here(stream.__aexit__)(type(error), error, None)
 
 
+def _checked_snapshot(snapshot_id: str) -> str:
+    if not is_text(snapshot_id):
+        raise SnapshotNotFound(f"no snapshot has the id {short_repr(snapshot_id)}")
+    return snapshot_id
+
+
 async def _next(stream: Stream[Any, A]) -> A | None:
     """The next response; None at the end, which is the server's own word. Raises GRPCError where that is another one."""
     response = await stream.recv_message()
@@ -240,7 +261,9 @@ class ClientSession:
         With `expected_history_length` a lost reply can be retried: HistoryMismatch says that it had been appended.
         Raises InvalidRequest, HistoryMismatch, SlabOverflow, SessionNotFound, or SessionMoved where another server holds it.
         """
-        request = AppendTokensRequest(self.id, list(token_ids), expected_history_length)
+        if expected_history_length is not None:
+            expected_history_length = check_whole("expected_history_length", expected_history_length, 0, _MOST_UINT64)
+        request = AppendTokensRequest(self.id, list(checked_tokens(token_ids)), expected_history_length)
         reply = await self._client.call("AppendTokens", request, AppendTokensResponse)
         return appended_of(reply)
 
@@ -254,8 +277,26 @@ class ClientSession:
         top_k: int | None = None,
         seed: int | None = None,
     ) -> AsyncIterator[ClientEvents]:
-        """The events of a generation: HistoryTruncated at most once, Token by Token, Done. Leaving the block cancels it."""
-        request = GenerateRequest(self.id, max_tokens, seed, temperature, top_p, top_k)
+        """The events of a generation: HistoryTruncated at most once, Token by Token, Done. Leaving the block cancels it.
+
+        Raises InvalidRequest.
+        """
+        # Its checks are those of an embedded runtime.
+        events.Sampling(
+            0.0 if temperature is None else temperature,
+            1.0 if top_p is None else top_p,
+            0 if top_k is None else top_k,
+            0 if seed is None else seed,
+        )
+        request = GenerateRequest(
+            self.id,
+            check_whole("max_tokens", max_tokens, 1, _MOST_UINT32),
+            seed if seed is None else index(seed),
+            temperature,
+            top_p,
+            # No vocabulary is larger, so all of these keep every token.
+            top_k if top_k is None else min(index(top_k), _MOST_UINT32),
+        )
         async with self._client.stream("Generate", request, GenerateResponse) as receive:
             yield ClientEvents(receive)
 

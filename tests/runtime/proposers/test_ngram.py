@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.session import MAX_APPEND_TOKENS
+from runtime.checks import MAX_APPEND_TOKENS
 from runtime.engine.configuration import check_memory
 from runtime.errors import NotEnoughMemory
 from runtime.proposers.ngram import PromptLookup
