@@ -215,19 +215,20 @@ class Client:
         )
         stream = wire.open(metadata=self._metadata_of(request))
         here = self._from_asyncio
-        with _typed_errors():
-            await here(stream.__aenter__)()
-            error: BaseException = _Left()
-            try:
+        await here(stream.__aenter__)()
+        ended: BaseException = _Left()
+        try:
+            with _typed_errors():
                 await here(stream.send_message)(request, end=True)
-                yield partial(here(_next), stream)
-            except BaseException as raised:
-                error = raised
-                raise
-            finally:
-                # Resets a stream that was not read to its end, also while the caller is being cancelled.
-                with anyio.CancelScope(shield=True):
-                    await here(stream.__aexit__)(type(error), error, None)
+            yield partial(_next, stream, here)
+        except NotServing as error:
+            # Where the stream broke off, grpclib looks whether the server had sent a last word, and raises that.
+            ended = error.__context__ or ended
+            raise
+        finally:
+            # Resets a stream that was not read to its end, also while the caller is being cancelled.
+            with anyio.CancelScope(shield=True), _typed_errors():
+                await here(stream.__aexit__)(type(ended), ended, None)
 
 
 def _checked_snapshot(snapshot_id: str) -> str:
@@ -236,8 +237,13 @@ def _checked_snapshot(snapshot_id: str) -> str:
     return snapshot_id
 
 
-async def _next(stream: Stream[Any, A]) -> A | None:
-    """The next response; None at the end, which is the server's own word. Raises GRPCError where that is another one."""
+async def _next(stream: Stream[Any, A], here: FromAsyncio) -> A | None:
+    """The next response; None at the end, which is the server's own word. Raises what it says where that is an error."""
+    with _typed_errors():
+        return await here(_receive)(stream)
+
+
+async def _receive(stream: Stream[Any, A]) -> A | None:
     response = await stream.recv_message()
     if response is None:
         await stream.recv_trailing_metadata()
@@ -331,8 +337,7 @@ class ClientEvents:
         return self
 
     async def __anext__(self) -> events.Event:
-        with _typed_errors():
-            frame = await self._receive()
+        frame = await self._receive()
         if frame is None:
             raise StopAsyncIteration
         return event_of(frame)
@@ -357,6 +362,7 @@ def _as_it_is(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
 
 @contextmanager
 def _typed_errors() -> Iterator[None]:
+    """Raises our errors for grpclib's. Only calls of grpclib belong in the block, because its caller may raise the same."""
     try:
         yield
     except GRPCError as error:
