@@ -109,8 +109,11 @@ _ERRORS: dict[Status, type[PerennialError]] = {
 
 @asynccontextmanager
 async def connect(address: str, *, key: str = "", tls: ssl.SSLContext | None = None) -> AsyncIterator[Client]:
-    """A client of the server at `HOST:PORT`; its first call connects."""
-    host, port = split_address(address)
+    """A client of the server at `HOST:PORT`; its first call connects. Raises InvalidRequest for another kind of address."""
+    try:
+        host, port = split_address(address)
+    except ValueError as error:
+        raise InvalidRequest(str(error), "address") from None
     async with _asyncio_loop() as from_asyncio:
         channel = ForgetfulChannel(host, port, ssl=tls)
         try:
