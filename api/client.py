@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from operator import index
@@ -28,7 +28,7 @@ from grpclib.client import Channel, Stream, UnaryStreamMethod, UnaryUnaryMethod
 from grpclib.exceptions import StreamTerminatedError
 
 from api.foreign.grpclib import ForgetfulChannel
-from api.wire import SERVICE, appended_of, event_of, info_of, model_of, snapshot_of, summary_of
+from api.wire import ERROR_KEY, SERVICE, appended_of, error_of, event_of, info_of, model_of, snapshot_of, summary_of
 from proto.kakeya.v1 import (
     AppendTokensRequest,
     AppendTokensResponse,
@@ -61,6 +61,7 @@ from runtime.checks import check_whole, checked_eos_ids, checked_label, checked_
 from runtime.errors import (
     CapacityExhausted,
     DeadlineExceeded,
+    EngineFailed,
     HistoryMismatch,
     InvalidRequest,
     NotServing,
@@ -93,6 +94,7 @@ _MOST_UINT64 = 2**64 - 1
 SESSION_HEADER = "x-session-id"
 """The metadata of a call on a session."""
 
+# For servers of earlier versions, and for proxies: they do not say which error it is.
 _ERRORS: dict[Status, type[PerennialError]] = {
     Status.INVALID_ARGUMENT: InvalidRequest,
     Status.NOT_FOUND: SessionNotFound,
@@ -152,7 +154,7 @@ class Client:
         return self.find_session(reply.session_id)
 
     async def restore_session(self, snapshot_id: str) -> ClientSession:
-        """A new session that continues from where a saved one stood. Raises SessionNotFound, SnapshotMismatch."""
+        """A new session that continues from where a saved one stood. Raises SnapshotNotFound, SnapshotMismatch."""
         request = RestoreSessionRequest(_checked_snapshot(snapshot_id))
         reply = await self.call("RestoreSession", request, RestoreSessionResponse)
         return self.find_session(reply.session_id)
@@ -163,7 +165,7 @@ class Client:
         return [snapshot_of(one) for one in reply.snapshots]
 
     async def delete_snapshot(self, snapshot_id: str) -> int:
-        """Deletes a snapshot; returns the bytes that it took. Raises SessionNotFound."""
+        """Deletes a snapshot; returns the bytes that it took. Raises SnapshotNotFound."""
         request = DeleteSnapshotRequest(_checked_snapshot(snapshot_id))
         reply = await self.call("DeleteSnapshot", request, DeleteSnapshotResponse)
         return reply.freed_bytes
@@ -199,14 +201,15 @@ class Client:
         try:
             yield session
         finally:
-            with anyio.CancelScope(shield=True), suppress(SessionNotFound, SessionFailed, NotServing):
+            with anyio.CancelScope(shield=True), suppress(SessionNotFound, SessionFailed, EngineFailed, NotServing):
                 await session.close()
 
     async def call(self, method: str, request: Q, answered: type[A]) -> A:
         """The response of a unary method."""
         wire: UnaryUnaryMethod[Q, A] = UnaryUnaryMethod(self._channel, f"/{SERVICE}/{method}", type(request), answered)
-        with _typed_errors():
-            return await self._from_asyncio(wire)(request, metadata=self._metadata_of(request))
+        stream = wire.open(metadata=self._metadata_of(request))
+        with _typed_errors(stream):
+            return await self._from_asyncio(_exchange)(stream, request)
 
     @asynccontextmanager
     async def stream(
@@ -221,7 +224,7 @@ class Client:
         await here(stream.__aenter__)()
         ended: BaseException = _Left()
         try:
-            with _typed_errors():
+            with _typed_errors(stream):
                 await here(stream.send_message)(request, end=True)
             yield partial(_next, stream, here)
         except NotServing as error:
@@ -230,7 +233,7 @@ class Client:
             raise
         finally:
             # Resets a stream that was not read to its end, also while the caller is being cancelled.
-            with anyio.CancelScope(shield=True), _typed_errors():
+            with anyio.CancelScope(shield=True), _typed_errors(stream):
                 await here(stream.__aexit__)(type(ended), ended, None)
 
 
@@ -240,9 +243,17 @@ def _checked_snapshot(snapshot_id: str) -> str:
     return snapshot_id
 
 
+async def _exchange(stream: Stream[Q, A], request: Q) -> A:
+    async with stream:
+        await stream.send_message(request, end=True)
+        response = await stream.recv_message()
+    assert response is not None, "grpclib raises where a call ends without a response"
+    return response
+
+
 async def _next(stream: Stream[Any, A], here: FromAsyncio) -> A | None:
     """The next response; None at the end, which is the server's own word. Raises what it says where that is an error."""
-    with _typed_errors():
+    with _typed_errors(stream):
         return await here(_receive)(stream)
 
 
@@ -320,7 +331,7 @@ class ClientSession:
         return self._client.find_session(reply.session_id)
 
     async def save(self) -> Saved:
-        """Saves a snapshot on the server, for `Client.restore_session`. Raises SnapshotMismatch if the server keeps none."""
+        """Saves a snapshot on the server, for `Client.restore_session`. Raises NotDurable, StorageFailed."""
         reply = await self._client.call("SaveSession", SaveSessionRequest(self.id), SaveSessionResponse)
         return Saved(reply.snapshot_id, reply.size_bytes, reply.history_length)
 
@@ -364,13 +375,21 @@ def _as_it_is(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
 
 
 @contextmanager
-def _typed_errors() -> Iterator[None]:
+def _typed_errors(stream: Stream[Any, Any]) -> Iterator[None]:
     """Raises our errors for grpclib's. Only calls of grpclib belong in the block, because its caller may raise the same."""
     try:
         yield
     except GRPCError as error:
-        if error.status is Status.ABORTED and (error.message or "").startswith("moved"):
-            raise SessionMoved(error.message) from None
-        raise _ERRORS.get(error.status, SessionFailed)(error.message or error.status.name) from None
+        raise _error_of(error, stream.trailing_metadata) from None
     except (StreamTerminatedError, OSError) as error:
         raise NotServing(f"no answer from the server: {error}; is it running?") from None
+
+
+def _error_of(error: GRPCError, metadata: Mapping[str, str | bytes] | None) -> PerennialError:
+    message = error.message or error.status.name
+    named = error_of(str(metadata.get(ERROR_KEY, "")), message) if metadata else None
+    if named is not None:
+        return named
+    if error.status is Status.ABORTED and message.startswith("moved"):
+        return SessionMoved(message)
+    return _ERRORS.get(error.status, SessionFailed)(message)
