@@ -3,7 +3,7 @@
 | actor | owns, nobody else writes or holds it | takes | asks | its failure |
 | --- | --- | --- | --- | --- |
 | Session | history, slab contents, terms, durable record, last-used time | its SessionMessages | executor | this session |
-| ModelExecutor | engine, its thread, rows that wait or run, leases, pace of forwards | Forward | nobody | all: the tree ends |
+| ModelExecutor | engine, its thread, rows that wait or run, leases, pace of forwards | (leases) | nobody | all: the tree ends |
 | SessionRegistry | ids to sessions, sessions on the way to or from sleep, slab pools | (methods) | nobody | all: the tree ends |
 | Conversations | the tree of points, which sessions stand where, reads ahead, turn reports | (methods) | sessions | that turn |
 | Admission | permits, FIFO of waiters | (a context manager) | nobody | cannot fail |

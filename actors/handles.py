@@ -6,7 +6,6 @@ import secrets
 from array import array
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from itertools import islice
 from typing import TypeVar
 
 import trio
@@ -14,7 +13,7 @@ import trio
 from actors.mailbox import ActorFailed, ActorStopped, Message, Replies
 from actors.messages import Append, Branch, Close, Fork, Generate, Info, Rewind, Rewound, Save
 from actors.registry import NO_SESSION, SessionRegistry
-from actors.session import MAX_APPEND_TOKENS
+from runtime.checks import checked_tokens
 from runtime.durable import Terms
 from runtime.errors import InvalidRequest, SessionFailed, SessionNotFound
 from runtime.events import Done, Event, Sampling
@@ -68,7 +67,7 @@ class SessionHandle:
         Raises InvalidRequest for an id outside the vocabulary, HistoryMismatch where the history is not of
         `expected_history_length`, SlabOverflow where the session refuses to forget; then nothing was appended.
         """
-        append = Append(_tokens(token_ids), expected_history_length)
+        append = Append(checked_tokens(token_ids), expected_history_length)
         with as_session_errors():
             return await self._ask(append)
 
@@ -153,14 +152,6 @@ class SessionHandle:
 def digest_of(text: Text) -> bytes:
     """The digest of a tokenizer. The first call takes long for a large vocabulary: make it in a thread."""
     return text.digest
-
-
-def _tokens(token_ids: Iterable[int]) -> tuple[int, ...]:
-    """The tokens as a tuple. Of an endless iterable it reads one token more than an append may have. Raises InvalidRequest."""
-    try:
-        return tuple(array("I", islice(iter(token_ids), MAX_APPEND_TOKENS + 1)))
-    except (TypeError, OverflowError) as error:
-        raise InvalidRequest(f"token ids must be whole numbers of 32 bits: {error}", "token_ids") from None
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class Evict(Message[None]):
 
 
 @dataclass(frozen=True, slots=True)
-class Forward(Message[Ran]):
+class Forward:
     """Rows of one slab for the next forward, which runs as many of the first as fit. `is_prefill`: they carry prompt tokens."""
 
     rows: tuple[Row, ...]

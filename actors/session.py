@@ -33,7 +33,7 @@ from actors.nursery import open_nursery
 from actors.proposing import Proposals
 from actors.storing import call_in_thread, call_store
 from actors.turn import Tally, TurnClock
-from runtime.checks import check_whole
+from runtime.checks import MAX_APPEND_TOKENS, check_whole
 from runtime.durable import Durable, SlabWriter, Terms
 from runtime.errors import HistoryMismatch, InvalidRequest, NotDurable, SessionMoved, SlabOverflow, StorageFailed
 from runtime.events import Done, Event, HistoryTruncated, Overflow, StopReason, Token
@@ -42,8 +42,6 @@ from runtime.metrics import Metrics
 from runtime.sampling import Draw
 from runtime.sessions import Appended, Saved, SessionInfo
 from runtime.slab import Slab, common_length
-
-MAX_APPEND_TOKENS = 2**18
 
 # A session that has been idle this long saves its slab, if the saved one lacks more than this share of what a token sees.
 _IDLE_BEFORE_WRITING_S = 2.0
@@ -138,9 +136,8 @@ class Session:
         """Serves until closed or evicted. Raises InvariantViolation or EngineFailed when the session has failed."""
         with self._inbox:
             while self._ending is None:
-                with trio.CancelScope(deadline=self._last_used + self._idle_ttl_s) as idle:
-                    envelope = await (self._take_and_write() if self._is_slab_on_disk_old else self._inbox.take())
-                if idle.cancelled_caught:
+                envelope = await (self._take_and_write() if self._is_slab_on_disk_old else self._take())
+                if envelope is None:
                     return await self._end_for_its_age()
                 await self._inbox.handle(envelope, self._handle)
         return self._ending
@@ -176,20 +173,25 @@ class Session:
             return False
         return self._feed.length - self._durable.slab_length >= self._slab.spec.visible * _LEFT_BEHIND
 
-    async def _take_and_write(self) -> Envelope[Any]:
-        """The next message. Until it comes, and after a while without one, the slab is saved piece by piece."""
+    async def _take(self) -> Envelope[Any] | None:
+        """The next message; None if none comes for `idle_ttl_s`."""
+        with trio.CancelScope(deadline=self._last_used + self._idle_ttl_s):
+            return await self._inbox.take()
+        return None
+
+    async def _take_and_write(self) -> Envelope[Any] | None:
+        """As `_take`. Until the message comes, and after a while without one, the slab is saved piece by piece."""
         envelope: Envelope[Any] | None = None
         try:
             async with open_nursery() as nursery:
                 nursery.start_soon(self._write_when_idle)
-                envelope = await self._inbox.take()
+                envelope = await self._take()
                 # The message waits for the piece that is being written; if the tree ends meanwhile, its asker is told.
                 nursery.cancel_scope.cancel()
         except BaseException:
             if envelope is not None:
                 envelope.replies.close()
             raise
-        assert envelope is not None
         return envelope
 
     async def _write_when_idle(self) -> None:

@@ -19,11 +19,11 @@ from actors.nursery import open_nursery
 from actors.proposing import NewProposals, open_proposing
 from actors.registry import SessionRegistry
 from actors.storing import call_in_thread
-from runtime.checks import check_whole, short_repr
+from runtime.checks import check_whole, checked_eos_ids, checked_label
 from runtime.durable import HistoryIdentity, SessionStore, SlabIdentity, Terms, fingerprint, open_store
 from runtime.engine import Engine, EngineFacts, load_engine
-from runtime.errors import InvalidRequest, NotDurable
-from runtime.events import Overflow
+from runtime.errors import NotDurable
+from runtime.events import Overflow, checked_overflow
 from runtime.metrics import Metrics
 from runtime.models import find_model
 from runtime.sessions import ModelInfo, Saved, SessionSummary, Snapshot
@@ -32,10 +32,6 @@ from runtime.slab import Slab
 from runtime.text import Text
 
 _log = logging.getLogger("perennial")
-
-# Bounds on what a session keeps for as long as it lives.
-_MOST_EOS_IDS = 64
-_MOST_LABEL_BYTES = 256
 
 
 class Runtime:
@@ -170,36 +166,7 @@ class Runtime:
 
 def _terms(eos_token_ids: Iterable[int], overflow: Overflow, label: str) -> Terms:
     """The terms of a session, checked, and bounded in size. Raises InvalidRequest."""
-    if not isinstance(overflow, Overflow):
-        raise InvalidRequest(f"overflow must be an Overflow, got {short_repr(overflow)}", "overflow")
-    return Terms(_checked_eos_ids(eos_token_ids), overflow, _checked_label(label))
-
-
-def _checked_eos_ids(eos_token_ids: Iterable[int]) -> frozenset[int]:
-    few: set[int] = set()
-    try:
-        for token_id in eos_token_ids:
-            # A request may repeat one id a million times.
-            if token_id not in few:
-                check_whole("eos_token_ids", token_id, 0, 2**32 - 1)
-                few.add(int(token_id))
-            if len(few) > _MOST_EOS_IDS:
-                raise InvalidRequest(f"a session has {_MOST_EOS_IDS} eos ids at most", "eos_token_ids")
-    except TypeError as error:
-        raise InvalidRequest(f"eos_token_ids must be whole numbers: {error}", "eos_token_ids") from None
-    return frozenset(few)
-
-
-def _checked_label(label: str) -> str:
-    if not isinstance(label, str):
-        raise InvalidRequest(f"a label is text, got {short_repr(label)}", "client_label")
-    try:
-        is_short = len(label) <= _MOST_LABEL_BYTES and len(label.encode()) <= _MOST_LABEL_BYTES
-    except UnicodeEncodeError:
-        is_short = False
-    if not is_short:
-        raise InvalidRequest(f"a label is {_MOST_LABEL_BYTES} bytes of UTF-8 at most", "client_label")
-    return label
+    return Terms(checked_eos_ids(eos_token_ids), checked_overflow(overflow), checked_label(label))
 
 
 @asynccontextmanager

@@ -145,7 +145,7 @@ def _compile(source: str, text: Text) -> Grammar:
 
 @lru_cache(maxsize=512)  # Agents send the same tools with every request.
 def _fault_in(parameters: str, form: CallForm) -> str | None:
-    """Why a tool's arguments cannot be constrained by this schema; empty if they can."""
+    """Why a tool's arguments cannot be constrained by this schema; None if they can."""
     schema = json.loads(parameters)
     if (count := _property_count(schema)) > _MOST_PROPERTIES:
         return f"the schema has {count} properties, and {_MOST_PROPERTIES} can be followed"

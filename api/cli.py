@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -84,11 +84,24 @@ def _serve(settings: Settings, asked: argparse.Namespace) -> int:
 def _chat(settings: Settings, asked: argparse.Namespace) -> int:
     from api.chat import chat
 
-    return trio.run(chat, settings, asked.connect, asked.max_tokens, asked.temperature)
+    return _print_by(partial(trio.run, chat, settings, asked.connect, asked.max_tokens, asked.temperature))
 
 
 def _doctor(settings: Settings, asked: argparse.Namespace) -> int:
-    return doctor(settings)
+    return _print_by(partial(doctor, settings))
+
+
+def _print_by(command: Callable[[], int]) -> int:
+    """Runs a command that prints; returns its exit status, or that of SIGPIPE if whoever reads the output has left."""
+    try:
+        with lone_errors():
+            status = command()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # At its exit Python writes what is left, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return status
 
 
 # The second of these cuts the drain short.

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
+from operator import index
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import anyio
@@ -27,7 +28,7 @@ from grpclib.client import Channel, Stream, UnaryStreamMethod, UnaryUnaryMethod
 from grpclib.exceptions import StreamTerminatedError
 
 from api.foreign.grpclib import ForgetfulChannel
-from api.wire import SERVICE, appended_of, event_of, info_of, model_of, snapshot_of, summary_of
+from api.wire import ERROR_KEY, SERVICE, appended_of, error_of, event_of, info_of, model_of, snapshot_of, summary_of
 from proto.kakeya.v1 import (
     AppendTokensRequest,
     AppendTokensResponse,
@@ -56,9 +57,11 @@ from proto.kakeya.v1 import (
 )
 from proto.kakeya.v1 import Overflow as WireOverflow
 from runtime import events
+from runtime.checks import check_whole, checked_eos_ids, checked_label, checked_tokens, is_text, short_repr
 from runtime.errors import (
     CapacityExhausted,
     DeadlineExceeded,
+    EngineFailed,
     HistoryMismatch,
     InvalidRequest,
     NotServing,
@@ -69,6 +72,7 @@ from runtime.errors import (
     SessionNotFound,
     SlabOverflow,
     SnapshotMismatch,
+    SnapshotNotFound,
     Unauthenticated,
 )
 from runtime.sessions import Appended, ModelInfo, Saved, SessionInfo, SessionSummary, Snapshot
@@ -84,9 +88,13 @@ A = TypeVar("A", bound=Message)
 
 # Other strings cannot be sent as a header.
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+# protobuf sends larger numbers as others.
+_MOST_UINT32 = 2**32 - 1
+_MOST_UINT64 = 2**64 - 1
 SESSION_HEADER = "x-session-id"
 """The metadata of a call on a session."""
 
+# For servers of earlier versions, and for proxies: they do not say which error it is.
 _ERRORS: dict[Status, type[PerennialError]] = {
     Status.INVALID_ARGUMENT: InvalidRequest,
     Status.NOT_FOUND: SessionNotFound,
@@ -103,8 +111,11 @@ _ERRORS: dict[Status, type[PerennialError]] = {
 
 @asynccontextmanager
 async def connect(address: str, *, key: str = "", tls: ssl.SSLContext | None = None) -> AsyncIterator[Client]:
-    """A client of the server at `HOST:PORT`; its first call connects."""
-    host, port = split_address(address)
+    """A client of the server at `HOST:PORT`; its first call connects. Raises InvalidRequest for another kind of address."""
+    try:
+        host, port = split_address(address)
+    except ValueError as error:
+        raise InvalidRequest(str(error), "address") from None
     async with _asyncio_loop() as from_asyncio:
         channel = ForgetfulChannel(host, port, ssl=tls)
         try:
@@ -133,16 +144,19 @@ class Client:
         overflow: events.Overflow = events.Overflow.EVICT,
         label: str = "",
     ) -> ClientSession:
-        """A new session on the server, to be closed by the caller. Raises CapacityExhausted."""
+        """A new session on the server, to be closed by the caller. Raises CapacityExhausted, InvalidRequest."""
         request = CreateSessionRequest(
-            client_label=label, eos_token_ids=list(eos_token_ids), overflow=WireOverflow[overflow.name]
+            client_label=checked_label(label),
+            eos_token_ids=sorted(checked_eos_ids(eos_token_ids)),
+            overflow=WireOverflow[events.checked_overflow(overflow).name],
         )
         reply = await self.call("CreateSession", request, CreateSessionResponse)
         return self.find_session(reply.session_id)
 
     async def restore_session(self, snapshot_id: str) -> ClientSession:
-        """A new session that continues from where a saved one stood. Raises SessionNotFound, SnapshotMismatch."""
-        reply = await self.call("RestoreSession", RestoreSessionRequest(snapshot_id), RestoreSessionResponse)
+        """A new session that continues from where a saved one stood. Raises SnapshotNotFound, SnapshotMismatch."""
+        request = RestoreSessionRequest(_checked_snapshot(snapshot_id))
+        reply = await self.call("RestoreSession", request, RestoreSessionResponse)
         return self.find_session(reply.session_id)
 
     async def list_snapshots(self) -> list[Snapshot]:
@@ -151,8 +165,9 @@ class Client:
         return [snapshot_of(one) for one in reply.snapshots]
 
     async def delete_snapshot(self, snapshot_id: str) -> int:
-        """Deletes a snapshot; returns the bytes that it took. Raises SessionNotFound."""
-        reply = await self.call("DeleteSnapshot", DeleteSnapshotRequest(snapshot_id), DeleteSnapshotResponse)
+        """Deletes a snapshot; returns the bytes that it took. Raises SnapshotNotFound."""
+        request = DeleteSnapshotRequest(_checked_snapshot(snapshot_id))
+        reply = await self.call("DeleteSnapshot", request, DeleteSnapshotResponse)
         return reply.freed_bytes
 
     async def list_sessions(self) -> list[SessionSummary]:
@@ -165,7 +180,12 @@ class Client:
         return model_of(await self.call("GetModelInfo", GetModelInfoRequest(), GetModelInfoResponse))
 
     def find_session(self, session_id: str) -> ClientSession:
-        """A handle on the session with this id. The server looks it up at the first call."""
+        """A handle on the session with this id. The server looks it up at the first call.
+
+        Raises SessionNotFound for what cannot be an id.
+        """
+        if not is_text(session_id):
+            raise SessionNotFound(f"no session has the id {short_repr(session_id)}")
         return ClientSession(self, session_id)
 
     @asynccontextmanager
@@ -181,14 +201,15 @@ class Client:
         try:
             yield session
         finally:
-            with anyio.CancelScope(shield=True), suppress(SessionNotFound, SessionFailed, NotServing):
+            with anyio.CancelScope(shield=True), suppress(SessionNotFound, SessionFailed, EngineFailed, NotServing):
                 await session.close()
 
     async def call(self, method: str, request: Q, answered: type[A]) -> A:
         """The response of a unary method."""
         wire: UnaryUnaryMethod[Q, A] = UnaryUnaryMethod(self._channel, f"/{SERVICE}/{method}", type(request), answered)
-        with _typed_errors():
-            return await self._from_asyncio(wire)(request, metadata=self._metadata_of(request))
+        stream = wire.open(metadata=self._metadata_of(request))
+        with _typed_errors(stream):
+            return await self._from_asyncio(_exchange)(stream, request)
 
     @asynccontextmanager
     async def stream(
@@ -200,23 +221,43 @@ class Client:
         )
         stream = wire.open(metadata=self._metadata_of(request))
         here = self._from_asyncio
-        with _typed_errors():
-            await here(stream.__aenter__)()
-            error: BaseException = _Left()
-            try:
+        await here(stream.__aenter__)()
+        ended: BaseException = _Left()
+        try:
+            with _typed_errors(stream):
                 await here(stream.send_message)(request, end=True)
-                yield partial(here(_next), stream)
-            except BaseException as raised:
-                error = raised
-                raise
-            finally:
-                # Resets a stream that was not read to its end, also while the caller is being cancelled.
-                with anyio.CancelScope(shield=True):
-                    await here(stream.__aexit__)(type(error), error, None)
+            yield partial(_next, stream, here)
+        except NotServing as error:
+            # Where the stream broke off, grpclib looks whether the server had sent a last word, and raises that.
+            ended = error.__context__ or ended
+            raise
+        finally:
+            # Resets a stream that was not read to its end, also while the caller is being cancelled.
+            with anyio.CancelScope(shield=True), _typed_errors(stream):
+                await here(stream.__aexit__)(type(ended), ended, None)
 
 
-async def _next(stream: Stream[Any, A]) -> A | None:
-    """The next response; None at the end, which is the server's own word. Raises GRPCError where that is another one."""
+def _checked_snapshot(snapshot_id: str) -> str:
+    if not is_text(snapshot_id):
+        raise SnapshotNotFound(f"no snapshot has the id {short_repr(snapshot_id)}")
+    return snapshot_id
+
+
+async def _exchange(stream: Stream[Q, A], request: Q) -> A:
+    async with stream:
+        await stream.send_message(request, end=True)
+        response = await stream.recv_message()
+    assert response is not None, "grpclib raises where a call ends without a response"
+    return response
+
+
+async def _next(stream: Stream[Any, A], here: FromAsyncio) -> A | None:
+    """The next response; None at the end, which is the server's own word. Raises what it says where that is an error."""
+    with _typed_errors(stream):
+        return await here(_receive)(stream)
+
+
+async def _receive(stream: Stream[Any, A]) -> A | None:
     response = await stream.recv_message()
     if response is None:
         await stream.recv_trailing_metadata()
@@ -240,7 +281,9 @@ class ClientSession:
         With `expected_history_length` a lost reply can be retried: HistoryMismatch says that it had been appended.
         Raises InvalidRequest, HistoryMismatch, SlabOverflow, SessionNotFound, or SessionMoved where another server holds it.
         """
-        request = AppendTokensRequest(self.id, list(token_ids), expected_history_length)
+        if expected_history_length is not None:
+            expected_history_length = check_whole("expected_history_length", expected_history_length, 0, _MOST_UINT64)
+        request = AppendTokensRequest(self.id, list(checked_tokens(token_ids)), expected_history_length)
         reply = await self._client.call("AppendTokens", request, AppendTokensResponse)
         return appended_of(reply)
 
@@ -254,8 +297,26 @@ class ClientSession:
         top_k: int | None = None,
         seed: int | None = None,
     ) -> AsyncIterator[ClientEvents]:
-        """The events of a generation: HistoryTruncated at most once, Token by Token, Done. Leaving the block cancels it."""
-        request = GenerateRequest(self.id, max_tokens, seed, temperature, top_p, top_k)
+        """The events of a generation: HistoryTruncated at most once, Token by Token, Done. Leaving the block cancels it.
+
+        Raises InvalidRequest.
+        """
+        # Its checks are those of an embedded runtime.
+        events.Sampling(
+            0.0 if temperature is None else temperature,
+            1.0 if top_p is None else top_p,
+            0 if top_k is None else top_k,
+            0 if seed is None else seed,
+        )
+        request = GenerateRequest(
+            self.id,
+            check_whole("max_tokens", max_tokens, 1, _MOST_UINT32),
+            seed if seed is None else index(seed),
+            temperature,
+            top_p,
+            # No vocabulary is larger, so all of these keep every token.
+            top_k if top_k is None else min(index(top_k), _MOST_UINT32),
+        )
         async with self._client.stream("Generate", request, GenerateResponse) as receive:
             yield ClientEvents(receive)
 
@@ -270,7 +331,7 @@ class ClientSession:
         return self._client.find_session(reply.session_id)
 
     async def save(self) -> Saved:
-        """Saves a snapshot on the server, for `Client.restore_session`. Raises SnapshotMismatch if the server keeps none."""
+        """Saves a snapshot on the server, for `Client.restore_session`. Raises NotDurable, StorageFailed."""
         reply = await self._client.call("SaveSession", SaveSessionRequest(self.id), SaveSessionResponse)
         return Saved(reply.snapshot_id, reply.size_bytes, reply.history_length)
 
@@ -290,8 +351,7 @@ class ClientEvents:
         return self
 
     async def __anext__(self) -> events.Event:
-        with _typed_errors():
-            frame = await self._receive()
+        frame = await self._receive()
         if frame is None:
             raise StopAsyncIteration
         return event_of(frame)
@@ -315,12 +375,21 @@ def _as_it_is(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
 
 
 @contextmanager
-def _typed_errors() -> Iterator[None]:
+def _typed_errors(stream: Stream[Any, Any]) -> Iterator[None]:
+    """Raises our errors for grpclib's. Only calls of grpclib belong in the block, because its caller may raise the same."""
     try:
         yield
     except GRPCError as error:
-        if error.status is Status.ABORTED and (error.message or "").startswith("moved"):
-            raise SessionMoved(error.message) from None
-        raise _ERRORS.get(error.status, SessionFailed)(error.message or error.status.name) from None
+        raise _error_of(error, stream.trailing_metadata) from None
     except (StreamTerminatedError, OSError) as error:
         raise NotServing(f"no answer from the server: {error}; is it running?") from None
+
+
+def _error_of(error: GRPCError, metadata: Mapping[str, str | bytes] | None) -> PerennialError:
+    message = error.message or error.status.name
+    named = error_of(str(metadata.get(ERROR_KEY, "")), message) if metadata else None
+    if named is not None:
+        return named
+    if error.status is Status.ABORTED and message.startswith("moved"):
+        return SessionMoved(message)
+    return _ERRORS.get(error.status, SessionFailed)(message)

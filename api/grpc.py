@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from grpclib import GRPCError, Status
 from grpclib.const import Cardinality, Handler
 from grpclib.encoding.proto import ProtoCodec
+from grpclib.events import SendTrailingMetadata, listen
 from grpclib.server import Stream
 
 from actors.nursery import open_nursery
@@ -22,7 +23,7 @@ from api.foreign.grpclib import GuardedServer, Limits, require_tested_grpclib
 from api.grpc_standard import HealthOf, with_standard_services
 from api.methods import METHODS, Method
 from api.server import Server
-from api.wire import SERVICE
+from api.wire import ERROR_KEY, SERVICE
 from runtime.errors import InvalidSetting
 from runtime.settings import Settings, split_address
 
@@ -71,6 +72,11 @@ class Codec(ProtoCodec):
             ) from None
 
 
+async def _name_error(event: SendTrailingMetadata) -> None:
+    if event.status_details is not None:
+        event.metadata[ERROR_KEY] = event.status_details
+
+
 async def grpc_door(server: Server, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
     """Serves gRPC on `grpc_bind` until cancelled. Started in a nursery, it returns `HOST:PORT`. Raises StartError."""
     require_tested_grpclib()
@@ -83,6 +89,7 @@ async def grpc_door(server: Server, *, task_status: trio.TaskStatus[str] = trio.
             grpc_server = GuardedServer(
                 with_standard_services(service, health), codec=Codec(), limits=limits, on_leaving=accepting.one_has_left
             )
+            listen(grpc_server, SendTrailingMetadata, _name_error)
             host, port = listener.getsockname()[:2]
             task_status.started(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
             try:

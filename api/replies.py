@@ -8,6 +8,7 @@ from grpclib import GRPCError, Status
 from werkzeug.exceptions import HTTPException
 
 from api.schemas import ErrorBody, ErrorReply
+from api.wire import error_on_wire
 from runtime.errors import InvalidRequest, PerennialError
 
 RETRY_AFTER_S = "1"
@@ -26,11 +27,14 @@ _OURS = "a fault of the server ended this request: its log says more"
 
 
 def as_grpc(error: Exception) -> GRPCError:
-    """Status and message for a gRPC client. An unexpected error is logged, and the client is told INTERNAL."""
+    """Status and message for a gRPC client, with the error on the wire as its details.
+
+    An unexpected error is logged, and the client is told INTERNAL.
+    """
     if isinstance(error, GRPCError):
         return error
     if isinstance(error, PerennialError):
-        return GRPCError(Status[error.grpc], str(error))
+        return GRPCError(Status[error.grpc], str(error), error_on_wire(error))
     _log.error("call failed", exc_info=error)
     return GRPCError(Status.INTERNAL, _OURS)
 

@@ -11,9 +11,9 @@ from enum import Enum
 import trio
 
 from actors import Runtime, open_runtime
-from actors.session import MAX_APPEND_TOKENS
 from api.reader import Reader, open_reader
 from api.reading import Terms
+from runtime.checks import MAX_APPEND_TOKENS
 from runtime.errors import EngineFailed, NotServing
 from runtime.metrics import Metrics
 from runtime.settings import Settings

@@ -14,12 +14,14 @@ from proto.kakeya.v1 import (
     ListSnapshotsResponseSnapshot,
 )
 from proto.kakeya.v1 import Overflow as WireOverflow
-from runtime import events
-from runtime.errors import SessionFailed
+from runtime import errors, events
+from runtime.errors import InvalidRequest, InvariantViolation, PerennialError, SessionFailed
 from runtime.sessions import Appended, ModelInfo, SessionInfo, SessionSummary, Snapshot
 
 PACKAGE = "kakeya.v1"
 SERVICE = f"{PACKAGE}.RuntimeService"
+ERROR_KEY = "x-perennial-error"
+"""The trailing metadata that says which error ended a call, as `error_on_wire` spells it."""
 
 OVERFLOWS = {WireOverflow.EVICT: events.Overflow.EVICT, WireOverflow.ERROR: events.Overflow.ERROR}
 
@@ -29,6 +31,28 @@ _STOP_REASONS = {
     events.StopReason.TRUNCATED: GenerateDoneStopReason.TRUNCATED,
 }
 _REASONS = {on_wire: reason for reason, on_wire in _STOP_REASONS.items()}
+
+
+def error_on_wire(error: PerennialError) -> str:
+    """The name of the error's class and, after a space, the field or the invariant that the error names."""
+    match error:
+        case InvalidRequest(param=str(about)) | InvariantViolation(kind=about):
+            # Metadata takes no other characters.
+            known = about if about.isascii() and about.isprintable() else ""
+        case _:
+            known = ""
+    return f"{type(error).__name__} {known}".strip()
+
+
+def error_of(spelled: str, message: str) -> PerennialError | None:
+    """The error that `error_on_wire` spelled; None for one that this version does not know."""
+    name, _, about = spelled.partition(" ")
+    kind = getattr(errors, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, PerennialError)):
+        return None
+    if issubclass(kind, InvariantViolation):
+        return kind(message, about)
+    return kind(message, about or None) if issubclass(kind, InvalidRequest) else kind(message)
 
 
 def frame_of(event: events.Event) -> GenerateResponse:

@@ -47,6 +47,13 @@ class Overflow(Enum):
     ERROR = "error"
 
 
+def checked_overflow(overflow: Overflow) -> Overflow:
+    """Raises InvalidRequest."""
+    if not isinstance(overflow, Overflow):
+        raise InvalidRequest(f"overflow must be an Overflow, got {short_repr(overflow)}", "overflow")
+    return overflow
+
+
 @dataclass(frozen=True, slots=True)
 class HistoryTruncated:
     """Sent first, and only if tokens of the history are out of the model's sight."""

@@ -246,19 +246,30 @@ class Text:
         return token_ids[1:] if is_after_eos and token_ids[0] in self.eos_token_ids else token_ids
 
     def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self._backend)
+        return Detokenizer(self._backend, self._unspoken)
+
+    @cached_property
+    def _unspoken(self) -> frozenset[str]:
+        """The special tokens by their spelling, as the tokenizer tells them apart when it decodes."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
 
 
 class Detokenizer:
     """Turns a stream of tokens into a stream of text, whole characters at a time, special tokens left out."""
 
-    def __init__(self, backend: Tokenizer) -> None:
+    def __init__(self, backend: Tokenizer, unspoken: frozenset[str]) -> None:
         self._backend = backend
+        self._unspoken = unspoken
         self._said: list[int] = []
         self._held: list[int] = []
 
     def feed(self, token_id: int) -> str:
         """The text that this token completes; often empty, inside a character."""
+        token = self._backend.id_to_token(token_id)
+        if token is None or token in self._unspoken:
+            # The tokenizer drops it before it decodes the others. Held, it would be decoded with each token that follows.
+            return ""
         self._held.append(token_id)
         # The tokens of the last piece are decoded again before those held, because a token's spelling depends on what it
         # follows.

@@ -1,4 +1,4 @@
-"""The HTTP door: routes, errors and the headers that say it is deprecated. `app` is for `hypercorn api.http:app`."""
+"""The HTTP door: routes, errors and the headers that say which routes are deprecated. `app` is for `hypercorn api.http:app`."""
 
 from __future__ import annotations
 

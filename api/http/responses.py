@@ -317,10 +317,11 @@ class _Socket:
     async def _next(self) -> _Waiting | None:
         """The next frame, read; None if none has come for `idle_connection_s`."""
         while True:
+            received: str | bytes | None = None
             with trio.move_on_after(self._server.settings.idle_connection_s):
                 received = await websocket.receive()
-                body = received if isinstance(received, bytes) else received.encode()
-                return await self._read(body)
+            if received is not None:
+                return await self._read(received if isinstance(received, bytes) else received.encode())
             if self._room.value == _MOST_REQUESTS - 1:
                 return None
 
@@ -336,7 +337,7 @@ class _Socket:
                 with server.call(), server.may_be_ended():
                     frame = await server.reader.read(ReadBody(read_frame, body), len(body))
                 return _Waiting(frame, held.pop_all())
-        except RequestError as error:
+        except Exception as error:
             return _Waiting(Frame(None, error), ExitStack())
 
     async def _run_lane(self, stream_id: str | None) -> None:
@@ -353,7 +354,7 @@ class _Socket:
         del self._lanes[stream_id]
 
     async def _answer(self, frame: Frame) -> None:
-        if isinstance(frame.read, RequestError):
+        if isinstance(frame.read, Exception):
             raise frame.read
         asked, question = frame.read
         async with AsyncExitStack() as held:

@@ -30,6 +30,7 @@ from api.ray_serve.routing import SessionRouter
 from api.ray_serve.scaling import LOAD
 from api.server import Phase, Server
 from api.traces import configure_tracing
+from api.wire import ERROR_KEY
 from runtime.errors import EngineFailed, InvalidSetting, StartError, lone_errors
 from runtime.settings import Settings
 
@@ -174,6 +175,8 @@ def _status_told(context: RayServegRPCContext) -> Iterator[None]:
     except GRPCError as error:
         context.set_code(grpc.StatusCode[error.status.name])
         context.set_details(error.message or "")
+        if error.details is not None:
+            context.set_trailing_metadata([(ERROR_KEY, error.details)])
         raise Refused(error.message) from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -52,8 +51,6 @@ from runtime.rows import RowBatch
 from runtime.settings import Settings
 from runtime.slab import SlabPool
 from runtime.slab_spec import SlabSpec
-
-_log = logging.getLogger("perennial.engine")
 
 AttentionInterface.register(ATTENTION_NAME, slab_attention)
 

@@ -28,11 +28,6 @@ class PromptLookup:
         """The most bytes that a lookup can hold: a growing array takes an eighth more than it needs."""
         return int(most_tokens * (1 + _SHARE_FORGOTTEN) ** 2) * array("I").itemsize
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes held."""
-        return len(self._tokens) * self._tokens.itemsize
-
     def extend(self, token_ids: Sequence[int]) -> None:
         """Records that these tokens were added to the history."""
         self._tokens.extend(token_ids[-self._most_tokens :])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from actors import Runtime, SessionHandle, open_runtime
 from runtime import Overflow, Settings, Token
@@ -56,6 +57,20 @@ class CountingFiles(Files):
 
     def reuse(self, path: Path) -> int:
         self.slabs_begun += 1
+        return super().reuse(path)
+
+
+class HeldFiles(Files):
+    """Tells when the writing of a slab begins, and goes on when it may."""
+
+    def __init__(self) -> None:
+        self.has_begun = trio.Event()
+        self.may_go_on = threading.Event()
+
+    def reuse(self, path: Path) -> int:
+        if ".slab" in path.name:
+            trio.from_thread.run_sync(self.has_begun.set)
+            self.may_go_on.wait()
         return super().reuse(path)
 
 
@@ -510,6 +525,31 @@ async def test_a_slab_is_left_on_disk_while_its_session_is_idle(tmp_path: Path, 
         await files.slab_is_there.wait()
 
         assert await generated(session, 5) == LedgerEngine().continued(PROMPT, 5)
+
+
+async def test_a_message_that_waits_for_the_slab_to_be_written_is_answered_however_long_that_takes(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
+    files = HeldFiles()
+    async with open_durable(tmp_path, files=files, idle_ttl_s=60) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+        lengths: list[int] = []
+
+        async def ask() -> None:
+            lengths.append((await session.info()).history_length)
+
+        await wait_all_tasks_blocked()
+        mock_clock.jump(10)
+        await files.has_begun.wait()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await wait_all_tasks_blocked()
+            mock_clock.jump(100)
+            await wait_all_tasks_blocked()
+            files.may_go_on.set()
+
+        assert lengths == [len(PROMPT)]
 
 
 async def test_sessions_that_slept_too_long_are_deleted(tmp_path: Path, autojump_clock: MockClock) -> None:

@@ -12,7 +12,7 @@ from grpclib.const import Cardinality, Handler
 from grpclib.server import Server
 
 from api.client import connect
-from api.wire import SERVICE
+from api.wire import ERROR_KEY, SERVICE
 from proto.kakeya.v1 import GenerateRequest, GenerateResponse
 from runtime.errors import NotServing, PerennialError, SessionMoved
 from runtime.events import Token
@@ -21,10 +21,11 @@ MOVED = "moved: another server has gone on with the session"
 
 
 class Breaking:
-    """Sends a token, and then an error or nothing."""
+    """Sends a token, and then an error, named or not, or nothing."""
 
-    def __init__(self, error: GRPCError | None) -> None:
+    def __init__(self, error: GRPCError | None, named: str | None) -> None:
         self._error = error
+        self._named = named
 
     def __mapping__(self) -> dict[str, Handler]:
         return {
@@ -35,11 +36,14 @@ class Breaking:
         await stream.recv_message()
         await stream.send_message(GenerateResponse(token_id=5))
         if self._error is not None:
-            raise self._error
+            metadata = {} if self._named is None else {ERROR_KEY: self._named}
+            await stream.send_trailing_metadata(
+                status=self._error.status, status_message=self._error.message, metadata=metadata
+            )
 
 
-async def heard(error: GRPCError | None) -> list[object]:
-    server = Server([Breaking(error)])
+async def heard(error: GRPCError | None, named: str | None = None) -> list[object]:
+    server = Server([Breaking(error, named)])
     listening = socket.create_server(("127.0.0.1", 0))
     host, port = listening.getsockname()
     await server.start(sock=listening)

@@ -13,6 +13,7 @@ import pytest
 import trio
 from grpclib import GRPCError, Status
 from grpclib.client import Channel
+from grpclib.exceptions import StreamTerminatedError
 
 from api.client import Client, ClientSession, connect
 from api.client_sync import connect_sync
@@ -28,10 +29,10 @@ from runtime import Done, HistoryTruncated, Token
 from runtime.errors import (
     HistoryMismatch,
     InvalidRequest,
+    NotDurable,
     NotServing,
     SessionNotFound,
     SlabOverflow,
-    SnapshotMismatch,
     Unauthenticated,
 )
 from runtime.events import Overflow, StopReason
@@ -144,8 +145,13 @@ def test_an_error_in_the_block_of_a_generation_comes_out_as_it_is(run: Run, plai
     async def err() -> None:
         async with connect(plain.grpc) as client, client.session() as session:
             await session.append(PROMPT)
-            with pytest.raises(ZeroDivisionError):
-                await break_off(session)
+            for error in (
+                *(ZeroDivisionError(), FileNotFoundError(), TimeoutError()),
+                *(StreamTerminatedError(), GRPCError(Status.UNAVAILABLE), NotServing("another one")),
+            ):
+                with pytest.raises(type(error)) as raised:
+                    await break_off(session, error)
+                assert raised.value is error
             assert (await session.info()).history_length > len(PROMPT)
 
     run(err)
@@ -162,10 +168,10 @@ def test_errors_are_those_of_an_embedded_runtime(run: Run, plain: ServerProcess)
     run(err)
 
 
-async def break_off(session: ClientSession) -> None:
+async def break_off(session: ClientSession, error: Exception) -> None:
     async with session.generate(ENDLESS) as events:
         await anext(events)
-        raise ZeroDivisionError
+        raise error
 
 
 def refusals(client: Client) -> list[tuple[type[Exception], Callable[[], Awaitable[object]]]]:
@@ -187,7 +193,7 @@ def refusals(client: Client) -> list[tuple[type[Exception], Callable[[], Awaitab
         (HistoryMismatch, partial(with_session, Overflow.EVICT, PROMPT, 1)),
         (SlabOverflow, partial(with_session, Overflow.ERROR, TOO_LONG, None)),
         (InvalidRequest, generate_nothing),
-        (SnapshotMismatch, save),
+        (NotDurable, save),
     ]
 
 

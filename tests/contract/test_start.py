@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -275,3 +277,28 @@ def test_chat_with_nobody_says_so_in_one_line() -> None:
 
     assert run.returncode == 1
     assert re.fullmatch("perennial: .*is it running.*\n", run.stderr)
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:", ":50051", "localhost:port", "127.0.0.1:70000"])
+def test_chat_with_what_is_no_address_says_so_in_one_line(address: str) -> None:
+    run = perennial_run("chat", "--connect", address, typed=TYPED)
+
+    assert run.returncode == 1
+    assert run.stderr == f"perennial: {address!r} is not HOST:PORT\n"
+
+
+def test_chat_ends_quietly_where_nobody_reads_what_it_prints(plain: ServerProcess) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as broken:
+        run = subprocess.run(
+            [program("perennial"), "chat", "--connect", plain.grpc, "--max-tokens", "5"],
+            input=TYPED.encode(),
+            env=environment({}),
+            stdout=broken,
+            stderr=subprocess.PIPE,
+            timeout=MOST_S,
+            check=False,
+        )
+
+    assert (run.returncode, run.stderr) == (128 + signal.SIGPIPE, b"")

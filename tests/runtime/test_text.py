@@ -85,6 +85,60 @@ def test_no_piece_holds_half_a_character(texts: Mapping[str, Text], kind: str, w
 
 
 @each_kind
+@settings(max_examples=300)
+@given(parts=st.lists(st.one_of(WRITTEN, st.sampled_from([0, 1, 2, 10**6]))))
+@example(parts=["a", 2, 2, 2, "b"])
+@example(parts=[2] * 100)
+def test_pieces_between_tokens_without_text_make_the_text_of_all(
+    texts: Mapping[str, Text], kind: str, parts: list[str | int]
+) -> None:
+    text = texts[kind]
+    token_ids = [token_id for part in parts for token_id in (text.encode(part) if isinstance(part, str) else [part])]
+
+    joined = "".join(pieces_of(text, token_ids))
+
+    whole = text.decode(token_ids)
+    assert whole.startswith(joined)
+    assert not whole[len(joined) :].strip(HALF)
+
+
+class Counting:
+    """A tokenizer that counts the tokens that it decodes."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend = backend
+        self.decoded = 0
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        self.decoded += len(token_ids)
+        text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+
+class Counted(PreTrainedTokenizerFast):
+    """A fast tokenizer on a counting one."""
+
+    counting: Counting
+
+    @property
+    def backend_tokenizer(self) -> Any:
+        return self.counting
+
+
+@pytest.mark.parametrize("token_id", [2, 10**6], ids=["special", "of no word"])
+def test_tokens_without_text_cost_the_same_however_many_came_before(seedling: Path, token_id: int) -> None:
+    tokenizer = Counted.from_pretrained(seedling)
+    tokenizer.counting = counting = Counting(PreTrainedTokenizerFast.from_pretrained(seedling).backend_tokenizer)
+    text = Text(tokenizer, frozenset({2}))
+
+    assert pieces_of(text, [*text.encode("hello"), *[token_id] * 1000])[-1] == ""
+    assert counting.decoded < 100
+
+
+@each_kind
 def test_a_character_comes_whole_with_the_last_of_its_tokens(texts: Mapping[str, Text], kind: str) -> None:
     text = texts[kind]
     token_ids = text.encode("👩")

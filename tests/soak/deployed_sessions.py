@@ -15,11 +15,19 @@ import trio
 from actors import Runtime
 from api.client import Client, ClientSession
 from runtime import Done, Token
-from runtime.errors import CapacityExhausted, HistoryMismatch, NotServing, SessionFailed, SessionMoved
+from runtime.errors import (
+    CapacityExhausted,
+    EngineFailed,
+    HistoryMismatch,
+    NotServing,
+    SessionFailed,
+    SessionMoved,
+    StorageFailed,
+)
 from runtime.events import Event
 
 # What a client is told while its session moves, or its replica is no more. It asks again.
-PASSING = (SessionMoved, NotServing, SessionFailed, CapacityExhausted)
+PASSING = (SessionMoved, NotServing, SessionFailed, EngineFailed, StorageFailed, CapacityExhausted)
 UNHEARD = -1
 
 R = TypeVar("R")

@@ -293,10 +293,10 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[ResponseRequest, Questi
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A frame of a WebSocket: its lane, and its request or the fault in it."""
+    """A frame of a WebSocket: its lane, and its request or why there is none."""
 
     stream_id: str | None
-    read: tuple[ResponseRequest, Question] | RequestError
+    read: tuple[ResponseRequest, Question] | Exception
 
 
 def read_frame(body: bytes, text: Text, terms: Terms) -> Frame:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.session import MAX_APPEND_TOKENS
+from runtime.checks import MAX_APPEND_TOKENS
 from runtime.engine.configuration import check_memory
 from runtime.errors import NotEnoughMemory
 from runtime.proposers.ngram import PromptLookup
@@ -53,14 +53,6 @@ def test_remembers_as_much_as_it_may_and_no_more(history: list[int], most: int) 
     lookup.extend(history)
 
     assert list(lookup.propose(4)) == looked_up(history[-most:], 4, 3, 2)
-
-
-def test_its_size_is_bounded_however_long_the_history() -> None:
-    lookup = PromptLookup(4, 2, most_tokens=100)
-    for number in range(5000):
-        lookup.extend([number % 97, number * number % 89])
-
-        assert lookup.size_bytes <= PromptLookup.ceiling_bytes(100)
 
 
 @pytest.mark.parametrize("parts", [1, 3, 2**12])
