@@ -17,7 +17,8 @@ from tests.contract.stubs import PROMPT, Stock, Stubs, refused, stock
 
 pytestmark = pytest.mark.door
 
-each_kind = pytest.mark.parametrize("kind", KINDS)
+# What a disk does is met by the store, which is the same under each of Hypercorn's workers.
+each_kind = pytest.mark.parametrize("kind", KINDS[:2])
 needs_prlimit = pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of another process are Linux's")
 
 
