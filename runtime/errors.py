@@ -135,8 +135,8 @@ class SlabOverflow(RequestError):
     grpc, http, code = "OUT_OF_RANGE", 400, "context_length_exceeded"
 
 
-class SnapshotNotFound(RequestError):
-    """No snapshot has this id."""
+class SnapshotNotFound(SessionNotFound):
+    """No snapshot has this id, so there is no session to go on with."""
 
     grpc, http = "NOT_FOUND", 404
 
@@ -165,8 +165,8 @@ class StorageFull(StorageFailed):
     grpc, http = "UNAVAILABLE", 503
 
 
-class NotDurable(RequestError):
-    """The server has no directory to save sessions in."""
+class NotDurable(SnapshotMismatch):
+    """The server has no directory to save sessions in, so no snapshot is one of its own."""
 
     grpc, http = "FAILED_PRECONDITION", 409
 

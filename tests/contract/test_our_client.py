@@ -29,10 +29,10 @@ from runtime import Done, HistoryTruncated, Token
 from runtime.errors import (
     HistoryMismatch,
     InvalidRequest,
-    NotDurable,
     NotServing,
     SessionNotFound,
     SlabOverflow,
+    SnapshotMismatch,
     Unauthenticated,
 )
 from runtime.events import Overflow, StopReason
@@ -193,7 +193,7 @@ def refusals(client: Client) -> list[tuple[type[Exception], Callable[[], Awaitab
         (HistoryMismatch, partial(with_session, Overflow.EVICT, PROMPT, 1)),
         (SlabOverflow, partial(with_session, Overflow.ERROR, TOO_LONG, None)),
         (InvalidRequest, generate_nothing),
-        (NotDurable, save),
+        (SnapshotMismatch, save),
     ]
 
 
