@@ -21,7 +21,7 @@ from api.prompting import Prompt, write_prompt
 from api.question import Question
 from api.server import Server
 from api.traces import Phases, describe_request
-from runtime.errors import DeadlineExceeded, SlabOverflow
+from runtime.errors import DeadlineExceeded
 from runtime.events import Overflow
 from runtime.grammar import Grammar
 from runtime.points import Point
@@ -252,7 +252,7 @@ async def _answer_all(
     task_status: trio.TaskStatus[Answers],
 ) -> None:
     settings = runtime.settings
-    forgets = settings.http_overflow == "evict" if question.forgets is None else question.forgets
+    forgets = _forgets(runtime, question)
     eos_token_ids = frozenset() if question.ignores_eos else runtime.text.eos_token_ids
     channel, sent = trio.open_memory_channel[_Sent](0)
     with channel, Phases() as phases:
@@ -264,7 +264,9 @@ async def _answer_all(
             limit = _Limit(server, trio.current_time() + (settings.request_timeout_s if is_single_shot else inf))
             with limit.holds():
                 grammar = await trio.to_thread.run_sync(question.bounds.grammar, runtime.text)
-                prompt = await write_prompt(server.reader, runtime, question, start)
+                prompt = await write_prompt(
+                    server.reader, runtime, question, start, most_prompt_tokens(runtime, question)
+                )
             most_tokens = _most_tokens(runtime, question, len(prompt.tokens), forgets, is_single_shot)
             task_status.started(Answers(prompt, question.count, sent))
             try:
@@ -295,13 +297,18 @@ async def _seats(
     return _Standing(runtime, held)
 
 
+def _forgets(runtime: Runtime, question: Question) -> bool:
+    return runtime.settings.http_overflow == "evict" if question.forgets is None else question.forgets
+
+
+def most_prompt_tokens(runtime: Runtime, question: Question) -> float:
+    """The most tokens that the prompt may have: any number where those that do not fit are evicted."""
+    return inf if _forgets(runtime, question) else runtime.shape.visible
+
+
 def _most_tokens(runtime: Runtime, question: Question, prompt_tokens: int, forgets: bool, is_single_shot: bool) -> int:
-    """The most tokens that an answer may have. Raises SlabOverflow if the prompt leaves no room for an answer."""
+    """The most tokens that an answer may have."""
     visible = runtime.shape.visible
-    if prompt_tokens > visible and not forgets:
-        raise SlabOverflow(
-            f"the prompt has {prompt_tokens} tokens and sink + window = {visible}: send less, or set http_overflow=evict"
-        )
     most = question.max_tokens or (runtime.settings.default_max_tokens if is_single_shot else visible)
     return most if forgets or is_single_shot else max(1, min(most, visible - prompt_tokens))
 

@@ -88,7 +88,7 @@ class HostedApplication:
 
 async def _end_calls(server: Server, left_s: float) -> None:
     server.begin_drain()
-    await trio.sleep(left_s - LAST_WORDS_S)
+    await trio.sleep(max(0.0, left_s - LAST_WORDS_S))
     server.end_calls_of_host()
 
 

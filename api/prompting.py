@@ -6,11 +6,13 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 
 from actors import Runtime
 from api.question import Question
 from api.reader import Reader
 from api.reading import Write
+from runtime.errors import SlabOverflow
 from runtime.items import Item, length_of
 from runtime.points import Match, Point
 from runtime.reasoning import begins_in_reasoning
@@ -35,9 +37,17 @@ class Prompt:
         return self.point.history + self.cue
 
 
-async def write_prompt(reader: Reader, runtime: Runtime, question: Question, start: Point | None = None) -> Prompt:
-    """The prompt of a question that follows `start`, or begins a conversation. Raises MalformedRequest, DeadlineExceeded."""
+async def write_prompt(
+    reader: Reader, runtime: Runtime, question: Question, start: Point | None = None, most_tokens: float = inf
+) -> Prompt:
+    """The prompt of a question that follows `start`, or begins a conversation.
+
+    Raises MalformedRequest, DeadlineExceeded, and SlabOverflow if it has more than `most_tokens`; then nothing of it is held.
+    """
     tree, eos = runtime.conversations.points, runtime.text.eos_token_ids
+    size = question.head.size_bytes
+    if size > most_tokens * runtime.text.longest_spelling:
+        raise SlabOverflow(f"tools and instructions have {size} characters, and the most tokens here are {most_tokens}")
     match, unheld, because = _find_held(runtime, question, start)
     point, new, written = _said_at(match.point), unheld, None
     if not question.is_open_turn:
@@ -48,6 +58,11 @@ async def write_prompt(reader: Reader, runtime: Runtime, question: Question, sta
         point, new = tree.root(point.head), [*point.items, *new]
         written = await _write_new(reader, question, point, new, eos)
         assert written is not None
+    length = point.length + len(written.tokens) + len(written.cue)
+    if length > most_tokens:
+        raise SlabOverflow(
+            f"the prompt has {length} tokens and sink + window = {most_tokens}: send less, or set http_overflow=evict"
+        )
     if new or written.tokens:
         point = tree.grow(point, new, written.tokens)
     is_in_reasoning = begins_in_reasoning(runtime.text.spelled(written.cue))
@@ -104,4 +119,4 @@ async def _write_new(
         is_after_eos=last in eos_token_ids,
         is_open_turn=question.is_open_turn,
     )
-    return await reader.read(task, sum(map(length_of, new)))
+    return await reader.read(task, point.head.size_bytes + sum(map(length_of, (*before, *new))))

@@ -9,7 +9,7 @@ from typing import Any
 
 from api.bounds import Bounds
 from runtime.errors import MalformedRequest, SlabOverflow
-from runtime.items import Item, Message, Output, Reasoning
+from runtime.items import Item, length_of
 from runtime.script import Head
 from runtime.text import Text
 
@@ -54,7 +54,7 @@ def check_length(items: tuple[Item, ...], text: Text, most_tokens: int) -> None:
 
     Raises SlabOverflow.
     """
-    characters = sum(_length(item) for item in items)
+    characters = sum(map(length_of, items))
     if characters > most_tokens * text.longest_spelling:
         raise SlabOverflow(f"the messages have {characters} characters, and the most tokens here are {most_tokens}")
     if len(items) > most_tokens + _MESSAGES_BESIDE_TOKENS:
@@ -79,11 +79,3 @@ def thinking_options(text: Text, effort: str | None, given: Mapping[str, Any], p
         if text.thinks and not switches and "reasoning_effort" not in template:
             raise MalformedRequest(f"{param}: this model's template cannot have it answer without reasoning", param)
     return options
-
-
-def _length(item: Item) -> int:
-    match item:
-        case Message(_, said) | Reasoning(said) | Output(said):
-            return len(said)
-        case _:
-            return len(item.arguments)

@@ -55,8 +55,8 @@ def is_assistants(item: Item) -> bool:
 
 
 def length_of(item: Item) -> int:
-    """How many characters the item has in all its parts."""
-    return sum(len(getattr(item, part)) for part in item.__slots__)
+    """How many characters the item has in all its parts but its role, which is one of three."""
+    return sum(len(getattr(item, part)) for part in item.__slots__ if part != "role")
 
 
 def keys_of(items: Sequence[Item]) -> tuple[bytes, ...]:

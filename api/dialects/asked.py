@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from runtime.checks import short_repr
 from runtime.errors import InvalidRequest, MalformedRequest, ModelNotFound
 
 MOST_TOKENS = 2**31 - 1
@@ -105,7 +106,9 @@ class AskedBody(Asked):
     def check_model(self, label: str) -> None:
         """Raises ModelNotFound if the request names another model than the one that runs."""
         if self.model != label:
-            raise ModelNotFound(f"no model {self.model!r} here: GET /v1/models names the one there is", "model")
+            raise ModelNotFound(
+                f"no model {short_repr(self.model)} here: GET /v1/models names the one there is", "model"
+            )
 
 
 def describe_neutral(schema: dict[str, Any], kind: type[AskedBody]) -> None:

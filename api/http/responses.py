@@ -20,9 +20,9 @@ from actors import Runtime
 from actors.nursery import open_nursery
 from api.affinity import ROUTE_HEADER, is_route
 from api.answer import Part
-from api.answering import Answers, Ending, Usage, open_answers
+from api.answering import Answers, Ending, Usage, most_prompt_tokens, open_answers
 from api.dialects.responses.events import Event, ResponseWriter, as_responses_error, error_event
-from api.dialects.responses.request import Frame, ResponseRequest, read, read_frame
+from api.dialects.responses.request import Frame, ResponseRequest, lane_in, read, read_frame
 from api.event_stream import EventStream, named_event
 from api.http.connection import MOST_BODY_BYTES, held_by, read_question
 from api.http.routes import ANSWER_ERRORS, EVENTS, JSON, Door, EventKinds, Family, Operation
@@ -192,7 +192,7 @@ async def _open_turn(
     """The turn that answers one client's request. Raises PreviousResponseNotFound, and as `open_answers`."""
     start = _start_of(runtime, asked, caller.owner)
     if asked.is_prewarm:
-        prompt = await write_prompt(server.reader, runtime, question, start)
+        prompt = await write_prompt(server.reader, runtime, question, start, most_prompt_tokens(runtime, question))
         yield _Turn(server, runtime, asked, caller, _ending_without_answer(runtime, prompt))
         return
     async with open_answers(server, runtime, question, start) as answers:
@@ -338,7 +338,7 @@ class _Socket:
                     frame = await server.reader.read(ReadBody(read_frame, body), len(body))
                 return _Waiting(frame, held.pop_all())
         except Exception as error:
-            return _Waiting(Frame(None, error), ExitStack())
+            return _Waiting(Frame(lane_in(body), error), ExitStack())
 
     async def _run_lane(self, stream_id: str | None) -> None:
         waiting = self._lanes[stream_id]

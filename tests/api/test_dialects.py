@@ -170,3 +170,13 @@ def test_words_that_begin_the_answer_are_continued() -> None:
 def test_instructions_that_can_never_fit_are_refused_by_their_length(dialect: Dialect, field: str) -> None:
     with pytest.raises(SlabOverflow, match="1000000 characters"):
         dialect.question(**{field: "x" * 999_995})
+
+
+def test_logprobs_beside_tools_are_refused() -> None:
+    asked: Body = {
+        "include": ["message.output_text.logprobs"],
+        "tools": [{"type": "function", "name": "f", "parameters": {}}],
+    }
+
+    assert RESPONSES.refusal(**asked).param == "include"
+    assert RESPONSES.question(**asked | {"tool_choice": "none"}).top_logprobs == 0

@@ -14,11 +14,14 @@ import pytest
 import trio
 import trio.testing
 
+from tests import templates
+from tests.actors.engines import LedgerEngine
 from tests.api.doors import HELLO, House, open_house
 from tests.api.h2_client import Rude, StreamEnded, StreamReset, rude
 from tests.api.hostile import CONTINUATION, HEADERS, frame
 from tests.api.test_disconnects import is_free, until
 from tests.api.test_rude_clients import gives_up, got, tasks_living
+from tests.templates import text_with
 
 ENDLESS = HELLO | {"stream": True, "max_tokens": 10**6, "ignore_eos": True}
 # Answers that are longer than the window of a client that takes 1,000 bytes, or none.
@@ -263,6 +266,34 @@ async def test_messages_that_can_never_fit_are_refused_by_their_length_and_keep_
     assert steps.longest_s < _LONG_STEP_S
 
 
+@pytest.mark.parametrize("name_length", [0, 200_000])
+async def test_a_prompt_that_is_refused_for_its_length_takes_no_room_of_conversations(name_length: int) -> None:
+    async with open_house() as house:
+        message = {"role": "user", "content": "a " * (house.runtime.shape.visible + 1), "name": "n" * name_length}
+        status, error = await asked(house, json.dumps(HELLO | {"messages": [message]}).encode())
+
+        assert (status, error["code"]) == (400, "context_length_exceeded")
+        assert house.runtime.conversations.points.size_bytes == 0
+
+
+async def test_tools_that_can_never_fit_are_refused_by_their_length() -> None:
+    engine = LedgerEngine(window=60)
+    tool = {"type": "function", "function": {"name": "f", "description": "d" * 200_000}}
+    async with open_house(engine, text_with(templates.QWEN)) as house:
+        status, error = await asked(house, json.dumps(HELLO | {"tools": [tool]}).encode())
+
+    assert (status, error["code"]) == (400, "context_length_exceeded")
+    assert "tools and instructions have" in str(error["message"])
+
+
+async def test_a_model_that_is_not_here_is_named_in_few_words() -> None:
+    async with open_house() as house:
+        status, error = await asked(house, json.dumps(HELLO | {"model": "\x7f" * 2**20}).encode())
+
+    assert status == 404
+    assert len(str(error["message"])) < 500
+
+
 @asynccontextmanager
 async def uploading(house: House, length: int, *lines: str, lacks: int = 1) -> AsyncIterator[trio.SocketStream]:
     """A completion of which all bytes have come but those that it lacks."""
@@ -349,7 +380,11 @@ async def test_with_keys_any_host_is_served() -> None:
 
 
 @pytest.mark.parametrize(
-    "origin", ["https://evil.example", "null", "http://localhost:9000", "http://localhost:8000.evil.example"]
+    "origin",
+    [
+        *("https://evil.example", "null", "http://localhost:9000", "http://localhost:8000.evil.example"),
+        *("http://[", "http://[x]", "http://[::1", "//localhost:8000", ""),
+    ],
 )
 async def test_without_keys_a_page_of_another_origin_is_refused(origin: str) -> None:
     async with open_house() as house:

@@ -99,3 +99,12 @@ async def test_a_frame_that_cannot_be_read_by_a_fault_of_ours_is_told_so_and_the
 
         assert (told["type"], told["status"], told["error"]["type"]) == ("error", 500, "server_error")
         assert (await last_word(lane))["type"] == "response.incomplete"
+
+
+async def test_a_frame_that_is_not_read_is_told_so_on_its_lane() -> None:
+    async with open_socket() as (desk, lane):
+        desk.failing = True
+        for stream_id in ("one", 'two "quoted"'):
+            await lane.send(ASKED | {"input": '"stream_id": "none"', "stream_id": stream_id})
+
+            assert (await last_word(lane))["stream_id"] == stream_id

@@ -154,3 +154,15 @@ def test_a_client_that_does_not_read_does_not_keep_a_server_from_its_end(kind: s
             before, count = count, tokens_generated(server)
 
         assert server.stop() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_without_time_for_a_drain_a_server_ends_all_the_same(kind: str) -> None:
+    with (
+        started(kind, "--graceful-timeout", "0") as server,
+        socket.create_connection(split_address(server.http.removeprefix("http://"))),
+    ):
+        server.process.send_signal(signal.SIGTERM)
+
+        assert server.wait() == 0
+    assert complaints("".join(server.said)) == []

@@ -25,6 +25,7 @@ from api.dialects.asked import (
 from api.dialects.sealed import unseal
 from api.question import Question, check_length, temperature_of, thinking_options
 from api.reading import Terms
+from runtime.checks import short_repr
 from runtime.errors import InvalidRequest
 from runtime.items import Call, Item, Message, Output, Reasoning
 from runtime.script import head_of
@@ -77,7 +78,7 @@ class Tool(Asked):
         if self.type is not None and self.type.startswith(_HOSTED):
             return False
         if self.type not in (None, "custom"):
-            raise InvalidRequest(f"{place}: tools of type {self.type!r} are not supported", f"{place}.type")
+            raise InvalidRequest(f"{place}: tools of type {short_repr(self.type)} are not supported", f"{place}.type")
         return True
 
     def plain(self) -> PlainTool:
@@ -268,7 +269,7 @@ def _result(block: Block, place: str, tools: Mapping[str, Tool]) -> str:
             parts.append(_text_of(part, at))
         elif part.type == "tool_reference":
             if (tool := tools.get(part.tool_name or "")) is None:
-                raise InvalidRequest(f"{at}: tools holds no {part.tool_name!r}", at)
+                raise InvalidRequest(f"{at}: tools holds no {short_repr(part.tool_name)}", at)
             parts.append(json.dumps(tool.plain().for_template(), ensure_ascii=False))
         else:
             raise _unsupported(part, at)
@@ -282,4 +283,4 @@ def _text_of(block: Block, place: str) -> str:
 
 
 def _unsupported(block: Block, place: str) -> InvalidRequest:
-    return InvalidRequest(f"{place}: blocks of type {block.type!r} are not supported here", f"{place}.type")
+    return InvalidRequest(f"{place}: blocks of type {short_repr(block.type)} are not supported here", f"{place}.type")

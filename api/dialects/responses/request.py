@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -26,6 +27,7 @@ from api.dialects.asked import (
 from api.dialects.sealed import unseal
 from api.question import Question, check_length, temperature_of, thinking_options
 from api.reading import Terms
+from runtime.checks import short_repr
 from runtime.errors import InvalidRequest, MalformedRequest, RequestError
 from runtime.items import Call, Item, Message, Output, Reasoning
 from runtime.script import head_of
@@ -38,6 +40,8 @@ _HOSTED = frozenset(
         *("file_search", "code_interpreter", "image_generation"),
     }
 )
+# A quote within a string is written with a backslash, so this is found in no text.
+_LANE = re.compile(rb'"stream_id"\s*:\s*("(?:[^"\\]|\\.){0,256}")')
 # What a client names and keeps with the server: as long as the longest that anybody's service makes, and more.
 Name = Annotated[str, StringConstraints(max_length=256)]
 
@@ -89,7 +93,9 @@ class InputItem(Asked):
                 output = _text_of(self._require(self.output, place, "output"), f"{place}.output")
                 yield Output(output, self._require(self.call_id, place, "call_id"))
             case _:
-                raise InvalidRequest(f"{place}: items of type {self.type!r} are not supported", f"{place}.type")
+                raise InvalidRequest(
+                    f"{place}: items of type {short_repr(self.type)} are not supported", f"{place}.type"
+                )
 
     def _require(self, value: Any, place: str, name: str) -> Any:
         if value is None:
@@ -112,7 +118,7 @@ class Tool(Asked):
         if self.type in _HOSTED:
             return
         if self.type != "function" and (self.type != "namespace" or namespace is not None):
-            raise InvalidRequest(f"{place}: tools of type {self.type!r} are not supported", f"{place}.type")
+            raise InvalidRequest(f"{place}: tools of type {short_repr(self.type)} are not supported", f"{place}.type")
         if self.name is None:
             raise InvalidRequest(f"{place}.name: a tool needs one", f"{place}.name")
         if self.type == "function":
@@ -272,6 +278,8 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[ResponseRequest, Questi
     choice.check(names)
     schema = _schema_of(asked)
     bounds = Bounds.of_tools(tools, choice, text, schema, "text.format")
+    if asked.has_logprobs and bounds.form is not None:
+        raise MalformedRequest("logprobs cannot be had beside tools: send one of them", "include")
     effort = asked.reasoning.effort if asked.reasoning else None
     options = thinking_options(text, effort, {}, "reasoning.effort")
     question = Question(
@@ -309,12 +317,20 @@ def read_frame(body: bytes, text: Text, terms: Terms) -> Frame:
             stream_id = lane if isinstance(lane, str) else None
             kind = asked.get("type")
             if kind != "response.create":
-                raise InvalidRequest(f"frames of type {kind!r} are not supported: send response.create", "type")
+                raise InvalidRequest(
+                    f"frames of type {short_repr(kind)} are not supported: send response.create", "type"
+                )
         return Frame(stream_id, read(body, text, terms))
     except RequestError as error:
         return Frame(stream_id, error)
     except ValueError as error:
         return Frame(stream_id, MalformedRequest(f"the frame is not JSON: {error}"))
+
+
+def lane_in(body: bytes) -> str | None:
+    """The lane of a frame that was not read, as far as its bytes tell without that."""
+    found = _LANE.search(body)
+    return from_json(found[1]) if found else None
 
 
 def _items_of(asked: ResponseRequest) -> Iterator[tuple[str, Item]]:
@@ -346,7 +362,7 @@ def _text_of(content: str | list[Part], place: str) -> str:
         text = part.refusal if part.type == "refusal" else part.text
         if part.type not in _TEXTS or text is None:
             raise InvalidRequest(
-                f"{place}.{index}: parts of type {part.type!r} are not supported", f"{place}.{index}.type"
+                f"{place}.{index}: parts of type {short_repr(part.type)} are not supported", f"{place}.{index}.type"
             )
         texts.append(text)
     return "".join(texts)
