@@ -44,8 +44,9 @@ class CallForm:
         begin, end = _object(once)
         called = once[begin:end]
         opening, rest = once[:begin], once[end:]
-        for token_id in text.eos_token_ids:
-            rest = rest.partition(text.spelling(token_id).decode(errors="replace"))[0]
+        # Some models name an end-of-turn token that their tokenizer lacks.
+        for spelled in filter(None, map(text.spelling, text.eos_token_ids)):
+            rest = rest.partition(spelled.decode(errors="replace"))[0]
         between = ""
         try:
             twice = _render_calls(text, asked, 2)

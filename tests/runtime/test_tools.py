@@ -64,6 +64,16 @@ def test_a_form_is_read_from_a_template_with_tags() -> None:
     )
 
 
+def test_an_end_of_turn_that_the_tokenizer_lacks_changes_no_form() -> None:
+    text = text_with(HERMES)
+    known = CallForm.of_template(text)
+    text.eos_token_ids |= {999_999}
+
+    CallForm.of_template.cache_clear()
+
+    assert CallForm.of_template(text) == known
+
+
 def test_a_form_is_read_from_a_template_that_writes_one_call_and_no_tags() -> None:
     form = CallForm.of_template(text_with(LLAMA))
 
