@@ -85,6 +85,14 @@ def read_checked_config(directory: Path) -> dict[str, Any]:
     """A model's config.json. Raises ModelUnavailable if it has a number that no model could have."""
     file = directory / CONFIG
     config = read_json_object(file)
+    _check_config(file, config)
+    # Multimodal models have the values of their text part in it.
+    if isinstance(text := config.get("text_config"), dict):
+        _check_config(file, text)
+    return config
+
+
+def _check_config(file: Path, config: Mapping[str, Any]) -> None:
     for name, kind in _KINDS.items():
         if not isinstance(config.get(name), kind | None):
             raise ModelUnavailable(f"{file}: {name} must be a {kind.__name__}, not {short_repr(config[name])}")
@@ -103,7 +111,6 @@ def read_checked_config(directory: Path) -> dict[str, Any]:
         dtype = config.get(name)
         if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES:
             raise ModelUnavailable(f"{file}: {name} must be one of {', '.join(_DTYPES)}, not {short_repr(dtype)}")
-    return config
 
 
 def _check_rotation(file: Path, parameters: Mapping[str, Any]) -> None:

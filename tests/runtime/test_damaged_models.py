@@ -82,6 +82,22 @@ def test_the_skeleton_of_a_model_without_end_is_not_made(model: Path, layers: in
     assert "num_hidden_layers must be from 1 to" in refused(model)
 
 
+@pytest.mark.parametrize("outer", ["qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_hidden_layers", 20_000_000), ("rope_theta", NAN), ("rope_parameters", {"rope_theta": NAN})],
+    ids=str,
+)
+def test_the_text_part_of_a_multimodal_model_is_checked_as_a_model_is(
+    small_models: Mapping[str, Path], tmp_path: Path, outer: str, name: str, value: Any
+) -> None:
+    model = shutil.copytree(small_models[f"{outer}_text"], tmp_path / "model")
+    text = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({"model_type": outer, "text_config": text | {name: value}}))
+
+    assert name.removesuffix("parameters") in refused(model)
+
+
 @pytest.mark.parametrize("value", [-1e-6, NAN, INFINITE, 2.0, "1e-6", None, True, [1e-6]], ids=repr)
 def test_an_epsilon_that_is_none_is_told_by_its_name(model: Path, value: Any) -> None:
     configure(model, rms_norm_eps=value)
