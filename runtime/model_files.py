@@ -68,6 +68,14 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
+def is_file_there(file: Path) -> bool:
+    """Raises ModelUnavailable if that cannot be seen, as in a directory that this user may not enter."""
+    try:
+        return file.is_file()
+    except OSError as error:
+        raise ModelUnavailable(f"{file} cannot be looked at: {error.strerror}") from error
+
+
 def read_json_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ModelUnavailable if there is none, or the file cannot be read."""
     try:
@@ -151,9 +159,9 @@ def count_stored(directory: Path) -> int:
 
 
 def _weight_files(directory: Path) -> Iterator[Path]:
-    if (directory / _WEIGHTS).is_file():
+    if is_file_there(directory / _WEIGHTS):
         yield directory / _WEIGHTS
-    elif (directory / _INDEX).is_file():
+    elif is_file_there(directory / _INDEX):
         shards = read_json_object(directory / _INDEX).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise ModelUnavailable(f"{directory / _INDEX} names no files of weights: download it again")
@@ -162,7 +170,7 @@ def _weight_files(directory: Path) -> Iterator[Path]:
                 raise ModelUnavailable(
                     f"{directory / _INDEX} names {short_repr(name)}, which is not a safetensors file beside it"
                 )
-            if not (directory / name).is_file():
+            if not is_file_there(directory / name):
                 raise ModelUnavailable(f"{directory} lacks {name}, which its index names: download it again")
             yield directory / name
     elif any(any(directory.glob(pattern)) for pattern in _PICKLED):

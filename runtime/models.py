@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from runtime.checks import short_repr
 from runtime.errors import InvalidSetting, ModelUnavailable
+from runtime.model_files import CONFIG, is_file_there
 from runtime.settings import Settings
 from runtime.smollm2 import SMOLLM2, find_smollm2
 
@@ -34,7 +35,7 @@ def find_model(name: str, *, with_weights: bool = True) -> Path:
         return find_smollm2()
     if _is_directory(name):
         return _inside(Path(name), name)
-    if name.endswith(_GGUF) and Path(name).is_file():
+    if name.endswith(_GGUF) and is_file_there(Path(name)):
         return Path(name)
     repository, colon, file = name.partition(":")
     if repository.count("/") != 1 or repository.startswith((".", "/", "~")) or (colon and not file.endswith(_GGUF)):
@@ -47,7 +48,7 @@ def find_model(name: str, *, with_weights: bool = True) -> Path:
             return Path(hf_hub_download(repository, file))
         patterns = _FILES if with_weights else _WORDS
         directory = Path(snapshot_download(repository, allow_patterns=list(patterns)))
-    if not (directory / "config.json").is_file():
+    if not is_file_there(directory / CONFIG):
         raise ModelUnavailable(
             f"{name!r} holds no config.json: name a model, or of a repository of GGUF files one as {name}:FILE{_GGUF}"
         )
@@ -75,12 +76,14 @@ def find_proposer_model(settings: Settings) -> Path:
 
 def _inside(directory: Path, name: str) -> Path:
     """The directory, or the one GGUF file in it if it has no other weights."""
-    files = [file for file in sorted(directory.glob(f"*{_GGUF}")) if file.is_file() and not file.name.startswith(_EYES)]
+    files = [
+        file for file in sorted(directory.glob(f"*{_GGUF}")) if not file.name.startswith(_EYES) and is_file_there(file)
+    ]
     if files and not any(directory.glob("*.safetensors")):
         if len(files) > 1:
             raise ModelUnavailable(f"{name!r} holds {len(files)} GGUF files: name the one to run, such as {files[0]}")
         return files[0]
-    if not (directory / "config.json").is_file():
+    if not is_file_there(directory / CONFIG):
         raise ModelUnavailable(f"{name!r} holds no config.json: it is not a model's directory")
     return directory
 

@@ -19,7 +19,14 @@ from tokenizers import Tokenizer
 
 from runtime.errors import InvalidRequest, MalformedRequest, ModelUnavailable
 from runtime.grammar import Grammar, json_source, lark_source, llguidance_tokenizer
-from runtime.model_files import CONFIG, one_line, quiet_transformers, read_checked_config, read_json_object
+from runtime.model_files import (
+    CONFIG,
+    is_file_there,
+    one_line,
+    quiet_transformers,
+    read_checked_config,
+    read_json_object,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -296,9 +303,9 @@ def overlap(text: str, word: str) -> int:
 def _named_eos(directory: Path) -> list[object]:
     """The ids of end-of-turn tokens that config.json and generation_config.json name. Raises ModelUnavailable."""
     file = directory / "generation_config.json"
-    config = read_checked_config(directory) if (directory / CONFIG).exists() else {}
+    config = read_checked_config(directory) if is_file_there(directory / CONFIG) else {}
     named: list[object] = []
-    for source in (config, read_json_object(file) if file.exists() else {}):
+    for source in (config, read_json_object(file) if is_file_there(file) else {}):
         eos = source.get("eos_token_id")
         named += eos if isinstance(eos, list) else [eos]
     return named

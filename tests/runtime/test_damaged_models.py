@@ -190,6 +190,19 @@ def test_a_file_that_is_a_directory_is_told_of(model: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "x.gguf"]
+)
+def test_a_file_that_cannot_be_looked_at_is_told_of(model: Path, name: str) -> None:
+    (model / "model.safetensors").rename(model / SHARD)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NORM: SHARD}}))
+    (model / name).unlink(missing_ok=True)
+    # As in a directory that may not be entered, to look ends with an OSError, also for root, whom no permissions bind.
+    (model / name).symlink_to("a" * 300)
+
+    assert f"{name} cannot be looked at" in refused(model)
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"model": {"type": "Mystery"}},
