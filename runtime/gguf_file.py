@@ -25,6 +25,7 @@ from tokenizers.pre_tokenizers import Sequence as InTurn
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from runtime.checks import short_repr
 from runtime.errors import ModelUnavailable
 from runtime.foreign.gguf import (
     GGUF_CONFIG_MAPPING,
@@ -43,8 +44,8 @@ _READ_ERRORS = (
     AttributeError,
     LookupError,
     MemoryError,
-    NotImplementedError,
     OSError,
+    RuntimeError,
     TypeError,
     ValueError,
     struct.error,
@@ -123,7 +124,7 @@ class GgufFile:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Raises ModelUnavailable if it is not a whole GGUF file."""
-        with _one_line_errors(path):
+        with one_line_errors(path):
             metadata, tensors = _header(path, file_identity(path))
             if metadata.get("split.count", 1) != 1:
                 raise ModelUnavailable(
@@ -166,7 +167,7 @@ class GgufFile:
             )
         model_type = ARCHITECTURES[self.architecture]
         names = GGUF_CONFIG_MAPPING[model_type] | _OWN_KEYS.get(self.architecture, {})
-        with _one_line_errors(self.path):
+        with one_line_errors(self.path):
             values = {name: self._own(key) for key, name in names.items() if name and self._own(key) is not None}
             embedding = self.tensors[_EMBEDDING].shape
             values |= {
@@ -224,7 +225,7 @@ def _check_positive(name: str, value: object) -> None:
 
 def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, frozenset[int]]:
     """The tokenizer of the file, with its chat template, and the ids that end a turn. Raises ModelUnavailable."""
-    with _one_line_errors(path):
+    with one_line_errors(path):
         metadata, _ = read_gguf_metadata(str(path))
         architecture, words, options = get_gguf_tokenizer(str(path))
         backend = _backend(architecture, words)
@@ -254,6 +255,9 @@ def _backend(architecture: str, words: dict[str, Any]) -> Any:
 def _header(path: Path, identity: tuple[int, ...]) -> tuple[Values, Mapping[str, StoredTensor]]:
     """Metadata and tensors of a file. A load asks for them several times, and to pass over a vocabulary takes a while."""
     metadata, _ = read_gguf_metadata(str(path))
+    alignment = metadata.get("general.alignment", 1)
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(f"its tensors are aligned to {short_repr(alignment)}")
     return MappingProxyType(metadata), MappingProxyType(dict(_tensors(path)))
 
 
@@ -279,7 +283,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 
 @contextmanager
-def _one_line_errors(path: Path) -> Iterator[None]:
+def one_line_errors(path: Path) -> Iterator[None]:
     """Turns the readers' errors into ModelUnavailable, in one line that names the file."""
     try:
         yield

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from runtime.errors import ModelUnavailable
 from runtime.foreign.gguf import TENSOR_PROCESSORS, TensorProcessor
 from runtime.gguf_experts import EXPERTS, StoredExperts, parts_of
-from runtime.gguf_file import GgufFile, StoredTensor
+from runtime.gguf_file import GgufFile, StoredTensor, one_line_errors
 
 Stored = StoredTensor | StoredExperts
 
@@ -49,15 +49,21 @@ def gguf_config(path: Path) -> PreTrainedConfig:
 
 def dense_model(path: Path, dtype: torch.dtype, **options: Any) -> Any:
     """The model with its weights dequantised into this type. Raises ModelUnavailable."""
-    model, tensors = _empty_model(path, dtype, options)
-    for name, stored in tensors.items():
-        _set(model, name, stored.dense().to(dtype))
-    model.tie_weights()
-    return model
+    with one_line_errors(path):
+        model, tensors = _empty_model(path, dtype, options)
+        for name, stored in tensors.items():
+            _set(model, name, stored.dense().to(dtype))
+        model.tie_weights()
+        return model
 
 
 def stored_model(path: Path) -> Any:
     """The model with StoredLinears and a StoredEmbedding; everything else is in float32. Raises ModelUnavailable."""
+    with one_line_errors(path):
+        return _stored_model(path)
+
+
+def _stored_model(path: Path) -> Any:
     model, whole = _empty_model(path, torch.float32, {})
     # Engines that keep weights as stored have no code for experts.
     tensors = {name: stored for name, stored in whole.items() if isinstance(stored, StoredTensor)}

@@ -5,6 +5,7 @@ import os
 import pickle
 import struct
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 from runtime.engine import load_engine
-from runtime.errors import StartError
+from runtime.errors import ModelUnavailable, StartError
+from runtime.gguf_file import StoredTensor
+from runtime.gguf_model import dense_model, stored_model
 from runtime.models import find_model
 from runtime.settings import Settings
 from runtime.text import Text
@@ -109,6 +112,8 @@ METADATA: Mapping[str, dict[str, Any]] = {
     "an end of turns in words": {"tokenizer__ggml__eot_token_id": "the end"},
     "one part of three": {"split__count": 3},
     "an alignment of nothing": {"general__alignment": 0},
+    "an alignment of fractions": {"general__alignment": 32.0},
+    "an alignment in words": {"general__alignment": "32"},
     "no vocabulary": {"tokenizer__ggml__tokens": None},
     "more tokens than embeddings": {"tokenizer__ggml__tokens": [f"<{number}>" for number in range(3000)]},
     "a tokenizer that nobody knows": {"tokenizer__ggml__model": "bert"},
@@ -178,6 +183,23 @@ def test_a_part_of_a_split_file_is_refused_with_what_joins_them(
     write_gguf(small_models["qwen3"], file, split__count=3)
 
     assert "llama-gguf-split --merge" in refusal(file)
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), TypeError("odd"), RuntimeError("torch")], ids=repr)
+@pytest.mark.parametrize("load", [partial(dense_model, dtype=torch.float32), stored_model], ids=["dense", "stored"])
+def test_a_tensor_that_cannot_be_read_is_told_of_in_a_line_that_names_the_file(
+    load: Callable[[Path], Any], error: Exception, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: StoredTensor) -> torch.Tensor:
+        raise error
+
+    file = tmp_path / "model.gguf"
+    file.write_bytes(whole)
+    monkeypatch.setattr(StoredTensor, "dense", fail)
+
+    with pytest.raises(ModelUnavailable, match=str(error)) as caught:
+        load(file)
+    assert str(file) in str(caught.value)
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
