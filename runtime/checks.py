@@ -14,7 +14,7 @@ from runtime.errors import InvalidRequest
 # The most tokens of one append.
 MAX_APPEND_TOKENS = 2**18
 # Bounds on what a session keeps for as long as it lives.
-_MOST_EOS_IDS = 64
+MOST_EOS_IDS = 64
 _MOST_LABEL_BYTES = 256
 
 _SHORT = reprlib.Repr()
@@ -52,8 +52,8 @@ def checked_eos_ids(eos_token_ids: Iterable[int]) -> frozenset[int]:
             # A request may repeat one id a million times.
             if token_id not in few:
                 few.add(check_whole("eos_token_ids", token_id, 0, 2**32 - 1))
-            if len(few) > _MOST_EOS_IDS:
-                raise InvalidRequest(f"a session has {_MOST_EOS_IDS} eos ids at most", "eos_token_ids")
+            if len(few) > MOST_EOS_IDS:
+                raise InvalidRequest(f"a session has {MOST_EOS_IDS} eos ids at most", "eos_token_ids")
     except TypeError as error:
         raise InvalidRequest(f"eos_token_ids must be whole numbers: {error}", "eos_token_ids") from None
     return frozenset(few)

@@ -234,8 +234,9 @@ def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, frozenset[int]]
         if not isinstance(options.get("chat_template", ""), str):
             raise ValueError("its chat template is not text")
         ends = {metadata.get(f"tokenizer.ggml.{end}_token_id") for end in _ENDS} - {None}
-        if not ends.issubset(range(len(words["tokens"]))):
-            raise ValueError(f"its turns end with tokens {sorted(ends)}, not all of which it has")
+        # A float that equals an id would be found in the range.
+        if not all(type(end) is int and end in range(len(words["tokens"])) for end in ends):
+            raise ValueError(f"its turns end with tokens {short_repr(ends)}, not all of which it has")
         # Tokens to which the file assigns no role are special too: a user's text may not stand for them.
         special = [str(token.content) for token in backend.get_added_tokens_decoder().values() if token.special]
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=special, **options)

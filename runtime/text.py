@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llguidance import LLTokenizer
 from tokenizers import Tokenizer
 
+from runtime.checks import MOST_EOS_IDS
 from runtime.errors import InvalidRequest, MalformedRequest, ModelUnavailable
 from runtime.grammar import Grammar, json_source, lark_source, llguidance_tokenizer
 from runtime.model_files import (
@@ -83,7 +84,13 @@ class Text:
             raise ModelUnavailable(
                 f"the chat_template in {directory} is not text: remove it from tokenizer_config.json"
             )
-        return cls(tokenizer, _eos_token_ids([*named, tokenizer.eos_token_id]))
+        eos_token_ids = _eos_token_ids([*named, tokenizer.eos_token_id])
+        if len(eos_token_ids) > MOST_EOS_IDS:
+            raise ModelUnavailable(
+                f"{directory} names {len(eos_token_ids)} tokens that end a turn, and a session has {MOST_EOS_IDS} at most: "
+                "shorten eos_token_id in config.json and generation_config.json"
+            )
+        return cls(tokenizer, eos_token_ids)
 
     def warm(self) -> None:
         """Computes everything that is computed once now, such as what the first grammar would wait for."""

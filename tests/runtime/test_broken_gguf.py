@@ -110,6 +110,7 @@ METADATA: Mapping[str, dict[str, Any]] = {
     "a template that is no text": {"tokenizer__chat_template": 7},
     "an end of turns that it lacks": {"tokenizer__ggml__eot_token_id": 10**6},
     "an end of turns in words": {"tokenizer__ggml__eot_token_id": "the end"},
+    "an end of turns in fractions": {"tokenizer__ggml__eot_token_id": 2.0, "tokenizer__ggml__eos_token_id": None},
     "one part of three": {"split__count": 3},
     "an alignment of nothing": {"general__alignment": 0},
     "an alignment of fractions": {"general__alignment": 32.0},

@@ -160,6 +160,16 @@ def test_a_configuration_that_is_of_no_model_or_of_another_is_refused(model: Pat
     assert refused(model)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_more_ends_of_a_turn_than_a_session_can_have_are_refused(model: Path, name: str) -> None:
+    file = model / name
+    others = json.loads(file.read_text()) if file.exists() else {}
+
+    file.write_text(json.dumps(others | {"eos_token_id": list(range(65))}))
+
+    assert "65 tokens that end a turn" in refused(model)
+
+
 BROKEN = {
     "list": b"[]",
     "text": b'"x"',
