@@ -33,8 +33,9 @@ from runtime.foreign.gguf import (
     convert_gguf_tokenizer,
     get_gguf_tokenizer,
     read_gguf_metadata,
+    read_table,
 )
-from runtime.model_files import file_identity
+from runtime.model_files import file_identity, one_line
 
 Values = Mapping[str, Any]
 
@@ -62,6 +63,8 @@ _SIZES = (
 _MORE_SIZES: Mapping[str, Sequence[str]] = {
     "gpt-oss": ("sliding_window", "num_local_experts", "num_experts_per_tok"),
 }
+# As in ggml.
+_MOST_DIMENSIONS = 4
 _EMBEDDING = "token_embd.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
 # Names of splits that llama.cpp makes in two steps, each digit by itself first; transformers knows their second alone.
@@ -128,7 +131,7 @@ class GgufFile:
             metadata, tensors = _header(path, file_identity(path))
             if metadata.get("split.count", 1) != 1:
                 raise ModelUnavailable(
-                    f"{path} is one of {metadata['split.count']} parts: join them by llama-gguf-split --merge first"
+                    f"{path} is one of {short_repr(metadata['split.count'])} parts: join them by llama-gguf-split --merge first"
                 )
             return cls(path, metadata["general.architecture"], metadata, tensors)
 
@@ -162,7 +165,7 @@ class GgufFile:
         """The values for transformers' configuration of this architecture. Raises ModelUnavailable."""
         if self.architecture not in ARCHITECTURES:
             raise ModelUnavailable(
-                f"{self.path} is of architecture {self.architecture!r}; of GGUF files this release runs "
+                f"{self.path} is of architecture {short_repr(self.architecture)}; of GGUF files this release runs "
                 f"{', '.join(ARCHITECTURES)}"
             )
         model_type = ARCHITECTURES[self.architecture]
@@ -255,7 +258,10 @@ def _backend(architecture: str, words: dict[str, Any]) -> Any:
 @lru_cache(maxsize=1)
 def _header(path: Path, identity: tuple[int, ...]) -> tuple[Values, Mapping[str, StoredTensor]]:
     """Metadata and tensors of a file. A load asks for them several times, and to pass over a vocabulary takes a while."""
-    metadata, _ = read_gguf_metadata(str(path))
+    metadata, shapes = read_table(str(path))
+    for name, shape in shapes:
+        if len(shape) > _MOST_DIMENSIONS:
+            raise ValueError(f"its tensor {short_repr(name)} has {len(shape)} dimensions")
     alignment = metadata.get("general.alignment", 1)
     if type(alignment) is not int or alignment < 1:
         raise ValueError(f"its tensors are aligned to {short_repr(alignment)}")
@@ -271,10 +277,10 @@ def _tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
         kind = GGMLQuantizationType(info.ggml_type)
         values, size = GGML_QUANT_SIZES[kind]
         if not info.shape or min(info.shape) < 1 or info.shape[-1] % values or (len(info.shape) == 1 and values > 1):
-            raise ValueError(f"its tensor {info.name} of {kind.name} has the shape {info.shape}")
+            raise ValueError(f"its tensor {short_repr(info.name)} of {kind.name} has the shape {info.shape}")
         start = header.data_start + info.offset
         if start + info.nbytes > length:
-            raise ValueError(f"it ends inside its tensor {info.name}: download it again")
+            raise ValueError(f"it ends inside its tensor {short_repr(info.name)}: download it again")
         # Raises NotImplementedError for kinds that cannot be dequantised.
         dequantize(np.zeros((1, size), np.uint8), kind)
         # Each value of a vector is a row.
@@ -289,7 +295,7 @@ def one_line_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except _READ_ERRORS as error:
-        words = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        words = one_line(error).removeprefix("KeyError: ")
         match error:
             case struct.error() | UnicodeDecodeError():
                 line = f"{path} is damaged or cut off: download it again ({words})"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from runtime.checks import short_repr
 from runtime.errors import ModelUnavailable
 from runtime.foreign.gguf import TENSOR_PROCESSORS, TensorProcessor
 from runtime.gguf_experts import EXPERTS, StoredExperts, parts_of
@@ -123,7 +124,9 @@ def _match_names(file: GgufFile, model: Any) -> dict[str, Stored]:
             raise ModelUnavailable(f"{file.path} has {ours} of {whole.shape}, not of {tuple(parameter.shape)}")
         found[name] = whole
     if tensors:
-        raise ModelUnavailable(f"{file.path} has tensors that this release has no use for, such as {min(tensors)}")
+        raise ModelUnavailable(
+            f"{file.path} has tensors that this release has no use for, such as {short_repr(min(tensors))}"
+        )
     return found
 
 

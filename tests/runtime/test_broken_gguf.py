@@ -53,6 +53,16 @@ def of_kind(kind: int) -> Damage:
     return damage
 
 
+def of_dimensions(count: int) -> Damage:
+    """Gives the first tensor this many dimensions, the largest that there are numbers for."""
+    return replaced(_FIRST + struct.pack("<IQ", 1, 64), _FIRST + struct.pack("<I", count) + b"\xff" * 8 * count)
+
+
+def named(name: bytes) -> Damage:
+    """Gives the first tensor this name."""
+    return replaced(_FIRST, struct.pack("<Q", len(name)) + name)
+
+
 DAMAGES: Mapping[str, Damage] = {
     "nothing": lambda _: b"",
     "one byte": lambda whole: whole[:1],
@@ -77,6 +87,9 @@ DAMAGES: Mapping[str, Damage] = {
     "a vector of quantised blocks": of_kind(12),
     "a tensor of whole numbers": of_kind(26),
     "a tensor without end": replaced(_FIRST + struct.pack("<IQ", 1, 64), _FIRST + struct.pack("<IQ", 1, 2**40)),
+    "a tensor of more dimensions than can be multiplied": of_dimensions(200_000),
+    "a tensor of one dimension too many": of_dimensions(5),
+    "a tensor of a name as long as a book": named(b"a\n" * 100_000),
     "a tensor of nothing": replaced(_FIRST + struct.pack("<IQ", 1, 64), _FIRST + struct.pack("<IQ", 1, 0)),
     "no architecture": replaced(b"general.architecture", b"general.architectura"),
     "a name that is no text": replaced(b"output_norm.weight", b"\xff" * 18),
@@ -142,6 +155,7 @@ def refusal(model: Path) -> str:
     with pytest.raises(StartError) as caught:
         start(model)
     (line,) = str(caught.value).splitlines()
+    assert len(line) < 800
     return line
 
 
