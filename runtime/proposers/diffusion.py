@@ -70,7 +70,7 @@ class MaskedModel:
             raise ModelUnavailable(
                 f"the masked model in {directory} has {has} tokens and the model {vocabulary}: they must share a tokenizer"
             )
-        if mask_id is None or not 0 <= mask_id < has:
+        if type(mask_id) is not int or not 0 <= mask_id < has:
             raise ModelUnavailable(
                 f"the masked model in {directory} names no mask: its tokenizer needs mask_token, or config.json mask_token_id"
             )

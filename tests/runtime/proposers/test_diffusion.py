@@ -191,8 +191,8 @@ def test_a_model_with_fewer_tokens_is_refused(directory: Path) -> None:
         MaskedModel.load(directory, 97)
 
 
-@pytest.mark.parametrize("mask_id", [None, 96, -1])
-def test_a_model_without_a_mask_is_refused(tmp_path: Path, mask_id: int | None) -> None:
+@pytest.mark.parametrize("mask_id", [None, 96, -1, "x", [1], 1.5, True], ids=repr)
+def test_a_model_without_a_mask_is_refused(tmp_path: Path, mask_id: Any) -> None:
     save_random(CONFIGS["bert"], tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"mask_token_id": mask_id}))
