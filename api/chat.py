@@ -118,9 +118,10 @@ async def _converse(session: ClientSession, text: Text, max_tokens: int, tempera
     turn = 0
     is_after_eos = False
     while line := await trio.to_thread.run_sync(_ask, abandon_on_cancel=True):
-        prompt = text.render_next_turn(line, is_after_eos) if turn else text.render([{"role": "user", "content": line}])
         try:
-            await session.append(prompt)
+            await session.append(
+                text.render_next_turn(line, is_after_eos) if turn else text.render([{"role": "user", "content": line}])
+            )
             is_after_eos = await _answer(session, text, max_tokens, temperature)
         except RequestError as error:
             print(f"perennial: {error}", file=sys.stderr)

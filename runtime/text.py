@@ -255,9 +255,16 @@ class Text:
         """
         before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _MARK}]
         text = self.apply_template([*before, {"role": "user", "content": self.masked(content)}])
-        rest = text[text.index(_MARK) + len(_MARK) :]
+        rest = text.partition(_MARK)[2]
+        # The mark may stand in `content` too.
+        if not rest or text.count(_MARK) <= content.count(_MARK):
+            raise MalformedRequest(
+                "the model's chat template leaves out earlier turns, so none can follow: begin a new session",
+                "messages",
+            )
         token_ids = self.encode_masked(rest).tolist()
-        return token_ids[1:] if is_after_eos and token_ids[0] in self.eos_token_ids else token_ids
+        is_ended = is_after_eos and token_ids and token_ids[0] in self.eos_token_ids
+        return token_ids[1:] if is_ended else token_ids
 
     def detokenizer(self) -> Detokenizer:
         return Detokenizer(self._backend, self._unspoken)

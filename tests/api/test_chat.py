@@ -73,6 +73,20 @@ async def test_a_tokenizer_that_is_not_the_servers_is_refused_though_it_was_told
             await talk(house, "hello\n", monkeypatch, model=str(find_model(SEEDLING)))
 
 
+async def test_a_template_that_leaves_out_earlier_turns_ends_the_chat_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1].content }}"
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    async with open_house(model_label=str(tmp_path)) as house:
+        await talk(house, "hello\nhello\n", monkeypatch)
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("perennial: the model's chat template leaves out earlier turns")
+
+
 async def test_the_server_tells_which_model_it_runs() -> None:
     async with open_house(model_label="mine") as house, connect(house.grpc) as client:
         told = await client.model_info()

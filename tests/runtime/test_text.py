@@ -256,6 +256,20 @@ def test_the_next_turn_works_with_a_template_that_trims(seedling: Path, tmp_path
     assert going_on == text.encode(turn)
 
 
+@pytest.mark.parametrize("content", ["How?", "", "∴", "a∴b"])
+@pytest.mark.parametrize(
+    "template", ["{{ messages[-1].content }}", "{{ messages[:2] | map(attribute='content') | join }}"]
+)
+def test_no_turn_follows_where_the_template_leaves_one_out(
+    seedling: Path, tmp_path: Path, template: str, content: str
+) -> None:
+    text = Text.load(copied(seedling, tmp_path / "model", with_template(template)))
+
+    with pytest.raises(MalformedRequest, match="leaves out earlier turns") as caught:
+        text.render_next_turn(content, is_after_eos=True)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_role_that_the_template_does_not_know_is_refused(texts: Mapping[str, Text]) -> None:
     with pytest.raises(MalformedRequest, match="unknown role: wizard") as caught:
         texts["byte level"].render([{"role": "wizard", "content": "abracadabra"}])
