@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from runtime.checkpoints import AS_DATA, FILE_ERRORS, load_weights
-from runtime.errors import ModelUnavailable
+from runtime.errors import ModelUnavailable, NotEnoughMemory
 from runtime.model_files import one_line, quiet_transformers, read_checked_config
 
 # How many of the history's first and last tokens a fill sees.
@@ -51,11 +52,12 @@ class MaskedModel:
         device: str = "cpu",
         sink: int = SINK,
         window: int = WINDOW,
+        reserved: int = 0,
     ) -> Self:
         """The masked model in `directory`, for a main model of `vocabulary` tokens.
 
-        The mask is the one that the tokenizer in the directory names, or else `mask_token_id` of its config.json. Raises
-        ModelUnavailable.
+        The mask is the one that the tokenizer in the directory names, or else `mask_token_id` of its config.json. Others
+        will take `reserved` bytes of memory. Raises ModelUnavailable or NotEnoughMemory.
         """
         refusal = f"{directory} holds no masked language model"
         try:
@@ -63,6 +65,8 @@ class MaskedModel:
             with quiet_transformers():
                 config = AutoConfig.from_pretrained(directory, **AS_DATA)
                 mask_id = _mask_id(directory, config)
+                with torch.device("meta"):
+                    skeleton = AutoModelForMaskedLM.from_config(config)
             has = config.vocab_size
         except FILE_ERRORS as error:
             raise ModelUnavailable(f"{refusal}: {one_line(error)}") from error
@@ -74,6 +78,7 @@ class MaskedModel:
             raise ModelUnavailable(
                 f"the masked model in {directory} names no mask: its tokenizer needs mask_token, or config.json mask_token_id"
             )
+        _check_memory(sum(weight.numel() for weight in skeleton.parameters()) * dtype.itemsize, reserved)
         model = load_weights(AutoModelForMaskedLM, directory, dtype, refusal)
         return cls(model.to(device), mask_id, vocabulary, sink, window)
 
@@ -147,6 +152,15 @@ class MaskedModel:
             raise ModelUnavailable(
                 f"{name} cannot run as a diffusion proposer: its head looks at more than one position"
             )
+
+
+def _check_memory(needed: int, reserved: int) -> None:
+    free = psutil.virtual_memory().available
+    if needed + reserved > free:
+        raise NotEnoughMemory(
+            f"{needed / 2**30:.1f} GiB needed for the model that proposes, beside {reserved / 2**30:.1f} for slabs, and "
+            f"{free / 2**30:.1f} free: give a smaller proposer_model, or lower window, capacity or max_concurrent"
+        )
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import MaskedLMOutput
 
-from runtime.errors import ModelUnavailable
+from runtime.errors import ModelUnavailable, NotEnoughMemory
 from runtime.models import SEEDLING, find_model
 from runtime.proposers.diffusion import MaskedModel
 from runtime.text import Text
@@ -209,6 +209,21 @@ def test_what_is_no_masked_language_model_is_refused(tmp_path: Path, seedling: P
         with pytest.raises(ModelUnavailable, match="holds no masked language model") as caught:
             MaskedModel.load(directory, VOCABULARY)
         assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_does_not_fit_in_memory_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    BertConfig(
+        **SHAPE, **DEEP | {"hidden_size": 2**17, "intermediate_size": 2**20, "num_hidden_layers": 16}
+    ).save_pretrained(tmp_path)
+
+    with pytest.raises(NotEnoughMemory, match="give a smaller proposer_model") as caught:
+        MaskedModel.load(tmp_path, VOCABULARY)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_fits_alone_is_refused_where_others_will_take_the_memory(directory: Path) -> None:
+    with pytest.raises(NotEnoughMemory, match="lower window, capacity or max_concurrent"):
+        MaskedModel.load(directory, VOCABULARY, reserved=2**60)
 
 
 def test_missing_weights_are_refused(tmp_path: Path) -> None:
