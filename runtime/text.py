@@ -319,7 +319,7 @@ def _named_eos(directory: Path) -> list[object]:
     file = directory / "generation_config.json"
     config = read_checked_config(directory) if is_file_there(directory / CONFIG) else {}
     named: list[object] = []
-    for source in (config, read_json_object(file) if is_file_there(file) else {}):
+    for source in (config, read_json_object(file) if is_file_there(file) or file.is_dir() else {}):
         eos = source.get("eos_token_id")
         named += eos if isinstance(eos, list) else [eos]
     return named
