@@ -13,8 +13,10 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from llvmlite import ir
-from numba import config, njit, types
+from numba import config, types
 from numba.core import cgutils
+from numba.core.caching import FunctionCache
+from numba.core.registry import CPUDispatcher
 from numba.extending import intrinsic, models, register_model
 
 from runtime.caches import cache_folder
@@ -31,9 +33,33 @@ _FLOAT = ir.FloatType()
 _FLOATS, _INTS, _BOOLS = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _INT, _BOOL))
 
 
+class _Cache(FunctionCache):
+    """A cache that costs a compilation where its files are damaged or cannot be written, and never a start."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        # What a damaged file raises depends on its bytes: pickle raises all kinds.
+        except Exception:
+            try:
+                self.flush()
+            except OSError:
+                self.disable()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(OSError):
+            super().save_overload(sig, data)
+
+
+class _Kernel(CPUDispatcher):
+    def enable_caching(self) -> None:
+        self._cache = _Cache(self.py_func)
+
+
 def kernel(function: _Function) -> _Function:
     """Compiles a function for this CPU, kept in this user's cache. Several threads may call the result at once."""
-    compiled: _Function = njit(nogil=True)(function)
+    compiled: Any = _Kernel(function, targetoptions={"nopython": True, "nogil": True})
     folder = cache_folder()
     if folder is not None:
         before, config.CACHE_DIR = config.CACHE_DIR, str(folder / "kernels")
@@ -41,10 +67,11 @@ def kernel(function: _Function) -> _Function:
             # By default numba caches beside the source; that file would stay after an uninstall, and be taken for the
             # package.
             with suppress(RuntimeError, OSError):
-                compiled = njit(cache=True, nogil=True)(function)
+                compiled.enable_caching()
         finally:
             config.CACHE_DIR = before
-    return compiled
+    result: _Function = compiled
+    return result
 
 
 class _Vector(types.Type):

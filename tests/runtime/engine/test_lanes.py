@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,77 @@ def test_a_kernel_that_cannot_be_kept_is_compiled_each_time() -> None:
     assert array.tolist() == [0, *[3] * 16, 0]
 
 
-def test_a_kernel_is_kept_in_the_users_cache_and_not_beside_its_source(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Our folder in the cache, where nothing is yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    source = tmp_path / "source.py"
-    source.write_text("def fill(array, number):\n    store(array, 1, full(number))")
-    scope: dict[str, Any] = {"full": full, "store": store}
+    return tmp_path / "cache" / "perennial"
+
+
+def new_kernel(folder: Path) -> Any:
+    """A kernel that calls another one, as a new process has it."""
+    source = folder / "source.py"
+    source.write_text(
+        "@kernel\ndef put(array, number):\n    store(array, 1, full(number))\n"
+        "@kernel\ndef fill(array, number):\n    put(array, number)\n"
+    )
+    scope: dict[str, Any] = {"full": full, "store": store, "kernel": kernel}
     exec(compile(source.read_text(), source, "exec"), scope)
+    return scope["fill"]
 
+
+def called(fill: Any) -> Any:
+    array = np.zeros(18, np.float32)
+    fill(array, np.float32(3))
+    assert array.tolist() == [0, *[3] * 16, 0]
+    return fill
+
+
+def started(folder: Path) -> Any:
+    return called(new_kernel(folder))
+
+
+def was_compiled(fill: Any) -> bool:
+    return not fill.stats.cache_hits
+
+
+def test_a_kernel_is_kept_in_the_users_cache_and_not_beside_its_source(cache: Path, tmp_path: Path) -> None:
     before = config.CACHE_DIR
-    kernel(scope["fill"])(np.zeros(18, np.float32), np.float32(3))
 
-    assert [*tmp_path.glob("cache/perennial/kernels/**/*.nbi")]
+    assert [was_compiled(started(tmp_path)) for _ in range(2)] == [True, False]
+    assert [*cache.glob("kernels*/**/*.nbi")]
     assert not [*tmp_path.glob("__pycache__/*")]
     assert before == config.CACHE_DIR
+
+
+@pytest.mark.parametrize("kept", ["nothing", "half"])
+@pytest.mark.parametrize("of", ["fill*.nbi", "fill*.nbc", "put*.nb?"])
+def test_a_kernel_whose_file_is_damaged_is_compiled_and_kept_anew(
+    cache: Path, tmp_path: Path, of: str, kept: str
+) -> None:
+    started(tmp_path)
+    damaged = [*cache.glob(f"kernels*/**/source.{of}")]
+    assert damaged
+    # The inner kernel's files are read only where the outer one is compiled.
+    for file in {*damaged, *(cache.glob("kernels*/**/source.fill*") if of.startswith("put") else [])}:
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2] if kept == "half" else b"")
+
+    assert [was_compiled(started(tmp_path)) for _ in range(2)] == [True, False]
+
+
+@pytest.mark.parametrize("kept", ["nothing", "a file of no bytes"])
+def test_a_kernel_is_compiled_where_the_disk_is_full(cache: Path, tmp_path: Path, kept: str) -> None:
+    if kept != "nothing":
+        started(tmp_path)
+        for file in cache.glob("kernels*/**/*.nb?"):
+            file.write_bytes(b"")
+    fill = new_kernel(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        called(fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert was_compiled(fill)
