@@ -8,8 +8,12 @@ The functions with `@intrinsic` are for kernels alone. Their arrays are flat, an
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from llvmlite import ir
@@ -60,9 +64,9 @@ class _Kernel(CPUDispatcher):
 def kernel(function: _Function) -> _Function:
     """Compiles a function for this CPU, kept in this user's cache. Several threads may call the result at once."""
     compiled: Any = _Kernel(function, targetoptions={"nopython": True, "nogil": True})
-    folder = cache_folder()
+    folder = _kernel_folder()
     if folder is not None:
-        before, config.CACHE_DIR = config.CACHE_DIR, str(folder / "kernels")
+        before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
         try:
             # By default numba caches beside the source; that file would stay after an uninstall, and be taken for the
             # package.
@@ -72,6 +76,26 @@ def kernel(function: _Function) -> _Function:
             config.CACHE_DIR = before
     result: _Function = compiled
     return result
+
+
+def _kernel_folder() -> Path | None:
+    """Where kernels made of this code are kept, once those of other code are cleared away; None for a user without a home."""
+    home = cache_folder()
+    if home is None:
+        return None
+    folder = home / f"kernels-{_code()}"
+    if not folder.exists():
+        for other in home.glob("kernels*"):
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
+@cache
+def _code() -> str:
+    # numba knows a kernel by its own bytecode and file, and not by the intrinsics that it is made of.
+    here = Path(__file__)
+    sources = (here.read_bytes(), here.with_name("row_kernel.py").read_bytes())
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:24]
 
 
 class _Vector(types.Type):
