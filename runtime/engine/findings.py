@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -32,12 +33,15 @@ def _key(subject: str) -> str:
     """A digest of everything that the choice of a kernel may depend on, and of the code that calls and tries it."""
     gpu = kernel_class(torch.device("cuda")) if torch.cuda.is_available() else ""
     machine = (platform.node(), cpu_flags(), kernel_class(), gpu, torch.__version__, torch.__config__.show())
-    return hashlib.sha256(repr((_code(), machine, subject)).encode()).hexdigest()
+    compilers = [version(name) for name in ("numba", "llvmlite")]
+    return hashlib.sha256(repr((_code(), machine, compilers, subject)).encode()).hexdigest()
 
 
 @cache
 def _code() -> str:
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    here = Path(__file__).parent
+    # Slabs and their shape make the slots and masks that a probe tries.
+    sources = [*sorted(here.glob("*.py")), *(here.parent / name for name in ("slab.py", "slab_spec.py"))]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 

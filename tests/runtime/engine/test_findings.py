@@ -53,7 +53,23 @@ def test_another_subject_thread_count_or_kernel_class_is_looked_for(
     assert probe.count == 4
 
 
-def test_what_was_found_of_other_code_is_looked_for(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("library", ["numba", "llvmlite"])
+def test_what_was_found_with_another_compiler_is_looked_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    probe = Probe()
+    find_or_probe("a linear", probe)
+    installed = home / "packages" / f"{library}-99.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text(f"Name: {library}\nVersion: 99\n")
+    monkeypatch.syspath_prepend(str(installed.parent))
+    find_or_probe("a linear", probe)
+
+    assert probe.count == 2
+
+
+@pytest.mark.parametrize("name", ["engine/exact.py", "slab.py", "slab_spec.py"])
+def test_what_was_found_of_other_code_is_looked_for(home: Path, tmp_path: Path, name: str) -> None:
     """A release that draws up its graphs in another way has not been tried by what the one before found."""
     code = tmp_path / "code"
     shutil.copytree(Path(runtime.__file__).parent, code / "runtime")
@@ -70,7 +86,7 @@ def test_what_was_found_of_other_code_is_looked_for(home: Path, tmp_path: Path) 
         return b"tried" in done.stdout
 
     assert [tried(), tried()] == [True, False]
-    with (code / "runtime" / "engine" / "exact.py").open("a") as source:
+    with (code / "runtime" / name).open("a") as source:
         source.write("# otherwise\n")
     assert tried()
 
