@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import platform
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import mkstemp
 
 import torch
 
@@ -25,7 +26,7 @@ def find_or_probe(subject: str, probe: Callable[[], bool]) -> bool:
     if isinstance(before, bool):
         return before
     holds = probe()
-    _write(_read() | {key: holds})
+    _add({key: holds})
     return holds
 
 
@@ -61,12 +62,32 @@ def _read() -> dict[str, object]:
     return {}
 
 
-def _write(content: dict[str, object]) -> None:
+def _add(found: dict[str, object]) -> None:
     file = _file()
     if file is None:
         return
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile("w", dir=file.parent, delete=False) as fresh:
-            json.dump(content, fresh)
-        Path(fresh.name).replace(file)
+        with _locked(file.with_suffix(".lock")):
+            _write(file, _read() | found)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps other servers from adding to the file meanwhile. Where nothing can be locked, theirs may be lost."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            fcntl.flock(stack.enter_context(path.open("ab")), fcntl.LOCK_EX)
+        yield
+
+
+def _write(file: Path, content: dict[str, object]) -> None:
+    """Raises OSError."""
+    number, name = mkstemp(dir=file.parent)
+    fresh = Path(name)
+    try:
+        with open(number, "w") as opened:
+            json.dump(content, opened)
+        fresh.replace(file)
+    finally:
+        fresh.unlink(missing_ok=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -129,3 +133,38 @@ def test_where_no_file_can_be_written_it_is_looked_for_each_time(home: Path) -> 
 
     assert [find_or_probe("a linear", probe) for _ in range(2)] == [True] * 2
     assert probe.count == 2
+
+
+def test_a_full_disk_keeps_no_piece_of_a_file(home: Path) -> None:
+    find_or_probe("a linear", Probe())
+    before = {file.name: file.read_bytes() for file in (home / "perennial").iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
+    try:
+        find_or_probe("another", Probe())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert {file.name: file.read_bytes() for file in (home / "perennial").iterdir()} == before
+
+
+def test_servers_that_start_together_keep_what_each_found(home: Path) -> None:
+    count = 16
+    barrier = Barrier(count)
+
+    def met() -> bool:
+        barrier.wait()
+        return True
+
+    with ThreadPoolExecutor(count) as pool:
+        [*pool.map(lambda name: find_or_probe(f"linear {name}", met), range(count))]
+
+    assert len(json.loads((home / "perennial" / "findings.json").read_text())) == count
+
+
+def test_where_files_cannot_be_locked_what_was_found_is_kept(home: Path) -> None:
+    (home / "perennial" / "findings.lock").mkdir(parents=True)
+    probe = Probe()
+
+    assert [find_or_probe("a linear", probe) for _ in range(2)] == [True] * 2
+    assert probe.count == 1
