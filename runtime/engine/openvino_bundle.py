@@ -185,8 +185,11 @@ def _embedding(bundle: Bundle, directory: Path) -> Rows:
 
 
 def _is_of_use(facts: Mapping[str, Any]) -> bool:
-    """Whether the model that a bundle was made of is still there."""
-    return Path(str(facts.get("model"))).exists()
+    """Whether the model that a bundle was made of may still be there."""
+    try:
+        return Path(str(facts.get("model"))).exists()
+    except OSError:
+        return True
 
 
 def _folder() -> Path | None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
+from runtime.bundles import BundleName, new_bundle
 from runtime.engine import load_engine
 from runtime.engine.machine import Level, level
 from runtime.engine.openvino_fit import fits_cpu
@@ -140,6 +141,19 @@ def test_where_none_can_be_written_the_log_says_so_and_bits_are_the_same(
     (line,) = caplog.messages
     assert "memory holds weights twice" in line
     assert not cache.is_dir() or not any(one.is_dir() for one in cache.iterdir())
+
+
+def test_a_bundle_of_a_model_that_cannot_be_looked_up_does_not_keep_others_from_being_written(
+    model: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The superuser, who may be who runs this, looks into every directory, but at no name as long as this.
+    with new_bundle(cache, 0, lambda _: True) as writer:
+        writer.finish(BundleName("forgotten", "state", "form"), {"model": f"/{300 * 'x'}/model"})
+    with caplog.at_level(logging.WARNING, logger="perennial.engine"):
+        loaded(model)
+
+    assert not caplog.messages
+    assert len([one for one in cache.iterdir() if one.is_dir()]) == 2
 
 
 @contextmanager
