@@ -98,6 +98,9 @@ class TorchEngine:
             if not is_strict or _is_proven(loaded, spec, form):
                 return cls(loaded, spec, form.after(failed), is_bit_exact=is_strict)
             failed.append(form)
+            if form is not forms[-1]:
+                # Memory was checked for one form at a time.
+                del loaded
         if (settings.dtype, settings.weights) != ("auto", "auto"):
             raise refuse(failed)
         # A row that always runs alone has no other rows that its bits could depend on.

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from runtime.engine import load_engine
+from runtime.engine import load_engine, torch_engine
 from runtime.engine.machine import Level, features, level
 from runtime.engine.openvino_fit import fits_cpu
+from runtime.engine.torch_model import Loaded, load_model
 from runtime.errors import InvalidSetting
 from runtime.rows import Row, RowBatch
 from runtime.settings import Settings
@@ -86,6 +89,26 @@ def test_where_no_form_is_exact_each_row_runs_alone_and_the_start_goes_on(file: 
     assert "one row a forward" in engine.facts.form_reason
     (row,) = (Row(engine.new_pool(1).acquire(), 0, 5, GREEDY),)
     assert len(engine.forward(RowBatch((row,)))) == 1
+
+
+@pytest.mark.usefixtures("inexact_as_they_are")
+def test_a_form_that_is_not_exact_has_left_memory_when_the_next_is_read(
+    seedling: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[weakref.ref[object]] = []
+    in_memory: list[int] = []
+
+    def load(*given: Any, **named: Any) -> Loaded:
+        in_memory.append(sum(one() is not None for one in models))
+        loaded = load_model(*given, **named)
+        models.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr(torch_engine, "load_model", load)
+    load_engine(settings(), seedling)
+
+    assert len(in_memory) > 1
+    assert not any(in_memory)
 
 
 @pytest.mark.parametrize(
