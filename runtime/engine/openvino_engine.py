@@ -104,6 +104,8 @@ class OpenVinoEngine:
                 model.release()
                 return cls(model, spec, form.after(failed), is_bit_exact=is_strict)
             failed.append(form)
+            # Memory was checked for one form at a time.
+            del model
         raise refuse(failed)
 
     @cached_property

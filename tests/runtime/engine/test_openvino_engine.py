@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from runtime.engine import load_engine
+from runtime.engine import load_engine, openvino_engine
+from runtime.engine.machine import Level
+from runtime.engine.openvino_bundle import find_parts
+from runtime.engine.openvino_compiling import Compiling, Graph
 from runtime.engine.openvino_fit import fits_cpu
-from runtime.errors import InvalidSetting, ModelUnavailable
+from runtime.engine.openvino_parts import Parts
+from runtime.errors import InvalidSetting, ModelUnavailable, NotExact
 from runtime.settings import Settings
 from tests.conftest import SMALL, save_random_model
 
@@ -48,6 +53,28 @@ def test_where_it_is_not_exact_torch_runs_the_model_and_the_log_says_why(
 
     assert (facts.backend, facts.is_bit_exact) == ("torch", True)
     assert any("torch runs the model" in record.getMessage() for record in caplog.records)
+
+
+def test_a_form_that_is_not_exact_has_left_memory_when_the_next_is_read(
+    large_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads: list[weakref.ref[Graph]] = []
+    in_memory: list[int] = []
+
+    def find(directory: Path, compiling: Compiling) -> Parts:
+        in_memory.append(sum(one() is not None for one in heads))
+        parts = find_parts(directory, compiling)
+        heads.append(weakref.ref(parts.graphs.head))
+        return parts
+
+    # Such a CPU has two forms to choose from.
+    monkeypatch.setattr(openvino_engine, "level", lambda: Level.AVX512_BF16)
+    monkeypatch.setattr(openvino_engine, "find_or_probe", lambda subject, probe: False)
+    monkeypatch.setattr(openvino_engine, "find_parts", find)
+
+    with pytest.raises(NotExact):
+        load_engine(Settings(device="cpu", window=64, backend="openvino"), large_model)
+    assert in_memory == [0, 0]
 
 
 @pytest.mark.parametrize("changes", [{"hidden_act": "gelu"}, {"head_dim": 24}], ids=str)
