@@ -83,10 +83,9 @@ def _kernel_folder() -> Path | None:
     home = cache_folder()
     if home is None:
         return None
-    folder = home / f"kernels-{_code()}"
+    folder = home / "kernels" / _code()
     if not folder.exists():
-        for other in home.glob("kernels*"):
-            shutil.rmtree(other, ignore_errors=True)
+        shutil.rmtree(folder.parent, ignore_errors=True)
     return folder
 
 

@@ -83,7 +83,7 @@ def test_a_kernel_is_kept_in_the_users_cache_and_not_beside_its_source(cache: Pa
     before = config.CACHE_DIR
 
     assert [was_compiled(started(tmp_path)) for _ in range(2)] == [True, False]
-    assert [*cache.glob("kernels-*/**/*.nbi")]
+    assert [*cache.glob("kernels/*/**/*.nbi")]
     assert not [*tmp_path.glob("__pycache__/*")]
     assert before == config.CACHE_DIR
 
@@ -94,10 +94,10 @@ def test_a_kernel_whose_file_is_damaged_is_compiled_and_kept_anew(
     cache: Path, tmp_path: Path, of: str, kept: str
 ) -> None:
     started(tmp_path)
-    damaged = [*cache.glob(f"kernels-*/**/source.{of}")]
+    damaged = [*cache.glob(f"kernels/*/**/source.{of}")]
     assert damaged
     # The inner kernel's files are read only where the outer one is compiled.
-    for file in {*damaged, *(cache.glob("kernels-*/**/source.fill*") if of.startswith("put") else [])}:
+    for file in {*damaged, *(cache.glob("kernels/*/**/source.fill*") if of.startswith("put") else [])}:
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2] if kept == "half" else b"")
 
@@ -108,7 +108,7 @@ def test_a_kernel_whose_file_is_damaged_is_compiled_and_kept_anew(
 def test_a_kernel_is_compiled_where_the_disk_is_full(cache: Path, tmp_path: Path, kept: str) -> None:
     if kept != "nothing":
         started(tmp_path)
-        for file in cache.glob("kernels-*/**/*.nb?"):
+        for file in cache.glob("kernels/*/**/*.nb?"):
             file.write_bytes(b"")
     fill = new_kernel(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -129,9 +129,9 @@ def test_kernels_of_other_code_are_cleared_away(cache: Path, tmp_path: Path) -> 
     def folders() -> set[str]:
         program = [sys.executable, "-c", "import runtime.engine.row_kernel"]
         subprocess.run(program, env=environment, cwd=tmp_path, check=True)
-        return {one.name for one in cache.iterdir()}
+        return {one.name for one in (cache / "kernels").iterdir()}
 
-    (cache / "kernels").mkdir(parents=True)
+    (cache / "kernels" / "of other code").mkdir(parents=True)
     found = [folders()]
     for name in ("lanes.py", "row_kernel.py"):
         with (code / "engine" / name).open("a") as source:
