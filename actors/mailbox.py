@@ -75,10 +75,15 @@ class Mailbox:
     def __init__(self, channel: trio.MemorySendChannel[Envelope[Any]]) -> None:
         self._channel = channel
 
-    async def ask_to_the_end(self, message: Message[R]) -> R:
-        """The one reply. Once the work has begun it waits for the reply even if cancelled.
+    async def ask(self, message: Message[R]) -> R:
+        """The one reply. Raises ActorStopped, ActorFailed, or what the actor answers with."""
+        async with self.stream(message) as replies:
+            return await replies.receive()
 
-        For work that writes into what the asker owns. Raises ActorStopped, ActorFailed, or what the actor answers with.
+    async def ask_to_the_end(self, message: Message[R]) -> R:
+        """As `ask`, but once the work has begun it waits for the reply even if cancelled.
+
+        For work that writes into what the asker owns.
         """
         async with self._deliver(message, room_for_replies=1) as (envelope, channel):
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import outcome
 import pytest
@@ -14,8 +14,6 @@ from trio.testing import wait_all_tasks_blocked
 
 from actors.mailbox import ActorFailed, ActorStopped, Envelope, Inbox, Mailbox, Message, Reply, open_mailbox
 from runtime.errors import InvalidRequest, InvariantViolation
-
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +115,8 @@ async def told(ask: Callable[[], Awaitable[object]], into: list[object]) -> None
         into.append(type(error))
 
 
-async def ask(mailbox: Mailbox, message: Message[R]) -> R:
-    """The first reply."""
-    async with mailbox.stream(message) as replies:
-        return await replies.receive()
-
-
 async def test_an_ask_returns_the_reply(mailbox: Mailbox, desk: Desk) -> None:
-    assert await ask(mailbox, Double(21)) == 42
+    assert await mailbox.ask(Double(21)) == 42
 
 
 async def test_a_stream_gives_every_reply_in_order(mailbox: Mailbox, desk: Desk) -> None:
@@ -146,7 +138,7 @@ async def test_messages_are_served_in_the_order_in_which_askers_came(
     others = [Double(number) for number in range(5)]
     messages: list[Message[Any]] = [first, *others]
     for message in messages:
-        nursery.start_soon(ask, mailbox, message)
+        nursery.start_soon(mailbox.ask, message)
         await wait_all_tasks_blocked()
     first.go_on.set()
     await wait_all_tasks_blocked()
@@ -161,13 +153,13 @@ async def test_an_asker_that_leaves_before_its_message_is_taken_takes_it_along(
 
     async def ask_and_leave() -> None:
         with leaving:
-            await ask(mailbox, withdrawn)
+            await mailbox.ask(withdrawn)
 
-    nursery.start_soon(ask, mailbox, first)
+    nursery.start_soon(mailbox.ask, first)
     await first.taken.wait()
     nursery.start_soon(ask_and_leave)
     await wait_all_tasks_blocked()
-    nursery.start_soon(ask, mailbox, last)
+    nursery.start_soon(mailbox.ask, last)
     await wait_all_tasks_blocked()
     leaving.cancel()
     await wait_all_tasks_blocked()
@@ -182,8 +174,8 @@ async def test_an_asker_that_leaves_while_it_is_handled_cancels_the_handler(
     message = Wait()
     with trio.CancelScope() as leaving:
         nursery.start_soon(cancel_when, message.taken, leaving)
-        await ask(mailbox, message)
-    assert await ask(mailbox, Double(1)) == 2
+        await mailbox.ask(message)
+    assert await mailbox.ask(Double(1)) == 2
     assert message not in desk.completed
 
 
@@ -197,8 +189,8 @@ async def test_a_deadline_around_an_ask_is_a_deadline_of_its_handler(
 ) -> None:
     with pytest.raises(trio.TooSlowError):
         with trio.fail_after(5):
-            await ask(mailbox, Wait())
-    assert await ask(mailbox, Double(1)) == 2
+            await mailbox.ask(Wait())
+    assert await mailbox.ask(Double(1)) == 2
 
 
 async def test_leaving_a_stream_cancels_a_handler_whose_reply_waits(mailbox: Mailbox, desk: Desk) -> None:
@@ -206,7 +198,7 @@ async def test_leaving_a_stream_cancels_a_handler_whose_reply_waits(mailbox: Mai
     async with mailbox.stream(message) as replies:
         await replies.receive()
         await wait_all_tasks_blocked()
-    await ask(mailbox, Double(1))
+    await mailbox.ask(Double(1))
     assert message not in desk.completed
 
 
@@ -223,7 +215,7 @@ async def test_a_handler_goes_on_only_once_its_reply_has_been_taken(mailbox: Mai
 async def test_a_slow_asker_holds_up_the_next_one(mailbox: Mailbox, desk: Desk, nursery: trio.Nursery) -> None:
     async with mailbox.stream(CountTo(2)) as replies:
         await replies.receive()
-        nursery.start_soon(ask, mailbox, Double(1))
+        nursery.start_soon(mailbox.ask, Double(1))
         await wait_all_tasks_blocked()
         assert Double(1) not in desk.taken
         await replies.receive()
@@ -233,8 +225,8 @@ async def test_a_slow_asker_holds_up_the_next_one(mailbox: Mailbox, desk: Desk, 
 
 async def test_a_request_error_goes_to_the_asker_and_the_actor_lives(mailbox: Mailbox, desk: Desk) -> None:
     with pytest.raises(InvalidRequest, match="too odd"):
-        await ask(mailbox, Fail(InvalidRequest("too odd")))
-    assert await ask(mailbox, Double(1)) == 2
+        await mailbox.ask(Fail(InvalidRequest("too odd")))
+    assert await mailbox.ask(Double(1)) == 2
 
 
 async def test_a_request_error_for_an_asker_that_has_left_is_dropped_and_the_actor_lives(
@@ -244,7 +236,7 @@ async def test_a_request_error_for_an_asker_that_has_left_is_dropped_and_the_act
     async with mailbox.stream(Fail(InvalidRequest("too late"), go_on)):
         await wait_all_tasks_blocked()
     go_on.set()
-    assert await ask(mailbox, Double(1)) == 2
+    assert await mailbox.ask(Double(1)) == 2
 
 
 async def test_any_other_error_of_ours_goes_to_the_asker_and_ends_the_actor(mailbox: Mailbox, inbox: Inbox) -> None:
@@ -252,7 +244,7 @@ async def test_any_other_error_of_ours_goes_to_the_asker_and_ends_the_actor(mail
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run_until_it_fails, Desk(inbox), error, ended)
         with pytest.raises(InvariantViolation):
-            await ask(mailbox, Fail(error))
+            await mailbox.ask(Fail(error))
         await ended.wait()
 
 
@@ -290,7 +282,7 @@ async def test_an_asker_is_told_such_an_error_even_while_the_actor_is_cancelled(
     ending = trio.CancelScope()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run_cancelled, ending)
-        nursery.start_soon(told, lambda: ask(mailbox, message), answers)
+        nursery.start_soon(told, lambda: mailbox.ask(message), answers)
         await wait_all_tasks_blocked()
         ending.cancel()
         go_on.set()
@@ -302,10 +294,10 @@ async def test_a_bug_ends_the_actor_and_everyone_who_waits_is_told(mailbox: Mail
     answers: list[object] = []
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run_until_it_fails, Desk(inbox), error, ended)
-        nursery.start_soon(told, lambda: ask(mailbox, Fail(error, go_on)), answers)
+        nursery.start_soon(told, lambda: mailbox.ask(Fail(error, go_on)), answers)
         await wait_all_tasks_blocked()
         for _ in range(3):
-            nursery.start_soon(told, lambda: ask(mailbox, Double(1)), answers)
+            nursery.start_soon(told, lambda: mailbox.ask(Double(1)), answers)
         await wait_all_tasks_blocked()
         go_on.set()
         await ended.wait()
@@ -316,7 +308,7 @@ async def test_asking_an_actor_that_has_ended_says_that_nothing_was_done(mailbox
     with inbox:
         pass
     with pytest.raises(ActorStopped):
-        await ask(mailbox, Double(1))
+        await mailbox.ask(Double(1))
 
 
 async def test_an_asker_to_the_end_leaves_at_once_while_nothing_has_begun(mailbox: Mailbox, inbox: Inbox) -> None:
@@ -382,7 +374,7 @@ async def test_an_offered_reply_is_taken_by_an_asker_that_waits_for_it_just_now(
     mailbox: Mailbox, inbox: Inbox, nursery: trio.Nursery
 ) -> None:
     answers: list[object] = []
-    nursery.start_soon(told, lambda: ask(mailbox, Double(1)), answers)
+    nursery.start_soon(told, lambda: mailbox.ask(Double(1)), answers)
     reply: Reply[int] = Reply(await inbox.take())
     await wait_all_tasks_blocked()
     assert [reply.offer(2), reply.offer(3)] == [True, False]
@@ -401,11 +393,11 @@ async def test_an_offer_to_an_actor_at_work_leaves_no_trace(
     mailbox: Mailbox, desk: Desk, nursery: trio.Nursery
 ) -> None:
     message = Wait()
-    nursery.start_soon(ask, mailbox, message)
+    nursery.start_soon(mailbox.ask, message)
     await message.taken.wait()
     assert mailbox.offer(Fail(InvalidRequest("refused"))) is False
     message.go_on.set()
-    await ask(mailbox, Double(1))
+    await mailbox.ask(Double(1))
     assert desk.taken == [message, Double(1)]
 
 
