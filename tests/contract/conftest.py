@@ -84,14 +84,14 @@ def keyed() -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="session")
 def hurried() -> Iterator[ServerProcess]:
-    """A server that gives a completion three seconds, and one that waits for another a quarter of one."""
+    """A server that gives a completion six seconds, and one that waits for another a quarter of one."""
     settings: dict[str, Any] = {
         "admission_policy": "queue",
         "queue_max_wait_s": 0.25,
         "max_concurrent": 1,
         "http_overflow": "evict",
     }
-    with started("hypercorn-trio", request_timeout_s=3, **settings) as server:
+    with started("hypercorn-trio", request_timeout_s=6, **settings) as server:
         yield server
 
 
