@@ -27,7 +27,10 @@ class Lane:
         self._part = b""
 
     async def send(self, frame: dict[str, Any]) -> None:
-        self._protocol.send_text(json.dumps(frame).encode())
+        await self.send_text(json.dumps(frame))
+
+    async def send_text(self, text: str) -> None:
+        self._protocol.send_text(text.encode())
         await self._flush()
 
     async def receive(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
 import trio
 from trio.testing import MockClock
 
@@ -108,3 +109,15 @@ async def test_a_frame_that_is_not_read_is_told_so_on_its_lane() -> None:
             await lane.send(ASKED | {"input": '"stream_id": "none"', "stream_id": stream_id})
 
             assert (await last_word(lane))["stream_id"] == stream_id
+
+
+@pytest.mark.parametrize("spelled", [r"\q", r"\ud800"])
+async def test_a_frame_that_is_not_read_may_spell_its_lane_amiss(spelled: str) -> None:
+    async with open_socket() as (desk, lane):
+        desk.failing = True
+        await lane.send_text(f'{{"stream_id": "{spelled}"}}')
+        told = await last_word(lane)
+        await lane.send(ASKED)
+
+        assert "stream_id" not in told
+        assert (await last_word(lane))["type"] == "error"

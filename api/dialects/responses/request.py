@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -329,8 +330,11 @@ def read_frame(body: bytes, text: Text, terms: Terms) -> Frame:
 
 def lane_in(body: bytes) -> str | None:
     """The lane of a frame that was not read, as far as its bytes tell without that."""
-    found = _LANE.search(body)
-    return from_json(found[1]) if found else None
+    with suppress(ValueError):
+        if (found := _LANE.search(body)) is not None:
+            lane: str = from_json(found[1])
+            return lane
+    return None
 
 
 def _items_of(asked: ResponseRequest) -> Iterator[tuple[str, Item]]:
