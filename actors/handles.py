@@ -110,7 +110,7 @@ class SessionHandle:
             return await self._ask(Save())
 
     async def rewind(self, history: array[int]) -> Rewound:
-        """Cuts the session's history back to the beginning that it shares with `history`; returns how long that is."""
+        """Cuts the session's history back to the beginning that it shares with `history`; returns what is left."""
         with as_session_errors():
             return await self._ask(Rewind(history))
 

@@ -6,7 +6,6 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
-from functools import partial
 
 import trio
 
@@ -88,8 +87,8 @@ async def open_proposing(settings: Settings, facts: EngineFacts, thread: EngineT
             directory = await trio.to_thread.run_sync(find_proposer_model, settings)
             # Slabs take their memory as they fill; those on a GPU take none of what the model is loaded into.
             slabs = 0 if facts.device == "cuda" else settings.capacity + settings.max_concurrent
-            load = partial(MaskedModel.load, reserved=slabs * facts.slab.ceiling_bytes)
-            model = await thread.run(load, directory, facts.vocabulary)
+            reserved = slabs * facts.slab.ceiling_bytes
+            model = await thread.run(MaskedModel.load, directory, facts.vocabulary, reserved=reserved)
             yield lambda: proposals(DiffusionProposer(model, thread, settings.num_diffusion_steps))
         case _:
             yield lambda: None

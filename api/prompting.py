@@ -6,7 +6,6 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf
 
 from actors import Runtime
 from api.question import Question
@@ -38,7 +37,7 @@ class Prompt:
 
 
 async def write_prompt(
-    reader: Reader, runtime: Runtime, question: Question, start: Point | None = None, most_tokens: float = inf
+    reader: Reader, runtime: Runtime, question: Question, start: Point | None, most_tokens: float
 ) -> Prompt:
     """The prompt of a question that follows `start`, or begins a conversation.
 

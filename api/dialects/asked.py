@@ -106,9 +106,12 @@ class AskedBody(Asked):
     def check_model(self, label: str) -> None:
         """Raises ModelNotFound if the request names another model than the one that runs."""
         if self.model != label:
-            raise ModelNotFound(
-                f"no model {short_repr(self.model)} here: GET /v1/models names the one there is", "model"
-            )
+            raise no_such_model(self.model)
+
+
+def no_such_model(name: str) -> ModelNotFound:
+    """The refusal of a model other than the one that runs."""
+    return ModelNotFound(f"no model {short_repr(name)} here: GET /v1/models names the one there is", "model")
 
 
 def describe_neutral(schema: dict[str, Any], kind: type[AskedBody]) -> None:

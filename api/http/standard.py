@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from quart import Response
 
+from api.dialects.asked import no_such_model
 from api.http.openapi import document
 from api.http.routes import JSON, MIGRATION_PAGE, MIGRATION_PATH, Door, Operation
 from api.page import load_page
@@ -18,7 +19,6 @@ from api.replies import headers_of
 from api.schemas import Health, Model, ModelList
 from api.server import Phase
 from api.status import RuntimeStatus, status_of
-from runtime.checks import short_repr
 from runtime.errors import ModelNotFound, NotServing
 
 _HEALTH = Operation(
@@ -84,9 +84,7 @@ def add_standard_routes(door: Door) -> None:
     async def one_model(model: str) -> Response:
         with server.call() as serving:
             if model != server.label:
-                raise ModelNotFound(
-                    f"no model {short_repr(model)} here: GET /v1/models names the one there is", "model"
-                )
+                raise no_such_model(model)
             return json_response(model_of(serving.shape.visible))
 
     @door.route("GET", "/v1/runtime", _RUNTIME)

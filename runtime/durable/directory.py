@@ -1,8 +1,7 @@
 """The store in a directory: sessions and snapshots of one server, and the only code that touches files there.
 
 Sessions that have a slab are *open*; the others sleep. A record is deleted when its session is closed or too long idle, and
-for the bound of the directory; never because of a fault. A damaged record is set aside whole, and named in one log
-line.
+for the bound of the directory; never because of a fault. A damaged record is set aside whole, and named in one log line.
 """
 
 from __future__ import annotations
