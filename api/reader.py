@@ -30,11 +30,13 @@ _START_S = 60.0
 _SMALL_BYTES = 2**16
 
 # Signals sent to all processes of a server are meant for the server; its calls, and the readers that they need, go on while
-# it drains.
+# it drains. The imports of tokenizers and of a dialect, which take longest, are done before there is anything to read.
 _PROGRAM = """
 import signal
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
+import api.dialects.chat.request
+from transformers import PreTrainedTokenizerFast
 from api.reading import main
 main()
 """
@@ -74,10 +76,11 @@ class _Asked:
 class Reader:
     """Runs tasks in order, except that short ones may overtake longer ones."""
 
-    def __init__(self, text: Text, terms: Terms, request_timeout_s: float) -> None:
+    def __init__(self, text: Text, terms: Terms, request_timeout_s: float, ahead: trio.Process | None) -> None:
         self._text = text
         self._terms = terms
         self._request_timeout_s = request_timeout_s
+        self._ahead = ahead
         self._waiting: list[_Asked] = []
         # The first free desk is taken, so the second starts a process only for tasks that cannot wait for the first.
         self._desks = [_Desk(_SMALL_BYTES), _Desk(math.inf)]
@@ -87,9 +90,11 @@ class Reader:
         for desk in self._desks:
             nursery.start_soon(self._sit_at, desk)
 
-    def warm(self) -> None:
-        """Starts a process before the first request needs it."""
-        self._ask(_Asked(Nothing(), 0))
+    async def warm(self) -> None:
+        """Returns once a process is there to read with, or the log says why there is none: then a request tries again."""
+        asked = _Asked(Nothing(), 0)
+        self._ask(asked)
+        await asked.is_answered.wait()
 
     @property
     def waiting(self) -> int:
@@ -132,8 +137,9 @@ class Reader:
     async def _sit_at(self, desk: _Desk) -> None:
         while True:
             asked = await desk.next()
+            ahead, self._ahead = self._ahead, None
             try:
-                async with _reading_process(self._text, self._terms) as reading:
+                async with _reading_process(self._text, self._terms, ahead) as reading:
                     while True:
                         asked.give(await reading.read(asked))
                         self._next_at(desk)
@@ -153,9 +159,26 @@ class Reader:
 
 
 @asynccontextmanager
-async def open_reader(text: Text, terms: Terms, request_timeout_s: float) -> AsyncIterator[Reader]:
-    """A reader; its processes have ended when the block has."""
-    reader = Reader(text, terms, request_timeout_s)
+async def process_ahead() -> AsyncIterator[trio.Process | None]:
+    """A process for a reader that is opened in the block, or None if the system has no room for one now.
+
+    It loads its modules while the model is loaded.
+    """
+    try:
+        process = await _start_process()
+    except _NotStarted:
+        yield None
+        return
+    async with _ended(process):
+        yield process
+
+
+@asynccontextmanager
+async def open_reader(
+    text: Text, terms: Terms, request_timeout_s: float, ahead: trio.Process | None = None
+) -> AsyncIterator[Reader]:
+    """A reader, whose first process is the one `ahead`; its processes have ended when the block has."""
+    reader = Reader(text, terms, request_timeout_s, ahead)
     async with open_nursery() as nursery:
         reader.begin(nursery)
         yield reader
@@ -245,10 +268,12 @@ async def _start_process() -> trio.Process:
 
 
 @asynccontextmanager
-async def _reading_process(text: Text, terms: Terms) -> AsyncIterator[_Process]:
-    """A process that was given `text` and `terms`; it is killed when the block ends. Raises _NotStarted."""
-    process = await _start_process()
-    try:
+async def _reading_process(text: Text, terms: Terms, ahead: trio.Process | None) -> AsyncIterator[_Process]:
+    """A process that was given `text` and `terms`, `ahead` if it is there; it is killed when the block ends.
+
+    Raises _NotStarted.
+    """
+    async with _ended(ahead or await _start_process()) as process:
         reading = _Process(process)
         try:
             with trio.fail_after(_START_S):
@@ -258,6 +283,13 @@ async def _reading_process(text: Text, terms: Terms) -> AsyncIterator[_Process]:
         except (trio.BrokenResourceError, EOFError):
             raise _NotStarted("it ended while it started") from None
         yield reading
+
+
+@asynccontextmanager
+async def _ended(process: trio.Process) -> AsyncIterator[trio.Process]:
+    """The process is killed when the block ends."""
+    try:
+        yield process
     finally:
         process.kill()
         with trio.CancelScope(shield=True):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 
 import trio
 
 from actors import Runtime, open_runtime
-from api.reader import Reader, open_reader
+from actors.nursery import open_nursery
+from api.reader import Reader, open_reader, process_ahead
 from api.reading import Terms
 from runtime.checks import MAX_APPEND_TOKENS
 from runtime.errors import EngineFailed, NotServing
@@ -100,12 +101,16 @@ class Server:
 
     async def _hold(self, task_status: trio.TaskStatus[Runtime]) -> None:
         try:
-            async with self._opening(self.settings, self.metrics) as runtime, self._reading(runtime) as reader:
+            async with (
+                process_ahead() if self._is_warmed else nullcontext() as ahead,
+                self._opening(self.settings, self.metrics) as runtime,
+                self._reading(runtime, ahead) as reader,
+            ):
                 if self._is_warmed:
-                    reader.warm()
-                    # This takes half a second for a large vocabulary, in which nothing else runs: do it before anybody is
-                    # served.
-                    await trio.to_thread.run_sync(runtime.text.warm)
+                    # The first request would wait for both, some seconds on a busy machine: do them before anybody is served.
+                    async with open_nursery() as nursery:
+                        nursery.start_soon(reader.warm)
+                        nursery.start_soon(trio.to_thread.run_sync, runtime.text.warm)
                 with _freeze_loaded_objects():
                     self._runtime, self._reader = runtime, reader
                     self._enter(Phase.SERVING)
@@ -115,11 +120,11 @@ class Server:
             self._runtime = self._reader = None
             self._enter(Phase.STOPPED)
 
-    def _reading(self, runtime: Runtime) -> AbstractAsyncContextManager[Reader]:
+    def _reading(self, runtime: Runtime, ahead: trio.Process | None) -> AbstractAsyncContextManager[Reader]:
         settings = self.settings
         visible = runtime.shape.visible
         most = visible if settings.http_overflow == "error" else MAX_APPEND_TOKENS
-        return open_reader(runtime.text, Terms(self.label, most), settings.request_timeout_s)
+        return open_reader(runtime.text, Terms(self.label, most), settings.request_timeout_s, ahead)
 
     @contextmanager
     def call(self) -> Iterator[Runtime]:

@@ -7,6 +7,8 @@ import logging
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import psutil
 import pytest
@@ -17,9 +19,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from actors import Runtime
 from api.dialects.chat.request import read
 from api.reader import Reader, ReadingFailed, open_reader
 from api.reading import ReadBody, Terms, Write
+from api.server import Server
+from runtime import Settings
 from runtime.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -28,7 +33,9 @@ from runtime.errors import (
     NotServing,
     SlabOverflow,
 )
+from runtime.metrics import Metrics
 from runtime.text import Text
+from tests.actors.engines import LedgerEngine, open_lab
 from tests.api.faults import EndsItsProcess, Fault
 from tests.api.hostile import few_descriptors
 
@@ -72,6 +79,26 @@ async def test_a_request_is_read() -> None:
 
         assert question.max_tokens == 3
         assert await read_prompt(reader, asked) == [0, 7]
+
+
+async def test_once_it_serves_the_process_is_there_that_reads_the_first_request() -> None:
+    @asynccontextmanager
+    async def opening(_: Settings, metrics: Metrics) -> AsyncIterator[Runtime]:
+        async with open_lab(LedgerEngine(), metrics, text=text()) as runtime:
+            yield runtime
+
+    before = children()
+    server = Server(Settings(model_label="a model"), opening)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.run)
+        started = children() - before
+        with server.call():
+            assert await read_prompt(server.reader, body("hello")) == [0]
+
+        assert children() - before == started
+        assert len(started) == 1
+        nursery.cancel_scope.cancel()
+    assert children() <= before
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def locked() -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="module")
 def forgetful() -> Iterator[ServerProcess]:
-    """A server with a window of a few words, over which it forgets, a time limit and one permit."""
-    with started("perennial", http_overflow="evict", max_concurrent=1, request_timeout_s=3, **SMALL) as server:
+    """A server with a window of a few words, over which it forgets, and one permit."""
+    with started("perennial", http_overflow="evict", max_concurrent=1, **SMALL) as server:
         yield server
 
 
@@ -720,21 +720,21 @@ def test_a_request_that_is_refused_takes_no_permit(forgetful: ServerProcess) -> 
         assert ask(forgetful, "GET", "/v1/models").status_code == 200
 
 
-def test_a_completion_over_the_time_limit_is_a_timeout(forgetful: ServerProcess) -> None:
-    error = error_in(post(forgetful, ENDLESS), 504)
+def test_a_completion_over_the_time_limit_is_a_timeout(hurried: ServerProcess) -> None:
+    error = error_in(post(hurried, ENDLESS), 504)
 
     assert (error["type"], error["code"]) == ("timeout_error", "timeout")
-    until_idle(forgetful)
+    until_idle(hurried)
 
 
-def test_a_stream_over_the_time_limit_ends_with_an_error_and_is_not_done(forgetful: ServerProcess) -> None:
-    first, *chunks, last = events_in(post(forgetful, ENDLESS | {"stream": True}))
+def test_a_stream_over_the_time_limit_ends_with_an_error_and_is_not_done(hurried: ServerProcess) -> None:
+    first, *chunks, last = events_in(post(hurried, ENDLESS | {"stream": True}))
 
     assert first["choices"][0]["delta"]["role"] == "assistant"
     assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks)
     assert list(last) == ["error"]
     assert (last["error"]["type"], last["error"]["code"]) == ("timeout_error", "timeout")
-    until_idle(forgetful)
+    until_idle(hurried)
 
 
 def test_a_completion_that_has_waited_its_longest_is_told_to_come_again(queueing: ServerProcess) -> None:
