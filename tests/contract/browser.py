@@ -8,20 +8,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 # Its import keeps trio_asyncio's loops away from the browser's driver, which needs one of asyncio's own.
 import api.bridge  # noqa: F401
+from tests.contract.loops import MOST_S
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+_MOST_MS = 1000 * MOST_S
+
+expect.set_options(timeout=_MOST_MS)
 
 
 @contextmanager
 def opened_browser() -> Iterator[Browser]:
     """Chromium as the system has it, without a window."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=_FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=_FLAGS, timeout=_MOST_MS)
         yield browser
         browser.close()
 
@@ -42,6 +46,7 @@ def visited(
     """The page at `url`, loaded in a fresh browser profile."""
     scheme: Literal["dark", "light"] = "dark" if is_dark else "light"
     with browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme) as context:
+        context.set_default_timeout(_MOST_MS)
         visit = Visit(context.new_page())
         context.on("request", lambda request: visit.urls.append(request.url))
         visit.page.on("pageerror", lambda error: visit.complaints.append(str(error)))

@@ -11,6 +11,7 @@ from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from runtime.models import SEEDLING
+from tests.contract.loops import MOST_S
 from tests.contract.servers import ServerProcess
 
 TALK = [{"role": "user", "content": "Tell me about the sea."}]
@@ -79,7 +80,7 @@ def asked(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def options(server: ServerProcess, key: str) -> dict[str, Any]:
-    return {"base_url": f"{server.http}/v1", "api_key": key, "max_retries": 0, "timeout": 60}
+    return {"base_url": f"{server.http}/v1", "api_key": key, "max_retries": 0, "timeout": MOST_S}
 
 
 @contextmanager

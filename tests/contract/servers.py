@@ -27,8 +27,8 @@ KINDS = ("perennial", "hypercorn-asyncio", "hypercorn-trio")
 JSON = "HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
 # Of a log, with its end and what a host may put before it.
 LONGEST_LINE = 2100
-_LONGEST_START_S = 90
-_LONGEST_STOP_S = 30
+_LONGEST_START_S = 240
+_LONGEST_STOP_S = 120
 
 
 def program(name: str) -> str:
@@ -164,7 +164,7 @@ def memory_of(server: ServerProcess) -> int:
     return sum(each.memory_info().rss for each in own)
 
 
-def until(condition: Callable[[], bool], longest_s: float = 60) -> None:
+def until(condition: Callable[[], bool], longest_s: float = 240) -> None:
     """Returns once `condition` holds, which no event tells of."""
     end = time.monotonic() + longest_s
     while not condition():

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 SERVICE = "kakeya.v1.RuntimeService"
-_LONGEST_CALL_S = 60
+_LONGEST_CALL_S = 240
 
 
 def main(address: str) -> dict[str, object]:

@@ -16,10 +16,11 @@ from typing import Any
 import grpc
 import pytest
 
+from tests.contract.loops import MOST_S
+
 PROMPT = [3 + (11 * place) % 2000 for place in range(20)]
 # Longer than any test lets a stream run.
 ENDLESS = 100_000
-_LONGEST_CALL_S = 60
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ class Stock:
         self._stub = stubs.services.RuntimeServiceStub(channel)
         self._metadata = (*((("authorization", f"Bearer {key}"),) if key else ()), *metadata)
 
-    def call(self, method: str, *, timeout: float = _LONGEST_CALL_S, **fields: Any) -> Any:
+    def call(self, method: str, *, timeout: float = MOST_S, **fields: Any) -> Any:
         """The response, or the stream of responses."""
         return getattr(self._stub, method)(self._request(method, fields), timeout=timeout, metadata=self._metadata)
 
     def begin(self, method: str, **fields: Any) -> Any:
         """The future response of a call that has been sent."""
         request = self._request(method, fields)
-        return getattr(self._stub, method).future(request, timeout=_LONGEST_CALL_S, metadata=self._metadata)
+        return getattr(self._stub, method).future(request, timeout=MOST_S, metadata=self._metadata)
 
     def _request(self, method: str, fields: dict[str, object]) -> Any:
         return getattr(self.messages, f"{method}Request")(**fields)

@@ -14,6 +14,7 @@ import pytest
 from runtime.models import SEEDLING
 from runtime.settings import split_address
 from tests.api.hostile import serves_sessions
+from tests.contract.loops import MOST_S
 from tests.contract.servers import (
     JSON,
     KINDS,
@@ -35,12 +36,12 @@ NO_ROOM = {"HTTP": "no room for another HTTP", "gRPC": "no room for another gRPC
 
 
 def connected(address: str) -> socket.socket:
-    return socket.create_connection(split_address(address.removeprefix("http://")), timeout=60)
+    return socket.create_connection(split_address(address.removeprefix("http://")), timeout=MOST_S)
 
 
 def serves_http(server: ServerProcess) -> bool:
     talk = {"model": SEEDLING, "messages": [{"role": "user", "content": "Hi!"}], "max_tokens": 3}
-    return httpx.post(server.http + COMPLETIONS, json=talk, timeout=60).status_code == 200
+    return httpx.post(server.http + COMPLETIONS, json=talk, timeout=MOST_S).status_code == 200
 
 
 @each_kind

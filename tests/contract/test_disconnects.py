@@ -6,7 +6,6 @@ import http.client
 import json
 import re
 import socket
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -15,11 +14,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.contract.servers import JSON, KINDS, ServerProcess, started
+from tests.contract.loops import MOST_S
+from tests.contract.servers import JSON, KINDS, ServerProcess, started, until
 
 pytestmark = pytest.mark.door
 
-_LONGEST_WAIT_S = 20
 PERMITS = 3
 # Neither comes to its end within a test: a prompt that takes a minute to read, and an answer that only the time limit ends.
 LONG = "Hello! " * 50_000
@@ -37,35 +36,28 @@ def endless(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
 def asked(server: ServerProcess, content: str = "Hello!", **more: Any) -> http.client.HTTPConnection:
     """A connection on which a completion was asked for, an endless one unless it is told otherwise."""
     body = {"model": "seedling", "messages": [{"role": "user", "content": content}], **ENDLESS, **more}
-    connection = http.client.HTTPConnection(urlsplit(server.http).netloc, timeout=_LONGEST_WAIT_S)
+    connection = http.client.HTTPConnection(urlsplit(server.http).netloc, timeout=MOST_S)
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     return connection
 
 
 def metric(server: ServerProcess, name: str) -> float:
-    with urllib.request.urlopen(f"{server.http}/metrics", timeout=_LONGEST_WAIT_S) as reply:
+    with urllib.request.urlopen(f"{server.http}/metrics", timeout=MOST_S) as reply:
         found = re.search(rf"^perennial_{name} (\S+)$", reply.read().decode(), re.M)
     assert found
     return float(found[1])
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Another process has no event to wait for: this asks it again until `condition` holds."""
-    deadline = time.monotonic() + _LONGEST_WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-
-
 def leaves_in_a_prefill(server: ServerProcess, **more: Any) -> None:
     forwards = metric(server, "forward_rows_count")
     with closing(asked(server, LONG, **more)):
-        wait_until(lambda: metric(server, "forward_rows_count") > forwards)
+        until(lambda: metric(server, "forward_rows_count") > forwards)
 
 
 def leaves_in_a_decode(server: ServerProcess, **more: Any) -> None:
     tokens = metric(server, "generated_tokens_total")
     with closing(asked(server, **more)):
-        wait_until(lambda: metric(server, "generated_tokens_total") > tokens)
+        until(lambda: metric(server, "generated_tokens_total") > tokens)
 
 
 def leaves_between_chunks(server: ServerProcess, **more: Any) -> None:
@@ -86,7 +78,7 @@ def test_when_a_client_leaves_its_work_ends_and_all_it_held_is_free(
 ) -> None:
     leaves(endless, stream=stream, n=n)
 
-    wait_until(lambda: metric(endless, "slab_in_use") == 0)
+    until(lambda: metric(endless, "slab_in_use") == 0)
     rows = metric(endless, "forward_rows_sum")
     assert metric(endless, "session_active") == 0
     assert metric(endless, "forward_rows_sum") == rows
@@ -100,11 +92,11 @@ def test_when_a_client_leaves_with_a_second_request_on_its_connection_its_work_e
     request = f"POST /v1/chat/completions {JSON}{len(body)}\r\n\r\n".encode() + body
     tokens = metric(endless, "generated_tokens_total")
     address = urlsplit(endless.http)
-    with socket.create_connection((address.hostname, address.port), timeout=_LONGEST_WAIT_S) as connection:
+    with socket.create_connection((address.hostname, address.port), timeout=MOST_S) as connection:
         connection.sendall(request * 2)
-        wait_until(lambda: metric(endless, "generated_tokens_total") > tokens)
+        until(lambda: metric(endless, "generated_tokens_total") > tokens)
 
-    wait_until(lambda: metric(endless, "slab_in_use") == 0)
+    until(lambda: metric(endless, "slab_in_use") == 0)
     assert_every_permit_is_free(endless)
 
 
@@ -115,17 +107,17 @@ def test_when_a_client_leaves_the_line_it_has_cost_no_forward_and_kept_nothing(
     endless: ServerProcess, n: int, taken: int, stream: bool
 ) -> None:
     with closing(asked(endless, n=taken)):
-        wait_until(lambda: metric(endless, "slab_in_use") == taken)
+        until(lambda: metric(endless, "slab_in_use") == taken)
         with closing(asked(endless, n=n, stream=stream)):
-            wait_until(lambda: metric(endless, "admission_pending") == 1)
+            until(lambda: metric(endless, "admission_pending") == 1)
 
-        wait_until(lambda: metric(endless, "admission_pending") == 0)
+        until(lambda: metric(endless, "admission_pending") == 0)
         assert metric(endless, "slab_in_use") == taken
         if taken < PERMITS:
             with closing(asked(endless, n=PERMITS - taken, max_tokens=1)) as next_one:
                 assert next_one.getresponse().status == 200
 
-    wait_until(lambda: metric(endless, "slab_in_use") == 0)
+    until(lambda: metric(endless, "slab_in_use") == 0)
     assert_every_permit_is_free(endless)
 
 

@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from runtime.models import SEEDLING, find_model
+from tests.contract.loops import MOST_S
 from tests.contract.servers import ServerProcess, started
 from tests.contract.stubs import ENDLESS, PROMPT, Stock, Stubs, digest_of, kinds_of, refused, stock, tokens_of
 
@@ -566,7 +567,7 @@ def test_each_of_the_keys_opens_the_door(stubs: Stubs, guarded: ServerProcess) -
 def test_a_method_that_is_not_there_is_unimplemented(client: Stock) -> None:
     for path in ("/kakeya.v1.RuntimeService/Nothing", "/kakeya.v2.RuntimeService/CreateSession"):
         with refused(Code.UNIMPLEMENTED):
-            client.channel.unary_unary(path)(b"", timeout=60)
+            client.channel.unary_unary(path)(b"", timeout=MOST_S)
 
 
 def test_bytes_that_are_no_message_are_an_invalid_argument(client: Stock) -> None:
@@ -575,7 +576,7 @@ def test_bytes_that_are_no_message_are_an_invalid_argument(client: Stock) -> Non
     append = client.channel.unary_unary("/kakeya.v1.RuntimeService/AppendTokens")
     for stranger in (b"\xff\xff", b"\x0a\x02\xff\xfe", mine + b"\x12\x05\x05\x05", b"\x0b", b"\x0d\x01"):
         with refused(Code.INVALID_ARGUMENT):
-            append(stranger, timeout=60)
+            append(stranger, timeout=MOST_S)
 
     assert client.info(session_id).history_digest == digest_of(PROMPT)
 
@@ -586,7 +587,7 @@ def test_fields_of_another_type_or_of_a_later_version_are_left_aside(client: Sto
     # max_tokens as a string, and field 100 as a varint.
     generate = client.channel.unary_stream("/kakeya.v1.RuntimeService/Generate")
 
-    frames = list(generate(asked + b"\x12\x03abc" + b"\xa0\x06\x01", timeout=60))
+    frames = list(generate(asked + b"\x12\x03abc" + b"\xa0\x06\x01", timeout=MOST_S))
 
     assert len(frames) == 4
 
@@ -619,6 +620,6 @@ def test_an_append_of_64_mib_is_refused_and_the_server_lives(stubs: Stubs, plain
     whole += b"\x12\x80\x80\x80\x20" + b"\x05" * 64 * 2**20
     options = [("grpc.max_send_message_length", -1)]
     with stock(stubs, plain.grpc, options=options) as generous, refused(Code.RESOURCE_EXHAUSTED):
-        generous.channel.unary_unary("/kakeya.v1.RuntimeService/AppendTokens")(whole, timeout=60)
+        generous.channel.unary_unary("/kakeya.v1.RuntimeService/AppendTokens")(whole, timeout=MOST_S)
 
     assert client.append(session_id, [5]).history_length == len(PROMPT) + 1

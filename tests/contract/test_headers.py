@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.contract.loops import MOST_S
 from tests.contract.servers import KINDS, ServerProcess, held_model, started
 
 pytestmark = pytest.mark.door
@@ -66,7 +67,7 @@ REQUESTS: list[tuple[int, dict[str, Any]]] = [
 def test_a_response_says_that_the_door_is_deprecated(
     hosted: ServerProcess, status: int, request_: dict[str, Any]
 ) -> None:
-    with httpx.Client(base_url=hosted.http, timeout=60) as client:
+    with httpx.Client(base_url=hosted.http, timeout=MOST_S) as client:
         response = client.request(**request_)
         while response.status_code == 429:  # A client that has its answer is a little ahead of the permit.
             response = client.request(**request_)
@@ -76,7 +77,7 @@ def test_a_response_says_that_the_door_is_deprecated(
 
 
 def test_a_stream_and_what_is_refused_beside_it_say_so_too(hosted: ServerProcess) -> None:
-    with httpx.Client(base_url=hosted.http, timeout=60) as client, client.stream(**asked(ENDLESS)) as stream:
+    with httpx.Client(base_url=hosted.http, timeout=MOST_S) as client, client.stream(**asked(ENDLESS)) as stream:
         refused = client.request(**asked(HELLO))
 
         assert (stream.status_code, refused.status_code) == (200, 429)
@@ -91,7 +92,7 @@ def test_a_server_that_loads_says_so_too(kind: str, tmp_path: Path) -> None:
         started(kind, is_awaited=False, model=model, state_dir=tmp_path / "state") as server,
     ):
         for path in ("/healthz", "/v1/models"):
-            response = httpx.get(server.http + path, timeout=60)
+            response = httpx.get(server.http + path, timeout=MOST_S)
             assert response.status_code == 503
             check_headers(response)
         release()

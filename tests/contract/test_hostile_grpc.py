@@ -33,6 +33,7 @@ from tests.api.hostile import (
     serves_sessions,
     setting,
 )
+from tests.contract.loops import MOST_S
 from tests.contract.servers import ServerProcess, memory_of
 
 pytestmark = pytest.mark.door
@@ -40,13 +41,12 @@ pytestmark = pytest.mark.door
 OK, INVALID_ARGUMENT, RESOURCE_EXHAUSTED = "0", "3", "8"
 # What caches and the allocator may keep; a fault of these kinds keeps a multiple.
 SLACK_BYTES = 40 * 2**20
-_LONGEST_WAIT_S = 60
 
 
 async def serves_all(server: ServerProcess) -> bool:
     """Whether clients of both doors that mean well are served."""
     talk = {"model": SEEDLING, "messages": [{"role": "user", "content": "Hi!"}], "max_tokens": 3}
-    async with httpx.AsyncClient(base_url=server.http, timeout=_LONGEST_WAIT_S) as client:
+    async with httpx.AsyncClient(base_url=server.http, timeout=MOST_S) as client:
         answer = await client.post("/v1/chat/completions", json=talk)
     return answer.status_code == 200 and await serves_sessions(server.grpc)
 
@@ -125,7 +125,7 @@ async def test_a_connection_on_which_nothing_is_called_is_closed(besieged: Serve
     async with await trio.open_tcp_stream(*split_address(besieged.grpc)) as stream:
         await stream.send_all(said)
 
-        with trio.fail_after(_LONGEST_WAIT_S):
+        with trio.fail_after(MOST_S):
             async for _ in stream:
                 pass
 
@@ -150,7 +150,7 @@ async def test_a_label_and_eos_ids_beyond_their_bounds_are_refused(besieged: Ser
         for eos, label in ((0, "x" * 257), (65, "")):
             with pytest.raises(InvalidRequest):
                 await client.create_session(range(eos), label=label)
-    async with httpx.AsyncClient(base_url=besieged.http, timeout=_LONGEST_WAIT_S) as client:
+    async with httpx.AsyncClient(base_url=besieged.http, timeout=MOST_S) as client:
         assert len((await client.get("/v1/runtime")).content) < 10_000
 
 

@@ -20,6 +20,7 @@ from h2.events import ResponseReceived
 from h2.settings import SettingCodes
 
 from runtime.models import SEEDLING
+from tests.contract.loops import MOST_S
 from tests.contract.servers import (
     JSON,
     KINDS,
@@ -44,7 +45,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 def connected(server: ServerProcess) -> socket.socket:
     host, _, port = server.http.removeprefix("http://").partition(":")
-    return socket.create_connection((host, int(port)), timeout=60)
+    return socket.create_connection((host, int(port)), timeout=MOST_S)
 
 
 @contextmanager
@@ -97,7 +98,7 @@ def descriptors(server: ServerProcess) -> int:
 def test_answers_that_nobody_reads_cost_no_descriptor_once_their_clients_have_left(kind: str) -> None:
     with started(kind) as server:
         # Its reading process starts beside the model, and opens files until it can answer.
-        httpx.post(server.http + COMPLETIONS, json=TALK | {"max_tokens": 1}, timeout=60).raise_for_status()
+        httpx.post(server.http + COMPLETIONS, json=TALK | {"max_tokens": 1}, timeout=MOST_S).raise_for_status()
         before = descriptors(server)
         for is_reset in [False, True] * 10:
             with unread(server, "/openapi.json", 1000, is_reset=is_reset):
@@ -111,7 +112,7 @@ def test_answers_that_nobody_reads_cost_no_descriptor_once_their_clients_have_le
 @each_kind
 def test_a_stream_that_is_cut_by_the_servers_end_says_so(kind: str) -> None:
     with started(kind, http_overflow="evict") as server:
-        with httpx.stream("POST", server.http + COMPLETIONS, json=ENDLESS, timeout=60) as stream:
+        with httpx.stream("POST", server.http + COMPLETIONS, json=ENDLESS, timeout=MOST_S) as stream:
             lines = stream.iter_lines()
             assert "data:" in next(lines)
             server.process.send_signal(signal.SIGTERM)
@@ -129,7 +130,7 @@ def test_a_stream_that_is_cut_by_the_servers_end_says_so(kind: str) -> None:
 def test_a_signal_lets_calls_come_to_their_end(number: signal.Signals) -> None:
     with started("perennial", http_overflow="evict") as server:
         asked = TALK | {"stream": True, "max_tokens": 100, "ignore_eos": True}
-        with httpx.stream("POST", server.http + COMPLETIONS, json=asked, timeout=60) as stream:
+        with httpx.stream("POST", server.http + COMPLETIONS, json=asked, timeout=MOST_S) as stream:
             lines = stream.iter_lines()
             next(lines)
             server.process.send_signal(number)
@@ -177,7 +178,7 @@ def test_a_signal_to_all_of_a_servers_processes_lets_calls_come_to_their_end(kin
     """As a terminal that is closed sends it, or a service manager."""
     with started(kind, http_overflow="evict") as server:
         asked = TALK | {"stream": True, "max_tokens": 100, "ignore_eos": True}
-        with httpx.stream("POST", server.http + COMPLETIONS, json=asked, timeout=60) as stream:
+        with httpx.stream("POST", server.http + COMPLETIONS, json=asked, timeout=MOST_S) as stream:
             lines = stream.iter_lines()
             next(lines)
             for each in processes_of(server):
@@ -206,12 +207,12 @@ def test_a_template_without_an_end_ends_with_its_time_and_with_the_server(
     (model / "chat_template.jinja").write_text(LOOP)
     asked = TALK | {"model": "looping"}
     with started(kind, model=model, model_label="looping", request_timeout_s=2) as server:
-        assert httpx.post(server.http + COMPLETIONS, json=asked, timeout=60).status_code == 504
-        assert httpx.get(f"{server.http}/healthz", timeout=60).status_code == 200
+        assert httpx.post(server.http + COMPLETIONS, json=asked, timeout=MOST_S).status_code == 504
+        assert httpx.get(f"{server.http}/healthz", timeout=MOST_S).status_code == 200
         body = json.dumps(asked).encode()
         with connected(server) as connection:
             connection.sendall(f"POST {COMPLETIONS} {JSON}{len(body)}\r\n\r\n".encode() + body)
-            assert httpx.get(f"{server.http}/healthz", timeout=60).status_code == 200
+            assert httpx.get(f"{server.http}/healthz", timeout=MOST_S).status_code == 200
 
             # Within the time of a drain, or a killed process is what comes of it.
             assert server.stop() == 0
@@ -242,8 +243,8 @@ def test_no_line_of_the_log_is_long_or_has_a_clients_words(kind: str) -> None:
                 except OSError:
                     pass
         for wrong in (TALK | {"seed": 10**30, "user": SECRET}, TALK | {SECRET: 1, "top_k": SECRET}):
-            assert httpx.post(server.http + COMPLETIONS, json=wrong, timeout=60).status_code == 422
-        assert httpx.get(f"{server.http}/healthz").status_code == 200
+            assert httpx.post(server.http + COMPLETIONS, json=wrong, timeout=MOST_S).status_code == 422
+        assert httpx.get(f"{server.http}/healthz", timeout=MOST_S).status_code == 200
         assert server.stop() == 0
 
     assert SECRET not in "".join(server.said)

@@ -16,6 +16,7 @@ from h2.connection import H2Connection
 from h2.events import DataReceived
 
 from runtime.models import SEEDLING
+from tests.contract.loops import MOST_S
 from tests.contract.servers import certificate_in, started
 
 pytestmark = pytest.mark.door
@@ -29,7 +30,7 @@ def secure(kind: str, tls: ssl.SSLContext, certificate: Path, key: Path, **setti
     flags = ("--certfile", str(certificate), "--keyfile", str(key))
     with started(kind, *flags, is_awaited=False, **settings) as server:
         url = server.http.replace("http:", "https:")
-        with httpx.Client(http2=True, verify=tls, base_url=url, timeout=90) as client:
+        with httpx.Client(http2=True, verify=tls, base_url=url, timeout=MOST_S) as client:
             while client.get("/healthz").status_code == httpx.codes.SERVICE_UNAVAILABLE:
                 pass
             yield client
@@ -57,7 +58,9 @@ class Connection:
     def receive_data(self, stream: int) -> None:
         """Returns once a part of the stream's body has come."""
         while True:
-            received = self._h2.receive_data(self._socket.recv(65536))
+            data = self._socket.recv(65536)
+            assert data, "the server has closed the connection"
+            received = self._h2.receive_data(data)
             self._flush()
             if any(isinstance(event, DataReceived) and event.stream_id == stream for event in received):
                 return
@@ -92,7 +95,10 @@ def test_a_stream_that_is_reset_frees_its_permit_and_the_connection_goes_on(
     endless = TALK | {"stream": True, "max_tokens": 10**6, "ignore_eos": True}
     with secure(kind, tls, *pems, max_concurrent=1, http_overflow="evict", admission_policy="queue") as client:
         address = (client.base_url.host, client.base_url.port)
-        with create_connection(address, timeout=90) as tcp, tls.wrap_socket(tcp, server_hostname="127.0.0.1") as socket:
+        with (
+            create_connection(address, timeout=MOST_S) as tcp,
+            tls.wrap_socket(tcp, server_hostname="127.0.0.1") as socket,
+        ):
             connection = Connection(socket)
             for _ in range(5):
                 # Each waits for the permit of the one before, which only its reset can give back.

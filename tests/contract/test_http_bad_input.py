@@ -15,7 +15,8 @@ import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 
 from runtime.models import SEEDLING
-from tests.contract.servers import JSON, ServerProcess, started
+from tests.contract.loops import MOST_S
+from tests.contract.servers import JSON, ServerProcess, started, until
 
 pytestmark = pytest.mark.door
 
@@ -65,7 +66,7 @@ def checked(response: httpx.Response) -> httpx.Response:
 
 
 def ask(server: ServerProcess, method: str, path: str, **more: Any) -> httpx.Response:
-    return checked(httpx.request(method, server.http + path, timeout=60, **more))
+    return checked(httpx.request(method, server.http + path, timeout=MOST_S, **more))
 
 
 def post(server: ServerProcess, body: object, **more: Any) -> httpx.Response:
@@ -106,7 +107,7 @@ def metric(server: ServerProcess, line: str) -> float:
 @contextmanager
 def permit_taken(server: ServerProcess) -> Iterator[httpx.Response]:
     """An endless stream runs in the block. After it the permit is free again."""
-    with httpx.stream("POST", server.http + COMPLETIONS, json=ENDLESS | {"stream": True}, timeout=60) as stream:
+    with httpx.stream("POST", server.http + COMPLETIONS, json=ENDLESS | {"stream": True}, timeout=MOST_S) as stream:
         assert stream.status_code == 200
         yield checked(stream)
     until_idle(server)
@@ -114,7 +115,7 @@ def permit_taken(server: ServerProcess) -> Iterator[httpx.Response]:
 
 def until_idle(server: ServerProcess) -> None:
     """Returns once no slab is held: a server notices a little later that a client has left."""
-    assert any(not metric(server, "perennial_slab_in_use") for _ in range(1000))
+    until(lambda: not metric(server, "perennial_slab_in_use"))
 
 
 def test_health_says_ok_and_names_the_model(plain: ServerProcess) -> None:
@@ -161,7 +162,7 @@ def test_a_completion_is_counted_once_by_everything_that_counts_it(plain: Server
     post(plain, HELLO)
 
     # A request is counted a little after its last byte; sessions of the other door may hold slabs all the while.
-    assert any(metric(plain, lines[2]) > before[2] for _ in range(1000))
+    until(lambda: metric(plain, lines[2]) > before[2])
     assert [metric(plain, line) for line in lines] == [count + 1 for count in before]
 
 
@@ -544,7 +545,7 @@ def test_a_prompt_over_the_models_whole_context_is_refused(plain: ServerProcess,
 def connected(server: ServerProcess) -> Iterator[socket.socket]:
     """A connection without a client that tidies up what is sent."""
     host, port = server.http.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
+    with socket.create_connection((host, int(port)), timeout=MOST_S) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield connection
 
@@ -761,7 +762,7 @@ def test_a_server_that_loads_says_so_and_takes_no_calls() -> None:
 def test_a_server_that_drains_says_so_takes_no_calls_and_lets_what_runs_come_to_its_end() -> None:
     body = ENDLESS | {"max_tokens": 100, "stream": True}
     with started("perennial", http_overflow="evict", **SMALL) as server:
-        with httpx.stream("POST", server.http + COMPLETIONS, json=body, timeout=60) as stream:
+        with httpx.stream("POST", server.http + COMPLETIONS, json=body, timeout=MOST_S) as stream:
             lines = stream.iter_lines()
             next(lines)
             server.process.send_signal(signal.SIGTERM)
@@ -772,4 +773,4 @@ def test_a_server_that_drains_says_so_takes_no_calls_and_lets_what_runs_come_to_
             assert error_in(refusal, 503)["type"] == "overloaded_error"
             assert int(refusal.headers["retry-after"]) > 0
             assert [line for line in lines if line][-1] == "data: [DONE]"
-        assert server.process.wait(30) == 0
+        assert server.wait() == 0

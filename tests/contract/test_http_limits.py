@@ -39,6 +39,7 @@ from tests.api.hostile import (
     send_anything,
     setting,
 )
+from tests.contract.loops import MOST_S
 from tests.contract.servers import JSON, KINDS, ServerProcess, complaints, memory_of, started, until
 
 pytestmark = pytest.mark.door
@@ -49,7 +50,6 @@ ENDLESS = TALK | {"max_tokens": 2**31 - 1, "ignore_eos": True, "stream": True}
 MIB = 2**20
 # What caches and the allocator may keep; a fault of these kinds keeps a multiple.
 SLACK_BYTES = 40 * MIB
-_LONGEST_WAIT_S = 60
 versions = pytest.mark.parametrize("version", ["1.1", "2"])
 
 
@@ -59,7 +59,7 @@ def address_of(server: ServerProcess) -> str:
 
 def client_of(server: ServerProcess, version: str = "1.1") -> httpx.Client:
     """A client that speaks this version from its first byte on."""
-    return httpx.Client(base_url=server.http, http1=version == "1.1", http2=version == "2", timeout=_LONGEST_WAIT_S)
+    return httpx.Client(base_url=server.http, http1=version == "1.1", http2=version == "2", timeout=MOST_S)
 
 
 def serves(server: ServerProcess) -> bool:
@@ -198,7 +198,7 @@ def test_bodies_on_their_way_share_a_room(server: ServerProcess) -> None:
 
 async def test_a_stream_over_http_2_that_nobody_reads_is_ended(besieged: ServerProcess) -> None:
     async with rude(split_address(address_of(besieged)), 0) as client:
-        with trio.fail_after(_LONGEST_WAIT_S):
+        with trio.fail_after(MOST_S):
             await client.until(await client.ask(COMPLETIONS, ENDLESS), StreamReset)
             await client.until(await client.ask("/openapi.json"), StreamReset)
             assert await client.status(await client.ask("/healthz")) == "200"
@@ -227,14 +227,14 @@ async def read_a_little(client: Rude, number: int) -> list[Any]:
 async def test_a_client_that_reads_slowly_is_served_to_the_end(besieged: ServerProcess) -> None:
     async with rude(split_address(address_of(besieged)), 1000) as client:
         number = await client.ask("/")
-        with trio.fail_after(_LONGEST_WAIT_S):
+        with trio.fail_after(MOST_S):
             while not any(isinstance(event, StreamEnded) for event in await read_a_little(client, number)):
                 pass
 
 
 async def says(stream: trio.SocketStream, said: bytes, *, is_answered: bool = False) -> None:
     """Sends it, and returns once the server has closed the connection."""
-    with trio.fail_after(_LONGEST_WAIT_S), suppress(trio.BrokenResourceError):
+    with trio.fail_after(MOST_S), suppress(trio.BrokenResourceError):
         await stream.send_all(said)
         answer = b"".join([bytes(part) async for part in stream])
         assert (b"200" in answer) == is_answered
@@ -274,7 +274,7 @@ async def test_a_connection_of_http_2_whose_streams_have_ended_is_closed(
         else:
             await client.until(await client.ask("/healthz"), StreamEnded)
 
-        with trio.fail_after(_LONGEST_WAIT_S), suppress(EOFError):
+        with trio.fail_after(MOST_S), suppress(EOFError):
             while True:
                 await client.next_events()
 
@@ -284,11 +284,11 @@ async def test_a_request_whose_rest_does_not_come_is_not_waited_for(kind: str) -
     flags = ("--keep-alive", "600")
     with started(kind, *flags, application="tests.contract.hasty:app") as server:
         address = split_address(address_of(server))
-        with socket.create_connection(address, timeout=_LONGEST_WAIT_S) as head:
+        with socket.create_connection(address, timeout=MOST_S) as head:
             head.sendall(b"GET /healthz HTTP/1.1\r\nHost: loc")
             assert head.recv(4096) == b""
         with ExitStack() as stack:
-            bodies = [stack.enter_context(socket.create_connection(address, timeout=_LONGEST_WAIT_S)) for _ in range(9)]
+            bodies = [stack.enter_context(socket.create_connection(address, timeout=MOST_S)) for _ in range(9)]
             for each in bodies:
                 each.sendall(f"POST {COMPLETIONS} {JSON}{7 * MIB}\r\n\r\n{{".encode())
             for each in bodies:
@@ -357,7 +357,7 @@ async def test_a_path_that_is_no_ascii_ends_its_stream_and_not_its_connection(be
 async def test_a_body_that_was_refused_already_does_not_end_its_connection(besieged: ServerProcess) -> None:
     async with rude(split_address(address_of(besieged)), MIB) as client:
         number = await client.begin(COMPLETIONS, 9 * MIB)
-        with trio.move_on_after(_LONGEST_WAIT_S):
+        with trio.move_on_after(MOST_S):
             await client.send_while_it_is_taken(number, 9 * MIB)
 
         assert await client.status(await client.ask("/healthz")) == "200"

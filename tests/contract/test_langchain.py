@@ -14,6 +14,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, SecretStr
 
 from runtime.models import SEEDLING
+from tests.contract.loops import MOST_S
 from tests.contract.servers import ServerProcess
 
 pytestmark = pytest.mark.door
@@ -44,7 +45,7 @@ def model(server: ServerProcess, runner: asyncio.Runner) -> Iterator[ChatOpenAI]
         temperature=0,
         max_completion_tokens=40,
         max_retries=0,
-        timeout=60,
+        timeout=MOST_S,
         stream_usage=True,
     )
     yield model

@@ -12,7 +12,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.models import SEEDLING
-from tests.contract.servers import KINDS, ServerProcess, started
+from tests.contract.loops import MOST_S
+from tests.contract.servers import KINDS, ServerProcess, started, until
 from tests.contract.stubs import PROMPT, Stubs, stock
 
 pytestmark = pytest.mark.door
@@ -35,7 +36,7 @@ forward_duration_seconds forward_rows http_request_duration_seconds
 
 
 def read(server: ServerProcess) -> httpx.Response:
-    return httpx.get(f"{server.http}/metrics", timeout=60)
+    return httpx.get(f"{server.http}/metrics", timeout=MOST_S)
 
 
 def test_every_metric_of_the_contract_is_there_and_is_of_its_kind(plain: ServerProcess) -> None:
@@ -89,23 +90,23 @@ def sampled(server: ServerProcess) -> Samples:
 
 def settled(server: ServerProcess, completions: int) -> Samples:
     """The samples once so many completions are counted: each is, and gives its permit back, a little after its last byte."""
-    for _ in range(1000):
-        samples = sampled(server)
-        asked = sum(
+
+    def counted() -> float:
+        return sum(
             value
-            for (name, labels), value in samples.items()
+            for (name, labels), value in sampled(server).items()
             if name == "perennial_http_requests_total" and ("path", COMPLETIONS) in labels
         )
-        if asked == completions:
-            return samples
-    raise AssertionError("a completion that has been answered is not counted")
+
+    until(lambda: counted() == completions)
+    return sampled(server)
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def played(request: pytest.FixtureRequest, stubs: Stubs) -> Iterator[Played]:
     """The script: seven completions, of which three are refused, and a session, on a server that does nothing else."""
     settings: dict[str, Any] = {"max_concurrent": 1, "capacity": CAPACITY, "http_overflow": "evict"}
-    with started(request.param, **settings) as server, httpx.Client(base_url=server.http, timeout=60) as client:
+    with started(request.param, **settings) as server, httpx.Client(base_url=server.http, timeout=MOST_S) as client:
         usages = []
         for asked in (body("Tell me about the sea."), body(max_tokens=1), body(max_tokens=9, ignore_eos=True)):
             usages.append(client.post(COMPLETIONS, json=asked).json()["usage"])

@@ -21,6 +21,7 @@ from api.http.openapi import document
 from api.server import Server
 from runtime import Settings
 from runtime.models import SEEDLING
+from tests.contract.loops import MOST_S
 from tests.contract.servers import ServerProcess, held_model, started
 from tests.contract.test_http_bad_input import COMPLETIONS, ENDLESS, HELLO, permit_taken, until_idle, with_schema
 
@@ -103,19 +104,21 @@ of_loading = schema_of(narrowed(described()), 5, 200, 426, 503, **FUZZING)
 @pytest.mark.door
 @of_idle.parametrize()
 def test_whatever_is_asked_is_answered_as_the_document_says(idle: ServerProcess, case: schemathesis.Case[Any]) -> None:
-    case.call_and_validate(base_url=idle.http, timeout=60)
+    case.call_and_validate(base_url=idle.http, timeout=MOST_S)
 
 
 @pytest.mark.door
 @of_busy.parametrize()
 def test_a_busy_server_answers_as_the_document_says(busy: ServerProcess, case: schemathesis.Case[Any]) -> None:
-    case.call_and_validate(base_url=busy.http, timeout=60)
+    case.call_and_validate(base_url=busy.http, timeout=MOST_S)
 
 
 @pytest.mark.door
 @of_loading.parametrize()
 def test_a_server_that_loads_answers_as_the_document_says(loading: ServerProcess, case: schemathesis.Case[Any]) -> None:
-    case.call_and_validate(base_url=loading.http, timeout=60, excluded_checks=[schemathesis.checks.not_a_server_error])
+    case.call_and_validate(
+        base_url=loading.http, timeout=MOST_S, excluded_checks=[schemathesis.checks.not_a_server_error]
+    )
 
 
 @pytest.mark.door
@@ -139,7 +142,7 @@ def test_each_kind_of_answer_is_as_the_document_says(idle: ServerProcess, more: 
         body={**HELLO, **more}, media_type="application/json", headers={"Authorization": f"Bearer {KEY}"}
     )
 
-    response = case.call(base_url=idle.http, timeout=60)
+    response = case.call(base_url=idle.http, timeout=MOST_S)
 
     assert response.status_code == status
     case.validate_response(response)
@@ -150,7 +153,7 @@ def test_a_stream_that_ends_with_an_error_is_as_the_document_says(hurried: Serve
     case = of_busy[COMPLETIONS]["POST"].Case(body=ENDLESS | {"stream": True}, media_type="application/json")
     until_idle(hurried)
 
-    response = case.call(base_url=hurried.http, timeout=60)
+    response = case.call(base_url=hurried.http, timeout=MOST_S)
 
     assert response.text.split("\n\n")[-2].startswith('data: {"error":')
     case.validate_response(response)
@@ -158,8 +161,8 @@ def test_a_stream_that_ends_with_an_error_is_as_the_document_says(hurried: Serve
 
 @pytest.mark.door
 def test_the_document_is_served_to_everybody_from_the_start(idle: ServerProcess, loading: ServerProcess) -> None:
-    assert httpx.get(f"{idle.http}/openapi.json").json() == described(api_keys=(KEY,), **IDLE)
-    assert httpx.get(f"{loading.http}/openapi.json").json() == described()
+    assert httpx.get(f"{idle.http}/openapi.json", timeout=MOST_S).json() == described(api_keys=(KEY,), **IDLE)
+    assert httpx.get(f"{loading.http}/openapi.json", timeout=MOST_S).json() == described()
 
 
 def test_the_document_is_valid() -> None:

@@ -16,6 +16,7 @@ from api.client_sync import connect_sync
 from runtime.models import SEEDLING
 from tests.contract.browser import CHROMIUM, Visit, opened_browser, visited
 from tests.contract.conftest import KEYS, LABEL
+from tests.contract.loops import MOST_S
 from tests.contract.servers import ServerProcess, started
 from tests.contract.stubs import PROMPT
 
@@ -74,7 +75,7 @@ def page(visit: Visit) -> Page:
 
 
 def status(server: ServerProcess, **headers: str) -> Any:
-    response = httpx.get(f"{server.http}/v1/runtime", headers=headers)
+    response = httpx.get(f"{server.http}/v1/runtime", headers=headers, timeout=MOST_S)
     assert response.status_code == 200
     return response.json()
 
@@ -96,7 +97,7 @@ def until_answered(page: Page) -> None:
 
 @contextmanager
 def permit_taken(server: ServerProcess) -> Iterator[None]:
-    with httpx.stream("POST", f"{server.http}/v1/chat/completions", json=ENDLESS, timeout=60) as stream:
+    with httpx.stream("POST", f"{server.http}/v1/chat/completions", json=ENDLESS, timeout=MOST_S) as stream:
         assert stream.status_code == 200
         yield
 
@@ -148,7 +149,7 @@ class TestRuntimeStatus:
             assert session.id not in said
 
     def test_needs_a_key_where_the_server_has_some(self, keyed: ServerProcess) -> None:
-        assert httpx.get(f"{keyed.http}/v1/runtime").status_code == 401
+        assert httpx.get(f"{keyed.http}/v1/runtime", timeout=MOST_S).status_code == 401
         assert status(keyed, authorization=f"Bearer {KEYS[1]}")["model"] == LABEL
 
 
@@ -157,7 +158,7 @@ def told(server: ServerProcess) -> dict[str, Any]:
 
 
 def test_the_page_needs_no_key_and_may_do_nothing_but_ask_this_server(keyed: ServerProcess) -> None:
-    response = httpx.get(keyed.http)
+    response = httpx.get(keyed.http, timeout=MOST_S)
 
     assert (response.status_code, response.headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert response.headers["deprecation"] == "true"
@@ -271,7 +272,7 @@ def test_a_talk_goes_by_keyboard_alone_and_comes_in_pieces(page: Page, watched: 
 
 def answer_to(server: ServerProcess, messages: list[dict[str, str]]) -> str:
     body = {"model": SEEDLING, "messages": messages, "temperature": 0}
-    answer: str = httpx.post(f"{server.http}/v1/chat/completions", json=body, timeout=60).json()["choices"][0][
+    answer: str = httpx.post(f"{server.http}/v1/chat/completions", json=body, timeout=MOST_S).json()["choices"][0][
         "message"
     ]["content"]
     return answer
@@ -440,7 +441,7 @@ class TestConversations:
 
 def responded(server: ServerProcess, input_: object, **more: Any) -> Any:
     body = {"model": SEEDLING, "input": input_, "max_output_tokens": 4, "temperature": 0, **more}
-    response = httpx.post(f"{server.http}/v1/responses", json=body, timeout=60)
+    response = httpx.post(f"{server.http}/v1/responses", json=body, timeout=MOST_S)
     assert response.status_code == 200, response.text
     return response.json()
 

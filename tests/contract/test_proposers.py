@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.contract.loops import MOST_S
 from tests.contract.servers import ServerProcess, started
 
 pytestmark = pytest.mark.door
@@ -58,7 +59,7 @@ def test_the_answer_is_the_one_without_a_proposer(
 
 def said(server: ServerProcess, request: dict[str, Any]) -> list[dict[str, Any]]:
     """The bodies of an answer, without what is of one answer alone; those of a stream choice by choice."""
-    response = httpx.post(f"{server.http}{COMPLETIONS}", json=HELLO | request, timeout=60)
+    response = httpx.post(f"{server.http}{COMPLETIONS}", json=HELLO | request, timeout=MOST_S)
     assert response.status_code == 200, response.text
     parts = [part.removeprefix("data: ") for part in response.text.split("\n\n") if part not in ("", "data: [DONE]")]
     bodies = [json.loads(part) for part in parts]

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import pytest
 
+from tests.contract.loops import MOST_S
 from tests.contract.servers import ServerProcess, free_port, started, until
 from tests.contract.stubs import PROMPT, Stock, Stubs, stock
 
@@ -66,14 +67,14 @@ def proxied(kind: str, folder: Path, servers: list[ServerProcess]) -> Iterator[t
 
 def answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5) as reply:
+        with urllib.request.urlopen(url, timeout=MOST_S) as reply:
             return bool(json.load(reply)["status"] == "ok")
     except OSError:
         return False
 
 
 def appends_of(server: ServerProcess) -> float:
-    with urllib.request.urlopen(f"{server.http}/metrics", timeout=5) as reply:
+    with urllib.request.urlopen(f"{server.http}/metrics", timeout=MOST_S) as reply:
         told = re.search(r'grpc_requests_total\{code="OK",method="AppendTokens"\} (\S+)', reply.read().decode())
     return float(told[1]) if told else 0.0
 

@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from bench.ray_cluster import Cluster, cluster, configuration, free_ports
+from tests.contract.loops import MOST_S
 from tests.contract.stubs import PROMPT, Stock, Stubs, digest_of, refused, stock
 
 pytest.importorskip("ray", reason="Ray Serve is not installed: pip install 'perennial[ray]'")
@@ -34,7 +35,7 @@ class Deployed:
     def post(self, path: str, body: dict[str, object]) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
         asked = urllib.request.Request(f"{self.http}{path}", json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(asked, timeout=60) as reply:
+        with urllib.request.urlopen(asked, timeout=MOST_S) as reply:
             answer: dict[str, Any] = json.load(reply)
             return answer
 
@@ -87,7 +88,7 @@ def answers_as_one_server_does(client: Stock, deployed: Deployed) -> None:
     next(stream)
     stream.cancel()
     assert client.close(session_id) > len(PROMPT)
-    with urllib.request.urlopen(f"{deployed.http}/healthz", timeout=60) as reply:
+    with urllib.request.urlopen(f"{deployed.http}/healthz", timeout=MOST_S) as reply:
         assert json.load(reply)["status"] == "ok"
 
 

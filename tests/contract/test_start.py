@@ -91,7 +91,7 @@ def life(request: pytest.FixtureRequest, stubs: Stubs, tmp_path_factory: pytest.
         with refused(grpc.StatusCode.UNAVAILABLE):
             client.create()
         # Hypercorn shuts its own door first.
-        draining = httpx.get(f"{server.http}/v1/models") if request.param == PERENNIAL else None
+        draining = httpx.get(f"{server.http}/v1/models", timeout=MOST_S) if request.param == PERENNIAL else None
         next(tokens)
         tokens.cancel()
         status = server.wait()

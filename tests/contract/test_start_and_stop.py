@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from runtime.models import SEEDLING, find_model
 from runtime.settings import split_address
+from tests.contract.loops import MOST_S
 from tests.contract.servers import (
     JSON,
     KINDS,
@@ -89,7 +90,7 @@ def test_a_damaged_model_is_told_of_in_one_line(kind: str, change: Callable[[Pat
 def test_a_grpc_stream_that_runs_when_the_server_is_told_to_stop_comes_to_its_end(kind: str, stubs: Stubs) -> None:
     with started(kind) as server, stock(stubs, server.grpc) as client:
         session_id = client.create(PROMPT)
-        watch = client.channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=60)
+        watch = client.channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=MOST_S)
         next(watch)
         stream = client.stream(session_id, 300)
         frames = [next(stream)]
@@ -132,7 +133,7 @@ def test_a_second_server_on_the_same_directory_starts_where_the_first_has_stoppe
 
 
 def tokens_generated(server: ServerProcess) -> float:
-    with urllib.request.urlopen(f"{server.http}/metrics", timeout=30) as reply:
+    with urllib.request.urlopen(f"{server.http}/metrics", timeout=MOST_S) as reply:
         [found] = re.findall(r"^perennial_generated_tokens_total (\S+)$", reply.read().decode(), re.MULTILINE)
         return float(found)
 

@@ -12,6 +12,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from runtime.models import SEEDLING
+from tests.contract.loops import MOST_S
 from tests.contract.servers import started
 
 pytestmark = pytest.mark.door
@@ -46,7 +47,7 @@ def test_what_was_traced_is_exported_by_the_end(kind: str, monkeypatch: pytest.M
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
         with started(kind) as server:
             body = {"model": SEEDLING, "messages": [{"role": "user", "content": "a secret"}], "max_tokens": 2}
-            assert httpx.post(f"{server.http}/v1/chat/completions", json=body, timeout=60).status_code == 200
+            assert httpx.post(f"{server.http}/v1/chat/completions", json=body, timeout=MOST_S).status_code == 200
 
     exported = [ExportTraceServiceRequest.FromString(data) for data in received]
     resources = [resource for one in exported for resource in one.resource_spans]

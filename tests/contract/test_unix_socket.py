@@ -17,6 +17,7 @@ from api.http import http_door
 from api.server import Server
 from runtime import Settings
 from runtime.errors import InvalidSetting
+from tests.contract.loops import MOST_S
 from tests.contract.servers import started
 from tests.contract.test_http_bad_input import COMPLETIONS, HELLO, events_in
 
@@ -26,7 +27,7 @@ def test_a_client_is_answered_at_a_socket_in_the_file_system(tmp_path: Path) -> 
     path = tmp_path / "socket"
     with started("perennial", "--bind", f"unix:{path}") as server:
         with httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost", timeout=60
+            transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost", timeout=MOST_S
         ) as client:
             answer = client.post(COMPLETIONS, json=HELLO).json()
             *_, done = events_in(client.post(COMPLETIONS, json=HELLO | {"stream": True}))
