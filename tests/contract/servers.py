@@ -27,6 +27,8 @@ KINDS = ("perennial", "hypercorn-asyncio", "hypercorn-trio")
 JSON = "HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
 # Of a log, with its end and what a host may put before it.
 LONGEST_LINE = 2100
+# The application of a server with much patience; with `perennial`, the module that serves as it does.
+PATIENT = "tests.contract.patient:app"
 _LONGEST_START_S = 240
 _LONGEST_STOP_S = 120
 
@@ -77,9 +79,14 @@ class ServerProcess:
 
 
 def command(kind: str, http: str, *flags: str, application: str = "api.http:app") -> list[str]:
+    is_patient = application == PATIENT
     if kind == "perennial":
-        return [program("perennial"), "serve", "--bind", http, *flags]
-    return [program("hypercorn"), "-k", kind.removeprefix("hypercorn-"), "--bind", http, application, *flags]
+        start = [program("python"), "-m", PATIENT.removesuffix(":app")] if is_patient else [program("perennial")]
+        return [*start, "serve", "--bind", http, *flags]
+    # Hypercorn's own 5 s pass between two requests of a client on a slow machine. Of an option given twice the last counts.
+    patience = ["--keep-alive", "600", *(["--graceful-timeout", "60"] if is_patient else [])]
+    worker = kind.removeprefix("hypercorn-")
+    return [program("hypercorn"), "-k", worker, "--bind", http, application, *patience, *flags]
 
 
 def environment(settings: dict[str, object]) -> dict[str, str]:
@@ -161,7 +168,15 @@ def line_of(process: psutil.Process) -> str:
 def memory_of(server: ServerProcess) -> int:
     """Bytes that the server's processes hold, but for those that read requests."""
     own = set(processes_of(server)) - set(readers_of(server))
-    return sum(each.memory_info().rss for each in own)
+    return sum(map(resident_bytes_of, own))
+
+
+def resident_bytes_of(process: psutil.Process) -> int:
+    """What the process holds in memory; 0 where it has ended since."""
+    with suppress(psutil.NoSuchProcess):
+        resident: int = process.memory_info().rss
+        return resident
+    return 0
 
 
 def until(condition: Callable[[], bool], longest_s: float = 240) -> None:

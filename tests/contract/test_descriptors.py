@@ -19,6 +19,7 @@ from tests.contract.servers import (
     JSON,
     KINDS,
     LONGEST_LINE,
+    PATIENT,
     ServerProcess,
     complaints,
     processes_of,
@@ -47,7 +48,7 @@ def serves_http(server: ServerProcess) -> bool:
 @each_kind
 async def test_more_idle_connections_than_files_keep_nobody_out(kind: str) -> None:
     with ExitStack() as stack:
-        server = stack.enter_context(started(kind, descriptors=FEW))
+        server = stack.enter_context(started(kind, application=PATIENT, descriptors=FEW))
         clients = [stack.enter_context(connected(each)) for each in [server.http, server.grpc] * 2 * FEW]
 
         assert serves_http(server)
@@ -81,7 +82,7 @@ def no_descriptors_left(server: ServerProcess) -> Iterator[None]:
 async def test_without_a_file_to_open_a_server_waits_for_room_and_says_so_once(kind: str) -> None:
     body = b'{"model": "seedling"}'
     head = f"POST {COMPLETIONS} {JSON}{len(body)}\r\nConnection: close\r\n\r\n".encode()
-    with started(kind) as server, ExitStack() as stack:
+    with started(kind, application=PATIENT) as server, ExitStack() as stack:
         calls = [stack.enter_context(connected(server.http)) for _ in range(3)]
         for call in calls:
             call.sendall(head + body[:-1])

@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.contract.servers import KINDS, ServerProcess, complaints, processes_of, started
+from tests.contract.servers import KINDS, PATIENT, ServerProcess, complaints, processes_of, started
 from tests.contract.stubs import PROMPT, Stock, Stubs, refused, stock
 
 pytestmark = pytest.mark.door
@@ -113,7 +113,7 @@ def test_a_directory_open_to_others_holds_nothing_that_others_may_read(
     state.chmod(0o755)
     before = os.umask(umask)
     try:
-        with started(kind, state_dir=state) as server, stock(stubs, server.grpc) as client:
+        with started(kind, application=PATIENT, state_dir=state) as server, stock(stubs, server.grpc) as client:
             session_id = client.create(PROMPT)
             client.call("SaveSession", session_id=session_id)
             assert server.stop() == 0

@@ -13,7 +13,7 @@ from api.client import ClientSession, connect
 from runtime import Token
 from runtime.engine.openvino_fit import fits_cpu
 from tests.contract.openai_clients import CLIENTS, TALK
-from tests.contract.servers import ServerProcess, started
+from tests.contract.servers import PATIENT, ServerProcess, started
 from tests.contract.stubs import ENDLESS, PROMPT
 
 pytestmark = [
@@ -34,6 +34,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
 def on_openvino(kv_dtype: str, state: Path | str = "") -> AbstractContextManager[ServerProcess]:
     return started(
         "perennial",
+        application=PATIENT,
         backend="openvino",
         kv_dtype=kv_dtype,
         sink=4,

@@ -23,6 +23,7 @@ from tests.contract.conftest import KEYS
 from tests.contract.loops import MOST_S
 from tests.contract.servers import (
     KINDS,
+    PATIENT,
     ServerProcess,
     complaints,
     environment,
@@ -64,7 +65,13 @@ def life(request: pytest.FixtureRequest, stubs: Stubs, tmp_path_factory: pytest.
     with (
         held_model(home / "model") as (model, release),
         started(
-            request.param, is_awaited=False, model=model, model_label="seedling", state_dir=home, grpc_bind=address
+            request.param,
+            application=PATIENT,
+            is_awaited=False,
+            model=model,
+            model_label="seedling",
+            state_dir=home,
+            grpc_bind=address,
         ) as server,
         httpx.Client(base_url=server.http, timeout=MOST_S) as http,
         stock(stubs, address) as client,

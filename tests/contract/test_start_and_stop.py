@@ -23,6 +23,7 @@ from tests.contract.loops import MOST_S
 from tests.contract.servers import (
     JSON,
     KINDS,
+    PATIENT,
     ServerProcess,
     complaints,
     fails_to_start,
@@ -88,7 +89,7 @@ def test_a_damaged_model_is_told_of_in_one_line(kind: str, change: Callable[[Pat
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_grpc_stream_that_runs_when_the_server_is_told_to_stop_comes_to_its_end(kind: str, stubs: Stubs) -> None:
-    with started(kind) as server, stock(stubs, server.grpc) as client:
+    with started(kind, application=PATIENT) as server, stock(stubs, server.grpc) as client:
         session_id = client.create(PROMPT)
         watch = client.channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=MOST_S)
         next(watch)
