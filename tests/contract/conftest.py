@@ -15,8 +15,8 @@ from tests.contract.stubs import Stubs, make_stubs
 
 KEYS = ("first-key", "second-key")
 LABEL = "a label"
-# How long a besieged server waits for a client, in seconds.
-PATIENCE_S = 3
+# How long a besieged server waits for a client that asks for nothing, and for one that does not read, in seconds.
+IDLE_S, UNREAD_S = 3, 8
 # Tokens that a session on the keyed server can see, 4 of them sinks.
 VISIBLE = 256
 
@@ -53,8 +53,8 @@ def server(request: pytest.FixtureRequest) -> ServerProcess:
 @pytest.fixture(scope="session", params=KINDS)
 def besieged(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
     """A server of each kind that is short of everything, patience included. Whatever it goes through, it ends well."""
-    flags = () if request.param == "perennial" else ("--keep-alive", str(PATIENCE_S))
-    patience: dict[str, Any] = {"reader_timeout_s": PATIENCE_S, "idle_connection_s": PATIENCE_S}
+    flags = () if request.param == "perennial" else ("--keep-alive", str(IDLE_S))
+    patience: dict[str, Any] = {"reader_timeout_s": UNREAD_S, "idle_connection_s": IDLE_S}
     with started(request.param, *flags, capacity=2, max_concurrent=1, http_overflow="evict", **patience) as server:
         yield server
         assert server.stop() == 0

@@ -51,7 +51,7 @@ def small(stubs: Stubs, small_server: ServerProcess) -> Iterator[Stock]:
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[ServerProcess]:
     """A server with keys, one slab and little patience."""
-    with started("perennial", api_keys="first,second", capacity=1, idle_ttl_s=2) as server:
+    with started("perennial", api_keys="first,second", capacity=1, idle_ttl_s=6) as server:
         yield server
 
 

@@ -113,7 +113,9 @@ def played(request: pytest.FixtureRequest, stubs: Stubs) -> Iterator[Played]:
             settled(server, len(usages))
         assert client.post(COMPLETIONS, json=body(top_p=5)).status_code == 422
         assert client.post(COMPLETIONS, json=body() | {"model": "other"}).status_code == 404
-        long = body(max_tokens=600, ignore_eos=True, stream=True, stream_options={"include_usage": True})
+        # Logprobs fill the socket, so that this one runs until it is read, however late the next one comes.
+        wordy: dict[str, Any] = {"logprobs": True, "top_logprobs": 20, "stream_options": {"include_usage": True}}
+        long = body(max_tokens=600, ignore_eos=True, stream=True, **wordy)
         with client.stream("POST", COMPLETIONS, json=long) as stream:
             lines = stream.iter_lines()
             next(lines)

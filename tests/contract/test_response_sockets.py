@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from tests.contract.loops import MOST_S
 from tests.contract.servers import ServerProcess
 
 pytestmark = [
@@ -21,6 +22,13 @@ ASKED: dict[str, Any] = {"model": "seedling", "max_output_tokens": 12, "temperat
 def client(server: ServerProcess) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{server.http}/v1", api_key="any", max_retries=0) as client:
         yield client
+
+
+def opened(client: OpenAI) -> Any:
+    """A socket."""
+    # What websockets knows, and the type of OpenAI's options does not name.
+    options: Any = {"open_timeout": MOST_S}
+    return client.responses.connect(websocket_connection_options=options)
 
 
 def last_word(connection: Any, lane: str | None = None) -> Any:
@@ -49,20 +57,20 @@ def reused(response: Any) -> int:
 
 
 def test_a_turn_reads_what_is_new_on_this_socket_and_on_another(client: OpenAI) -> None:
-    with client.responses.connect() as connection:
+    with opened(client) as connection:
         ahead = answered(connection, input="What do you know of the sea?", generate=False)
         first = answered(connection, input=[], previous_response_id=ahead.id)
         assert reused(first) == total(ahead)
         second = answered(connection, input="And of the wind?", previous_response_id=first.id)
         # The token that was drawn last has not been read.
         assert reused(second) == total(first) - 1
-    with client.responses.connect() as connection:
+    with opened(client) as connection:
         third = answered(connection, input="Of rain?", previous_response_id=second.id)
         assert reused(third) == total(second) - 1
 
 
 def test_what_is_said_over_a_socket_is_what_is_said_over_http(client: OpenAI) -> None:
-    with client.responses.connect() as connection:
+    with opened(client) as connection:
         said = answered(connection, input="What do you know of the wind?")
     stored = client.responses.retrieve(said.id)
     assert (
@@ -73,7 +81,7 @@ def test_what_is_said_over_a_socket_is_what_is_said_over_http(client: OpenAI) ->
 
 
 def test_lanes_are_answered_each_in_its_order(client: OpenAI) -> None:
-    with client.responses.connect() as connection:
+    with opened(client) as connection:
         for lane in ("one", "two"):
             for number in (1, 2):
                 asked = f"Lane {lane}, number {number}."
@@ -90,7 +98,7 @@ def test_lanes_are_answered_each_in_its_order(client: OpenAI) -> None:
 
 
 def test_what_is_wrong_is_told_and_the_socket_goes_on(client: OpenAI) -> None:
-    with client.responses.connect() as connection:
+    with opened(client) as connection:
         connection.response.create(**ASKED, input="go on", previous_response_id="resp_of_nobody")
         refused: Any = last_word(connection)
         assert (refused.type, refused.error.code) == ("error", "previous_response_not_found")

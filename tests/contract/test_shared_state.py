@@ -37,7 +37,7 @@ def test_a_killed_servers_session_goes_on_at_the_other_with_the_same_tokens(stor
         "window": 252,
         "capacity": 2,
         # Longer than a busy machine holds up who renews it.
-        "state_lease_s": 5,
+        "state_lease_s": 20,
     }
     with (
         started("perennial", **shared) as one,

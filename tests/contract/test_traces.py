@@ -45,6 +45,7 @@ def test_what_was_traced_is_exported_by_the_end(kind: str, monkeypatch: pytest.M
     with collector(received) as endpoint:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", str(MOST_S))
         with started(kind) as server:
             body = {"model": SEEDLING, "messages": [{"role": "user", "content": "a secret"}], "max_tokens": 2}
             assert httpx.post(f"{server.http}/v1/chat/completions", json=body, timeout=MOST_S).status_code == 200
