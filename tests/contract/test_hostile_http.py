@@ -75,6 +75,11 @@ def unread(
             connection.sendall(h2.data_to_send())
 
 
+def drains(server: ServerProcess) -> bool:
+    """Whether it has taken the first signal: until then a second one would be the same as none."""
+    return any("draining calls=" in line for line in server.said)
+
+
 @each_kind
 def test_clients_of_http_2_that_do_not_read_do_not_keep_a_server_from_its_end(kind: str) -> None:
     # A connection has to end by itself before its host cancels it, which takes a slow machine seconds.
@@ -89,6 +94,7 @@ def test_clients_of_http_2_that_do_not_read_do_not_keep_a_server_from_its_end(ki
             clients.enter_context(unread(server, path, window, body))
         if kind == "perennial":
             server.process.send_signal(signal.SIGTERM)
+            until(lambda: drains(server))
 
         assert server.stop() == 0
     assert complaints("".join(server.said)) == []
@@ -125,6 +131,7 @@ def test_a_stream_that_is_cut_by_the_servers_end_says_so(kind: str) -> None:
             server.process.send_signal(signal.SIGTERM)
             if kind == "perennial":
                 # The second one cuts the drain short.
+                until(lambda: drains(server))
                 server.process.send_signal(signal.SIGTERM)
             *_, last = [line for line in lines if line]
 
