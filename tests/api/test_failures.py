@@ -22,17 +22,17 @@ COMPLETIONS = "/v1/chat/completions"
 @asynccontextmanager
 async def failing_house() -> AsyncIterator[tuple[House, trio.Nursery]]:
     """A house whose engine fails in the block, and a nursery for clients that are still there when it has."""
-    with trio.fail_after(20):
+    with trio.fail_after(100):
         async with trio.open_nursery() as clients:
             with pytest.RaisesGroup(EngineFailed, flatten_subgroups=True):
-                async with open_house() as house:
+                async with open_house(http_overflow="evict") as house:
                     yield house, clients
                     await trio.sleep_forever()
 
 
 def client_of(house: House) -> httpx.AsyncClient:
     host, port = house.http
-    return httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=60)
+    return httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=100)
 
 
 async def test_an_http_client_is_answered_with_500_and_all_headers() -> None:
@@ -55,7 +55,7 @@ async def test_a_stream_that_runs_ends_with_an_error() -> None:
     has_begun = trio.Event()
 
     async def stream(house: House) -> None:
-        body = HELLO | {"stream": True, "max_tokens": 10_000, "ignore_eos": True}
+        body = HELLO | {"stream": True, "max_tokens": 10**6, "ignore_eos": True}
         async with client_of(house) as client, client.stream("POST", COMPLETIONS, json=body) as response:
             async for line in response.aiter_lines():
                 lines.append(line)
