@@ -32,7 +32,7 @@ CHECK = "/grpc.health.v1.Health/Check"
 WATCH = "/grpc.health.v1.Health/Watch"
 REFLECTION = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
 # Nothing here takes this long; without it a test whose server says nothing would never end.
-_LONGEST_WAIT_S = 20
+_LONGEST_WAIT_S = 100
 
 
 def frame(kind: int, flags: int = 0, stream_id: int = 0, payload: bytes = b"") -> bytes:

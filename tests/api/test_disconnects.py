@@ -44,7 +44,7 @@ async def read_until(stream: trio.SocketStream, mark: bytes) -> bytes:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Returns once `condition` holds. Sockets know no event for "the other side has noticed"."""
-    with trio.fail_after(20):
+    with trio.fail_after(100):
         while not condition():
             await wait_all_tasks_blocked(0.01)
 
