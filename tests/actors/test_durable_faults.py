@@ -16,6 +16,7 @@ import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trio.testing import MockClock
 
 from actors import Runtime, SessionHandle
 from runtime.durable import DirectoryStore, Terms
@@ -182,8 +183,9 @@ def test_nothing_acknowledged_is_lost_whatever_fails_and_whenever_the_server_is_
 @pytest.mark.parametrize("error", FAULTS)
 @pytest.mark.parametrize("call", ["create", "fork", "save"])
 async def test_a_call_that_cannot_be_recorded_says_so_and_leaves_nothing_behind(
-    tmp_path: Path, call: str, error: int
+    tmp_path: Path, mock_clock: MockClock, call: str, error: int
 ) -> None:
+    # While the clock stands still, no thread begins a slab that would meet the fault in the call's place.
     files = FaultyFiles()
     async with open_durable(tmp_path, files=files) as runtime:
         session = await runtime.create_session()
@@ -208,8 +210,9 @@ async def test_a_call_that_cannot_be_recorded_says_so_and_leaves_nothing_behind(
 
 @pytest.mark.parametrize("error", FAULTS)
 async def test_an_append_that_cannot_be_recorded_changes_nothing_and_its_retry_works(
-    tmp_path: Path, error: int
+    tmp_path: Path, mock_clock: MockClock, error: int
 ) -> None:
+    # While the clock stands still, no thread begins a slab that would meet the fault in the call's place.
     files = FaultyFiles()
     async with open_durable(tmp_path, files=files) as runtime:
         session = await runtime.create_session()
@@ -255,8 +258,9 @@ async def test_where_a_history_cannot_be_read_just_now_its_session_sleeps_on(tmp
 
 @pytest.mark.parametrize("error", FAULTS)
 async def test_a_stream_that_is_left_while_nothing_can_be_written_costs_no_later_call(
-    tmp_path: Path, error: int
+    tmp_path: Path, mock_clock: MockClock, error: int
 ) -> None:
+    # While the clock stands still, no thread begins a slab that would meet the fault in the call's place.
     files = FaultyFiles()
     async with open_durable(tmp_path, files=files) as runtime:
         session = await runtime.create_session()

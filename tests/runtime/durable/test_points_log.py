@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -47,6 +48,17 @@ class FullDisk(Files):
         if self.is_full:
             raise OSError(errno.ENOSPC, "No space left on device")
         super().write(file, offset, content)
+
+
+class WatchedFiles(Files):
+    """Tells when a file is on disk."""
+
+    def __init__(self) -> None:
+        self.is_synced = threading.Event()
+
+    def sync(self, file: int) -> None:
+        super().sync(file)
+        self.is_synced.set()
 
 
 class Later(Executor):
@@ -265,12 +277,17 @@ def order_of_use(tree: PointTree) -> list[tuple[Item, ...]]:
 
 
 def test_the_file_does_not_grow_for_as_long_as_the_server_runs(tmp_path: Path) -> None:
-    with DirectoryStore.open(str(tmp_path), IDENTITY, ENGINE) as store:
+    files = WatchedFiles()
+    with DirectoryStore.open(str(tmp_path), IDENTITY, ENGINE, files=files) as store:
         tree, largest = store.open_points(2 * MOST_BYTES), 0
-        for _ in renamed(tree, 200):
+        files.is_synced.clear()
+        for number, _ in enumerate(renamed(tree, 200)):
             if store.size < largest:
                 break
             largest = store.size
+            if number == 20:
+                # A thread writes the shorter file, and a disk takes its time.
+                assert files.is_synced.wait(200)
         assert store.size < largest
         before = told(tree)
     with DirectoryStore.open(str(tmp_path), IDENTITY, ENGINE) as store:
