@@ -28,7 +28,7 @@ _FLAGS = ("-master.telemetry=false", "-s3", "-s3.port.iceberg=0", "-s3.port.lanc
 _URL = "s3://perennial"
 _UNTIL_IT_IS_THERE: RetryConfig = {
     "max_retries": 1000,
-    "retry_timeout": timedelta(seconds=60),
+    "retry_timeout": timedelta(seconds=240),
     "backoff": {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=0.5), "base": 2},
 }
 

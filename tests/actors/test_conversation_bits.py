@@ -11,6 +11,7 @@ import pytest
 
 from actors import Runtime, SessionHandle, open_runtime
 from runtime import Settings, Token
+from runtime.durable import DirectoryStore
 from runtime.events import Overflow
 from runtime.items import Message
 from runtime.points import Point
@@ -62,8 +63,10 @@ async def alone(runtime: Runtime, point: Point, sampling: dict[str, Any]) -> Dra
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
 async def test_after_going_on_going_back_a_copy_sleep_and_another_start(
-    tmp_path: Path, sampling: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampling: dict[str, Any]
 ) -> None:
+    # A slow disk costs the conversation no slab that was to be left there.
+    monkeypatch.setattr(DirectoryStore, "leaving_s", 1e9)
     head, long, other = (1, 90), (2, 300), (3, 40)
     async with open_runtime(settings(tmp_path, capacity=2)) as runtime:
 

@@ -421,13 +421,13 @@ async def test_a_store_that_does_not_answer_keeps_nobody_waiting_who_asks_it_not
     objects = FaultyObjects()
     threads = trio.to_thread.current_default_thread_limiter().total_tokens
     async with open_server(objects, capacity=2 * int(threads)) as runtime, trio.open_nursery() as nursery:
-        objects.fault = lambda name, key: Fault.REFUSED if not answers.wait(60) else None
+        objects.fault = lambda name, key: Fault.REFUSED if not answers.wait(250) else None
         try:
             for _ in range(2 * int(threads)):
                 nursery.start_soon(runtime.create_session)
             await trio.testing.wait_all_tasks_blocked()
 
-            with trio.fail_after(30):
+            with trio.fail_after(100):
                 assert await trio.to_thread.run_sync(lambda: "done") == "done"
         finally:
             answers.set()

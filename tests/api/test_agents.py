@@ -177,7 +177,7 @@ async def test_frames_that_wait_share_the_room_for_bodies_until_their_client_lea
         house.engine.open()
         async with open_lane(house.http) as other:
             # The server learns that the first has left when its socket says so.
-            with trio.fail_after(60):
+            with trio.fail_after(100):
                 while (read := await heard_on(other, long)).error == refused.error:
                     pass
 

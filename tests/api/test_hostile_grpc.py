@@ -67,7 +67,8 @@ from tests.api.test_disconnects import until
 
 OK, CANCELLED, INVALID_ARGUMENT, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED = "0", "1", "3", "4", "8", "12"
 FLOW_CONTROL_ERROR, FRAME_SIZE_ERROR = 3, 6
-READ, IDLE = 0.3, 0.3
+# A client that reads has half of the first to answer a ping.
+READ, IDLE = 1.0, 0.3
 
 
 @pytest.fixture
