@@ -11,9 +11,7 @@ from functools import partial
 import trio
 from tqdm import tqdm
 
-from actors.nursery import open_nursery
 from api.client import Client, ClientSession, connect
-from api.doors import serve
 from runtime.errors import ModelUnavailable, NotSupported, RequestError
 from runtime.events import Done, HistoryTruncated, StopReason, Token
 from runtime.models import find_model
@@ -87,6 +85,10 @@ async def _server(settings: Settings, connect_to: str | None) -> AsyncIterator[t
     if connect_to:
         yield connect_to, key
         return
+    # These import an engine's libraries, which takes seconds that a chat with a server elsewhere does not need.
+    from actors.nursery import open_nursery
+    from api.doors import serve
+
     own = replace(settings, grpc_bind="127.0.0.1:0", tls_cert="", tls_key="")
     async with open_nursery() as nursery:
         async with open_nursery() as loading:

@@ -126,6 +126,13 @@ def test_a_client_loads_no_engine_and_no_door_and_changes_nothing_for_others(sit
     assert not ENGINES_AND_DOORS & {*loaded.split()}
 
 
+def test_a_chat_with_a_server_elsewhere_waits_for_no_engine(site: Path) -> None:
+    [loaded] = printed("import sys, api.chat; print(*sys.modules)", site)
+
+    # Tokenizers come with grammars, which need little.
+    assert not (ENGINES_AND_DOORS - {"llguidance"}) & {*loaded.split()}
+
+
 def test_the_clients_distribution_has_all_that_it_loads_in_trio_too(tmp_path: Path) -> None:
     project = tomllib.loads((ROOT / "client" / "pyproject.toml").read_text())
     for source, target in project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"].items():
