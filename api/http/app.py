@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -161,8 +162,14 @@ async def _own_socket(bind: str) -> AsyncIterator[None]:
     with suppress(OSError):
         async with await trio.open_unix_socket(path):
             raise InvalidSetting(f"bind={bind} is listened on already: stop that server, or choose another path")
-    if await path.exists() and not await path.is_socket():
-        raise InvalidSetting(f"bind={bind} is a file that is no socket: choose another path")
+    with _listening(bind):
+        if not await path.exists():
+            # Hypercorn leaves a socket that it cannot bind to the collector.
+            with socket.socket(socket.AF_UNIX) as tried:
+                tried.bind(str(path))
+            await path.unlink()
+        elif not await path.is_socket():
+            raise InvalidSetting(f"bind={bind} is a file that is no socket: choose another path")
     try:
         yield
     finally:
