@@ -6,10 +6,9 @@ What a token attends to, and how far the sinks are, is as in `attention`.
 from __future__ import annotations
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from runtime.dtypes import dtype_named
+from runtime.engine.crew import Crew
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import find_or_probe
 from runtime.engine.probe import is_exact_at_every_count, tried_attention
@@ -29,8 +29,8 @@ from runtime.slab_spec import SlabSpec
 
 CLAIM = Claim("attention", "a kernel of ours in float32, slots in order", Ground.ROW_BY_ROW)
 
-# Waking a thread for fewer slots takes longer than their work, above all beside busy programs.
-_LEAST_SLOTS = 2**14
+# Waking a thread for fewer slots takes longer than their work.
+_LEAST_SLOTS = 2**12
 # numba's arrays have no 16-bit floats: kernels get these as whole numbers of 16 bits, and know what they mean.
 _VIEWED = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
@@ -39,7 +39,7 @@ _log = logging.getLogger("perennial.engine")
 
 @dataclass(frozen=True, slots=True)
 class _StoreRows:
-    """The rows of a batch over slabs of one store in blocks, and the items of work for each thread."""
+    """The rows of a batch over slabs of one store in blocks, and whether they are worth waking threads for."""
 
     keys: Any  # [L, B, G, S, W]
     values: Any
@@ -48,12 +48,12 @@ class _StoreRows:
     slots: Any
     firsts: Any
     counts: Any
-    shares: tuple[tuple[int, int], ...]
+    is_long: bool
 
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """What a forward computes once: where rows lie, which thread does what, and the angles for the sinks past the window."""
+    """What a forward computes once: where rows lie, and the angles for the sinks past the window."""
 
     stores: tuple[_StoreRows, ...]
     slabs: Any  # [N]
@@ -68,7 +68,7 @@ def prepare_kernels(spec: SlabSpec) -> None:
     rows, nowhere = np.empty((1, 1, spec.head_dim), np.float32), np.empty(0, np.int64)
     write_rows(0, held, rows, nowhere, nowhere, nowhere)
     where = (held, held, nowhere, nowhere, nowhere, nowhere)
-    attend_rows(0, rows, rows, rows, *where, spec.sink, spec.window, np.float32(1), 0, 0)
+    attend_rows(0, rows, rows, rows, *where, spec.sink, spec.window, np.float32(1), np.zeros(1, np.int64))
 
 
 class RowAttention:
@@ -80,8 +80,7 @@ class RowAttention:
     def __init__(self, spec: SlabSpec, heads: int, rotary: ExactRotary) -> None:
         self._spec, self._heads, self._rotary = spec, heads, rotary
         self._scaling = np.float32(spec.head_dim**-0.5)
-        self._threads = torch.get_num_threads()
-        self._others = ThreadPoolExecutor(max(1, self._threads - 1), "attention")
+        self._crew = Crew(torch.get_num_threads())
 
     def plan(self, batch: RowBatch) -> RowPlan:
         rows = batch.rows
@@ -130,12 +129,12 @@ class RowAttention:
         given = (attended.view(query.shape).numpy(), query.numpy(), at_sinks.numpy())
         for part in plan.stores:
             where = (part.keys, part.values, plan.slabs, plan.positions, part.firsts, part.counts)
-            work = partial(attend_rows, layer, *given, *where, spec.sink, spec.window, self._scaling)
-            own, *others = part.shares
-            under_way = [self._others.submit(work, *share) for share in others]
-            work(*own)
-            for one in under_way:
-                one.result()
+            claimed = np.zeros(1, np.int64)
+            work = partial(attend_rows, layer, *given, *where, spec.sink, spec.window, self._scaling, claimed)
+            if part.is_long:
+                self._crew.run(work)
+            else:
+                work()
         return attended
 
     def _in_store(
@@ -144,7 +143,7 @@ class RowAttention:
         numbers = np.array([number for first, count in blocks for number in range(first, first + count)])
         firsts, counts = np.array(blocks).T.copy()
         # The cost of a block: that of its queries over its slots, and that of reading the slots.
-        costs = [(count + 1) * min(rows[first + count - 1].position + 1, self._spec.slots) for first, count in blocks]
+        cost = sum((count + 1) * min(rows[first + count - 1].position + 1, self._spec.slots) for first, count in blocks)
         return _StoreRows(
             keys=_for_kernels(store.keys),
             values=_for_kernels(store.values),
@@ -153,16 +152,8 @@ class RowAttention:
             slots=slots[numbers],
             firsts=firsts,
             counts=counts,
-            shares=_shares(np.repeat(costs, self._spec.kv_heads), self._threads),
+            is_long=cost * self._spec.kv_heads >= _LEAST_SLOTS,
         )
-
-
-def _shares(costs: Any, threads: int) -> tuple[tuple[int, int], ...]:
-    """Cuts items of these costs into runs of about the same cost, for as many of the `threads` as are worth waking."""
-    until = np.cumsum(costs)
-    wanted = max(1, min(threads, len(costs), int(until[-1]) // _LEAST_SLOTS))
-    cuts = [0, *np.searchsorted(until, until[-1] * np.arange(1, wanted) / wanted, side="right").tolist(), len(costs)]
-    return tuple((begin, end) for begin, end in pairwise(cuts) if begin < end)
 
 
 def _for_kernels(held: Tensor) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.engine.crew import count_up
 from runtime.engine.lanes import (
     LANES,
     absolute,
@@ -55,7 +56,7 @@ _LEAST_EXPONENT = np.float32(-87)
 
 
 @kernel
-def _exp(numbers: Any) -> Any:
+def exp_of(numbers: Any) -> Any:
     """exp of numbers up to 0; exactly 1 for 0."""
     numbers = larger(numbers, full(_LEAST_EXPONENT))
     whole = nearest(multiply(numbers, full(_LOG2_E)))
@@ -108,14 +109,14 @@ def attend_rows(
     sink: int,
     window: int,
     scaling: Any,
-    begin: int,
-    end: int,
+    claimed: Any,
 ) -> None:
     """Writes what `queries` [N, G*Q, D] float32 attend to into `attended`, of the same shape.
 
     Rows come in blocks of consecutive rows of one slab: `counts` from `firsts` on, `slabs` and `positions` [N] say where.
-    Items of work are a block's heads, block * G + kv head; those from `begin` to `end` are done. Past the window a row meets
-    the sinks with its query `at_sinks`. `keys` and `values` are [L, B, G, S, W].
+    Items of work are a block's heads, block * G + kv head. Every thread of a crew calls this with the same, and `claimed` [1]
+    counts the items that one of them has begun. Past the window a row meets the sinks with its query `at_sinks`. `keys` and
+    `values` are [L, B, G, S, W].
     """
     _, heads, head_dim = queries.shape
     _, pool, groups, most, width = keys.shape
@@ -135,7 +136,8 @@ def attend_rows(
     tops = np.empty(queries_at_once, np.float32)
     places = np.empty(queries_at_once, np.int64)
 
-    for item in range(begin, end):
+    item = count_up(claimed, 0)
+    while item < len(firsts) * groups:
         block, group = item // groups, item % groups
         first, count = firsts[block], counts[block]
         for query in range(count * each):
@@ -176,8 +178,8 @@ def attend_rows(
                 top = max(largest(found), tops[query])
                 fall, share = full(_ONE), full(_ZERO)
                 if top > _NOTHING:
-                    fall = _exp(full(tops[query] - top))
-                    share = choose(seen, _exp(add(found, full(-top))), full(_ZERO))
+                    fall = exp_of(full(tops[query] - top))
+                    share = choose(seen, exp_of(add(found, full(-top))), full(_ZERO))
                 tops[query] = top
                 store(sums, query * LANES, multiply_add(load(sums, query * LANES), fall, share))
                 store(scores, query * LANES, share)
@@ -192,3 +194,4 @@ def attend_rows(
             for column in range(0, head_dim, LANES):
                 whole = load(outputs, places[query] + column)
                 store(outputs, places[query] + column, multiply(whole, full(_ONE / total)))
+        item = count_up(claimed, 0)
