@@ -56,6 +56,13 @@ def every_kind(name: str) -> Kind:
     return Kind.Q6_K
 
 
+def blocks_alone(name: str) -> Kind:
+    """As `every_kind`, but for kinds that are not quantised, and one that has no form here."""
+    others = {Kind.F16: Kind.Q4_0, Kind.BF16: Kind.Q5_1, Kind.Q3_K: Kind.Q4_1}
+    kind = every_kind(name)
+    return others.get(kind, kind)
+
+
 def drawn_blocks(kind: Kind, outputs: int, inputs: int, seed: int = 0) -> NDArray[np.uint8]:
     """A matrix of random blocks [outputs, bytes], whose values are about as large as those of a trained one."""
     choice = np.random.default_rng(seed)

@@ -93,8 +93,8 @@ def _kernel_folder() -> Path | None:
 def _code() -> str:
     # numba knows a kernel by its own bytecode and file, and not by the intrinsics that it is made of.
     here = Path(__file__)
-    sources = (here.read_bytes(), here.with_name("row_kernel.py").read_bytes())
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:24]
+    names = ("lanes.py", "row_kernel.py", "block_lanes.py", "block_kernel.py", "crew.py")
+    return hashlib.sha256(b"".join(here.with_name(name).read_bytes() for name in names)).hexdigest()[:24]
 
 
 class _Vector(types.Type):
@@ -234,6 +234,11 @@ def multiply(typing: Any, left: Any, right: Any) -> Any:
 
 
 @intrinsic
+def divide(typing: Any, left: Any, right: Any) -> Any:
+    return _vector(_vector, _vector), lambda context, builder, signature, values: builder.fdiv(*values)
+
+
+@intrinsic
 def multiply_add(typing: Any, left: Any, right: Any, summand: Any) -> Any:
     """`left * right + summand`, rounded once."""
     return _lanewise("fma", 3)
@@ -279,6 +284,31 @@ def largest(typing: Any, numbers: Any) -> Any:
         return builder.extract_element(found, ir.Constant(_INT, 0))
 
     return types.float32(_vector), generate
+
+
+@intrinsic
+def sum_of(typing: Any, numbers: Any) -> Any:
+    """The sum of the 16: of lanes 8 apart first, then of those 4, 2 and 1 apart."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        (found,), distance = values, LANES // 2
+        while distance:
+            across = ir.Constant(_INTS, [lane ^ distance for lane in range(LANES)])
+            found = builder.fadd(found, builder.shuffle_vector(found, found, across))
+            distance //= 2
+        return builder.extract_element(found, ir.Constant(_INT, 0))
+
+    return types.float32(_vector), generate
+
+
+@intrinsic
+def positive(typing: Any, numbers: Any) -> Any:
+    """Which of the 16 are larger than 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.fcmp_ordered(">", values[0], ir.Constant(_FLOATS, [0.0] * LANES))
+
+    return _mask(_vector), generate
 
 
 @intrinsic

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from runtime.bundles import let_go
 from runtime.engine.machine import sums_bytes
 from runtime.engine.openvino_fit import GROUP
+from runtime.engine.parts import RowGraph
 from runtime.foreign.openvino import ov
 
 # Up to so many rows oneDNN multiplies float32 by kernels with narrower blocks of outputs.
@@ -81,41 +82,48 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class CompiledDraft:
     """A graph that is still to be compiled."""
 
     model: ov.Model
     shape: Shape
+    compiling: Compiling
 
-    def compiled(self, compiling: Compiling) -> ov.CompiledModel:
-        return _core().compile_model(self.model, "CPU", compiling.properties(self.shape.group))
+    def in_memory(self) -> Graph:
+        """OpenVINO keeps its constants beside what its kernels pack of them."""
+        return Graph(self._compiled(), self.shape, self.compiling)
+
+    def exported(self) -> tuple[memoryview, Mapping[str, Any]]:
+        shape = self.shape
+        return self._compiled().export_model().getbuffer(), {"widths": shape.widths, "groups": shape.groups}
+
+    def _compiled(self) -> ov.CompiledModel:
+        return _core().compile_model(self.model, "CPU", self.compiling.properties(self.shape.group))
 
 
-class Graph:
-    """A compiled graph. Takes rows of these `widths` and returns rows, in float32; its next call overwrites what it returned.
-
-    `forms` are those of its weights that come from a GGUF file.
-    """
+class Graph(RowGraph):
+    """A compiled graph. Its next call overwrites what it returned."""
 
     def __init__(
         self, compiled: ov.CompiledModel, shape: Shape, compiling: Compiling, mapped: mmap.mmap | None = None
     ) -> None:
         """`mapped` is what its constants lie in."""
-        self._least_rows = compiling.row_counts.start
-        self.widths, self.forms = shape.widths, tuple(shape.groups)
+        super().__init__(shape.widths, tuple(shape.groups), compiling.row_counts.start)
+        self.is_imported = mapped is not None
         self._mapped = mapped
         self._compiled = compiled
         self._request = compiled.create_infer_request()
         self._outputs = len(compiled.outputs)
 
     @classmethod
-    def imported(cls, mapped: mmap.mmap, shape: Shape, compiling: Compiling) -> Graph:
+    def imported(cls, mapped: mmap.mmap, facts: Mapping[str, Any], compiling: Compiling) -> Graph:
         """The graph that was exported to `mapped`, of which what its kernels pack stays in memory alone.
 
         They pack weights at their first product in each layout, and read them no more.
 
-        Raises RuntimeError where it is no such graph.
+        Raises LookupError, TypeError or RuntimeError where it is no such graph.
         """
+        shape = Shape(tuple(facts["widths"]), facts["groups"])
         exported = ov.Tensor(np.frombuffer(mapped, np.uint8), shared_memory=True)
         graph = cls(_core().import_model(exported, "CPU", compiling.properties(shape.group)), shape, compiling, mapped)
         for count in compiling.layouts:
@@ -123,83 +131,25 @@ class Graph:
         let_go(mapped)
         return graph
 
-    @property
-    def is_imported(self) -> bool:
-        return self._mapped is not None
-
-    def __call__(self, *rows: Tensor) -> list[Tensor]:
-        returned = self.run(*(as_given(lengthened(one, self._least_rows)) for one in rows))
-        return [as_rows(one)[: len(rows[0])] for one in returned]
-
     def run(self, *given: ov.Tensor) -> list[ov.Tensor]:
-        """As calling it, for what is given to several graphs, or goes from one to the next.
-
-        It has to be as many rows as `Compiling.row_counts` allows.
-        """
         for place, tensor in enumerate(given):
             self._request.set_input_tensor(place, tensor)
         self._request.infer()
         return [self._request.get_output_tensor(place) for place in range(self._outputs)]
 
+    @staticmethod
+    def given(rows: Tensor) -> ov.Tensor:
+        return ov.Tensor(rows.numpy(), shared_memory=True)
+
+    @staticmethod
+    def taken(returned: ov.Tensor) -> Tensor:
+        return torch.from_numpy(returned.data)
+
     def release(self) -> None:
-        """Frees what its calls have taken beside its weights, and with it what they returned."""
         self._compiled.release_memory()
-
-    def of_rows(self, rows: Tensor) -> Tensor:
-        """All that it returns for `rows` that hold all that it takes, one beside the other."""
-        taken = [part.contiguous() for part in rows.split(self.widths, dim=1)]
-        return torch.cat([one.flatten(1) for one in self(*taken)], dim=1)
-
-
-def lengthened(rows: Tensor, least: int) -> Tensor:
-    """Rows, of which there are as many as `least` or more: the last one again where some are missing."""
-    missing = least - len(rows)
-    return rows if missing <= 0 else torch.cat([rows, *[rows[-1:]] * missing])
-
-
-def as_given(rows: Tensor) -> ov.Tensor:
-    """Rows as graphs take them, in their own memory, which has to outlive the call."""
-    return ov.Tensor(rows.numpy(), shared_memory=True)
-
-
-def as_rows(returned: ov.Tensor) -> Tensor:
-    """What a graph returned, where it lies."""
-    return torch.from_numpy(returned.data)
-
-
-@dataclass(frozen=True, slots=True)
-class Graphs:
-    """`first` takes hidden rows; each of `between`, and `last`, what a layer attended to and the hidden rows before it."""
-
-    first: Graph
-    between: tuple[Graph, ...]
-    last: Graph
-    head: Graph
-
-    @classmethod
-    def of(cls, named: Mapping[str, Graph]) -> Graphs:
-        """Of those that `names` names."""
-        between = tuple(named[f"between-{number}"] for number in range(len(named) - 3))
-        return cls(named["first"], between, named["last"], named["head"])
-
-    def release(self) -> None:
-        """Frees what graphs have taken beside their weights, and with it what they returned."""
-        for graph in (self.first, *self.between, self.last, self.head):
-            graph.release()
-
-
-def graph_names(layers: int) -> Iterator[str]:
-    """What the graphs of a model of so many layers are called, the head first, which takes longest."""
-    yield from ("head", "first", *(f"between-{number}" for number in range(layers - 1)), "last")
 
 
 @cache
 def _core() -> ov.Core:
     """One for all graphs: a new one reads again what devices there are."""
     return ov.Core()
-
-
-class Realise(Protocol):
-    """Makes of a draft what is called. Threads call it side by side."""
-
-    def __call__(self, name: str, draft: Draft) -> Graph: ...

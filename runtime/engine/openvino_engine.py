@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from runtime.dtypes import dtype_named, name_of
+from runtime.dtypes import dtype_named
 from runtime.engine import EngineFacts
+from runtime.engine.block_graphs import InBlocks, knows_blocks
 from runtime.engine.configuration import (
     HEAD_MOST_ROWS,
     IN_CACHE,
@@ -25,19 +25,19 @@ from runtime.engine.configuration import (
     Form,
     check_covered,
     check_memory,
-    count_weights,
     engine_facts,
     read_config,
     refuse,
     slab_spec,
 )
 from runtime.engine.drawing import draw_tokens
-from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import find_or_probe
-from runtime.engine.machine import Level, hardware_level, kernel_class, level
-from runtime.engine.openvino_bundle import bundled_bytes, find_parts
-from runtime.engine.openvino_compiling import Compiling, as_given, as_rows, lengthened
-from runtime.engine.openvino_fit import GROUP, can_build, is_small_model
+from runtime.engine.kept_parts import find_parts, held_bytes
+from runtime.engine.machine import Level, hardware_level, kernel_class, level, sums_bytes
+from runtime.engine.openvino_compiling import Compiling
+from runtime.engine.openvino_fit import can_build, is_small_model
+from runtime.engine.openvino_parts import InGraphs
+from runtime.engine.parts import Making, lengthened
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
 from runtime.engine.row_attention import CLAIM, RowAttention, prepare_kernels, row_attention_is_exact
 from runtime.engine.torch_slab import torch_pool
@@ -87,9 +87,8 @@ class OpenVinoEngine:
         forms = _forms(settings, config, directory)
 
         def spec_of(form: Form) -> SlabSpec:
-            return slab_spec(
-                config, settings, form.dtype, row_tile=_compiling(form).row_counts[-1], others=_held_types()
-            )
+            row_tile = _making(form, directory).row_counts[-1]
+            return slab_spec(config, settings, form.dtype, row_tile=row_tile, others=_held_types())
 
         needed = _needed_bytes(config, directory, forms)
         check_memory(needed, psutil.virtual_memory().available, settings, spec_of(forms[0]), beside)
@@ -118,27 +117,12 @@ class OpenVinoEngine:
             device="cpu",
             weights_bytes=self._model.weights_bytes,
             row_step=1,
-            kernel_class=f"{kernel_class()}, openvino {version('openvino')}",
+            kernel_class=f"{kernel_class()}, {self._model.making.library}",
             is_bit_exact=self._is_bit_exact,
-            claims=self._claims(),
+            claims=[*self._model.making.claims, CLAIM],
             tried=_TRIED,
             tensors=self._model.tensors,
         )
-
-    def _claims(self) -> list[Claim]:
-        compiling = _compiling(self._form)
-        if compiling.rounds_rows:
-            form, ground = "OpenVINO, rows in 8 bits, groups of 32 added in order", Ground.WHOLE_NUMBERS
-        else:
-            dtype = name_of(self._form.dtype if self._form.weights == "none" else torch.float32)
-            counts = compiling.row_counts
-            form, ground = f"OpenVINO, in {dtype}, {counts[0]} to {counts[-1]} rows", Ground.ROW_BY_ROW
-        linears = Claim("linears", form, ground)
-        rest = (
-            Claim(part, "OpenVINO's vectors, a row at a time", Ground.ROW_BY_ROW)
-            for part in ("norms", "activations, rotation")
-        )
-        return [linears, *rest, CLAIM]
 
     def new_pool(self, count: int) -> SlabPool:
         return torch_pool(self._spec, count)
@@ -159,24 +143,23 @@ class _Model:
 
     def __init__(self, config: PreTrainedConfig, directory: Path, form: Form, spec: SlabSpec) -> None:
         """Raises ModelUnavailable."""
-        self._compiling = _compiling(form)
+        self.making = _making(form, directory)
         with ThreadPoolExecutor(1) as beside:
             # Both take a while, and neither keeps a core busy all the time.
             prepared = beside.submit(prepare_kernels, spec)
-            parts = find_parts(directory, self._compiling)
+            parts = find_parts(directory, self.making)
             prepared.result()
         self.config = config
         self._form, self._spec, self._parts = form, spec, parts
         self._graphs, self._embedding, self._rotary = parts.graphs, parts.embedding, parts.rotary
         self._attend = RowAttention(spec, config.num_attention_heads, self._rotary)
-        self._least_rows = self._compiling.row_counts.start
+        self._least_rows = self.making.row_counts.start
         self.tensors, self.weights_bytes = parts.tensors, parts.weights_bytes
         self._no_logits = torch.empty(0, config.vocab_size)
 
     def is_exact(self) -> bool:
         """Whether each kind of graph, attention, and a layer as a whole, give rows the same bits in every batch here."""
-        way = f"openvino {version('openvino')} {self._compiling.properties(GROUP)}"
-        described = f"{way} {self.config} {self._form} {' '.join(self.tensors)}".strip()
+        described = f"{self.making.way} {self.config} {self._form} {' '.join(self.tensors)}".strip()
         graphs = self._graphs
         kinds = {"first": graphs.first, "last": graphs.last, "head": graphs.head}
         kinds |= {f"between {' '.join(graph.forms)}".strip(): graph for graph in graphs.between}
@@ -205,20 +188,21 @@ class _Model:
         angles = self._rotary(embedded, lengthened(torch.tensor([row.position for row in rows]), self._least_rows))
         plan = self._attend.plan(batch)
         graphs = self._graphs
-        hidden, turn = as_given(embedded), [as_given(one) for one in angles]
+        given, taken = graphs.first.given, graphs.first.taken
+        hidden, turn = given(embedded), [given(one) for one in angles]
         projected = graphs.first.run(hidden, *turn)
         for layer in range(layers - 1):
-            query, key, value = map(as_rows, projected)
+            query, key, value = map(taken, projected)
             attended = self._attend(layer, query, key, value, plan)
-            hidden, *projected = graphs.between[layer].run(as_given(attended), hidden, *turn)
-        query, key, value = map(as_rows, projected)
+            hidden, *projected = graphs.between[layer].run(given(attended), hidden, *turn)
+        query, key, value = map(taken, projected)
         drawing = [index for index, row in enumerate(rows) if row.draw is not None]
         if not drawing:
             # What later rows need of the last layer is its keys and values.
             self._attend.write(layers - 1, key, value, plan)
-            return as_rows(hidden)[drawing]
+            return taken(hidden)[drawing]
         attended = self._attend(layers - 1, query, key, value, plan)
-        return graphs.last(attended[drawing], as_rows(hidden)[drawing])[0].clone()
+        return graphs.last(attended[drawing], taken(hidden)[drawing])[0].clone()
 
     def logits(self, batch: RowBatch) -> Tensor:
         """The logits of the rows with `draw`, [rows, vocabulary] float32."""
@@ -240,19 +224,19 @@ class _FirstLayer:
         return self._model.hidden(batch, self.spec.layers)
 
 
-def _compiling(form: Form) -> Compiling:
-    return Compiling(form.dtype, form.weights, torch.get_num_threads())
+def _making(form: Form, directory: Path) -> Making:
+    threads = torch.get_num_threads()
+    if form.weights == KEPT and not sums_bytes() and knows_blocks(directory):
+        return InBlocks(threads)
+    return InGraphs(Compiling(form.dtype, form.weights, threads))
 
 
 def _needed_bytes(config: PreTrainedConfig, directory: Path, forms: Sequence[Form]) -> int:
     """What a load takes for weights, in the first form that will do. Raises ModelUnavailable."""
-    if (bundled := bundled_bytes(directory, _compiling(forms[0]))) is not None:
-        return bundled
-    # The embedding stays beside a head that shares its weights. What is rounded is read in 16 bits first, and what is not
-    # is kept twice: as it was, and as OpenVINO's kernels read it.
-    held = count_weights(config, directory)
-    held += config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-    return held * max(2 * form.dtype.itemsize if form.weights == "none" else 2 for form in forms)
+    makings = [_making(form, directory) for form in forms]
+    if (held := held_bytes(directory, makings[0])) is not None:
+        return held
+    return max(making.needed_bytes(config, directory) for making in makings)
 
 
 def _held_types() -> tuple[str, ...]:

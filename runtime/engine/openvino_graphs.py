@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from runtime.engine.configuration import KEPT, attention_shape
-from runtime.engine.openvino_compiling import Compiling, Draft, Graph, Graphs, Realise, Shape, graph_names
+from runtime.engine.openvino_compiling import CompiledDraft, Compiling, Shape
 from runtime.engine.openvino_fit import GROUP
+from runtime.engine.parts import Draft, Graphs, Keeper, RowGraph, graph_names
 from runtime.engine.stored import Matrix, Tally, form_of, join, matrix_of, quantise
 from runtime.foreign.openvino import ops, ov
 from runtime.foreign.pages import page_out
@@ -56,7 +57,7 @@ class Built:
     tensors: tuple[str, ...]
 
 
-def build(model: Any, compiling: Compiling, realise: Realise) -> Built:
+def build(model: Any, compiling: Compiling, keeper: Keeper) -> Built:
     """The graphs of a model of transformers, whose layers are taken from it one by one, so that memory holds a few twice."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     layers = list(decoder.layers)
@@ -68,11 +69,11 @@ def build(model: Any, compiling: Compiling, realise: Realise) -> Built:
         lambda builder: builder.last(layers[-1], decoder.norm),
     ]
 
-    def made(name: str, make: Callable[[_Builder], Draft]) -> tuple[Graph, _Builder]:
+    def made(name: str, make: Callable[[_Builder], Draft]) -> tuple[RowGraph, _Builder]:
         builder = _Builder(model.config, compiling)
-        return realise(name, make(builder)), builder
+        return keeper.graph(name, make(builder)), builder
 
-    graphs: dict[str, Graph] = {}
+    graphs: dict[str, RowGraph] = {}
     weights_bytes, tally = 0, Tally()
     names = list(graph_names(len(layers)))
     # In parts that stay in its cache one core rounds weights as fast as memory gives them; several would wait for each other
@@ -136,7 +137,9 @@ class _Builder:
         widths = [self._widths[name] for name in names]
         inputs = [_out(ops.parameter(ov.PartialShape([-1, width]), _FLOAT)) for width in widths]
         outputs = make(*inputs)
-        return Draft(ov.Model(outputs, [one.get_node() for one in inputs]), Shape(tuple(widths), self._groups))
+        return CompiledDraft(
+            ov.Model(outputs, [one.get_node() for one in inputs]), Shape(tuple(widths), self._groups), self._compiling
+        )
 
     def _project(self, layer: Any, hidden: ov.Output, turn: Sequence[ov.Output]) -> list[ov.Output]:
         """Queries, keys and values [rows, heads, D] of a layer; queries and keys have been turned by their angles."""

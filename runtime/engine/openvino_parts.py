@@ -1,101 +1,100 @@
-"""What a model is on OpenVINO: its graphs, its embedding and its rotation, made of its files."""
+"""A model's parts on OpenVINO, made of its files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from runtime.bundles import Bundle
 from runtime.checkpoints import load_weights
-from runtime.engine.openvino_compiling import Compiling, Draft, Graph, Graphs
+from runtime.dtypes import name_of
+from runtime.engine.configuration import count_weights
+from runtime.engine.exact import Claim, Ground
+from runtime.engine.openvino_compiling import Compiling, Graph
+from runtime.engine.openvino_fit import GROUP
 from runtime.engine.openvino_graphs import build
+from runtime.engine.parts import DenseRows, Keeper, Parts, Rows
 from runtime.engine.rotary import ExactRotary
 from runtime.gguf_file import StoredRows
 from runtime.gguf_model import StoredEmbedding, stored_model
 
 
-class Rows(Protocol):
-    """An embedding."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def rows(self, indices: Sequence[int]) -> Tensor:
-        """[indices, hidden] float32."""
-        ...
-
-
-class DenseRows:
-    """Rows of a matrix that is not quantised."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
-
-    @property
-    def nbytes(self) -> int:
-        return self._weight.nbytes
-
-    def rows(self, indices: Sequence[int]) -> Tensor:
-        return self._weight[indices].float()
-
-
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """All that a model is on OpenVINO. `tensors` says of each kind in a GGUF file what became of it.
+class InGraphs:
+    """Parts as OpenVINO compiles them."""
 
-    For as long as `held` is, files that parts lie in are not cleared away.
-    """
+    compiling: Compiling
 
-    graphs: Graphs
-    embedding: Rows
-    rotary: ExactRotary
-    weights_bytes: int
-    tensors: tuple[str, ...]
-    held: Bundle | None = None
+    @property
+    def library(self) -> str:
+        return f"openvino {version('openvino')}"
 
+    @property
+    def way(self) -> str:
+        return f"{self.library} {self.compiling.properties(GROUP)}"
 
-class Keeper(Protocol):
-    """Where a model's parts are held. Threads call it side by side."""
+    @property
+    def form(self) -> str:
+        compiling = self.compiling
+        return compiling.weights if compiling.weights != "none" else name_of(compiling.dtype)
 
-    def graph(self, name: str, draft: Draft) -> Graph:
-        """What is called, made of a draft."""
-        ...
+    @property
+    def row_counts(self) -> range:
+        return self.compiling.row_counts
 
-    def embedding(self, weight: Tensor) -> Tensor:
-        """The same values, where they may stay when the file is gone that they were mapped from."""
-        ...
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        compiling = self.compiling
+        if compiling.rounds_rows:
+            form, ground = "OpenVINO, rows in 8 bits, groups of 32 added in order", Ground.WHOLE_NUMBERS
+        else:
+            dtype = name_of(compiling.dtype if compiling.weights == "none" else torch.float32)
+            counts = compiling.row_counts
+            form, ground = f"OpenVINO, in {dtype}, {counts[0]} to {counts[-1]} rows", Ground.ROW_BY_ROW
+        rest = (
+            Claim(part, "OpenVINO's vectors, a row at a time", Ground.ROW_BY_ROW)
+            for part in ("norms", "activations, rotation")
+        )
+        return Claim("linears", form, ground), *rest
 
+    def needed_bytes(self, config: PreTrainedConfig, directory: Path) -> int:
+        # The embedding stays beside a head that shares its weights. What is rounded is read in 16 bits first, and what is not
+        # is kept twice: as it was, and as OpenVINO's kernels read it.
+        count = count_weights(config, directory)
+        count += config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+        return count * (2 * self.compiling.dtype.itemsize if self.compiling.weights == "none" else 2)
 
-class InMemory:
-    """Holds graphs as they are compiled: OpenVINO keeps their constants beside what its kernels pack of them."""
+    @property
+    def held_share(self) -> float:
+        # Kernels pack weights in the type that they compute in, where those are not quantised.
+        compiling = self.compiling
+        return compiling.dtype.itemsize / torch.float32.itemsize if compiling.weights == "none" else 1
 
-    def __init__(self, compiling: Compiling) -> None:
-        self._compiling = compiling
+    @property
+    def unkept(self) -> str:
+        return "each load makes them again, and memory holds weights twice"
 
-    def graph(self, name: str, draft: Draft) -> Graph:
-        return Graph(draft.compiled(self._compiling), draft.shape, self._compiling)
+    def parts(self, directory: Path, keeper: Keeper) -> Parts:
+        model = stored_model(directory) if directory.is_file() else _loaded(directory, self.compiling)
+        decoder = model.get_decoder()
+        rotary = ExactRotary(decoder.rotary_emb)
+        table = decoder.embed_tokens
+        embedding: Rows = (
+            StoredRows(table.stored)
+            if isinstance(table, StoredEmbedding)
+            else DenseRows(keeper.embedding(table.weight))
+        )
+        built = build(model, self.compiling, keeper)
+        return Parts(built.graphs, embedding, rotary, built.weights_bytes + embedding.nbytes, built.tensors)
 
-    def embedding(self, weight: Tensor) -> Tensor:
-        return weight.detach().clone()
-
-
-def make_parts(directory: Path, compiling: Compiling, keeper: Keeper) -> Parts:
-    """The parts of the model in `directory`, or in a GGUF file. Raises ModelUnavailable."""
-    model = stored_model(directory) if directory.is_file() else _loaded(directory, compiling)
-    decoder = model.get_decoder()
-    rotary = ExactRotary(decoder.rotary_emb)
-    table = decoder.embed_tokens
-    embedding: Rows = (
-        StoredRows(table.stored) if isinstance(table, StoredEmbedding) else DenseRows(keeper.embedding(table.weight))
-    )
-    built = build(model, compiling, keeper.graph)
-    return Parts(built.graphs, embedding, rotary, built.weights_bytes + embedding.nbytes, built.tensors)
+    def imported(self, mapped: mmap.mmap, facts: Mapping[str, Any]) -> Graph:
+        return Graph.imported(mapped, facts, self.compiling)
 
 
 def _loaded(directory: Path, compiling: Compiling) -> Any:

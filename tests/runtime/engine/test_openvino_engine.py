@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from runtime.engine import load_engine, openvino_engine
+from runtime.engine.kept_parts import find_parts
 from runtime.engine.machine import Level
-from runtime.engine.openvino_bundle import find_parts
-from runtime.engine.openvino_compiling import Compiling, Graph
 from runtime.engine.openvino_fit import fits_cpu
-from runtime.engine.openvino_parts import Parts
+from runtime.engine.parts import Making, Parts, RowGraph
 from runtime.errors import InvalidSetting, ModelUnavailable, NotExact
 from runtime.settings import Settings
 from tests.conftest import SMALL, save_random_model
@@ -59,12 +58,12 @@ def test_where_it_is_not_exact_torch_runs_the_model_and_the_log_says_why(
 def test_a_form_that_is_not_exact_has_left_memory_when_the_next_is_read(
     large_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heads: list[weakref.ref[Graph]] = []
+    heads: list[weakref.ref[RowGraph]] = []
     in_memory: list[int] = []
 
-    def find(directory: Path, compiling: Compiling) -> Parts:
+    def find(directory: Path, making: Making) -> Parts:
         in_memory.append(sum(one() is not None for one in heads))
-        parts = find_parts(directory, compiling)
+        parts = find_parts(directory, making)
         heads.append(weakref.ref(parts.graphs.head))
         return parts
 

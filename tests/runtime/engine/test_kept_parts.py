@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from runtime.bundles import BundleName, new_bundle
-from runtime.engine import load_engine
+from runtime.engine import load_engine, openvino_engine
 from runtime.engine.machine import Level, level
 from runtime.engine.openvino_fit import fits_cpu
 from runtime.settings import Settings
 from tests.conftest import SMALL, save_random_model
-from tests.gguf_files import every_kind, write_gguf
+from tests.gguf_files import blocks_alone, every_kind, write_gguf
 from tests.runtime.disks import set_disk
 from tests.runtime.engine.feeding import LogitsEngine, feed, random_tokens
 
@@ -45,6 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512})
     directory = save_random_model(config, tmp_path_factory.mktemp("model"))
     write_gguf(directory, directory / "model.gguf", every_kind)
+    write_gguf(directory, directory / "blocks.gguf", blocks_alone)
     return directory
 
 
@@ -74,6 +75,22 @@ def test_bits_and_facts_are_the_same_without_a_bundle_when_it_is_written_and_fro
     assert {file.name for file in bundle_of(cache).iterdir()} >= {"index.json", "head", "first", "between-0", "last"}
     with no_home(monkeypatch):
         alone = loaded(path, dtype, weights)
+
+    assert written.facts == read.facts == alone.facts
+    assert torch.equal(logits(written), logits(alone))
+    assert torch.equal(logits(read), logits(alone))
+
+
+def test_bits_and_facts_of_rows_by_blocks_are_the_same_too(
+    model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a CPU whose instructions OpenVINO multiplies only floats with.
+    monkeypatch.setattr(openvino_engine, "sums_bytes", lambda: False)
+    path = model / "blocks.gguf"
+    written, read = (loaded(path, weights="auto") for _ in range(2))
+    assert bundle_of(cache).name.split("-")[2] == "blocks"
+    with no_home(monkeypatch):
+        alone = loaded(path, weights="auto")
 
     assert written.facts == read.facts == alone.facts
     assert torch.equal(logits(written), logits(alone))

@@ -1,7 +1,7 @@
-"""A model's parts for OpenVINO, kept in a bundle: a load but the first reads no checkpoint, rounds nothing and compiles nothing.
+"""A model's parts, kept in a bundle: a load but the first reads no checkpoint, rounds nothing and compiles nothing.
 
-A bundle holds graphs as OpenVINO exports them, and the embedding where there is no GGUF file to look it up in. Graphs lie in
-mapped files, whose pages are handed back once kernels have packed what they read, so that memory holds weights once.
+A bundle holds graphs as they are exported, and the embedding where there is no GGUF file to look it up in. Graphs lie in mapped
+files: those of OpenVINO hand pages back once kernels have packed what they read, so that memory holds weights once.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from runtime.bundles import Bundle, BundleDamaged, BundleName, BundleWriter, let
 from runtime.caches import cache_folder
 from runtime.dtypes import dtype_named, name_of
 from runtime.engine.machine import cpu_flags, features
-from runtime.engine.openvino_compiling import Compiling, Draft, Graph, Graphs, Shape
-from runtime.engine.openvino_graphs import MOST_AT_ONCE
-from runtime.engine.openvino_parts import DenseRows, InMemory, Parts, Rows, make_parts
+from runtime.engine.parts import DenseRows, Draft, Graphs, InMemory, Making, Parts, RowGraph, Rows
 from runtime.engine.rotary import ExactRotary, KnownRotary
 from runtime.gguf_file import GgufFile, StoredRows
 from runtime.model_files import file_identity, one_line
@@ -36,39 +34,42 @@ _EMBEDDING = "embedding"
 _LIBRARIES = ("openvino", "torch", "transformers", "gguf", "numpy")
 _SOURCES = (
     *("checkpoints.py", "gguf_file.py", "gguf_model.py", "foreign/gguf.py"),
-    *(f"engine/{name}.py" for name in ("blocks", "configuration", "rotary", "stored")),
-    *(f"engine/openvino_{name}.py" for name in ("bundle", "compiling", "graphs", "parts")),
+    *(f"engine/{name}.py" for name in ("blocks", "configuration", "kept_parts", "parts", "rotary", "stored")),
+    *(f"engine/openvino_{name}.py" for name in ("compiling", "graphs", "parts")),
+    *(f"engine/block_{name}.py" for name in ("graphs", "kernel", "lanes")),
 )
 _MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 # Weights of two bytes have four in a graph that is exported, and few kinds in a GGUF file grow by more.
 _MOST_TIMES = 2
 
+_READ_AT_ONCE = 4
+
 _log = logging.getLogger("perennial.engine")
 
 
-def bundled_bytes(directory: Path, compiling: Compiling) -> int | None:
+def held_bytes(directory: Path, making: Making) -> int | None:
     """What weights take in memory that come from a bundle, or None where there is none for this model."""
     try:
-        bundle = (folder := _folder()) and Bundle.open(folder / str(_name(directory, compiling)))
+        bundle = (folder := _folder()) and Bundle.open(folder / str(_name(directory, making)))
     except (OSError, BundleDamaged):
         return None
     return int(bundle.facts["held_bytes"]) if bundle else None
 
 
-def find_parts(directory: Path, compiling: Compiling) -> Parts:
+def find_parts(directory: Path, making: Making) -> Parts:
     """The parts of a model from its bundle, or made of its files and kept in one. Raises ModelUnavailable."""
     folder = _folder()
     try:
         # What is read later may be of a newer state, which is looked for under another name.
-        name = _name(directory, compiling)
+        name = _name(directory, making)
     except OSError:
         # What it lacks is for who reads it to say.
         folder = None
     if folder is None:
-        return make_parts(directory, compiling, InMemory(compiling))
+        return making.parts(directory, InMemory())
     try:
         if bundle := Bundle.open(folder / str(name)):
-            return _read(bundle, directory, compiling)
+            return _read(bundle, directory, making)
     except BundleDamaged as error:
         _log.warning("%s: it is made anew", error)
         remove_bundle(folder / str(name))
@@ -76,44 +77,38 @@ def find_parts(directory: Path, compiling: Compiling) -> Parts:
     try:
         most_bytes = _MOST_TIMES * sum(file.stat().st_size for file in _model_files(directory))
         with new_bundle(folder, most_bytes, _is_of_use) as writer:
-            keeper = _InBundle(writer, compiling)
-            parts = make_parts(directory, compiling, keeper)
+            keeper = _InBundle(writer, making)
+            parts = making.parts(directory, keeper)
             keeper.finish(name, parts, directory)
         parts = replace(parts, held=Bundle.open(folder / str(name)))
     except (OSError, BundleDamaged) as error:
-        _log.warning(
-            "no compiled graphs are kept in %s (%s): each load makes them again, and memory holds weights twice",
-            folder,
-            one_line(error),
-        )
-    return parts or make_parts(directory, compiling, InMemory(compiling))
+        _log.warning("no graphs are kept in %s (%s): %s", folder, one_line(error), making.unkept)
+    return parts or making.parts(directory, InMemory())
 
 
 class _InBundle:
     """Holds parts in the files of a bundle, until one cannot be written; from then on in memory."""
 
-    def __init__(self, writer: BundleWriter, compiling: Compiling) -> None:
-        self._writer, self._compiling = writer, compiling
-        self._memory = InMemory(compiling)
+    def __init__(self, writer: BundleWriter, making: Making) -> None:
+        self._writer, self._making = writer, making
+        self._memory = InMemory()
         self._graphs: dict[str, Mapping[str, Any]] = {}
         self._embedding: Mapping[str, Any] | None = None
         self._failure: OSError | None = None
 
-    def graph(self, name: str, draft: Draft) -> Graph:
+    def graph(self, name: str, draft: Draft) -> RowGraph:
         if self._failure:
             return self._memory.graph(name, draft)
-        compiled = draft.compiled(self._compiling)
-        exported = compiled.export_model().getbuffer()
+        exported, facts = draft.exported()
         try:
             mapped = self._writer.add(name, exported)
         except OSError as error:
             self._failure = error
-            return Graph(compiled, draft.shape, self._compiling)
-        shape = draft.shape
-        self._graphs[name] = {"widths": shape.widths, "groups": shape.groups, "bytes": exported.nbytes}
+            return self._memory.graph(name, draft)
+        self._graphs[name] = {"facts": facts, "bytes": exported.nbytes}
         # Otherwise a head would be in memory three times.
-        del compiled, exported
-        return Graph.imported(mapped, shape, self._compiling)
+        del exported
+        return self._making.imported(mapped, facts)
 
     def embedding(self, weight: Tensor) -> Tensor:
         weight = weight.detach().contiguous()
@@ -145,16 +140,14 @@ class _InBundle:
 
     def _held_bytes(self) -> int:
         exported: int = sum(one["bytes"] for one in self._graphs.values())
-        # Kernels pack weights in the type that they compute in, where those are not quantised.
-        is_plain = self._compiling.weights == "none"
-        return exported * self._compiling.dtype.itemsize // torch.float32.itemsize if is_plain else exported
+        return int(exported * self._making.held_share)
 
 
-def _read(bundle: Bundle, directory: Path, compiling: Compiling) -> Parts:
+def _read(bundle: Bundle, directory: Path, making: Making) -> Parts:
     """Raises BundleDamaged, or ModelUnavailable."""
     facts = bundle.facts
     try:
-        graphs = _graphs(bundle, compiling)
+        graphs = _graphs(bundle, making)
         embedding = _embedding(bundle, directory)
         rotary = ExactRotary(KnownRotary(torch.tensor(facts["frequencies"], dtype=torch.float64), facts["scaling"]))
         return Parts(graphs, embedding, rotary, facts["weights_bytes"], tuple(facts["tensors"]), held=bundle)
@@ -162,15 +155,14 @@ def _read(bundle: Bundle, directory: Path, compiling: Compiling) -> Parts:
         raise BundleDamaged(f"what is kept of {directory} cannot be read ({one_line(error)})") from error
 
 
-def _graphs(bundle: Bundle, compiling: Compiling) -> Graphs:
+def _graphs(bundle: Bundle, making: Making) -> Graphs:
     graphs: Mapping[str, Any] = bundle.facts["graphs"]
 
-    def imported(name: str) -> Graph:
-        shape = Shape(tuple(graphs[name]["widths"]), graphs[name]["groups"])
-        return Graph.imported(bundle.part(name), shape, compiling)
+    def imported(name: str) -> RowGraph:
+        return making.imported(bundle.part(name), graphs[name]["facts"])
 
     # Each packs its weights on one core, and often waits for memory or for OpenVINO's locks.
-    with ThreadPoolExecutor(MOST_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
         return Graphs.of(dict(zip(graphs, pool.map(imported, graphs), strict=True)))
 
 
@@ -198,13 +190,12 @@ def _folder() -> Path | None:
     return folder and folder / "graphs"
 
 
-def _name(directory: Path, compiling: Compiling) -> BundleName:
+def _name(directory: Path, making: Making) -> BundleName:
     """Raises OSError where the model lacks a file."""
-    form = compiling.weights if compiling.weights != "none" else name_of(compiling.dtype)
     return BundleName(
         _digest(directory.resolve()),
         _digest(_identities(directory), _makers()),
-        f"{form}-{_digest(cpu_flags(), features())}",
+        f"{making.form}-{_digest(cpu_flags(), features())}",
     )
 
 

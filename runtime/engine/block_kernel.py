@@ -1,0 +1,232 @@
+"""Kernels of what lies between the attention of two layers, over weights as they lie in a GGUF file.
+
+Each works on a row by itself, in an order that its text states, so that a row's bits do not depend on the rows beside it.
+Letters: N rows, K numbers of a row, O outputs.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from runtime.engine.block_lanes import SIDE_BY_SIDE, SMALL_GROUP, four_rows, one_row, two_rows
+from runtime.engine.crew import count_up, wait_for
+from runtime.engine.lanes import (
+    LANES,
+    absolute,
+    add,
+    choose,
+    divide,
+    full,
+    kernel,
+    larger,
+    largest,
+    load,
+    multiply,
+    multiply_add,
+    nearest,
+    positive,
+    store,
+    sum_of,
+)
+from runtime.engine.row_kernel import exp_of
+
+
+class Operation(IntEnum):
+    """What a step does, with `width` numbers of each row; `source`, `other` and `target` are columns of the space they lie in."""
+
+    ROUND = 0
+    """Rounds `source` in groups of `group` numbers."""
+    MULTIPLY = 1
+    """Writes products of the rows rounded last with `outputs` rows of blocks, from the byte `weight` on, to `target`."""
+    NORM = 2
+    """Norms `count` vectors of each row of `source` into `target`, with the constants from `weight` on."""
+    ADD = 3
+    """Adds `source` to `target`."""
+    BIAS = 4
+    """Adds the constants from `weight` on to each row of `target`."""
+    GATE = 5
+    """Makes silu of `target`, times `other`, of `target`."""
+    TURN = 6
+    """Turns `count` vectors of each row of `target` by the row's angles: cosines in `source`, sines in `other`."""
+
+
+_FIELDS = (
+    *("operation", "source", "other", "target", "width", "count"),
+    *("weight", "kind", "row_bytes", "outputs", "group"),
+)
+STEP = np.dtype([*((name, np.int64) for name in _FIELDS), ("epsilon", np.float64)])
+"""A step of a program. `width` columns from `at` on lie at `at` * N in the space of N rows, row by row."""
+
+_ZERO, _ONE, _LARGEST_INT8 = np.float32(0), np.float32(1), np.float32(127)
+# Of a row's quietest groups steps lie at least 1 / 255 as far apart as of its loudest, which tells no bit that counts. Sums of
+# a block fit into 32 bits.
+_LARGEST_FACTOR = np.float32(255)
+_LEAST_SCALE = np.float32(2.0**-100)
+# Outputs that a thread claims at once.
+_CLAIMED = 32
+
+
+@kernel
+def run_program(
+    program: Any,
+    blocks: Any,
+    constants: Any,
+    space: Any,
+    rounded: Any,
+    rows: int,
+    counters: Any,
+) -> None:
+    """One thread's share of a `program` [STEP] on N `rows`. Every thread of a crew calls it with the same.
+
+    `blocks` is uint8, `constants` and `space` float32; `rounded` is as `round_row` writes it. `counters` are
+    two zeros for each step.
+    """
+    for number in range(len(program)):
+        step = program[number]
+        parts = rows
+        if step.operation == Operation.MULTIPLY:
+            parts = (step.outputs + _CLAIMED - 1) // _CLAIMED
+        part = count_up(counters, 2 * number)
+        while part < parts:
+            at, to = step.source * rows + part * step.width, step.target * rows + part * step.width
+            if step.operation == Operation.MULTIPLY:
+                end = min((part + 1) * _CLAIMED, step.outputs)
+                multiply_blocks(step, blocks, rounded, rows, space, part * _CLAIMED, end)
+            elif step.operation == Operation.ROUND:
+                round_row(space, at, step.group, step.width, rounded, part)
+            elif step.operation == Operation.NORM:
+                norm_row(space, at, constants, step.weight, np.float32(step.epsilon), to, step.width, step.count)
+            elif step.operation == Operation.ADD:
+                add_row(space, at, space, to, step.width)
+            elif step.operation == Operation.BIAS:
+                add_row(constants, step.weight, space, to, step.width)
+            elif step.operation == Operation.GATE:
+                gate_row(space, step.other * rows + part * step.width, to, step.width)
+            else:
+                width = step.width // step.count
+                angles = step.source * rows + part * width, step.other * rows + part * width
+                turn_row(space, angles[0], angles[1], to, width, step.count)
+            count_up(counters, 2 * number + 1)
+            part = count_up(counters, 2 * number)
+        wait_for(counters, 2 * number + 1, parts)
+
+
+@kernel
+def multiply_blocks(step: Any, blocks: Any, rounded: Any, rows: int, space: Any, begin: int, end: int) -> None:
+    """Writes the products of N `rows` with the outputs `begin` to `end` of a step."""
+    kind, inputs, outputs = step.kind, step.width, step.outputs
+    for one in range(begin, end, SIDE_BY_SIDE):
+        at, row = step.weight + one * step.row_bytes, 0
+        to = step.target * rows + one
+        while rows - row >= 4:
+            four_rows(kind, blocks, at, rounded, row, inputs, space, to + row * outputs, outputs)
+            row += 4
+        if rows - row >= 2:
+            two_rows(kind, blocks, at, rounded, row, inputs, space, to + row * outputs, outputs)
+            row += 2
+        if rows - row >= 1:
+            one_row(kind, blocks, at, rounded, row, inputs, space, to + row * outputs, outputs)
+
+
+@kernel
+def round_row(space: Any, at: int, group: int, width: int, rounded: Any, row: int) -> None:
+    """Rounds a row to 8 bits, in groups of 32 or more.
+
+    `rounded` is, in this order, the steps [N * K] int8; scales, float32; the sums of 16 steps each [N * K / 16] int16; and for
+    groups of 32 [N * K / 32] whole factors, twice in the halves of an int32, and the sums of steps times that factor, float32.
+    A group's scale is its own [N * K / group], or the row's [N] times its factor.
+    """
+    steps, scales, sums, factors, shares = rounded
+    groups = width // group
+    row_scale = _ZERO
+    if group == SMALL_GROUP:
+        row_scale = _size_of(space, at, width) / (_LARGEST_INT8 * _LARGEST_FACTOR)
+        # So small a number has too few bits left for what is divided by it.
+        row_scale = _ZERO if row_scale < _LEAST_SCALE else row_scale
+        scales[row] = row_scale
+    for number in range(groups):
+        begin = at + number * group
+        place = row * groups + number
+        size = _size_of(space, begin, group)
+        factor = 0
+        if group == SMALL_GROUP:
+            shrunk = _ZERO
+            if row_scale > _ZERO:
+                near = np.ceil(size / (_LARGEST_INT8 * row_scale))
+                factor = int(min(max(near, _ONE), _LARGEST_FACTOR))
+                shrunk = _ONE / (row_scale * np.float32(factor))
+            factors[place] = factor << 16 | factor
+        else:
+            scales[place] = size / _LARGEST_INT8
+            shrunk = _LARGEST_INT8 / size if size > _ZERO else _ZERO
+        of_group = 0
+        for column in range(0, group, LANES):
+            to = place * group + column
+            store(steps, to, nearest(multiply(load(space, begin + column), full(shrunk))))
+            whole = 0
+            for lane in range(LANES):
+                whole += steps[to + lane]
+            sums[to // LANES] = whole
+            of_group += whole
+        if group == SMALL_GROUP:
+            shares[place] = of_group * factor
+
+
+@kernel
+def _size_of(space: Any, at: int, count: int) -> Any:
+    """The largest size of so many numbers; not a number if one of them is not, or is infinite."""
+    top, nothing = full(_ZERO), full(_ZERO)
+    for column in range(at, at + count, LANES):
+        numbers = load(space, column)
+        top = larger(top, absolute(numbers))
+        nothing = multiply_add(numbers, full(_ZERO), nothing)
+    return largest(top) + sum_of(nothing)
+
+
+@kernel
+def norm_row(space: Any, at: int, weights: Any, weight: int, epsilon: Any, to: int, width: int, count: int) -> None:
+    """The root mean square norm (arXiv 1910.07467) of each of `count` vectors of a row of `width` numbers."""
+    each = width // count
+    for vector in range(count):
+        begin, target = at + vector * each, to + vector * each
+        squares = full(_ZERO)
+        for column in range(begin, begin + each, LANES):
+            numbers = load(space, column)
+            squares = multiply_add(numbers, numbers, squares)
+        shrunk = full(_ONE / np.sqrt(sum_of(squares) / np.float32(each) + epsilon))
+        for column in range(0, each, LANES):
+            normed = multiply(multiply(load(space, begin + column), shrunk), load(weights, weight + column))
+            store(space, target + column, normed)
+
+
+@kernel
+def add_row(given: Any, at: int, space: Any, to: int, width: int) -> None:
+    for column in range(0, width, LANES):
+        store(space, to + column, add(load(space, to + column), load(given, at + column)))
+
+
+@kernel
+def gate_row(space: Any, other: int, to: int, width: int) -> None:
+    one = full(_ONE)
+    for column in range(0, width, LANES):
+        gate = load(space, to + column)
+        size = absolute(gate)
+        fall = exp_of(multiply(size, full(-_ONE)))
+        # For a number above zero its sigmoid is 1 / (1 + exp(-x)), for one below exp(x) / (1 + exp(x)).
+        share = divide(choose(positive(gate), one, fall), add(one, fall))
+        store(space, to + column, multiply(multiply(gate, share), load(space, other + column)))
+
+
+@kernel
+def turn_row(space: Any, cosines: int, sines: int, to: int, width: int, count: int) -> None:
+    half = width // 2
+    for vector in range(count):
+        first = to + vector * width
+        for column in range(half):
+            low, high = space[first + column], space[first + half + column]
+            space[first + column] = low * space[cosines + column] - high * space[sines + column]
+            far = half + column
+            space[first + far] = high * space[cosines + far] + low * space[sines + far]

@@ -1,0 +1,189 @@
+"""Products with the blocks of a GGUF file as they lie in it, and an engine that is made of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES, dequantize
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from runtime.engine import openvino_engine
+from runtime.engine.block_graphs import knows_blocks, memory_for_rounded
+from runtime.engine.block_kernel import STEP, gate_row, multiply_blocks, norm_row, round_row
+from runtime.engine.block_lanes import KINDS, SMALL_GROUP, side_by_side
+from runtime.engine.machine import Level, hardware_level
+from runtime.engine.openvino_fit import fits_cpu
+from tests.conftest import save_random_model
+from tests.gguf_files import Kind, blocks_alone, drawn_blocks, every_kind, write_gguf
+from tests.runtime.engine.feeding import feed, load, random_tokens
+from tests.runtime.engine.test_gguf_engine import FITS, WIDE, transformers_logits
+
+pytestmark = pytest.mark.skipif(hardware_level() < Level.AVX2, reason="the kernels are of instructions of AVX2")
+
+OUTPUTS, INPUTS = 24, 512
+rows_of = st.integers(0, 2**32 - 1).map(
+    lambda seed: np.random.default_rng(seed).standard_normal((20, INPUTS)).astype(np.float32)
+)
+each_kind = pytest.mark.parametrize("kind", sorted(KINDS), ids=lambda kind: str(kind.name))
+
+
+def rounded(rows: NDArray[np.float32], group: int) -> tuple[Any, ...]:
+    made = memory_for_rounded(rows.size)
+    for row in range(len(rows)):
+        round_row(rows.reshape(-1), row * INPUTS, group, INPUTS, made, row)
+    return made
+
+
+def products(kind: Kind, blocks: NDArray[np.uint8], rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    step = np.zeros(1, STEP)
+    for name, value in {"kind": int(kind), "row_bytes": blocks.shape[1], "width": INPUTS, "outputs": OUTPUTS}.items():
+        step[name] = value
+    out = np.full((len(rows), OUTPUTS), np.nan, np.float32)
+    made = rounded(rows, GGML_QUANT_SIZES[kind][0])
+    for begin, end in ((0, 16), (16, OUTPUTS)):
+        multiply_blocks(step[0], side_by_side(kind, blocks), made, len(rows), out.reshape(-1), begin, end)
+    return out
+
+
+def whole(made: tuple[Any, ...], group: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What rows were rounded to, and how far steps lie apart."""
+    steps, scales, _, factors, _ = made
+    rows = steps.astype(np.float64).reshape(-1, INPUTS // group, group)
+    if group == SMALL_GROUP:
+        assert np.array_equal(factors >> 16, factors & 0xFFFF)
+        apart = scales[: len(rows), None].astype(np.float64) * (factors & 0xFFFF).reshape(len(rows), -1)
+    else:
+        apart = scales[: rows.shape[0] * rows.shape[1]].astype(np.float64).reshape(len(rows), -1)
+    apart = apart[:, :, None].repeat(group, 2)
+    return (rows * apart).reshape(-1, INPUTS), apart.reshape(-1, INPUTS)
+
+
+@given(rows=rows_of, group=st.sampled_from([32, 256]), spread=st.integers(0, 12))
+def test_rows_are_rounded_to_the_nearest_of_255_steps(rows: NDArray[np.float32], group: int, spread: int) -> None:
+    rows = rows * np.exp2(-np.arange(INPUTS, dtype=np.float32) // 32 % (spread + 1))
+    near, apart = whole(rounded(rows, group), group)
+
+    assert np.all(np.abs(near - rows) <= apart * 0.50001)
+    largest = np.abs(rows.reshape(len(rows), -1, group)).max(2).repeat(group, 1)
+    # Of a group whose numbers are small beside the row's largest, steps lie up to 1 / 255 of the row's further apart.
+    most = largest if group > SMALL_GROUP else largest + np.abs(rows).max(1, keepdims=True) / 255
+    assert np.all(apart * 127 <= most * 1.00001)
+
+
+@each_kind
+@given(rows=rows_of, seed=st.integers(0, 1000))
+def test_products_are_those_of_the_dequantised_weights_with_the_rounded_rows(
+    kind: Kind, rows: NDArray[np.float32], seed: int
+) -> None:
+    blocks = drawn_blocks(kind, OUTPUTS, INPUTS, seed)
+    group = GGML_QUANT_SIZES[kind][0]
+    near, _ = whole(rounded(rows, group), group)
+    weights = dequantize(blocks, kind).astype(np.float64)
+
+    found = products(kind, blocks, rows)
+
+    # What a sum's parts could be off by, each rounded once in float32.
+    most = (np.abs(near) @ np.abs(weights).T) * 2.0**-20
+    assert np.all(np.abs(found - near @ weights.T) <= most)
+
+
+@each_kind
+@given(rows=rows_of, count=st.integers(1, 20))
+def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(kind: Kind, rows: NDArray[np.float32], count: int) -> None:
+    blocks = drawn_blocks(kind, OUTPUTS, INPUTS)
+
+    all_rows = products(kind, blocks, rows)
+
+    assert np.array_equal(products(kind, blocks, rows[:count]), all_rows[:count])
+    assert np.array_equal(products(kind, blocks, rows[-count:]), all_rows[-count:])
+
+
+def test_a_row_of_zeros_and_one_of_tiny_numbers_have_products_that_are_numbers() -> None:
+    rows = np.zeros((2, INPUTS), np.float32)
+    rows[1] = 1e-42
+
+    assert np.isfinite(products(Kind.Q8_0, drawn_blocks(Kind.Q8_0, OUTPUTS, INPUTS), rows)).all()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_what_is_not_a_number_stays_none(wrong: float) -> None:
+    rows = np.ones((2, INPUTS), np.float32)
+    rows[0, 100] = wrong
+
+    found = products(Kind.Q4_0, drawn_blocks(Kind.Q4_0, OUTPUTS, INPUTS), rows)
+
+    assert np.isnan(found[0]).all()
+    assert np.isfinite(found[1]).all()
+
+
+def test_norms_and_gates_are_those_of_torch() -> None:
+    rows = torch.randn(5, INPUTS, generator=torch.Generator().manual_seed(0)) * 8
+    weight = torch.rand(INPUTS // 2)
+    space = torch.cat([rows.flatten(), torch.empty(rows.numel())]).numpy()
+    normed_at = rows.numel()
+
+    for row in range(5):
+        norm_row(space, row * INPUTS, weight.numpy(), 0, np.float32(1e-6), normed_at + row * INPUTS, INPUTS, 2)
+        gate_row(space, row * INPUTS + INPUTS // 2, row * INPUTS, INPUTS // 2)
+
+    gate, up = rows.chunk(2, dim=1)
+    made = torch.from_numpy(space).view(2, 5, INPUTS)
+    expected = torch.nn.functional.rms_norm(rows.unflatten(1, (2, -1)), (INPUTS // 2,), weight, 1e-6).flatten(1)
+    torch.testing.assert_close(made[1], expected)
+    torch.testing.assert_close(made[0, :, : INPUTS // 2], torch.nn.functional.silu(gate) * up)
+
+
+@pytest.fixture(scope="module")
+def without_products_of_bytes() -> Iterator[None]:
+    """As on a CPU whose instructions OpenVINO multiplies only floats with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openvino_engine, "sums_bytes", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def of_blocks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """A file in which each product meets another kind of blocks, and what its weights are."""
+    directory = save_random_model(WIDE, tmp_path_factory.mktemp("blocks"))
+    return directory, write_gguf(directory, directory / "model.gguf", blocks_alone)
+
+
+@pytest.mark.skipif(not fits_cpu(), reason="the engine was not tried on such a CPU")
+@pytest.mark.usefixtures("without_products_of_bytes")
+def test_an_engine_of_blocks_is_exact_near_the_weights_and_says_what_it_holds(
+    of_blocks: tuple[Path, dict[str, Tensor]],
+) -> None:
+    directory, weights = of_blocks
+    tokens = random_tokens(FITS, 2048)
+    expected = transformers_logits(directory, weights, tokens)
+    engine = load(directory / "model.gguf", backend="openvino", weights="auto")
+
+    logits = feed(engine, engine.new_pool(1).acquire(), tokens)
+
+    # Rows of Q4_K, Q5_K and Q6_K are rounded in groups of 256, as llama.cpp rounds them.
+    assert (logits - expected).square().mean().sqrt() < 0.05 * expected.std()
+    facts = engine.facts
+    assert (facts.backend, facts.weights, facts.is_bit_exact) == ("openvino", "kept", True)
+    assert any("kernels of ours, rows in 8 bits" in str(claim) for claim in facts.claims)
+    assert len(facts.tensors) == len(KINDS)
+    for line in facts.tensors:
+        sizes = re.search(r"(\S+) MiB for (\S+) in the file, no value rounded$", line)
+        assert sizes is not None, line
+        assert sizes[1] == sizes[2]
+
+
+def test_a_file_with_other_kinds_is_left_to_openvino(of_blocks: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    directory, _ = of_blocks
+    write_gguf(directory, tmp_path / "model.gguf", every_kind)
+
+    assert knows_blocks(directory / "model.gguf")
+    assert not knows_blocks(tmp_path / "model.gguf")
