@@ -66,16 +66,17 @@ _LOAD = (
     "on disk as kernels read them, which OpenVINO does not hand out."
 )
 _MEMORY = (
-    "What comes beside the weights is libraries (OpenVINO's plugin and numba's compiler, 110 MiB, however large the model), a "
-    "MiB or two a graph, and the slots that were written; scales of Q4_K, and offsets, are wider than in the file."
+    "What comes beside the weights is libraries (numba's compiler, and OpenVINO's plugin where that has the products: 110 MiB, "
+    "however large the model), and the slots that were written. On OpenVINO scales of Q4_K, and offsets, are wider than in the "
+    "file, and a graph takes a MiB or two."
 )
 _PRODUCTS = (
-    "Of a prompt of the 0.6B shape in Q4_0 three quarters are OpenVINO's products: 515 billion multiplications a second, half of "
-    "what two cores of Zen 5 can do on 8 bits. Weights of 4 bits with a sign cost a tenth, sums in groups of 32 another, groups "
-    "of 16 (Q6_K) a quarter, which the other products of its layer pay too. It would take kernels that do more, or 512 rows at "
-    "once (15 % faster), each count of which a probe would try. With AVX2 alone the products are kernels of ours (ADR 20): of 41 "
-    "ms for a token of one stream 32 are graphs, which read weights as fast as memory gives them, 5 attention, and the rest what "
-    "lies between them, where a thread has to wake for each layer."
+    "With AVX-512: of a prompt of the 0.6B shape in Q4_0 three quarters are OpenVINO's products, 515 billion multiplications a "
+    "second, half of what two cores of Zen 5 can do on 8 bits. Weights of 4 bits with a sign cost a tenth, sums in groups of 32 "
+    "another, groups of 16 (Q6_K) a quarter, which the other products of its layer pay too. It would take kernels that do more, "
+    "or 512 rows at once (15 % faster), each count of which a probe would try. With AVX2 alone: of 41 ms for a token of one "
+    "stream in Q4_0 kernels of ours take 32 (ADR 20), which wait for memory, attention 5, and the rest is what lies between "
+    "them: a second thread has to wake for each layer."
 )
 
 # By the scenario and model that a result is of, and the figure's name in it.

@@ -222,7 +222,8 @@ class GgufFile:
 
 
 def _check_positive(name: str, value: object) -> None:
-    if not (isinstance(value, float) and math.isfinite(value) and value > 0):
+    # Engines compute with it in float32, where so small a number may be 0, and a large one infinite.
+    if not (isinstance(value, float) and 0 < torch.tensor(value, dtype=torch.float32) < math.inf):
         raise ValueError(f"its {name} is {value!r}")
 
 

@@ -191,6 +191,8 @@ def _add_metadata(writer: GGUFWriter, config: Mapping[str, Any], directory: Path
                 writer.add_bool(key, value)
             case int():
                 writer.add_uint32(key, value)
+            case np.float64():
+                writer.add_float64(key, value)
             case float():
                 writer.add_float32(key, value)
             case str():

@@ -19,20 +19,28 @@ import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
-from transformers import PreTrainedConfig
 
-from runtime.engine.block_kernel import STEP, Operation, run_program
+from runtime.engine.block_kernel import CLAIMED, STEP, Operation, run_program
 from runtime.engine.block_lanes import KINDS, SIDE_BY_SIDE, SMALL_GROUP, side_by_side
-from runtime.engine.blocks import unpack
 from runtime.engine.configuration import attention_shape
 from runtime.engine.crew import Crew
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.parts import Graphs, Keeper, Parts, RowGraph, graph_names
 from runtime.engine.rotary import ExactRotary
-from runtime.engine.stored import Tally, form_of
+from runtime.engine.stored import Tally
 from runtime.gguf_file import GgufFile, StoredRows, StoredTensor
 from runtime.gguf_model import stored_model
 
+_FORMS = {
+    Kind.Q8_0: "8 bits with a scale in float16 for each 32",
+    Kind.Q4_0: "4 bits with a scale in float16 for each 32",
+    Kind.Q4_1: "4 bits with a scale in float16 and an offset for each 32",
+    Kind.Q5_0: "5 bits with a scale in float16 for each 32",
+    Kind.Q5_1: "5 bits with a scale in float16 and an offset for each 32",
+    Kind.Q4_K: "4 bits with a scale of 6 bits and an offset for each 32",
+    Kind.Q5_K: "5 bits with a scale of 6 bits and an offset for each 32",
+    Kind.Q6_K: "6 bits with a scale of 8 bits for each 16",
+}
 # The most rows in one call, so that a probe can try every count.
 _MOST_ROWS = 128
 
@@ -67,11 +75,13 @@ class _Space:
             self._rows = np.empty(count * columns, np.float32)
         return self._rows
 
-    def run(self, program: Any, blocks: Any, constants: Any, rows: int, widest: int) -> None:
+    def run(self, program: Any, blocks: Any, constants: Any, rows: int, widest: int, threads: int) -> None:
+        """Runs a program on `rows`, in none of whose steps more than `widest` numbers of a row are rounded."""
         if self._rounded[0].size < rows * widest:
             self._rounded = memory_for_rounded(rows * widest)
         counters = np.zeros(2 * len(program), np.int64)
-        self._crew.run(partial(run_program, program, blocks, constants, self._rows, self._rounded, rows, counters))
+        work = partial(run_program, program, blocks, constants, self._rows, self._rounded, rows, counters)
+        self._crew.run(work, threads)
 
 
 def memory_for_rounded(numbers: int) -> tuple[Any, ...]:
@@ -80,7 +90,7 @@ def memory_for_rounded(numbers: int) -> tuple[Any, ...]:
     return tuple(np.empty(numbers // each, kind) for kind, each in kinds)
 
 
-class _Draft:
+class _ProgramWriter:
     """A graph's program while it is written down."""
 
     def __init__(self, tally: Tally) -> None:
@@ -118,7 +128,7 @@ class _Draft:
 
     def _multiply(self, source: _Columns, linear: Any, heads: int) -> _Columns:
         stored: StoredTensor = linear.stored
-        self._tally.add(stored, _words(stored.kind), stored.nbytes)
+        self._tally.add(stored, _FORMS[stored.kind], stored.nbytes)
         self._kinds.add(stored.kind.name)
         target = self.columns(stored.shape[0], heads)
         row_bytes = stored.nbytes // target.width
@@ -140,7 +150,7 @@ class _Draft:
         angles = {"source": cosines.at, "other": sines.at}
         self._step(Operation.TURN, target.width, target=target.at, **angles, count=target.vectors)
 
-    def finished(self, space: _Space, inputs: Sequence[_Columns], outputs: Sequence[_Columns]) -> _Finished:
+    def finished(self, space: _Space, inputs: Sequence[_Columns], outputs: Sequence[_Columns]) -> BlockDraft:
         program = np.zeros(len(self._steps), STEP)
         for number, step in enumerate(self._steps):
             for name, value in step.items():
@@ -154,7 +164,7 @@ class _Draft:
             "outputs": [astuple(one) for one in outputs],
             "kinds": sorted(self._kinds),
         }
-        return _Finished(space, np.concatenate(parts), facts)
+        return BlockDraft(space, np.concatenate(parts), facts)
 
     def _constant(self, values: Tensor) -> int:
         at = self._numbers
@@ -166,16 +176,8 @@ class _Draft:
         self._steps.append({"operation": operation, "width": width, **more})
 
 
-def _words(kind: Kind) -> str:
-    """The form of such blocks in words."""
-    values, size = GGML_QUANT_SIZES[kind]
-    blocks = unpack(StoredTensor(kind, (1, values), lambda: np.zeros((1, size), np.uint8)))
-    assert blocks is not None
-    return form_of(blocks)
-
-
 @dataclass(frozen=True, slots=True)
-class _Finished:
+class BlockDraft:
     """A graph's weights, and all else of it as facts."""
 
     space: _Space
@@ -199,8 +201,7 @@ class BlockGraph(RowGraph):
         self._space, self._columns = space, facts["columns"]
         self._program = np.array([tuple(step) for step in facts["program"]], STEP)
         self._blocks, self._constants = weights[: facts["blocks"]], weights[facts["blocks"] :].view(np.float32)
-        self._widest = int(self._program["width"].max())
-        self.nbytes = weights.nbytes
+        self._widest, self._outputs_at_most = (int(self._program[name].max()) for name in ("width", "outputs"))
 
     def run(self, *given: Any) -> list[Any]:
         count = len(given[0])
@@ -211,7 +212,8 @@ class BlockGraph(RowGraph):
 
         for columns, one in zip(self._inputs, given, strict=True):
             lying(columns)[:] = one.reshape(-1)
-        self._space.run(self._program, self._blocks, self._constants, count, self._widest)
+        threads = max(count, self._outputs_at_most // CLAIMED)
+        self._space.run(self._program, self._blocks, self._constants, count, self._widest, threads)
         return [lying(one).reshape((count, one.heads, -1) if one.heads else (count, -1)) for one in self._outputs]
 
     def release(self) -> None:
@@ -226,7 +228,7 @@ class BlockGraph(RowGraph):
         return torch.from_numpy(returned)
 
 
-class _Writing:
+class _ModelWriter:
     """Writes down the graphs of a model."""
 
     def __init__(self, model: Any, space: _Space) -> None:
@@ -235,17 +237,17 @@ class _Writing:
         self._space = space
         self.tally = Tally()
 
-    def drafts(self) -> Iterator[_Finished]:
+    def drafts(self) -> Iterator[BlockDraft]:
         """Those of the graphs that `graph_names` names, in that order."""
         layers = list(self._decoder.layers)
         yield self._logits()
         for pair in pairwise([None, *layers, None]):
             yield self._graph(*pair)
 
-    def _graph(self, before: Any, after: Any) -> _Finished:
+    def _graph(self, before: Any, after: Any) -> BlockDraft:
         """What follows the attention of one layer, up to that of the next."""
-        draft = _Draft(self.tally)
-        # First in each graph, so that hidden rows stay where they are from graph to graph.
+        draft = _ProgramWriter(self.tally)
+        # First in each graph: those that the last graph returned lie here, and what else is given must not be written over them.
         hidden = draft.columns(self._config.hidden_size)
         inputs, outputs = [hidden], [hidden]
         if before:
@@ -261,7 +263,7 @@ class _Writing:
             outputs = [draft.norm(hidden, self._decoder.norm)]
         return draft.finished(self._space, inputs, outputs)
 
-    def _mix(self, draft: _Draft, layer: Any, attended: _Columns, hidden: _Columns) -> None:
+    def _mix(self, draft: _ProgramWriter, layer: Any, attended: _Columns, hidden: _Columns) -> None:
         mlp = layer.mlp
         draft.add(hidden, *draft.multiply(attended, [layer.self_attn.o_proj]))
         normed = draft.norm(hidden, layer.post_attention_layernorm)
@@ -269,7 +271,9 @@ class _Writing:
         draft.gate(gate, up)
         draft.add(hidden, *draft.multiply(gate, [mlp.down_proj]))
 
-    def _project(self, draft: _Draft, layer: Any, hidden: _Columns, turn: tuple[_Columns, _Columns]) -> list[_Columns]:
+    def _project(
+        self, draft: _ProgramWriter, layer: Any, hidden: _Columns, turn: tuple[_Columns, _Columns]
+    ) -> list[_Columns]:
         attention = layer.self_attn
         normed = draft.norm(hidden, layer.input_layernorm)
         linears = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -280,8 +284,8 @@ class _Writing:
             draft.turn(vectors, *turn)
         return [query, key, value]
 
-    def _logits(self) -> _Finished:
-        draft = _Draft(self.tally)
+    def _logits(self) -> BlockDraft:
+        draft = _ProgramWriter(self.tally)
         rows = draft.columns(self._config.hidden_size)
         return draft.finished(self._space, [rows], draft.multiply(rows, [self._head]))
 
@@ -289,7 +293,8 @@ class _Writing:
 class InBlocks:
     """Parts whose weights stay in the blocks of a GGUF file."""
 
-    library = "rows by blocks"
+    # The number is another one whenever bits are others.
+    library = "rows by blocks 1"
     form = "blocks"
     row_counts = range(1, _MOST_ROWS + 1)
     held_share = 1.0
@@ -308,19 +313,21 @@ class InBlocks:
         form = "kernels of ours, rows in 8 bits, groups added in order"
         return Claim("linears", form, Ground.WHOLE_NUMBERS), *rest
 
-    def needed_bytes(self, config: PreTrainedConfig, directory: Path) -> int:
+    def needed_bytes(self, directory: Path, weights: int) -> int:
         return directory.stat().st_size
 
     def parts(self, directory: Path, keeper: Keeper) -> Parts:
         model = stored_model(directory)
         decoder = model.get_decoder()
-        writing = _Writing(model, self._space)
+        writing = _ModelWriter(model, self._space)
         names = graph_names(len(decoder.layers))
         graphs: dict[str, RowGraph] = {}
         weights_bytes = 0
         for name, draft in zip(names, writing.drafts(), strict=True):
             graphs[name] = keeper.graph(name, draft)
             weights_bytes += draft.weights.nbytes
+            # Otherwise a head would be in memory while the next graph is written down.
+            del draft
         embedding = StoredRows(decoder.embed_tokens.stored)
         weights_bytes += embedding.nbytes
         return Parts(

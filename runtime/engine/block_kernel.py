@@ -58,15 +58,15 @@ _FIELDS = (
     *("weight", "kind", "row_bytes", "outputs", "group"),
 )
 STEP = np.dtype([*((name, np.int64) for name in _FIELDS), ("epsilon", np.float64)])
-"""A step of a program. `width` columns from `at` on lie at `at` * N in the space of N rows, row by row."""
+"""A step of a program. In a space of N rows a column c, and those beside it, begin at c * N; one row follows the other."""
 
 _ZERO, _ONE, _LARGEST_INT8 = np.float32(0), np.float32(1), np.float32(127)
-# Of a row's quietest groups steps lie at least 1 / 255 as far apart as of its loudest, which tells no bit that counts. Sums of
-# a block fit into 32 bits.
+# A quiet group of a row is rounded no coarser than 1 / 255 of the step of its loudest. Sums of a block fit into 32 bits.
 _LARGEST_FACTOR = np.float32(255)
+# What would be divided by a smaller number is too large for float32, or has too few bits left.
 _LEAST_SCALE = np.float32(2.0**-100)
-# Outputs that a thread claims at once.
-_CLAIMED = 32
+CLAIMED = 32
+"""Outputs that a thread claims at once."""
 
 
 @kernel
@@ -88,13 +88,13 @@ def run_program(
         step = program[number]
         parts = rows
         if step.operation == Operation.MULTIPLY:
-            parts = (step.outputs + _CLAIMED - 1) // _CLAIMED
+            parts = (step.outputs + CLAIMED - 1) // CLAIMED
         part = count_up(counters, 2 * number)
         while part < parts:
             at, to = step.source * rows + part * step.width, step.target * rows + part * step.width
             if step.operation == Operation.MULTIPLY:
-                end = min((part + 1) * _CLAIMED, step.outputs)
-                multiply_blocks(step, blocks, rounded, rows, space, part * _CLAIMED, end)
+                end = min((part + 1) * CLAIMED, step.outputs)
+                multiply_blocks(step, blocks, rounded, rows, space, part * CLAIMED, end)
             elif step.operation == Operation.ROUND:
                 round_row(space, at, step.group, step.width, rounded, part)
             elif step.operation == Operation.NORM:
@@ -144,7 +144,6 @@ def round_row(space: Any, at: int, group: int, width: int, rounded: Any, row: in
     row_scale = _ZERO
     if group == SMALL_GROUP:
         row_scale = _size_of(space, at, width) / (_LARGEST_INT8 * _LARGEST_FACTOR)
-        # So small a number has too few bits left for what is divided by it.
         row_scale = _ZERO if row_scale < _LEAST_SCALE else row_scale
         scales[row] = row_scale
     for number in range(groups):
@@ -161,7 +160,7 @@ def round_row(space: Any, at: int, group: int, width: int, rounded: Any, row: in
             factors[place] = factor << 16 | factor
         else:
             scales[place] = size / _LARGEST_INT8
-            shrunk = _LARGEST_INT8 / size if size > _ZERO else _ZERO
+            shrunk = _LARGEST_INT8 / size if size > _LEAST_SCALE else _ZERO
         of_group = 0
         for column in range(0, group, LANES):
             to = place * group + column

@@ -1,7 +1,10 @@
 """Threads that work through one list of steps together, inside one call of a kernel.
 
 The parts of a step are claimed one by one, by whichever thread is free, and no thread begins a step before the step before
-it is whole. A thread that wakes late finds less to do, and one that never wakes holds nobody up.
+it is whole. A thread that wakes late finds less to do, and one that has not begun holds nobody up. One that the system takes off
+its core inside a part holds up the others, which offer their cores to it meanwhile, and do not sleep.
+
+What threads do between two `wait_for` must not raise: the others would wait for ever.
 """
 
 from __future__ import annotations
@@ -27,13 +30,20 @@ class Crew:
     def __init__(self, threads: int) -> None:
         self._others = [ThreadPoolExecutor(1, "rows") for _ in range(threads - 1)]
 
-    def run(self, work: Callable[[], object]) -> None:
-        """Calls `work` here and on the other threads, all of which share out what is in it."""
-        called = [other.submit(work) for other in self._others]
-        work()
+    def run(self, work: Callable[[], object], most: int) -> None:
+        """Calls `work` here and on other threads, on at most so many in all, which share out what is in it."""
+        called = []
+        try:
+            for other in self._others[: max(0, most - 1)]:
+                called.append(other.submit(work))
+            work()
+        finally:
+            for one in called:
+                # Who has not begun need not, and no one goes on after this.
+                if not one.cancel():
+                    one.exception()
         for one in called:
-            # All is done: who has not begun need not.
-            if not one.cancel():
+            if not one.cancelled():
                 one.result()
 
 

@@ -1,7 +1,7 @@
 """A model's parts, kept in a bundle: a load but the first reads no checkpoint, rounds nothing and compiles nothing.
 
 A bundle holds graphs as they are exported, and the embedding where there is no GGUF file to look it up in. Graphs lie in mapped
-files: those of OpenVINO hand pages back once kernels have packed what they read, so that memory holds weights once.
+files. Memory holds weights once: kernels of ours read them there, and OpenVINO's pack what they read and hand its pages back.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class _InBundle:
             mapped = self._writer.add(name, exported)
         except OSError as error:
             self._failure = error
+            del exported
             return self._memory.graph(name, draft)
         self._graphs[name] = {"facts": facts, "bytes": exported.nbytes}
         # Otherwise a head would be in memory three times.

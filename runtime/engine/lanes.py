@@ -30,6 +30,8 @@ LANES = 16
 # As many sums as registers hold beside what they are made of: AVX-512 has 32 registers for a vector, AVX2 has 8 pairs.
 _SUMS_AT_ONCE = LANES if hardware_level() >= Level.AVX512 else 4
 
+_OPTIONS = {"nopython": True, "nogil": True, "error_model": "numpy"}
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _BYTE, _SHORT, _INT, _BOOL = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(1)
@@ -62,8 +64,11 @@ class _Kernel(CPUDispatcher):
 
 
 def kernel(function: _Function) -> _Function:
-    """Compiles a function for this CPU, kept in this user's cache. Several threads may call the result at once."""
-    compiled: Any = _Kernel(function, targetoptions={"nopython": True, "nogil": True})
+    """Compiles a function for this CPU, kept in this user's cache. Several threads may call the result at once.
+
+    What is divided by zero is infinite or no number, as IEEE 754 has it: nothing is raised.
+    """
+    compiled: Any = _Kernel(function, targetoptions=_OPTIONS)
     folder = _kernel_folder()
     if folder is not None:
         before, config.CACHE_DIR = config.CACHE_DIR, str(folder)

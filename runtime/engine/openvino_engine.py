@@ -25,6 +25,7 @@ from runtime.engine.configuration import (
     Form,
     check_covered,
     check_memory,
+    count_weights,
     engine_facts,
     read_config,
     refuse,
@@ -236,7 +237,10 @@ def _needed_bytes(config: PreTrainedConfig, directory: Path, forms: Sequence[For
     makings = [_making(form, directory) for form in forms]
     if (held := held_bytes(directory, makings[0])) is not None:
         return held
-    return max(making.needed_bytes(config, directory) for making in makings)
+    # The embedding stays beside a head that shares its weights.
+    weights = count_weights(config, directory)
+    weights += config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+    return max(making.needed_bytes(directory, weights) for making in makings)
 
 
 def _held_types() -> tuple[str, ...]:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 
 from runtime.checkpoints import load_weights
 from runtime.dtypes import name_of
-from runtime.engine.configuration import count_weights
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.openvino_compiling import Compiling, Graph
 from runtime.engine.openvino_fit import GROUP
@@ -63,12 +62,9 @@ class InGraphs:
         )
         return Claim("linears", form, ground), *rest
 
-    def needed_bytes(self, config: PreTrainedConfig, directory: Path) -> int:
-        # The embedding stays beside a head that shares its weights. What is rounded is read in 16 bits first, and what is not
-        # is kept twice: as it was, and as OpenVINO's kernels read it.
-        count = count_weights(config, directory)
-        count += config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-        return count * (2 * self.compiling.dtype.itemsize if self.compiling.weights == "none" else 2)
+    def needed_bytes(self, directory: Path, weights: int) -> int:
+        # What is rounded is read in 16 bits first, and what is not is kept twice: as it was, and as OpenVINO's kernels read it.
+        return weights * (2 * self.compiling.dtype.itemsize if self.compiling.weights == "none" else 2)
 
     @property
     def held_share(self) -> float:

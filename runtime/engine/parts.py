@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from runtime.bundles import Bundle
 from runtime.engine.exact import Claim
@@ -188,8 +187,8 @@ class Making(Protocol):
         """Why a row's bits do not depend on the rows beside it."""
         ...
 
-    def needed_bytes(self, config: PreTrainedConfig, directory: Path) -> int:
-        """What a load that makes the parts takes for weights. Raises ModelUnavailable."""
+    def needed_bytes(self, directory: Path, weights: int) -> int:
+        """What a load that makes the parts of a model with so many weights takes for them."""
         ...
 
     @property

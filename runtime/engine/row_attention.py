@@ -39,7 +39,7 @@ _log = logging.getLogger("perennial.engine")
 
 @dataclass(frozen=True, slots=True)
 class _StoreRows:
-    """The rows of a batch over slabs of one store in blocks, and whether they are worth waking threads for."""
+    """The rows of a batch over slabs of one store in blocks, and how many threads they are worth."""
 
     keys: Any  # [L, B, G, S, W]
     values: Any
@@ -48,7 +48,7 @@ class _StoreRows:
     slots: Any
     firsts: Any
     counts: Any
-    is_long: bool
+    threads: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +131,7 @@ class RowAttention:
             where = (part.keys, part.values, plan.slabs, plan.positions, part.firsts, part.counts)
             claimed = np.zeros(1, np.int64)
             work = partial(attend_rows, layer, *given, *where, spec.sink, spec.window, self._scaling, claimed)
-            if part.is_long:
-                self._crew.run(work)
-            else:
-                work()
+            self._crew.run(work, part.threads)
         return attended
 
     def _in_store(
@@ -143,7 +140,8 @@ class RowAttention:
         numbers = np.array([number for first, count in blocks for number in range(first, first + count)])
         firsts, counts = np.array(blocks).T.copy()
         # The cost of a block: that of its queries over its slots, and that of reading the slots.
-        cost = sum((count + 1) * min(rows[first + count - 1].position + 1, self._spec.slots) for first, count in blocks)
+        costs = [(count + 1) * min(rows[first + count - 1].position + 1, self._spec.slots) for first, count in blocks]
+        groups = self._spec.kv_heads
         return _StoreRows(
             keys=_for_kernels(store.keys),
             values=_for_kernels(store.values),
@@ -152,7 +150,7 @@ class RowAttention:
             slots=slots[numbers],
             firsts=firsts,
             counts=counts,
-            is_long=cost * self._spec.kv_heads >= _LEAST_SLOTS,
+            threads=min(len(blocks) * groups, sum(costs) * groups // _LEAST_SLOTS),
         )
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -112,6 +113,7 @@ METADATA: Mapping[str, dict[str, Any]] = {
     "heads as wide as the world": {"qwen3__attention__key_length": 2**31},
     "rows of another width": {"qwen3__embedding_length": 65},
     "no context": {"qwen3__context_length": 0},
+    "a norm of next to nothing": {"qwen3__attention__layer_norm_rms_epsilon": np.float64(1e-60)},
     "a norm of NaN": {"qwen3__attention__layer_norm_rms_epsilon": math.nan},
     "angles of NaN": {"qwen3__rope__freq_base": math.nan},
     "angles of no base": {"qwen3__rope__freq_base": 0.0},

@@ -8,10 +8,11 @@ from itertools import count, repeat
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import pytest
 import torch
 from torch import Tensor
 
-from runtime.engine import Engine, load_engine
+from runtime.engine import Engine, load_engine, openvino_engine
 from runtime.engine.graph_engine import GraphEngine
 from runtime.events import Sampling
 from runtime.rows import Row, RowBatch
@@ -156,3 +157,8 @@ def feed(
         mine = [index for index, row in enumerate(batch.rows) if row.slab is slab]
         logits.append(engine.logits(batch)[mine])
     return torch.cat(logits)
+
+
+def without_products_of_bytes(patch: pytest.MonkeyPatch) -> None:
+    """As on a CPU whose instructions OpenVINO multiplies only floats with."""
+    patch.setattr(openvino_engine, "sums_bytes", lambda: False)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, Qwen3Config
 
-from runtime.engine import openvino_engine
 from runtime.engine.machine import Level, level
 from runtime.engine.openvino_fit import fits_cpu
 from runtime.events import Sampling
@@ -33,6 +32,7 @@ from tests.runtime.engine.feeding import (
     random_cut,
     random_tokens,
     threads,
+    without_products_of_bytes,
 )
 from tests.runtime.engine.golden import AVX2_ALONE
 
@@ -153,8 +153,7 @@ def case(request: pytest.FixtureRequest, directories: dict[str, Path]) -> Case:
     window = WINDOWS.get(backend, 64)
     with pytest.MonkeyPatch.context() as patch:
         if model == BLOCKS:
-            # As on a CPU whose instructions OpenVINO multiplies only floats with.
-            patch.setattr(openvino_engine, "sums_bytes", lambda: False)
+            without_products_of_bytes(patch)
         engine = load(directories[model], dtype, window=window, weights=weights, backend=backend, kv_dtype=kv_dtype)
     tokens = random_tokens(3 * engine.facts.slab.window, engine.facts.vocabulary)
     torch.set_num_threads(THREADS)
@@ -270,8 +269,7 @@ def test_logits_are_the_same_bits_across_a_buckets_edge(
     window = BUCKET_SLOTS + 6
     with pytest.MonkeyPatch.context() as patch:
         if model == BLOCKS:
-            # As on a CPU whose instructions OpenVINO multiplies only floats with.
-            patch.setattr(openvino_engine, "sums_bytes", lambda: False)
+            without_products_of_bytes(patch)
         engine = load(directories[model], dtype, window=window, weights=weights, backend=backend, kv_dtype=kv_dtype)
     first, start, end = BUCKET_SLOTS - 36, BUCKET_SLOTS - 12, BUCKET_SLOTS + 24
     tokens = random_tokens(end - first, engine.facts.vocabulary)

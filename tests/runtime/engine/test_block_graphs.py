@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import Qwen3Config
 
-from runtime.engine import openvino_engine
-from runtime.engine.block_graphs import knows_blocks, memory_for_rounded
+from runtime.engine.block_graphs import InBlocks, knows_blocks, memory_for_rounded
 from runtime.engine.block_kernel import STEP, gate_row, multiply_blocks, norm_row, round_row
 from runtime.engine.block_lanes import KINDS, SMALL_GROUP, side_by_side
 from runtime.engine.machine import Level, hardware_level
 from runtime.engine.openvino_fit import fits_cpu
 from tests.conftest import save_random_model
-from tests.gguf_files import Kind, blocks_alone, drawn_blocks, every_kind, write_gguf
-from tests.runtime.engine.feeding import feed, load, random_tokens
+from tests.gguf_files import HALVES, Kind, blocks_alone, drawn_blocks, every_kind, write_gguf
+from tests.runtime.engine.feeding import feed, load, random_tokens, without_products_of_bytes
 from tests.runtime.engine.test_gguf_engine import FITS, WIDE, transformers_logits
 
 pytestmark = pytest.mark.skipif(hardware_level() < Level.AVX2, reason="the kernels are of instructions of AVX2")
@@ -107,22 +107,61 @@ def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(kind: Kind, rows: NDArr
     assert np.array_equal(products(kind, blocks, rows[-count:]), all_rows[-count:])
 
 
-def test_a_row_of_zeros_and_one_of_tiny_numbers_have_products_that_are_numbers() -> None:
-    rows = np.zeros((2, INPUTS), np.float32)
-    rows[1] = 1e-42
+@each_kind
+def test_a_row_of_zeros_and_one_of_tiny_numbers_have_products_that_are_numbers(kind: Kind) -> None:
+    rows = np.zeros((3, INPUTS), np.float32)
+    rows[1:] = [[1e-42], [1e-38]]
 
-    assert np.isfinite(products(Kind.Q8_0, drawn_blocks(Kind.Q8_0, OUTPUTS, INPUTS), rows)).all()
+    assert np.isfinite(products(kind, drawn_blocks(kind, OUTPUTS, INPUTS), rows)).all()
 
 
+@each_kind
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
-def test_what_is_not_a_number_stays_none(wrong: float) -> None:
+def test_what_is_not_a_number_stays_none(kind: Kind, wrong: float) -> None:
     rows = np.ones((2, INPUTS), np.float32)
     rows[0, 100] = wrong
 
-    found = products(Kind.Q4_0, drawn_blocks(Kind.Q4_0, OUTPUTS, INPUTS), rows)
+    found = products(kind, drawn_blocks(kind, OUTPUTS, INPUTS), rows)
 
     assert np.isnan(found[0]).all()
     assert np.isfinite(found[1]).all()
+
+
+@each_kind
+@pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0xFF])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_products_fit_into_the_bits_that_they_are_added_up_in(kind: Kind, byte: int, sign: int) -> None:
+    values, size = GGML_QUANT_SIZES[kind]
+    each = np.full((OUTPUTS * INPUTS // values, size), byte, np.uint8)
+    for at in HALVES[kind]:
+        each[:, at : at + 2] = np.frombuffer(np.float16(1).tobytes(), np.uint8)
+    blocks = each.reshape(OUTPUTS, -1)
+    weights = dequantize(blocks, kind).astype(np.float64)
+    rows = np.full((5, INPUTS), sign, np.float32)
+
+    found = products(kind, blocks, rows)
+
+    assert np.allclose(found, sign * weights.sum(axis=1), rtol=1e-5, atol=np.abs(weights).sum(axis=1).max() * 1e-6)
+
+
+def digest() -> str:
+    """Of products of every kind, with rows of ordinary and of very different numbers, and of norms and gates."""
+    # No library's logarithm is in them.
+    numbers = np.random.default_rng(1).integers(-512, 512, (7, INPUTS)) << np.arange(INPUTS) // 32 % 9
+    rows = numbers.astype(np.float32) / np.float32(128)
+    found = hashlib.sha256()
+    for kind in sorted(KINDS):
+        found.update(products(kind, drawn_blocks(kind, OUTPUTS, INPUTS), rows).tobytes())
+    space, constants = rows.reshape(-1).copy(), np.linspace(0.5, 2, INPUTS, dtype=np.float32)
+    norm_row(space, 0, constants, 0, np.float32(1e-5), INPUTS, INPUTS, 1)
+    gate_row(space, 3 * INPUTS, 2 * INPUTS, INPUTS)
+    found.update(space.tobytes())
+    return found.hexdigest()[:32]
+
+
+def test_every_cpu_gives_the_same_bits() -> None:
+    """Where these become others, `InBlocks.library` has to say so: sessions that were saved have the earlier ones."""
+    assert (InBlocks.library, digest()) == ("rows by blocks 1", "cc418abac46a72c431ab221dfd24a5b4")
 
 
 def test_norms_and_gates_are_those_of_torch() -> None:
@@ -143,14 +182,6 @@ def test_norms_and_gates_are_those_of_torch() -> None:
 
 
 @pytest.fixture(scope="module")
-def without_products_of_bytes() -> Iterator[None]:
-    """As on a CPU whose instructions OpenVINO multiplies only floats with."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openvino_engine, "sums_bytes", lambda: False)
-        yield
-
-
-@pytest.fixture(scope="module")
 def of_blocks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
     """A file in which each product meets another kind of blocks, and what its weights are."""
     directory = save_random_model(WIDE, tmp_path_factory.mktemp("blocks"))
@@ -158,11 +189,11 @@ def of_blocks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 
 
 @pytest.mark.skipif(not fits_cpu(), reason="the engine was not tried on such a CPU")
-@pytest.mark.usefixtures("without_products_of_bytes")
 def test_an_engine_of_blocks_is_exact_near_the_weights_and_says_what_it_holds(
-    of_blocks: tuple[Path, dict[str, Tensor]],
+    of_blocks: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, weights = of_blocks
+    without_products_of_bytes(monkeypatch)
     tokens = random_tokens(FITS, 2048)
     expected = transformers_logits(directory, weights, tokens)
     engine = load(directory / "model.gguf", backend="openvino", weights="auto")
@@ -186,4 +217,11 @@ def test_a_file_with_other_kinds_is_left_to_openvino(of_blocks: tuple[Path, dict
     write_gguf(directory, tmp_path / "model.gguf", every_kind)
 
     assert knows_blocks(directory / "model.gguf")
+    assert not knows_blocks(tmp_path / "model.gguf")
+
+
+def test_a_file_whose_outputs_fill_no_eight_lanes_is_left_to_openvino(tmp_path: Path) -> None:
+    directory = save_random_model(Qwen3Config(**WIDE.to_diff_dict() | {"vocab_size": 2044}), tmp_path)
+    write_gguf(directory, tmp_path / "model.gguf", blocks_alone, tokenizer__ggml__tokens=None)
+
     assert not knows_blocks(tmp_path / "model.gguf")

@@ -15,7 +15,7 @@ from runtime.engine.machine import Level, hardware_level
 
 pytestmark = pytest.mark.skipif(hardware_level() < Level.AVX2, reason="waiting is of instructions of x86")
 
-STEPS, PARTS = 40, 7
+STEPS, PARTS, THREADS = 40, 7, 8
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
@@ -39,7 +39,7 @@ def test_each_part_is_done_once_and_no_step_begins_before_the_one_before_is_whol
     for _ in range(50):
         counters, order, tickets = began()
 
-        crew.run(partial(work_through, counters, order, tickets))
+        crew.run(partial(work_through, counters, order, tickets), THREADS)
 
         assert sorted(order.flatten()) == list(range(STEPS * PARTS))
         assert np.all(order[:-1].max(axis=1) < order[1:].min(axis=1))
@@ -64,14 +64,47 @@ def test_a_thread_that_does_not_wake_holds_nobody_up() -> None:
         is_held.set()
         may_go_on.wait()
 
-    holder = threading.Thread(target=crew.run, args=[hold])
+    holder = threading.Thread(target=crew.run, args=[hold, THREADS])
     holder.start()
     # By now the crew's own thread has it too, or has it before what comes next.
     is_held.wait()
     counters, order, tickets = began()
 
-    crew.run(partial(work_through, counters, order, tickets))
+    crew.run(partial(work_through, counters, order, tickets), THREADS)
 
-    assert tickets[0] == STEPS * PARTS
     may_go_on.set()
     holder.join()
+    assert tickets[0] == STEPS * PARTS
+
+
+def test_when_work_fails_here_no_other_thread_goes_on_after_it() -> None:
+    crew = Crew(2)
+    own, is_elsewhere = threading.get_ident(), threading.Event()
+    ended = []
+
+    def fail_here() -> None:
+        if threading.get_ident() == own:
+            is_elsewhere.wait()
+            raise MemoryError
+        is_elsewhere.set()
+        ended.append(True)
+
+    with pytest.raises(MemoryError):
+        crew.run(fail_here, THREADS)
+
+    assert ended
+
+
+def test_an_error_of_another_thread_is_raised_here() -> None:
+    crew = Crew(2)
+    own, is_elsewhere = threading.get_ident(), threading.Event()
+
+    def fail_elsewhere() -> None:
+        if threading.get_ident() == own:
+            is_elsewhere.wait()
+        else:
+            is_elsewhere.set()
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        crew.run(fail_elsewhere, THREADS)

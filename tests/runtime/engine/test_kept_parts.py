@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from runtime.bundles import BundleName, new_bundle
-from runtime.engine import load_engine, openvino_engine
+from runtime.engine import load_engine
 from runtime.engine.machine import Level, level
 from runtime.engine.openvino_fit import fits_cpu
 from runtime.settings import Settings
 from tests.conftest import SMALL, save_random_model
 from tests.gguf_files import blocks_alone, every_kind, write_gguf
 from tests.runtime.disks import set_disk
-from tests.runtime.engine.feeding import LogitsEngine, feed, random_tokens
+from tests.runtime.engine.feeding import LogitsEngine, feed, random_tokens, without_products_of_bytes
 
 pytestmark = [
     pytest.mark.skipif(not fits_cpu(), reason="OpenVINO's kernels were not tried on such a CPU"),
@@ -84,8 +84,7 @@ def test_bits_and_facts_are_the_same_without_a_bundle_when_it_is_written_and_fro
 def test_bits_and_facts_of_rows_by_blocks_are_the_same_too(
     model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As on a CPU whose instructions OpenVINO multiplies only floats with.
-    monkeypatch.setattr(openvino_engine, "sums_bytes", lambda: False)
+    without_products_of_bytes(monkeypatch)
     path = model / "blocks.gguf"
     written, read = (loaded(path, weights="auto") for _ in range(2))
     assert bundle_of(cache).name.split("-")[2] == "blocks"
