@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from runtime.engine.block_lanes import SIDE_BY_SIDE, SMALL_GROUP, four_rows, one_row, two_rows
+from runtime.engine.block_lanes import SMALL_GROUP, four_rows, one_row, two_rows
+from runtime.engine.block_tile import SIDE_BY_SIDE
 from runtime.engine.crew import count_up, wait_for
 from runtime.engine.lanes import (
     LANES,

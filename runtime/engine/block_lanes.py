@@ -1,18 +1,17 @@
 """Products of rows with the blocks of a GGUF file, for kernels that numba compiles for AVX2.
 
-The blocks of eight outputs lie side by side: of each two or four bytes of a block, or each byte where it is a scale, first
-those of all eight, so that a vector has a lane for each output. Nothing of a block is changed.
+The blocks of eight outputs lie side by side: first a few bytes of all eight, then the next few, so that a vector has a lane for
+each output. Nothing in a block is rounded.
 
 A row is rounded to whole numbers of 8 bits. Inside a group a product is a sum of whole numbers, which no order rounds; groups
-are added in order, each with one rounding. So what comes of a row depends on that row alone.
+are added in order, each by the same few roundings. So what comes of a row depends on that row alone.
 
 Layouts of blocks: ggml-common.h of llama.cpp, and quants.py of the gguf package, with whose results tests compare each kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,29 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-SIDE_BY_SIDE = 8
-"""Outputs whose blocks lie side by side."""
+from runtime.engine.block_tile import (
+    BYTE,
+    BYTES,
+    FLOAT,
+    FLOATS,
+    INT,
+    INTS,
+    LONG,
+    SHORTS,
+    SIDE_BY_SIDE,
+    Tile,
+    as_pairs,
+    beyond,
+    call,
+    constant,
+    everywhere,
+    filled,
+    multiply_add,
+    split_bytes,
+    sum_byte_pairs,
+    sum_pairs,
+)
+
 SMALL_GROUP = 32
 """Rows are rounded in groups of 32 with a scale for the whole row, and a whole factor for each group; in larger groups with a
 scale for each."""
@@ -53,14 +73,6 @@ _UNITS: dict[Kind, tuple[tuple[int, int, int], ...]] = {
 KINDS = frozenset(_UNITS)
 """The kinds of blocks that rows can be multiplied with."""
 
-_BYTE, _SHORT, _INT, _LONG, _FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_BYTES, _SHORTS, _INTS, _FLOATS = (
-    ir.VectorType(kind, count) for kind, count in ((_BYTE, 32), (_SHORT, 16), (_INT, 8), (_FLOAT, 8))
-)
-# Bytes between what is multiplied and what is read for later: memory takes about as long as the products in between.
-_AHEAD, _LINE = 2048, 64
-_EIGHT_BYTES, _EIGHT_HALVES = ir.VectorType(_BYTE, 8), ir.VectorType(ir.HalfType(), 8)
-
 
 def side_by_side(kind: Kind, blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Rows of blocks [O, bytes] as kernels take them, flat. O is a multiple of 8."""
@@ -77,184 +89,48 @@ def side_by_side(kind: Kind, blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return laid.reshape(-1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """Some rows that are multiplied with eight blocks together: where what `round_row` wrote of this group of each row lies."""
-
-    builder: Any
-    block: Any
-    steps: Sequence[Any]
-    scales: Sequence[Any]
-    sums: Sequence[Any]
-    factors: Sequence[Any]
-    shares: Sequence[Any]
-
-    @property
-    def rows(self) -> range:
-        return range(len(self.steps))
-
-    def numbers(self, at: int) -> Any:
-        """A half-precision number of each block, as float32."""
-        return self.builder.fpext(self._of_blocks(_EIGHT_HALVES, at), _FLOATS)
-
-    def bytes(self, at: int) -> Any:
-        """A byte of each block, in 32 bits."""
-        return self.builder.zext(self._of_blocks(_EIGHT_BYTES, at), _INTS)
-
-    def signed_bytes(self, at: Any) -> Any:
-        return self.builder.sext(self._of_blocks(_EIGHT_BYTES, at), _INTS)
-
-    def four_bytes(self, at: Any) -> Any:
-        return self._of_blocks(_BYTES, at)
-
-    def step(self, row: int, at: Any) -> Any:
-        """Four steps of a row, from this one of the group on, for every output."""
-        return self.builder.bitcast(_everywhere(self.builder, self.steps[row], _INT, at), _BYTES)
-
-    def scale(self, row: int) -> Any:
-        return _everywhere(self.builder, self.scales[row], _FLOAT)
-
-    def sum(self, row: int, at: int) -> Any:
-        """The sums of two of a row's runs of 16."""
-        return self.builder.bitcast(_everywhere(self.builder, self.sums[row], _INT, 2 * at), _SHORTS)
-
-    def factor(self, row: int) -> Any:
-        return self.builder.bitcast(_everywhere(self.builder, self.factors[row], _INT), _SHORTS)
-
-    def share(self, row: int) -> Any:
-        return _everywhere(self.builder, self.shares[row], _FLOAT)
-
-    def add_products(self, sums: Sequence[Any], weights: Iterable[tuple[Any, Any]], factors: Sequence[Any]) -> None:
-        """Adds to each row's sum that of its steps times `weights`, four at a time from this step on, times the row's factor.
-
-        So many products fit into 16 bits.
-        """
-        builder = self.builder
-        short: list[Any] = [None] * len(sums)
-        for at, four in weights:
-            for row in self.rows:
-                pairs = _sum_byte_pairs(builder, four, self.step(row, at))
-                short[row] = pairs if short[row] is None else builder.add(short[row], pairs)
-        for row, place in enumerate(sums):
-            products = _sum_pairs(builder, short[row], factors[row])
-            builder.store(builder.add(builder.load(place), products), place)
-
-    def zeros(self) -> list[Any]:
-        """A sum of each row for every output, in memory that LLVM makes registers of."""
-        return [cgutils.alloca_once_value(self.builder, _constant(_INTS, 0)) for _ in self.rows]
-
-    def fetch(self, at: Any, count: int) -> None:
-        """Has the CPU begin to read so many bytes of each of the blocks that come some time later."""
-        builder = self.builder
-        kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        place = _beyond(builder, _beyond(builder, self.block, at, SIDE_BY_SIDE), _AHEAD)
-        for line in range(0, SIDE_BY_SIDE * count, _LINE):
-            # To read, into all caches, and no code.
-            builder.call(function, [_beyond(builder, place, line), *(_constant(_INT, value) for value in (0, 3, 1))])
-
-    def _of_blocks(self, kind: Any, at: Any) -> Any:
-        place = _beyond(self.builder, self.block, at, SIDE_BY_SIDE)
-        return _read(self.builder, place, kind)
-
-
-_Add = Callable[[_Tile, list[Any]], None]
-
-
-def _constant(kind: Any, value: Any) -> Any:
-    return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
-
-
-def _beyond(builder: Any, place: Any, numbers: Any, bytes_: int = 1) -> Any:
-    """The place so many `numbers` of these bytes further on: a whole number, or a value of the kernel's."""
-    if isinstance(numbers, int):
-        numbers = _constant(_LONG, numbers)
-    return builder.gep(place, [builder.mul(numbers, _constant(_LONG, bytes_))])
-
-
-def _read(builder: Any, place: Any, kind: Any, offset: Any = 0) -> Any:
-    return builder.load(builder.bitcast(_beyond(builder, place, offset), kind.as_pointer()), align=1)
-
-
-def _everywhere(builder: Any, place: Any, kind: Any, offset: Any = 0) -> Any:
-    """What lies there, in all eight lanes."""
-    return _filled(builder, _read(builder, place, kind, offset), ir.VectorType(kind, 8))
-
-
-def _filled(builder: Any, value: Any, kind: Any) -> Any:
-    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _constant(_INT, 0))
-    return builder.shuffle_vector(first, first, _constant(ir.VectorType(_INT, kind.count), 0))
-
-
-def _call(builder: Any, name: str, kind: Any, *given: Any) -> Any:
-    function = ir.FunctionType(kind, [one.type for one in given])
-    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), given)
-
-
-def _sum_pairs(builder: Any, left: Any, right: Any) -> Any:
-    """The sums of two products each, of 16 numbers of 16 bits: 8 of 32 bits."""
-    return _call(builder, "llvm.x86.avx2.pmadd.wd", _INTS, left, right)
-
-
-def _sum_byte_pairs(builder: Any, unsigned: Any, signed: Any) -> Any:
-    """The sums of two products each, of 32 bytes without and with a sign: 16 of 16 bits, which have to hold them."""
-    return _call(builder, "llvm.x86.avx2.pmadd.ub.sw", _SHORTS, unsigned, signed)
-
-
-def _multiply_add(builder: Any, left: Any, right: Any, summand: Any) -> Any:
-    return _call(builder, "llvm.fma.v8f32", _FLOATS, left, right, summand)
-
-
-def _nibbles(builder: Any, raw: Any) -> tuple[Any, Any]:
-    """The low and the high halves of bytes."""
-    return builder.and_(raw, _constant(_BYTES, 15)), builder.lshr(raw, _constant(_BYTES, 4))
-
-
-def _pairs(builder: Any, first: Any, second: Any) -> Any:
-    """Two small whole numbers of 32 bits for each output, as one pair of 16 bits."""
-    low = builder.and_(first, _constant(_INTS, 0xFFFF))
-    return builder.bitcast(builder.or_(low, builder.shl(second, _constant(_INTS, 16))), _SHORTS)
+_Add = Callable[[Tile, list[Any]], None]
 
 
 # Each adds eight blocks' products to the sums of the tile's rows.
 
 
-def _add_q8_0(tile: _Tile, found: list[Any]) -> None:
+def _add_q8_0(tile: Tile, found: list[Any]) -> None:
     builder = tile.builder
     tile.fetch(0, 34)
-    sums = [_constant(_INTS, 0)] * len(found)
+    sums = [constant(INTS, 0)] * len(found)
     factors = [tile.factor(row) for row in tile.rows]
     for run in range(8):
         weights = tile.four_bytes(2 + 4 * run)
-        sizes = _call(builder, "llvm.abs.v32i8", _BYTES, weights, ir.Constant(ir.IntType(1), 0))
+        sizes = call(builder, "llvm.abs.v32i8", BYTES, weights, ir.Constant(ir.IntType(1), 0))
         for row in tile.rows:
             # The first factor of the products has no sign: the second takes it over.
-            steps = _call(builder, "llvm.x86.avx2.psign.b", _BYTES, tile.step(row, 4 * run), weights)
-            products = _sum_pairs(builder, _sum_byte_pairs(builder, sizes, steps), factors[row])
+            steps = call(builder, "llvm.x86.avx2.psign.b", BYTES, tile.step(row, 4 * run), weights)
+            products = sum_pairs(builder, sum_byte_pairs(builder, sizes, steps), factors[row])
             sums[row] = builder.add(sums[row], products)
     size = tile.numbers(0)
     for row in tile.rows:
-        found[row] = _multiply_add(builder, builder.sitofp(sums[row], _FLOATS), size, found[row])
+        found[row] = multiply_add(builder, builder.sitofp(sums[row], FLOATS), size, found[row])
 
 
 def _fifth_bits(builder: Any, bits: Any, run: int) -> Any:
     """16 where the bit of a weight is set, of four weights of each block from this run on, and else 0."""
     lanes = [lane // 4 * 4 + run // 2 for lane in range(32)]
-    spread = builder.shuffle_vector(bits, bits, ir.Constant(ir.VectorType(_INT, 32), lanes))
-    own = ir.Constant(_BYTES, [1 << (run % 2 * 4 + lane % 4) for lane in range(32)])
+    spread = builder.shuffle_vector(bits, bits, ir.Constant(ir.VectorType(INT, 32), lanes))
+    own = ir.Constant(BYTES, [1 << (run % 2 * 4 + lane % 4) for lane in range(32)])
     return _where_set(builder, spread, own)
 
 
 def _where_set(builder: Any, bits: Any, own: Any) -> Any:
     is_set = builder.icmp_unsigned("==", builder.and_(bits, own), own)
-    return builder.select(is_set, _constant(_BYTES, 16), _constant(_BYTES, 0))
+    return builder.select(is_set, constant(BYTES, 16), constant(BYTES, 0))
 
 
 def _add_nibbles(*, has_fifth: bool, has_least: bool) -> _Add:
     """Q4_0 and Q5_0, whose weights lie around zero, and Q4_1 and Q5_1, to whose weights a block adds its least."""
     head = 4 if has_least else 2
 
-    def add(tile: _Tile, found: list[Any]) -> None:
+    def add(tile: Tile, found: list[Any]) -> None:
         builder = tile.builder
         tile.fetch(0, head + 16 + 4 * has_fifth)
         bits = tile.four_bytes(head) if has_fifth else None
@@ -262,7 +138,7 @@ def _add_nibbles(*, has_fifth: bool, has_least: bool) -> _Add:
         def weights(runs: Iterable[int]) -> Iterator[tuple[int, Any]]:
             for run in runs:
                 raw = tile.four_bytes(head + 4 * has_fifth + 4 * run)
-                for half, nibbles in enumerate(_nibbles(builder, raw)):
+                for half, nibbles in enumerate(split_bytes(builder, raw)):
                     place = 4 * half + run
                     yield 4 * place, builder.or_(nibbles, _fifth_bits(builder, bits, place)) if has_fifth else nibbles
 
@@ -271,63 +147,63 @@ def _add_nibbles(*, has_fifth: bool, has_least: bool) -> _Add:
         for runs in ((0, 1), (2, 3)) if has_fifth else (range(4),):
             tile.add_products(sums, weights(runs), factors)
         size = tile.numbers(0)
-        middle = _constant(_FLOATS, -16.0 if has_fifth else -8.0)
+        middle = constant(FLOATS, -16.0 if has_fifth else -8.0)
         least = tile.numbers(2) if has_least else builder.fmul(size, middle)
         for row in tile.rows:
-            whole = builder.sitofp(builder.load(sums[row]), _FLOATS)
-            found[row] = _multiply_add(builder, least, tile.share(row), found[row])
-            found[row] = _multiply_add(builder, whole, size, found[row])
+            whole = builder.sitofp(builder.load(sums[row]), FLOATS)
+            found[row] = multiply_add(builder, least, tile.share(row), found[row])
+            found[row] = multiply_add(builder, whole, size, found[row])
 
     return add
 
 
-def _scale_of_six(tile: _Tile, place: int) -> tuple[Any, Any]:
+def _scale_of_six(tile: Tile, place: int) -> tuple[Any, Any]:
     """The scale and the least of a group of Q4_K or Q5_K."""
     builder = tile.builder
 
     def bits(at: int, shift: int, mask: int) -> Any:
-        return builder.and_(builder.lshr(tile.bytes(4 + at), _constant(_INTS, shift)), _constant(_INTS, mask))
+        return builder.and_(builder.lshr(tile.bytes(4 + at), constant(INTS, shift)), constant(INTS, mask))
 
     if place < 4:
         return bits(place, 0, 63), bits(place + 4, 0, 63)
-    upper = [builder.shl(bits(at, 6, 3), _constant(_INTS, 4)) for at in (place - 4, place)]
+    upper = [builder.shl(bits(at, 6, 3), constant(INTS, 4)) for at in (place - 4, place)]
     return builder.or_(bits(place + 4, 0, 15), upper[0]), builder.or_(bits(place + 4, 4, 15), upper[1])
 
 
 def _add_with_least(*, has_fifth: bool) -> _Add:
     """Q4_K and Q5_K: groups of 32 in a block of 256, each with a scale and a least of six bits."""
 
-    def add(tile: _Tile, found: list[Any]) -> None:
+    def add(tile: Tile, found: list[Any]) -> None:
         builder = tile.builder
-        below = [_constant(_INTS, 0)] * len(found)
-        scales = cgutils.alloca_once(builder, ir.ArrayType(_SHORTS, 8))
+        below = [constant(INTS, 0)] * len(found)
+        scales = cgutils.alloca_once(builder, ir.ArrayType(SHORTS, 8))
         for place in range(8):
-            scale, least = (_pairs(builder, one, one) for one in _scale_of_six(tile, place))
+            scale, least = (as_pairs(builder, one, one) for one in _scale_of_six(tile, place))
             builder.store(scale, cgutils.gep_inbounds(builder, scales, 0, place))
             for row in tile.rows:
-                below[row] = builder.add(below[row], _sum_pairs(builder, least, tile.sum(row, 2 * place)))
+                below[row] = builder.add(below[row], sum_pairs(builder, least, tile.sum(row, 2 * place)))
         below_size = builder.fneg(tile.numbers(2))
         for row in tile.rows:
             factor = builder.fmul(below_size, tile.scale(row))
-            found[row] = _multiply_add(builder, builder.sitofp(below[row], _FLOATS), factor, found[row])
+            found[row] = multiply_add(builder, builder.sitofp(below[row], FLOATS), factor, found[row])
 
         sums = tile.zeros()
-        with cgutils.for_range(builder, _constant(_LONG, 4)) as loop:
-            first = builder.mul(loop.index, _constant(_LONG, 2))
-            places = first, builder.add(first, _constant(_LONG, 1))
-            bits = [builder.shl(_constant(_BYTE, 1), builder.trunc(place, _BYTE)) for place in places]
-            own = [_filled(builder, one, _BYTES) for one in bits]
-            steps_at, raw_at = (builder.mul(loop.index, _constant(_LONG, count)) for count in (64, 32))
-            tile.fetch(builder.mul(loop.index, _constant(_LONG, 44 if has_fifth else 36)), 44 if has_fifth else 36)
+        with cgutils.for_range(builder, constant(LONG, 4)) as loop:
+            first = builder.mul(loop.index, constant(LONG, 2))
+            places = first, builder.add(first, constant(LONG, 1))
+            bits = [builder.shl(constant(BYTE, 1), builder.trunc(place, BYTE)) for place in places]
+            own = [filled(builder, one, BYTES) for one in bits]
+            steps_at, raw_at = (builder.mul(loop.index, constant(LONG, count)) for count in (64, 32))
+            tile.fetch(builder.mul(loop.index, constant(LONG, 44 if has_fifth else 36)), 44 if has_fifth else 36)
 
             def weights(half: int, runs: Iterable[int]) -> Iterator[tuple[Any, Any]]:
                 for run in runs:
                     at = (48 if has_fifth else 16) + 4 * run
-                    nibbles = _nibbles(builder, tile.four_bytes(builder.add(raw_at, _constant(_LONG, at))))[half]
+                    nibbles = split_bytes(builder, tile.four_bytes(builder.add(raw_at, constant(LONG, at))))[half]
                     if has_fifth:
                         fifth = _where_set(builder, tile.four_bytes(16 + 4 * run), own[half])
                         nibbles = builder.or_(nibbles, fifth)
-                    yield builder.add(steps_at, _constant(_LONG, 32 * half + 4 * run)), nibbles
+                    yield builder.add(steps_at, constant(LONG, 32 * half + 4 * run)), nibbles
 
             for half, place in enumerate(places):
                 factor = builder.load(cgutils.gep_inbounds(builder, scales, 0, place))
@@ -335,52 +211,50 @@ def _add_with_least(*, has_fifth: bool) -> _Add:
                     tile.add_products(sums, weights(half, runs), [factor] * len(found))
         size = tile.numbers(0)
         for row in tile.rows:
-            whole = builder.sitofp(builder.load(sums[row]), _FLOATS)
-            found[row] = _multiply_add(builder, whole, builder.fmul(size, tile.scale(row)), found[row])
+            whole = builder.sitofp(builder.load(sums[row]), FLOATS)
+            found[row] = multiply_add(builder, whole, builder.fmul(size, tile.scale(row)), found[row])
 
     return add
 
 
-def _add_q6_k(tile: _Tile, found: list[Any]) -> None:
+def _add_q6_k(tile: Tile, found: list[Any]) -> None:
     builder = tile.builder
-    below = [_constant(_INTS, 0)] * len(found)
+    below = [constant(INTS, 0)] * len(found)
     for place in range(0, 16, 2):
-        factors = _pairs(builder, tile.signed_bytes(2 + place), tile.signed_bytes(3 + place))
+        factors = as_pairs(builder, tile.signed_bytes(2 + place), tile.signed_bytes(3 + place))
         for row in tile.rows:
-            below[row] = builder.add(below[row], _sum_pairs(builder, factors, tile.sum(row, place)))
+            below[row] = builder.add(below[row], sum_pairs(builder, factors, tile.sum(row, place)))
     sums = tile.zeros()
-    with cgutils.for_range(builder, _constant(_LONG, 4)) as loop:
-        half, part = (getattr(builder, name)(loop.index, _constant(_LONG, 1)) for name in ("lshr", "and_"))
-        raw_at = builder.add(builder.mul(loop.index, _constant(_LONG, 48)), _constant(_LONG, 18))
-        tile.fetch(builder.mul(loop.index, _constant(_LONG, 53)), 53)
+    with cgutils.for_range(builder, constant(LONG, 4)) as loop:
+        half, part = (getattr(builder, name)(loop.index, constant(LONG, 1)) for name in ("lshr", "and_"))
+        raw_at = builder.add(builder.mul(loop.index, constant(LONG, 48)), constant(LONG, 18))
+        tile.fetch(builder.mul(loop.index, constant(LONG, 53)), 53)
 
         def at(of_half: int, of_part: int, rest: int) -> Any:
-            both = builder.add(
-                builder.mul(half, _constant(_LONG, of_half)), builder.mul(part, _constant(_LONG, of_part))
-            )
-            return builder.add(both, _constant(_LONG, rest))
+            both = builder.add(builder.mul(half, constant(LONG, of_half)), builder.mul(part, constant(LONG, of_part)))
+            return builder.add(both, constant(LONG, rest))
 
         def raw(more: int) -> Any:
-            return tile.four_bytes(builder.add(raw_at, _constant(_LONG, more)))
+            return tile.four_bytes(builder.add(raw_at, constant(LONG, more)))
 
         def weights(run: int, first: int) -> Iterator[tuple[Any, Any]]:
             for more in (first, first + 4):
-                low = _nibbles(builder, raw(16 * (run % 2) + more))[run // 2]
-                high = builder.lshr(raw(32 + more), _constant(_BYTES, 2 * run))
-                upper = builder.shl(builder.and_(high, _constant(_BYTES, 3)), _constant(_BYTES, 4))
+                low = split_bytes(builder, raw(16 * (run % 2) + more))[run // 2]
+                high = builder.lshr(raw(32 + more), constant(BYTES, 2 * run))
+                upper = builder.shl(builder.and_(high, constant(BYTES, 3)), constant(BYTES, 4))
                 yield at(128, 16, 32 * run + more), builder.or_(low, upper)
 
         scales = [tile.signed_bytes(at(8, 1, 2 + 2 * run)) for run in range(4)]
-        factors = [_pairs(builder, scale, scale) for scale in scales]
+        factors = [as_pairs(builder, scale, scale) for scale in scales]
         for first in (0, 8):
             for run, factor in enumerate(factors):
                 tile.add_products(sums, weights(run, first), [factor] * len(found))
     size = tile.numbers(0)
     for row in tile.rows:
         # A weight is its six bits less 32.
-        less = builder.mul(below[row], _constant(_INTS, 32))
-        whole = builder.sitofp(builder.sub(builder.load(sums[row]), less), _FLOATS)
-        found[row] = _multiply_add(builder, whole, builder.fmul(size, tile.scale(row)), found[row])
+        less = builder.mul(below[row], constant(INTS, 32))
+        whole = builder.sitofp(builder.sub(builder.load(sums[row]), less), FLOATS)
+        found[row] = multiply_add(builder, whole, builder.fmul(size, tile.scale(row)), found[row])
 
 
 _ADDERS: dict[Kind, _Add] = {
@@ -416,50 +290,50 @@ def _tile(count: int) -> Any:
 
             def data(array: Any, value: Any) -> Any:
                 found = cgutils.create_struct_proxy(array)(context, builder, value).data
-                return builder.bitcast(found, _BYTE.as_pointer())
+                return builder.bitcast(found, BYTE.as_pointer())
 
             blocks_at = builder.gep(data(blocks, given[1]), [place])
             made = [data(one, builder.extract_value(parts, index)) for index, one in enumerate(rounded.types)]
-            numbers = [builder.add(first, _constant(_LONG, number)) for number in range(count)]
-            sums = [cgutils.alloca_once(builder, _FLOATS) for _ in numbers]
-            scales = [cgutils.alloca_once(builder, _FLOATS) for _ in numbers]
+            numbers = [builder.add(first, constant(LONG, number)) for number in range(count)]
+            sums = [cgutils.alloca_once(builder, FLOATS) for _ in numbers]
+            scales = [cgutils.alloca_once(builder, FLOATS) for _ in numbers]
             for one, scale in zip(sums, scales, strict=True):
-                builder.store(_constant(_FLOATS, 0.0), one)
-                builder.store(_constant(_FLOATS, 1.0), scale)
+                builder.store(constant(FLOATS, 0.0), one)
+                builder.store(constant(FLOATS, 1.0), scale)
             after = builder.append_basic_block("after")
             switch = builder.switch(chosen, after)
             for known, add in _ADDERS.items():
                 block = builder.append_basic_block(known.name)
-                switch.add_case(_constant(_LONG, int(known)), block)
+                switch.add_case(constant(LONG, int(known)), block)
                 builder.position_at_end(block)
                 values, size = GGML_QUANT_SIZES[known]
-                groups = builder.sdiv(width, _constant(_LONG, values))
+                groups = builder.sdiv(width, constant(LONG, values))
                 # The bytes that each part of what was rounded has for a group.
                 each = values, 4, values // 8, 4, 4
                 starts = [
-                    [_beyond(builder, part, builder.mul(number, groups), bytes_) for number in numbers]
+                    [beyond(builder, part, builder.mul(number, groups), bytes_) for number in numbers]
                     for part, bytes_ in zip(made, each, strict=True)
                 ]
                 if values == SMALL_GROUP:
                     for number, scale in zip(numbers, scales, strict=True):
-                        builder.store(_everywhere(builder, _beyond(builder, made[1], number, 4), _FLOAT), scale)
+                        builder.store(everywhere(builder, beyond(builder, made[1], number, 4), FLOAT), scale)
                 with cgutils.for_range(builder, groups) as loop:
                     found = [builder.load(one) for one in sums]
                     here = [
-                        [_beyond(builder, one, loop.index, bytes_) for one in part]
+                        [beyond(builder, one, loop.index, bytes_) for one in part]
                         for part, bytes_ in zip(starts, each, strict=True)
                     ]
-                    block_at = _beyond(builder, blocks_at, loop.index, SIDE_BY_SIDE * size)
-                    add(_Tile(builder, block_at, *here), found)
+                    block_at = beyond(builder, blocks_at, loop.index, SIDE_BY_SIDE * size)
+                    add(Tile(builder, block_at, *here), found)
                     for one, value in zip(sums, found, strict=True):
                         builder.store(value, one)
                 builder.branch(after)
             builder.position_at_end(after)
             for number, (one, scale) in enumerate(zip(sums, scales, strict=True)):
                 total = builder.fmul(builder.load(one), builder.load(scale))
-                far = builder.add(target, builder.mul(between, _constant(_LONG, number)))
-                place = _beyond(builder, data(out, given[6]), far, 4)
-                builder.store(total, builder.bitcast(place, _FLOATS.as_pointer()), align=1)
+                far = builder.add(target, builder.mul(between, constant(LONG, number)))
+                place = beyond(builder, data(out, given[6]), far, 4)
+                builder.store(total, builder.bitcast(place, FLOATS.as_pointer()), align=1)
             return context.get_dummy_value()
 
         whole = types.intp

@@ -98,7 +98,7 @@ def _kernel_folder() -> Path | None:
 def _code() -> str:
     # numba knows a kernel by its own bytecode and file, and not by the intrinsics that it is made of.
     here = Path(__file__)
-    names = ("lanes.py", "row_kernel.py", "block_lanes.py", "block_kernel.py", "crew.py")
+    names = ("lanes.py", "row_kernel.py", "block_tile.py", "block_lanes.py", "block_kernel.py", "crew.py")
     return hashlib.sha256(b"".join(here.with_name(name).read_bytes() for name in names)).hexdigest()[:24]
 
 

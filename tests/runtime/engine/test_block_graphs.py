@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Qwen3Config
 
-from runtime.engine.block_graphs import InBlocks, knows_blocks, memory_for_rounded
+from runtime.engine.block_graphs import InBlocks, knows_blocks
 from runtime.engine.block_kernel import STEP, gate_row, multiply_blocks, norm_row, round_row
 from runtime.engine.block_lanes import KINDS, SMALL_GROUP, side_by_side
+from runtime.engine.block_program import memory_for_rounded
 from runtime.engine.machine import Level, hardware_level
 from runtime.engine.openvino_fit import fits_cpu
 from tests.conftest import save_random_model
