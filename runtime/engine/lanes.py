@@ -276,32 +276,32 @@ def power_of_two(typing: Any, exponents: Any) -> Any:
     return _vector(_vector), generate
 
 
+def _over_lanes(builder: Any, numbers: Any, join: Callable[[Any, Any], Any]) -> Any:
+    """The 16 joined to one: lanes 8 apart first, then those 4, 2 and 1 apart."""
+    distance = LANES // 2
+    while distance:
+        across = ir.Constant(_INTS, [lane ^ distance for lane in range(LANES)])
+        numbers = join(numbers, builder.shuffle_vector(numbers, numbers, across))
+        distance //= 2
+    return builder.extract_element(numbers, ir.Constant(_INT, 0))
+
+
 @intrinsic
 def largest(typing: Any, numbers: Any) -> Any:
     """The largest of the 16."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        (found,), distance = values, LANES // 2
-        while distance:
-            across = ir.Constant(_INTS, [lane ^ distance for lane in range(LANES)])
-            found = _call(builder, "maxnum", found, builder.shuffle_vector(found, found, across))
-            distance //= 2
-        return builder.extract_element(found, ir.Constant(_INT, 0))
+        return _over_lanes(builder, values[0], lambda one, other: _call(builder, "maxnum", one, other))
 
     return types.float32(_vector), generate
 
 
 @intrinsic
 def sum_of(typing: Any, numbers: Any) -> Any:
-    """The sum of the 16: of lanes 8 apart first, then of those 4, 2 and 1 apart."""
+    """The sum of the 16."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        (found,), distance = values, LANES // 2
-        while distance:
-            across = ir.Constant(_INTS, [lane ^ distance for lane in range(LANES)])
-            found = builder.fadd(found, builder.shuffle_vector(found, found, across))
-            distance //= 2
-        return builder.extract_element(found, ir.Constant(_INT, 0))
+        return _over_lanes(builder, values[0], builder.fadd)
 
     return types.float32(_vector), generate
 
