@@ -62,8 +62,8 @@ STEP = np.dtype([*((name, np.int64) for name in _FIELDS), ("epsilon", np.float64
 """A step of a program. In a space of N rows a column c, and those beside it, begin at c * N; one row follows the other."""
 
 _ZERO, _ONE, _LARGEST_INT8 = np.float32(0), np.float32(1), np.float32(127)
-# A quiet group of a row is rounded no coarser than 1 / 255 of the step of its loudest. Sums of a block fit into 32 bits.
-_LARGEST_FACTOR = np.float32(255)
+# A quiet group of a row is rounded no coarser than 1 / 4095 of the step of its loudest. Sums of a block fit into 32 bits.
+_LARGEST_FACTOR = np.float32(4095)
 # What would be divided by a smaller number is too large for float32, or has too few bits left.
 _LEAST_SCALE = np.float32(2.0**-100)
 CLAIMED = 32
