@@ -1,4 +1,4 @@
-"""Kernels of what lies between the attention of two layers, over weights as they lie in a GGUF file.
+"""Kernels of what lies between the attention of two layers, over the blocks of a GGUF file.
 
 Each works on a row by itself, in an order that its text states, so that a row's bits do not depend on the rows beside it.
 Letters: N rows, K numbers of a row, O outputs.
