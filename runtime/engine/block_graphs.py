@@ -7,7 +7,7 @@ weights come in blocks of 256, as llama.cpp rounds them.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,18 @@ from typing import Any
 import numpy as np
 
 from runtime.engine.block_lanes import KINDS
+from runtime.engine.block_layers import BlockGraphs, prepare_layers
 from runtime.engine.block_program import BlockDraft, BlockGraph, Columns, ProgramWriter, Space
 from runtime.engine.block_tile import SIDE_BY_SIDE
 from runtime.engine.configuration import attention_shape
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.parts import Graphs, Keeper, Parts, RowGraph, graph_names
 from runtime.engine.rotary import ExactRotary
+from runtime.engine.row_attention import prepare_kernels
 from runtime.engine.stored import Tally
 from runtime.gguf_file import GgufFile, StoredRows
 from runtime.gguf_model import stored_model
+from runtime.slab_spec import SlabSpec
 
 # The most rows in one call, so that a probe can try every count.
 _MOST_ROWS = 128
@@ -48,17 +51,18 @@ class _ModelWriter:
     def _graph(self, before: Any, after: Any) -> BlockDraft:
         """What follows the attention of one layer, up to that of the next."""
         draft = ProgramWriter(self.tally)
-        # First in each graph: those that the last graph returned lie here, and what else is given must not be written over them.
+        # First, and alike in each graph: what one returns lies where the next finds it.
         hidden = draft.columns(self._config.hidden_size)
+        attended = draft.columns(self._heads * self._head_dim)
+        turn = [draft.columns(self._head_dim) for _ in range(2)]
+        projected = [draft.columns(heads * self._head_dim, heads) for heads in (self._heads, *[self._kv_heads] * 2)]
         inputs, outputs = [hidden], [hidden]
         if before:
-            attended = draft.columns(self._heads * self._head_dim)
             inputs.insert(0, attended)
             self._mix(draft, before, attended, hidden)
         if after:
-            turn = draft.columns(self._head_dim), draft.columns(self._head_dim)
             inputs += turn
-            projected = self._project(draft, after, hidden, turn)
+            self._project(draft, after, hidden, turn, projected)
             outputs = [*outputs, *projected] if before else projected
         else:
             outputs = [draft.norm(hidden, self._decoder.norm)]
@@ -73,17 +77,16 @@ class _ModelWriter:
         draft.add(hidden, *draft.multiply(gate, [mlp.down_proj]))
 
     def _project(
-        self, draft: ProgramWriter, layer: Any, hidden: Columns, turn: tuple[Columns, Columns]
-    ) -> list[Columns]:
+        self, draft: ProgramWriter, layer: Any, hidden: Columns, turn: Sequence[Columns], projected: Sequence[Columns]
+    ) -> None:
         attention = layer.self_attn
         normed = draft.norm(hidden, layer.input_layernorm)
         linears = [attention.q_proj, attention.k_proj, attention.v_proj]
-        query, key, value = draft.multiply(normed, linears, (self._heads, self._kv_heads, self._kv_heads))
+        query, key, _ = draft.multiply(normed, linears, projected)
         for vectors, name in ((query, "q_norm"), (key, "k_norm")):
             if hasattr(attention, name):
                 draft.norm(vectors, getattr(attention, name), vectors)
             draft.turn(vectors, *turn)
-        return [query, key, value]
 
     def _logits(self) -> BlockDraft:
         draft = ProgramWriter(self.tally)
@@ -117,6 +120,10 @@ class InBlocks:
     def needed_bytes(self, directory: Path, weights: int) -> int:
         return directory.stat().st_size
 
+    def prepare(self, spec: SlabSpec) -> None:
+        prepare_kernels(spec)
+        prepare_layers(spec)
+
     def parts(self, directory: Path, keeper: Keeper) -> Parts:
         model = stored_model(directory)
         decoder = model.get_decoder()
@@ -132,8 +139,11 @@ class InBlocks:
         embedding = StoredRows(decoder.embed_tokens.stored)
         weights_bytes += embedding.nbytes
         return Parts(
-            Graphs.of(graphs), embedding, ExactRotary(decoder.rotary_emb), weights_bytes, writing.tally.lines()
+            self.graphs(graphs), embedding, ExactRotary(decoder.rotary_emb), weights_bytes, writing.tally.lines()
         )
+
+    def graphs(self, named: Mapping[str, RowGraph]) -> Graphs:
+        return BlockGraphs.of(named)
 
     def imported(self, mapped: mmap.mmap, facts: Mapping[str, Any]) -> BlockGraph:
         return BlockGraph(self._space, np.frombuffer(mapped, np.uint8), facts)

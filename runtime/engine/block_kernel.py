@@ -18,6 +18,7 @@ from runtime.engine.lanes import (
     LANES,
     absolute,
     add,
+    array_at,
     choose,
     divide,
     full,
@@ -32,7 +33,7 @@ from runtime.engine.lanes import (
     store,
     sum_of,
 )
-from runtime.engine.row_kernel import exp_of
+from runtime.engine.row_kernel import exp_of, turn_vector
 
 
 class Operation(IntEnum):
@@ -73,19 +74,21 @@ CLAIMED = 32
 @kernel
 def run_program(
     program: Any,
-    blocks: Any,
-    constants: Any,
+    begin: int,
+    end: int,
+    weights: Any,
     space: Any,
     rounded: Any,
     rows: int,
     counters: Any,
 ) -> None:
-    """One thread's share of a `program` [STEP] on N `rows`. Every thread of a crew calls it with the same.
+    """One thread's share of the steps `begin` to `end` of a `program` [STEP] on N `rows`. Every thread of a crew calls it alike.
 
-    `blocks` is uint8, `constants` and `space` float32; `rounded` is as `round_row` writes it. `counters` are
-    two zeros for each step.
+    `weights` are addresses and counts of blocks and constants, `space` is float32; `rounded` is as `round_row` writes it.
+    `counters` are two zeros for each step.
     """
-    for number in range(len(program)):
+    blocks, constants = array_at(weights[0], weights[1], np.uint8), array_at(weights[2], weights[3], np.float32)
+    for number in range(begin, end):
         step = program[number]
         parts = rows
         if step.operation == Operation.MULTIPLY:
@@ -94,8 +97,8 @@ def run_program(
         while part < parts:
             at, to = step.source * rows + part * step.width, step.target * rows + part * step.width
             if step.operation == Operation.MULTIPLY:
-                end = min((part + 1) * CLAIMED, step.outputs)
-                multiply_blocks(step, blocks, rounded, rows, space, part * CLAIMED, end)
+                last = min((part + 1) * CLAIMED, step.outputs)
+                multiply_blocks(step, blocks, rounded, rows, space, part * CLAIMED, last)
             elif step.operation == Operation.ROUND:
                 round_row(space, at, step.group, step.width, rounded, part)
             elif step.operation == Operation.NORM:
@@ -108,8 +111,9 @@ def run_program(
                 gate_row(space, step.other * rows + part * step.width, to, step.width)
             else:
                 width = step.width // step.count
-                angles = step.source * rows + part * width, step.other * rows + part * width
-                turn_row(space, angles[0], angles[1], to, width, step.count)
+                cosine, sine = step.source * rows + part * width, step.other * rows + part * width
+                for one in range(to, to + step.width, width):
+                    turn_vector(space, one, space, cosine, space, sine, space, one, width)
             count_up(counters, 2 * number + 1)
             part = count_up(counters, 2 * number)
         wait_for(counters, 2 * number + 1, parts)
@@ -218,15 +222,3 @@ def gate_row(space: Any, other: int, to: int, width: int) -> None:
         # For a number above zero its sigmoid is 1 / (1 + exp(-x)), for one below exp(x) / (1 + exp(x)).
         share = divide(choose(positive(gate), one, fall), add(one, fall))
         store(space, to + column, multiply(multiply(gate, share), load(space, other + column)))
-
-
-@kernel
-def turn_row(space: Any, cosines: int, sines: int, to: int, width: int, count: int) -> None:
-    half = width // 2
-    for vector in range(count):
-        first = to + vector * width
-        for column in range(half):
-            low, high = space[first + column], space[first + half + column]
-            space[first + column] = low * space[cosines + column] - high * space[sines + column]
-            far = half + column
-            space[first + far] = high * space[cosines + far] + low * space[sines + far]

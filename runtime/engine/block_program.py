@@ -44,12 +44,17 @@ class Columns:
     def vectors(self) -> int:
         return self.heads or 1
 
+    def of(self, rows: Any, count: int) -> Any:
+        """What these are of so many rows, [count, width], or [count, heads, width of each]."""
+        lying = rows[self.at * count : (self.at + self.width) * count]
+        return lying.reshape((count, self.heads, -1) if self.heads else (count, -1))
+
 
 class Space:
     """Memory for rows while a graph works on them, that of one graph at a time, and the threads that do."""
 
     def __init__(self, threads: int) -> None:
-        self._crew = Crew(threads)
+        self.crew, self.threads = Crew(threads), threads
         self.release()
 
     def release(self) -> None:
@@ -62,13 +67,11 @@ class Space:
             self._rows = np.empty(count * columns, np.float32)
         return self._rows
 
-    def run(self, program: Any, blocks: Any, constants: Any, rows: int, widest: int, threads: int) -> None:
-        """Runs a program on `rows`, in none of whose steps more than `widest` numbers of a row are rounded."""
-        if self._rounded[0].size < rows * widest:
-            self._rounded = memory_for_rounded(rows * widest)
-        counters = np.zeros(2 * len(program), np.int64)
-        work = partial(run_program, program, blocks, constants, self._rows, self._rounded, rows, counters)
-        self._crew.run(work, threads)
+    def rounded(self, numbers: int) -> tuple[Any, ...]:
+        """Memory for so many numbers of rows, as `round_row` writes them."""
+        if self._rounded[0].size < numbers:
+            self._rounded = memory_for_rounded(numbers)
+        return self._rounded
 
 
 def memory_for_rounded(numbers: int) -> tuple[Any, ...]:
@@ -101,23 +104,24 @@ class ProgramWriter:
         self._step(Operation.NORM, source.width, **places, epsilon=norm.variance_epsilon, count=source.vectors)
         return target
 
-    def multiply(self, source: Columns, linears: Sequence[Any], heads: Sequence[int] = ()) -> list[Columns]:
+    def multiply(
+        self, source: Columns, linears: Sequence[Any], targets: Sequence[Columns | None] | None = None
+    ) -> list[Columns]:
         """What linears that take the same rows make of them."""
-        targets = []
+        made = []
         rounded_for = 0
-        for linear, count in zip(linears, heads or [0] * len(linears), strict=True):
+        for linear, target in zip(linears, targets or [None] * len(linears), strict=True):
             group = GGML_QUANT_SIZES[linear.stored.kind][0]
             if group != rounded_for:
                 self._step(Operation.ROUND, source.width, source=source.at, group=group)
                 rounded_for = group
-            targets.append(self._multiply(source, linear, count))
-        return targets
+            made.append(self._multiply(source, linear, target or self.columns(linear.stored.shape[0])))
+        return made
 
-    def _multiply(self, source: Columns, linear: Any, heads: int) -> Columns:
+    def _multiply(self, source: Columns, linear: Any, target: Columns) -> Columns:
         stored: StoredTensor = linear.stored
         self._tally.add(stored, _FORMS[stored.kind], stored.nbytes)
         self._kinds.add(stored.kind.name)
-        target = self.columns(stored.shape[0], heads)
         row_bytes = stored.nbytes // target.width
         where = {"kind": int(stored.kind), "weight": self._bytes, "row_bytes": row_bytes}
         self._step(Operation.MULTIPLY, source.width, target=target.at, **where, outputs=target.width)
@@ -183,28 +187,30 @@ class BlockGraph(RowGraph):
 
     def __init__(self, space: Space, weights: Any, facts: Mapping[str, Any]) -> None:
         """Raises LookupError, TypeError or ValueError for facts of something else."""
-        self._inputs, self._outputs = ([Columns(*one) for one in facts[name]] for name in ("inputs", "outputs"))
-        super().__init__([one.width for one in self._inputs], facts["kinds"], 1)
-        self._space, self._columns = space, facts["columns"]
-        self._program = np.array([tuple(step) for step in facts["program"]], STEP)
-        self._blocks, self._constants = weights[: facts["blocks"]], weights[facts["blocks"] :].view(np.float32)
-        self._widest, self._outputs_at_most = (int(self._program[name].max()) for name in ("width", "outputs"))
+        self.inputs, self.outputs = ([Columns(*one) for one in facts[name]] for name in ("inputs", "outputs"))
+        super().__init__([one.width for one in self.inputs], facts["kinds"], 1)
+        self.space, self.columns = space, facts["columns"]
+        self.program = np.array([tuple(step) for step in facts["program"]], STEP)
+        # Both lie in here, and only as long as this does.
+        self._weights = weights
+        blocks, constants = weights[: facts["blocks"]], weights[facts["blocks"] :].view(np.float32)
+        places = (blocks.ctypes.data, blocks.size, constants.ctypes.data, constants.size)
+        self.places = np.array(places, np.int64)
+        self.widest, self._outputs_at_most = (int(self.program[name].max()) for name in ("width", "outputs"))
 
     def run(self, *given: Any) -> list[Any]:
         count = len(given[0])
-        rows = self._space.rows(count, self._columns)
-
-        def lying(columns: Columns) -> Any:
-            return rows[columns.at * count : (columns.at + columns.width) * count]
-
-        for columns, one in zip(self._inputs, given, strict=True):
-            lying(columns)[:] = one.reshape(-1)
-        threads = max(count, self._outputs_at_most // CLAIMED)
-        self._space.run(self._program, self._blocks, self._constants, count, self._widest, threads)
-        return [lying(one).reshape((count, one.heads, -1) if one.heads else (count, -1)) for one in self._outputs]
+        rows = self.space.rows(count, self.columns)
+        for columns, one in zip(self.inputs, given, strict=True):
+            columns.of(rows, count)[:] = one
+        rounded = self.space.rounded(count * self.widest)
+        steps = len(self.program)
+        where = (self.program, 0, steps, self.places, rows, rounded, count, np.zeros(2 * steps, np.int64))
+        self.space.crew.run(partial(run_program, *where), max(count, self._outputs_at_most // CLAIMED))
+        return [columns.of(rows, count) for columns in self.outputs]
 
     def release(self) -> None:
-        self._space.release()
+        self.space.release()
 
     @staticmethod
     def given(rows: Tensor) -> Any:

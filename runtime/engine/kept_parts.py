@@ -36,7 +36,7 @@ _SOURCES = (
     *("checkpoints.py", "gguf_file.py", "gguf_model.py", "foreign/gguf.py"),
     *(f"engine/{name}.py" for name in ("blocks", "configuration", "kept_parts", "parts", "rotary", "stored")),
     *(f"engine/openvino_{name}.py" for name in ("compiling", "graphs", "parts")),
-    *(f"engine/block_{name}.py" for name in ("graphs", "kernel", "lanes", "program")),
+    *(f"engine/block_{name}.py" for name in ("graphs", "kernel", "lanes", "layers", "program")),
 )
 _MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 # Weights of two bytes have four in a graph that is exported, and few kinds in a GGUF file grow by more.
@@ -164,7 +164,7 @@ def _graphs(bundle: Bundle, making: Making) -> Graphs:
 
     # Each packs its weights on one core, and often waits for memory or for OpenVINO's locks.
     with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        return Graphs.of(dict(zip(graphs, pool.map(imported, graphs), strict=True)))
+        return making.graphs(dict(zip(graphs, pool.map(imported, graphs), strict=True)))
 
 
 def _embedding(bundle: Bundle, directory: Path) -> Rows:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llvmlite import ir
-from numba import config, types
+from numba import carray, config, types
 from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.core.registry import CPUDispatcher
@@ -98,7 +98,15 @@ def _kernel_folder() -> Path | None:
 def _code() -> str:
     # numba knows a kernel by its own bytecode and file, and not by the intrinsics that it is made of.
     here = Path(__file__)
-    names = ("lanes.py", "row_kernel.py", "block_tile.py", "block_lanes.py", "block_kernel.py", "crew.py")
+    names = (
+        "lanes.py",
+        "row_kernel.py",
+        "block_tile.py",
+        "block_lanes.py",
+        "block_kernel.py",
+        "block_layers.py",
+        "crew.py",
+    )
     return hashlib.sha256(b"".join(here.with_name(name).read_bytes() for name in names)).hexdigest()[:24]
 
 
@@ -157,6 +165,20 @@ def _lanewise(name: str, given: int) -> Any:
         return _call(builder, name, *values)
 
     return _vector(*[_vector] * given), generate
+
+
+@intrinsic
+def _pointer(typing: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.inttoptr(values[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+@kernel
+def array_at(address: int, count: int, dtype: Any) -> Any:
+    """The array of `count` numbers that lies at an address, which has to outlive it."""
+    return carray(_pointer(address), (count,), dtype)
 
 
 @intrinsic

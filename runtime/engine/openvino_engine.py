@@ -40,7 +40,7 @@ from runtime.engine.openvino_fit import can_build, is_small_model
 from runtime.engine.openvino_parts import InGraphs
 from runtime.engine.parts import Making, lengthened
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
-from runtime.engine.row_attention import CLAIM, RowAttention, prepare_kernels, row_attention_is_exact
+from runtime.engine.row_attention import CLAIM, RowAttention, row_attention_is_exact
 from runtime.engine.torch_slab import torch_pool
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.events import Token
@@ -56,7 +56,7 @@ _log = logging.getLogger("perennial.engine")
 _HELD = ("float32", "bfloat16", "int8")
 
 _TRIED = (
-    f"each kind of graph at every count of rows on {PROBED_ROWS} rows or more, attention at every count, a layer in "
+    f"each kind of graph at every count of rows on {PROBED_ROWS} rows or more, attention at every count, two layers in "
     "batches of two sessions"
 )
 
@@ -147,7 +147,7 @@ class _Model:
         self.making = _making(form, directory)
         with ThreadPoolExecutor(1) as beside:
             # Both take a while, and neither keeps a core busy all the time.
-            prepared = beside.submit(prepare_kernels, spec)
+            prepared = beside.submit(self.making.prepare, spec)
             parts = find_parts(directory, self.making)
             prepared.result()
         self.config = config
@@ -159,7 +159,7 @@ class _Model:
         self._no_logits = torch.empty(0, config.vocab_size)
 
     def is_exact(self) -> bool:
-        """Whether each kind of graph, attention, and a layer as a whole, give rows the same bits in every batch here."""
+        """Whether each kind of graph, attention, and two layers as a whole, give rows the same bits in every batch here."""
         described = f"{self.making.way} {self.config} {self._form} {' '.join(self.tensors)}".strip()
         graphs = self._graphs
         kinds = {"first": graphs.first, "last": graphs.last, "head": graphs.head}
@@ -172,9 +172,9 @@ class _Model:
             if not find_or_probe(f"{described} graph {called}, at most {most} rows", probe):
                 _log.warning("a row gets other bits in other batches of the graph %s of %s", kind, self._form)
                 return False
-        layer = _FirstLayer(self, replace(self._spec, layers=1))
+        layers = _FirstLayers(self, replace(self._spec, layers=min(2, self._spec.layers)))
         return row_attention_is_exact(self._spec, self.config.num_attention_heads, self._rotary) and find_or_probe(
-            f"{described} {layer.spec}", partial(is_bit_exact, layer, layer.spec, self.config.vocab_size)
+            f"{described} {layers.spec}", partial(is_bit_exact, layers, layers.spec, self.config.vocab_size)
         )
 
     def release(self) -> None:
@@ -189,21 +189,14 @@ class _Model:
         angles = self._rotary(embedded, lengthened(torch.tensor([row.position for row in rows]), self._least_rows))
         plan = self._attend.plan(batch)
         graphs = self._graphs
-        given, taken = graphs.first.given, graphs.first.taken
-        hidden, turn = given(embedded), [given(one) for one in angles]
-        projected = graphs.first.run(hidden, *turn)
-        for layer in range(layers - 1):
-            query, key, value = map(taken, projected)
-            attended = self._attend(layer, query, key, value, plan)
-            hidden, *projected = graphs.between[layer].run(given(attended), hidden, *turn)
-        query, key, value = map(taken, projected)
+        hidden, query, key, value = graphs.project(embedded, angles, self._attend, plan, layers)
         drawing = [index for index, row in enumerate(rows) if row.draw is not None]
         if not drawing:
             # What later rows need of the last layer is its keys and values.
             self._attend.write(layers - 1, key, value, plan)
-            return taken(hidden)[drawing]
+            return hidden[drawing]
         attended = self._attend(layers - 1, query, key, value, plan)
-        return graphs.last(attended[drawing], taken(hidden)[drawing])[0].clone()
+        return graphs.last(attended[drawing], hidden[drawing])[0].clone()
 
     def logits(self, batch: RowBatch) -> Tensor:
         """The logits of the rows with `draw`, [rows, vocabulary] float32."""
@@ -211,8 +204,8 @@ class _Model:
         return torch.cat([self._graphs.head(part)[0].clone() for part in parts if len(part)] or [self._no_logits])
 
 
-class _FirstLayer:
-    """The model's first layer over slabs of `spec`, without the head, which was tried by itself and would take longest."""
+class _FirstLayers:
+    """The model's first layers over slabs of `spec`, without the head, which was tried by itself and would take longest."""
 
     def __init__(self, model: _Model, spec: SlabSpec) -> None:
         self._model, self.spec = model, spec

@@ -18,10 +18,12 @@ from runtime.engine.exact import Claim, Ground
 from runtime.engine.openvino_compiling import Compiling, Graph
 from runtime.engine.openvino_fit import GROUP
 from runtime.engine.openvino_graphs import build
-from runtime.engine.parts import DenseRows, Keeper, Parts, Rows
+from runtime.engine.parts import DenseRows, Graphs, Keeper, Parts, RowGraph, Rows
 from runtime.engine.rotary import ExactRotary
+from runtime.engine.row_attention import prepare_kernels
 from runtime.gguf_file import StoredRows
 from runtime.gguf_model import StoredEmbedding, stored_model
+from runtime.slab_spec import SlabSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,9 @@ class InGraphs:
     def unkept(self) -> str:
         return "each load makes them again, and memory holds weights twice"
 
+    def prepare(self, spec: SlabSpec) -> None:
+        prepare_kernels(spec)
+
     def parts(self, directory: Path, keeper: Keeper) -> Parts:
         model = stored_model(directory) if directory.is_file() else _loaded(directory, self.compiling)
         decoder = model.get_decoder()
@@ -88,6 +93,9 @@ class InGraphs:
         )
         built = build(model, self.compiling, keeper)
         return Parts(built.graphs, embedding, rotary, built.weights_bytes + embedding.nbytes, built.tensors)
+
+    def graphs(self, named: Mapping[str, RowGraph]) -> Graphs:
+        return Graphs.of(named)
 
     def imported(self, mapped: mmap.mmap, facts: Mapping[str, Any]) -> Graph:
         return Graph.imported(mapped, facts, self.compiling)

@@ -14,6 +14,8 @@ from torch import Tensor
 from runtime.bundles import Bundle
 from runtime.engine.exact import Claim
 from runtime.engine.rotary import ExactRotary
+from runtime.engine.row_attention import RowAttention, RowPlan
+from runtime.slab_spec import SlabSpec
 
 
 class RowGraph:
@@ -75,6 +77,19 @@ class Graphs:
         """Of those that `graph_names` names."""
         between = tuple(named[f"between-{number}"] for number in range(len(named) - 3))
         return cls(named["first"], between, named["last"], named["head"])
+
+    def project(
+        self, embedded: Tensor, angles: Sequence[Tensor], attend: RowAttention, plan: RowPlan, layers: int
+    ) -> list[Tensor]:
+        """Hidden rows before the attention of the last of `layers` layers, and its query, keys and values."""
+        given, taken = self.first.given, self.first.taken
+        hidden, turn = given(embedded), [given(one) for one in angles]
+        projected = self.first.run(hidden, *turn)
+        for layer, graph in enumerate(self.between[: layers - 1]):
+            query, key, value = map(taken, projected)
+            attended = attend(layer, query, key, value, plan)
+            hidden, *projected = graph.run(given(attended), hidden, *turn)
+        return [taken(one) for one in (hidden, *projected)]
 
     def release(self) -> None:
         """Frees what graphs have taken beside their weights, and with it what they returned."""
@@ -201,8 +216,16 @@ class Making(Protocol):
         """What it costs that parts are kept in memory alone."""
         ...
 
+    def prepare(self, spec: SlabSpec) -> None:
+        """Has kernels of ours compiled for slabs of `spec`, or found in the user's cache."""
+        ...
+
     def parts(self, directory: Path, keeper: Keeper) -> Parts:
         """Makes the parts of the model in `directory`, or in a GGUF file. Raises ModelUnavailable."""
+        ...
+
+    def graphs(self, named: Mapping[str, RowGraph]) -> Graphs:
+        """Those that `graph_names` names."""
         ...
 
     def imported(self, mapped: mmap.mmap, facts: Mapping[str, Any]) -> RowGraph:

@@ -20,7 +20,7 @@ from runtime.engine.crew import Crew
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import find_or_probe
 from runtime.engine.probe import is_exact_at_every_count, tried_attention
-from runtime.engine.rotary import ExactRotary, rotate
+from runtime.engine.rotary import ExactRotary
 from runtime.engine.row_kernel import MOST_QUERIES, attend_rows, write_rows
 from runtime.engine.torch_slab import SlabStore, as_torch, torch_pool
 from runtime.rows import Row, RowBatch
@@ -38,15 +38,13 @@ _log = logging.getLogger("perennial.engine")
 
 
 @dataclass(frozen=True, slots=True)
-class _StoreRows:
+class StoreRows:
     """The rows of a batch over slabs of one store in blocks, and how many threads they are worth."""
 
     keys: Any  # [L, B, G, S, W]
     values: Any
-    rows: Any  # [R], as all but the blocks
-    slabs: Any
-    slots: Any
-    firsts: Any
+    rows: Any  # the numbers of these
+    firsts: Any  # the first row of each block, and how many it has
     counts: Any
     threads: int
 
@@ -55,20 +53,32 @@ class _StoreRows:
 class RowPlan:
     """What a forward computes once: where rows lie, and the angles for the sinks past the window."""
 
-    stores: tuple[_StoreRows, ...]
+    stores: tuple[StoreRows, ...]
     slabs: Any  # [N]
+    slots: Any  # [N]
     positions: Any  # [N]
     ends: tuple[tuple[Slab, int], ...]
-    sink_turn: tuple[Tensor, Tensor] | None  # cosines and sines [N, 1, D]
+    sink_turn: tuple[Any, Any]  # cosines and sines [N * D], or none where no row is past the window
+
+    def advance(self, layer: int) -> None:
+        """Has slabs know that the rows are written into this layer."""
+        for slab, end in self.ends:
+            slab.advance(layer, end)
 
 
 def prepare_kernels(spec: SlabSpec) -> None:
     """Has the kernels for slabs of this type compiled, or found in the user's cache, before the first forward needs them."""
-    held = _for_kernels(torch.empty(1, 1, 1, spec.slots, spec.width, dtype=dtype_named(spec.dtype)))
     rows, nowhere = np.empty((1, 1, spec.head_dim), np.float32), np.empty(0, np.int64)
-    write_rows(0, held, rows, nowhere, nowhere, nowhere)
-    where = (held, held, nowhere, nowhere, nowhere, nowhere)
-    attend_rows(0, rows, rows, rows, *where, spec.sink, spec.window, np.float32(1), np.zeros(1, np.int64))
+    given = (*given_for_no_rows(spec), np.zeros(2, np.int64), 0)
+    write_rows(0, given[2], rows, nowhere, nowhere, nowhere)
+    attend_rows(0, rows, rows, *given)
+
+
+def given_for_no_rows(spec: SlabSpec) -> tuple[Any, ...]:
+    """What `RowAttention.given` returns, in the types in which it does so for slabs of `spec`."""
+    held = _for_kernels(torch.empty(1, 1, 1, spec.slots, spec.width, dtype=dtype_named(spec.dtype)))
+    nothing, nowhere = np.empty(0, np.float32), np.empty(0, np.int64)
+    return nothing, nothing, held, held, *[nowhere] * 4, spec.sink, spec.window, np.float32(1)
 
 
 class RowAttention:
@@ -94,15 +104,16 @@ class RowAttention:
             ends.append((slab, rows[numbers[-1]].position + 1))
             of_store = blocks.setdefault(as_torch(slab).store, [])
             of_store += [(first, min(most, numbers[-1] + 1 - first)) for first in numbers[::most]]
-        sink_turn = None
+        sink_turn = np.empty(0, np.float32), np.empty(0, np.float32)
         if spec.sink and any(row.position >= spec.visible for row in rows):
             cosines, sines = self._rotary.turn((spec.visible - 1 - positions).clamp(max=0))
-            sink_turn = cosines.float().unsqueeze(1), sines.float().unsqueeze(1)
+            sink_turn = cosines.float().numpy().reshape(-1), sines.float().numpy().reshape(-1)
         slabs = np.array([as_torch(row.slab).index for row in rows])
         slots = np.array([spec.slot(row.position) for row in rows])
         return RowPlan(
-            stores=tuple(self._in_store(store, cut, rows, slabs, slots) for store, cut in blocks.items()),
+            stores=tuple(self._in_store(store, cut, rows) for store, cut in blocks.items()),
             slabs=slabs,
+            slots=slots,
             positions=positions.numpy(),
             ends=tuple(ends),
             sink_turn=sink_turn,
@@ -112,9 +123,8 @@ class RowAttention:
         """Writes `key`, `value` [N, G, D] in float32 into the slabs of `plan`."""
         for part in plan.stores:
             for held, new in ((part.keys, key), (part.values, value)):
-                write_rows(layer, held, new.numpy(), part.rows, part.slabs, part.slots)
-        for slab, end in plan.ends:
-            slab.advance(layer, end)
+                write_rows(layer, held, new.numpy(), part.rows, plan.slabs, plan.slots)
+        plan.advance(layer)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, plan: RowPlan) -> Tensor:
         """Writes `key`, `value` [N, G, D] into the slabs of `plan`, then attends `query` [N, G*Q, D] over them, all float32.
@@ -122,32 +132,28 @@ class RowAttention:
         Returns [N, G*Q * D]; rows beyond those of the plan are zeros.
         """
         self.write(layer, key, value, plan)
-        spec = self._spec
         attended = torch.empty(len(query), query.shape[1] * query.shape[2])
         attended[len(plan.positions) :] = 0
-        at_sinks = rotate(query, *plan.sink_turn) if plan.sink_turn else query
-        given = (attended.view(query.shape).numpy(), query.numpy(), at_sinks.numpy())
+        rows = attended.view(query.shape).numpy(), query.numpy()
         for part in plan.stores:
-            where = (part.keys, part.values, plan.slabs, plan.positions, part.firsts, part.counts)
-            claimed = np.zeros(1, np.int64)
-            work = partial(attend_rows, layer, *given, *where, spec.sink, spec.window, self._scaling, claimed)
-            self._crew.run(work, part.threads)
+            given = (*rows, *self.given(plan, part), np.zeros(2, np.int64), 0)
+            self._crew.run(partial(attend_rows, layer, *given), part.threads)
         return attended
 
-    def _in_store(
-        self, store: SlabStore, blocks: list[tuple[int, int]], rows: tuple[Row, ...], slabs: Any, slots: Any
-    ) -> _StoreRows:
-        numbers = np.array([number for first, count in blocks for number in range(first, first + count)])
+    def given(self, plan: RowPlan, part: StoreRows) -> tuple[Any, ...]:
+        """What `attend_rows` takes, from `cosines` on to `scaling`."""
+        where = (part.keys, part.values, plan.slabs, plan.positions, part.firsts, part.counts)
+        return *plan.sink_turn, *where, self._spec.sink, self._spec.window, self._scaling
+
+    def _in_store(self, store: SlabStore, blocks: list[tuple[int, int]], rows: tuple[Row, ...]) -> StoreRows:
         firsts, counts = np.array(blocks).T.copy()
         # The cost of a block: that of its queries over its slots, and that of reading the slots.
         costs = [(count + 1) * min(rows[first + count - 1].position + 1, self._spec.slots) for first, count in blocks]
         groups = self._spec.kv_heads
-        return _StoreRows(
+        return StoreRows(
             keys=_for_kernels(store.keys),
             values=_for_kernels(store.values),
-            rows=numbers,
-            slabs=slabs[numbers],
-            slots=slots[numbers],
+            rows=np.array([number for first, count in blocks for number in range(first, first + count)]),
             firsts=firsts,
             counts=counts,
             threads=min(len(blocks) * groups, sum(costs) * groups // _LEAST_SLOTS),

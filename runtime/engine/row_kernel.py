@@ -72,26 +72,45 @@ def exp_of(numbers: Any) -> Any:
 
 
 @kernel
+def turn_vector(
+    given: Any, at: int, cosines: Any, cosine: int, sines: Any, sine: int, target: Any, to: int, width: int
+) -> None:
+    """Writes a vector of `width` numbers, turned by as many angles, to `target`, which may be where it lies."""
+    half = width // 2
+    for column in range(half):
+        far = half + column
+        low, high = given[at + column], given[at + far]
+        target[to + column] = low * cosines[cosine + column] - high * sines[sine + column]
+        target[to + far] = high * cosines[cosine + far] + low * sines[sine + far]
+
+
+@kernel
 def write_rows(layer: int, held: Any, given: Any, rows: Any, slabs: Any, slots: Any) -> None:
-    """Writes those `rows` [R] of `given` [N, G, D] float32 into `slots` [R] of `slabs` [R] of `held` [L, B, G, S, W]."""
+    """Writes those `rows` of `given` [N, G, D] float32 into `slots` [N] of `slabs` [N] of `held` [L, B, G, S, W]."""
+    for row in rows:
+        write_row(layer, held, given, row, slabs[row], slots[row])
+
+
+@kernel
+def write_row(layer: int, held: Any, given: Any, row: int, slab: int, slot: int) -> None:
+    """Writes a row of `given` [N, G, D] float32 into a slot of `held` [L, B, G, S, W]."""
     _, count, groups, most, width = held.shape
     head_dim = given.shape[2]
     target, source = held.reshape(-1), given.reshape(-1)
-    for index in range(len(rows)):
-        for group in range(groups):
-            at = (rows[index] * groups + group) * head_dim
-            to = (((layer * count + slabs[index]) * groups + group) * most + slots[index]) * width
-            shrunk = full(_ONE)
-            if width > head_dim:
-                top = full(_ZERO)
-                for column in range(0, head_dim, LANES):
-                    top = larger(top, absolute(load(source, at + column)))
-                size = largest(top)
-                store_scale(target, to + head_dim, size / _LARGEST_INT8)
-                shrunk = full(_LARGEST_INT8 / size if size > _ZERO else _ZERO)
+    for group in range(groups):
+        at = (row * groups + group) * head_dim
+        to = (((layer * count + slab) * groups + group) * most + slot) * width
+        shrunk = full(_ONE)
+        if width > head_dim:
+            top = full(_ZERO)
             for column in range(0, head_dim, LANES):
-                numbers = load(source, at + column)
-                store(target, to + column, nearest(multiply(numbers, shrunk)) if width > head_dim else numbers)
+                top = larger(top, absolute(load(source, at + column)))
+            size = largest(top)
+            store_scale(target, to + head_dim, size / _LARGEST_INT8)
+            shrunk = full(_LARGEST_INT8 / size if size > _ZERO else _ZERO)
+        for column in range(0, head_dim, LANES):
+            numbers = load(source, at + column)
+            store(target, to + column, nearest(multiply(numbers, shrunk)) if width > head_dim else numbers)
 
 
 @kernel
@@ -99,7 +118,8 @@ def attend_rows(
     layer: int,
     attended: Any,
     queries: Any,
-    at_sinks: Any,
+    cosines: Any,
+    sines: Any,
     keys: Any,
     values: Any,
     slabs: Any,
@@ -109,20 +129,21 @@ def attend_rows(
     sink: int,
     window: int,
     scaling: Any,
-    claimed: Any,
+    counters: Any,
+    counter: int,
 ) -> None:
     """Writes what `queries` [N, G*Q, D] float32 attend to into `attended`, of the same shape.
 
     Rows come in blocks of consecutive rows of one slab: `counts` from `firsts` on, `slabs` and `positions` [N] say where.
-    Items of work are a block's heads, block * G + kv head. Every thread of a crew calls this with the same, and `claimed` [1]
-    counts the items that one of them has begun. Past the window a row meets the sinks with its query `at_sinks`. `keys` and
-    `values` are [L, B, G, S, W].
+    Items of work are a block's heads, block * G + kv head. Every thread of a crew calls this with the same: two of `counters`,
+    from `counter` on, count the items that one of them has begun, and those that are done. Past the window a row meets the
+    sinks with its query turned by angles whose `cosines` and `sines` are [N * D]. `keys` and `values` are [L, B, G, S, W].
     """
     _, heads, head_dim = queries.shape
     _, pool, groups, most, width = keys.shape
     each = heads // groups
     ring = most - sink
-    outputs, asked, asked_at_sinks = attended.reshape(-1), queries.reshape(-1), at_sinks.reshape(-1)
+    outputs, asked = attended.reshape(-1), queries.reshape(-1)
     all_keys, all_values = keys.reshape(-1), values.reshape(-1)
     # Memory for 16 slots in float32, aligned to a line.
     room = np.empty(2 * LANES * head_dim + _LINE_FLOATS, np.float32)
@@ -135,8 +156,9 @@ def attend_rows(
     sums = np.empty(queries_at_once * LANES, np.float32)
     tops = np.empty(queries_at_once, np.float32)
     places = np.empty(queries_at_once, np.int64)
+    turned = np.empty(queries_at_once * head_dim if sink else 0, np.float32)
 
-    item = count_up(claimed, 0)
+    item = count_up(counters, counter)
     while item < len(firsts) * groups:
         block, group = item // groups, item % groups
         first, count = firsts[block], counts[block]
@@ -146,6 +168,10 @@ def attend_rows(
             store(sums, query * LANES, full(_ZERO))
             for column in range(0, head_dim, LANES):
                 store(outputs, places[query] + column, full(_ZERO))
+            row = first + query // each
+            if sink > 0 and positions[row] >= sink + window:
+                at = row * head_dim
+                turn_vector(asked, places[query], cosines, at, sines, at, turned, query * head_dim, head_dim)
         base = ((layer * pool + slabs[first]) * groups + group) * most * width
         for slot in range(0, min(positions[first + count - 1] + 1, most), LANES):
             for other in range(LANES):
@@ -161,7 +187,7 @@ def attend_rows(
             for query in range(count * each):
                 found = dot_products(some_keys, 0, asked, places[query], head_dim)
                 if slot < sink and positions[first + query // each] >= sink + window:
-                    reached = dot_products(some_keys, 0, asked_at_sinks, places[query], head_dim)
+                    reached = dot_products(some_keys, 0, turned, query * head_dim, head_dim)
                     found = choose(within(slot, 0, sink), reached, found)
                 store(scores, query * LANES, multiply(found, full(scaling)))
             for query in range(count * each):
@@ -194,4 +220,5 @@ def attend_rows(
             for column in range(0, head_dim, LANES):
                 whole = load(outputs, places[query] + column)
                 store(outputs, places[query] + column, multiply(whole, full(_ONE / total)))
-        item = count_up(claimed, 0)
+        count_up(counters, counter + 1)
+        item = count_up(counters, counter)

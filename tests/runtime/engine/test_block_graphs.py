@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from runtime.engine.block_graphs import InBlocks, knows_blocks
-from runtime.engine.block_kernel import STEP, gate_row, multiply_blocks, norm_row, round_row
+from runtime.engine.block_kernel import STEP, gate_row, multiply_blocks, norm_row, round_row, run_program
 from runtime.engine.block_lanes import KINDS, SMALL_GROUP, side_by_side
+from runtime.engine.block_layers import run_layers
 from runtime.engine.block_program import memory_for_rounded
 from runtime.engine.machine import Level, hardware_level
 from runtime.engine.openvino_fit import fits_cpu
+from runtime.engine.row_kernel import attend_rows
+from runtime.rows import Row, RowBatch
 from tests.conftest import save_random_model
 from tests.gguf_files import HALVES, Kind, blocks_alone, drawn_blocks, every_kind, write_gguf
-from tests.runtime.engine.feeding import feed, load, random_tokens, without_products_of_bytes
+from tests.runtime.engine.feeding import GREEDY, feed, load, random_tokens, without_products_of_bytes
 from tests.runtime.engine.test_gguf_engine import FITS, WIDE, transformers_logits
 
 pytestmark = pytest.mark.skipif(hardware_level() < Level.AVX2, reason="the kernels are of instructions of AVX2")
@@ -211,6 +215,32 @@ def test_an_engine_of_blocks_is_exact_near_the_weights_and_says_what_it_holds(
         sizes = re.search(r"(\S+) MiB for (\S+) in the file, no value rounded$", line)
         assert sizes is not None, line
         assert sizes[1] == sizes[2]
+
+
+@pytest.mark.skipif(not fits_cpu(), reason="the engine was not tried on such a CPU")
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_a_forward_of_all_layers_gives_the_bits_of_one_graph_after_the_other(
+    of_blocks: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch, kv_dtype: str
+) -> None:
+    """Rows of two pools go through graph by graph. Both sessions go past the window, and meet the sinks turned."""
+    directory, _ = of_blocks
+    without_products_of_bytes(monkeypatch)
+    how = {"backend": "openvino", "weights": "auto", "window": 60, "kv_dtype": kv_dtype}
+    engine = load(directory / "model.gguf", **how)
+    kernels: list[Any] = [run_layers, run_program, attend_rows]
+    prepared = [len(kernel.signatures) for kernel in kernels]
+    tokens = random_tokens(200, engine.facts.vocabulary)
+
+    whole = feed(engine, engine.new_pool(1).acquire(), tokens, repeat(20))
+
+    here, there = (engine.new_pool(1).acquire() for _ in range(2))
+    found = []
+    for start in range(0, len(tokens), 20):
+        rows = [[Row(slab, at, tokens[at], GREEDY) for at in range(start, start + 20)] for slab in (here, there)]
+        found.append(engine.logits(RowBatch((*rows[0], *rows[1]))))
+    for part in range(2):
+        assert torch.equal(whole, torch.cat([logits.chunk(2)[part] for logits in found]))
+    assert [len(kernel.signatures) for kernel in kernels] == prepared
 
 
 def test_a_file_with_other_kinds_is_left_to_openvino(of_blocks: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
