@@ -65,7 +65,7 @@ _MORE_SIZES: Mapping[str, Sequence[str]] = {
 }
 # As in ggml.
 _MOST_DIMENSIONS = 4
-_EMBEDDING = "token_embd.weight"
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
 # Names of splits that llama.cpp makes in two steps, each digit by itself first; transformers knows their second alone.
 _DIGITS_ALONE = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
@@ -152,6 +152,11 @@ class GgufFile:
         """The tensors of the model's parameters."""
         return {name: stored for name, stored in self.tensors.items() if name != _ROPE_FACTORS}
 
+    def matrices(self) -> list[StoredTensor]:
+        """Those that rows are multiplied with: the embedding is one of them where the head shares it."""
+        looked_up = () if self._is_tied else (_EMBEDDING,)
+        return [stored for name, stored in self.weights().items() if len(stored.shape) > 1 and name not in looked_up]
+
     @property
     def embedding(self) -> StoredTensor:
         """Raises LookupError where it has none, and is no model."""
@@ -176,7 +181,7 @@ class GgufFile:
             values |= {
                 "model_type": model_type,
                 "vocab_size": embedding[0],
-                "tie_word_embeddings": "output.weight" not in self.tensors,
+                "tie_word_embeddings": self._is_tied,
             }
             # llama.cpp's defaults for values that a file leaves out.
             values = {"rope_theta": 10_000.0, "num_key_value_heads": values["num_attention_heads"]} | values
@@ -186,6 +191,10 @@ class GgufFile:
                 values["attention_bias"] = True
             self._check(values, embedding)
             return values | {"rope_parameters": self._rope(values.pop("rope_theta"))}
+
+    @property
+    def _is_tied(self) -> bool:
+        return _HEAD not in self.tensors
 
     def _own(self, key: str) -> Any:
         return self.metadata.get(f"{self.architecture}.{key}")

@@ -17,7 +17,6 @@ import numpy as np
 from runtime.engine.block_lanes import KINDS
 from runtime.engine.block_layers import BlockGraphs, prepare_layers
 from runtime.engine.block_program import BlockDraft, BlockGraph, Columns, ProgramWriter, Space
-from runtime.engine.block_tile import SIDE_BY_SIDE
 from runtime.engine.configuration import attention_shape
 from runtime.engine.exact import Claim, Ground
 from runtime.engine.parts import Graphs, Keeper, Parts, RowGraph, graph_names
@@ -150,6 +149,5 @@ class InBlocks:
 
 
 def knows_blocks(directory: Path) -> bool:
-    """Whether there are kernels for every matrix of this GGUF file. Raises ModelUnavailable."""
-    matrices = (stored for stored in GgufFile.read(directory).weights().values() if len(stored.shape) > 1)
-    return all(stored.kind in KINDS and stored.shape[0] % SIDE_BY_SIDE == 0 for stored in matrices)
+    """Whether there are kernels for every matrix of this GGUF file that rows are multiplied with. Raises ModelUnavailable."""
+    return all(stored.kind in KINDS for stored in GgufFile.read(directory).matrices())

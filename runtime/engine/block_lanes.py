@@ -75,7 +75,9 @@ KINDS = frozenset(_UNITS)
 
 
 def side_by_side(kind: Kind, blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Rows of blocks [O, bytes] as kernels take them, flat. O is a multiple of 8."""
+    """Rows of blocks [O, bytes] as kernels take them, flat; zeros fill up the last eight."""
+    if missing := -len(blocks) % SIDE_BY_SIDE:
+        blocks = np.pad(blocks, ((0, missing), (0, 0)))
     outputs = len(blocks)
     size = GGML_QUANT_SIZES[kind][1]
     whole = blocks.reshape(outputs // SIDE_BY_SIDE, SIDE_BY_SIDE, -1, size)

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
-from torch import Tensor
+from torch import Tensor, nn
 
 from runtime.engine.block_kernel import CLAIMED, STEP, Operation, run_program
 from runtime.engine.block_lanes import SMALL_GROUP, side_by_side
+from runtime.engine.block_tile import SIDE_BY_SIDE
 from runtime.engine.crew import Crew
 from runtime.engine.parts import RowGraph
 from runtime.engine.stored import Tally
@@ -34,20 +35,25 @@ _FORMS = {
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Columns of the space that rows lie in: one vector, or one for each of some heads."""
+    """Columns of the space that rows lie in: one vector, or one for each of some heads. The last few may be `filling`."""
 
     at: int
     width: int
     heads: int = 0
+    filling: int = 0
 
     @property
     def vectors(self) -> int:
         return self.heads or 1
 
     def of(self, rows: Any, count: int) -> Any:
-        """What these are of so many rows, [count, width], or [count, heads, width of each]."""
+        """What these are of so many rows, [count, width - filling], or [count, heads, width of each]."""
         lying = rows[self.at * count : (self.at + self.width) * count]
-        return lying.reshape((count, self.heads, -1) if self.heads else (count, -1))
+        return (
+            lying.reshape(count, self.heads, -1)
+            if self.heads
+            else lying.reshape(count, -1)[:, : self.width - self.filling]
+        )
 
 
 class Space:
@@ -91,10 +97,10 @@ class ProgramWriter:
         self._columns = self._bytes = self._numbers = 0
         self._kinds: set[str] = set()
 
-    def columns(self, width: int, heads: int = 0) -> Columns:
+    def columns(self, width: int, heads: int = 0, filling: int = 0) -> Columns:
         at = self._columns
         self._columns += width
-        return Columns(at, width, heads)
+        return Columns(at, width, heads, filling)
 
     def norm(self, source: Columns, norm: Any, target: Columns | None = None) -> Columns:
         """The root mean square norm of each vector."""
@@ -115,20 +121,25 @@ class ProgramWriter:
             if group != rounded_for:
                 self._step(Operation.ROUND, source.width, source=source.at, group=group)
                 rounded_for = group
-            made.append(self._multiply(source, linear, target or self.columns(linear.stored.shape[0])))
+            made.append(self._multiply(source, linear, target))
         return made
 
-    def _multiply(self, source: Columns, linear: Any, target: Columns) -> Columns:
+    def _multiply(self, source: Columns, linear: Any, target: Columns | None) -> Columns:
         stored: StoredTensor = linear.stored
+        outputs = stored.shape[0]
+        if target is None:
+            filling = -outputs % SIDE_BY_SIDE
+            target = self.columns(outputs + filling, filling=filling)
         self._tally.add(stored, _FORMS[stored.kind], stored.nbytes)
         self._kinds.add(stored.kind.name)
-        row_bytes = stored.nbytes // target.width
+        row_bytes = stored.nbytes // outputs
         where = {"kind": int(stored.kind), "weight": self._bytes, "row_bytes": row_bytes}
         self._step(Operation.MULTIPLY, source.width, target=target.at, **where, outputs=target.width)
         self._blocks.append(side_by_side(stored.kind, stored.read()))
-        self._bytes += stored.nbytes
+        self._bytes += row_bytes * target.width
         if linear.bias is not None:
-            self._step(Operation.BIAS, target.width, target=target.at, weight=self._constant(linear.bias))
+            bias = nn.functional.pad(linear.bias, (0, target.filling))
+            self._step(Operation.BIAS, target.width, target=target.at, weight=self._constant(bias))
         return target
 
     def add(self, target: Columns, source: Columns) -> None:

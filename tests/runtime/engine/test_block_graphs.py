@@ -251,8 +251,25 @@ def test_a_file_with_other_kinds_is_left_to_openvino(of_blocks: tuple[Path, dict
     assert not knows_blocks(tmp_path / "model.gguf")
 
 
-def test_a_file_whose_outputs_fill_no_eight_lanes_is_left_to_openvino(tmp_path: Path) -> None:
-    directory = save_random_model(Qwen3Config(**WIDE.to_diff_dict() | {"vocab_size": 2044}), tmp_path)
-    write_gguf(directory, tmp_path / "model.gguf", blocks_alone, tokenizer__ggml__tokens=None)
+@pytest.mark.skipif(not fits_cpu(), reason="the engine was not tried on such a CPU")
+def test_a_vocabulary_that_fills_no_eight_lanes_and_an_embedding_in_halves_beside_a_head_are_run_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"vocab_size": 2043, "tie_word_embeddings": False}
+    directory = save_random_model(Qwen3Config(**WIDE.to_diff_dict() | changes), tmp_path)
+    file = directory / "model.gguf"
 
-    assert not knows_blocks(tmp_path / "model.gguf")
+    def with_halves(name: str) -> Kind:
+        return Kind.F16 if name.startswith("token_embd") else blocks_alone(name)
+
+    weights = write_gguf(directory, file, with_halves, tokenizer__ggml__tokens=None)
+    without_products_of_bytes(monkeypatch)
+    tokens = random_tokens(FITS, 2043)
+    expected = transformers_logits(directory, weights, tokens)
+    engine = load(file, backend="openvino", weights="auto")
+
+    logits = feed(engine, engine.new_pool(1).acquire(), tokens)
+
+    assert any("kernels of ours, rows in 8 bits" in str(claim) for claim in engine.facts.claims)
+    assert logits.shape == (FITS, 2043)
+    assert (logits - expected).square().mean().sqrt() < 0.05 * expected.std()
