@@ -49,10 +49,10 @@ _KINDS_BY_PART: Mapping[str, tuple[Kind, Kind]] = {
 
 
 def every_kind(name: str) -> Kind:
-    """Kinds for a model of two layers whose widths are multiples of 256."""
+    """Kinds for a model whose widths are multiples of 256, other ones in every second layer."""
     match name.split("."):
         case ["blk", layer, part, _]:
-            return _KINDS_BY_PART[part][int(layer)]
+            return _KINDS_BY_PART[part][int(layer) % 2]
     return Kind.Q6_K
 
 

@@ -33,7 +33,7 @@ from runtime.engine.lanes import (
     store,
     sum_of,
 )
-from runtime.engine.row_kernel import exp_of, turn_vector
+from runtime.engine.row_kernel import attend_rows, exp_of, turn_vector, write_row
 
 
 class Operation(IntEnum):
@@ -117,6 +117,78 @@ def run_program(
             count_up(counters, 2 * number + 1)
             part = count_up(counters, 2 * number)
         wait_for(counters, 2 * number + 1, parts)
+
+
+@kernel
+def run_layers(
+    program: Any,
+    starts: Any,
+    weights: Any,
+    space: Any,
+    rounded: Any,
+    counters: Any,
+    columns: Any,
+    heads: int,
+    head_dim: int,
+    slots: Any,
+    cosines: Any,
+    sines: Any,
+    keys: Any,
+    values: Any,
+    slabs: Any,
+    positions: Any,
+    firsts: Any,
+    counts: Any,
+    sink: int,
+    window: int,
+    scaling: Any,
+    room: Any,
+    places: Any,
+) -> None:
+    """One thread's share of a forward: pieces of a `program` [STEP], and after each but the last the attention of a layer.
+
+    Pieces lie between `starts` [L + 1]. `weights` [L, 4], `space` and `rounded` are as `run_program` takes them, and what follows
+    `slots` [N] as `attend_rows` does; `columns` are those of query, key and value, and of what was attended to. `counters` are
+    two zeros for each step, and four for each layer. Every thread of a crew calls it alike. The keys and values of the last layer
+    are not written.
+    """
+    rows, groups = len(positions), keys.shape[2]
+    query, key, value, attended = columns
+    for layer in range(len(weights)):
+        run_program(program, starts[layer], starts[layer + 1], weights[layer], space, rounded, rows, counters)
+        if layer + 1 == len(weights):
+            break
+        counter = 2 * len(program) + 4 * layer
+        new_keys = space[key * rows : (key + groups * head_dim) * rows].reshape(rows, groups, head_dim)
+        new_values = space[value * rows : (value + groups * head_dim) * rows].reshape(rows, groups, head_dim)
+        row = count_up(counters, counter)
+        while row < rows:
+            write_row(layer, keys, new_keys, row, slabs[row], slots[row])
+            write_row(layer, values, new_values, row, slabs[row], slots[row])
+            count_up(counters, counter + 1)
+            row = count_up(counters, counter)
+        wait_for(counters, counter + 1, rows)
+        attend_rows(
+            layer,
+            space[attended * rows : (attended + heads * head_dim) * rows].reshape(rows, heads, head_dim),
+            space[query * rows : (query + heads * head_dim) * rows].reshape(rows, heads, head_dim),
+            cosines,
+            sines,
+            keys,
+            values,
+            slabs,
+            positions,
+            firsts,
+            counts,
+            sink,
+            window,
+            scaling,
+            counters,
+            counter + 2,
+            room,
+            places,
+        )
+        wait_for(counters, counter + 3, len(firsts) * groups)
 
 
 @kernel

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
-from torch import Tensor, nn
+from torch import Tensor
 
 from runtime.engine.block_kernel import CLAIMED, STEP, Operation, run_program
 from runtime.engine.block_lanes import SMALL_GROUP, side_by_side
@@ -46,9 +46,9 @@ class Columns:
     def vectors(self) -> int:
         return self.heads or 1
 
-    def of(self, rows: Any, count: int) -> Any:
+    def of(self, memory: Any, count: int) -> Any:
         """What these are of so many rows, [count, width - filling], or [count, heads, width of each]."""
-        lying = rows[self.at * count : (self.at + self.width) * count]
+        lying = memory[self.at * count : (self.at + self.width) * count]
         return (
             lying.reshape(count, self.heads, -1)
             if self.heads
@@ -67,7 +67,7 @@ class Space:
         self._rows = np.empty(0, np.float32)
         self._rounded = memory_for_rounded(0)
 
-    def rows(self, count: int, columns: int) -> Any:
+    def memory(self, count: int, columns: int) -> Any:
         """[count * columns] float32, which may have what was there before."""
         if self._rows.size < count * columns:
             self._rows = np.empty(count * columns, np.float32)
@@ -138,8 +138,9 @@ class ProgramWriter:
         self._blocks.append(side_by_side(stored.kind, stored.read()))
         self._bytes += row_bytes * target.width
         if linear.bias is not None:
-            bias = nn.functional.pad(linear.bias, (0, target.filling))
-            self._step(Operation.BIAS, target.width, target=target.at, weight=self._constant(bias))
+            # Rows of constants are added 16 numbers at a time.
+            assert not target.filling
+            self._step(Operation.BIAS, target.width, target=target.at, weight=self._constant(linear.bias))
         return target
 
     def add(self, target: Columns, source: Columns) -> None:
@@ -211,14 +212,14 @@ class BlockGraph(RowGraph):
 
     def run(self, *given: Any) -> list[Any]:
         count = len(given[0])
-        rows = self.space.rows(count, self.columns)
+        memory = self.space.memory(count, self.columns)
         for columns, one in zip(self.inputs, given, strict=True):
-            columns.of(rows, count)[:] = one
+            columns.of(memory, count)[:] = one
         rounded = self.space.rounded(count * self.widest)
         steps = len(self.program)
-        where = (self.program, 0, steps, self.places, rows, rounded, count, np.zeros(2 * steps, np.int64))
+        where = (self.program, 0, steps, self.places, memory, rounded, count, np.zeros(2 * steps, np.int64))
         self.space.crew.run(partial(run_program, *where), max(count, self._outputs_at_most // CLAIMED))
-        return [columns.of(rows, count) for columns in self.outputs]
+        return [columns.of(memory, count) for columns in self.outputs]
 
     def release(self) -> None:
         self.space.release()

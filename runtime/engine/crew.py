@@ -4,7 +4,7 @@ The parts of a step are claimed one by one, by whichever thread is free, and no 
 it is whole. A thread that wakes late finds less to do, and one that has not begun holds nobody up. One that the system takes off
 its core inside a part holds up the others, which offer their cores to it meanwhile, and do not sleep.
 
-What threads do between two `wait_for` must not raise: the others would wait for ever.
+What a thread does with a part that it has claimed must not raise: the others would wait for ever.
 """
 
 from __future__ import annotations

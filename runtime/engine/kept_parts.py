@@ -36,7 +36,7 @@ _SOURCES = (
     *("checkpoints.py", "gguf_file.py", "gguf_model.py", "foreign/gguf.py"),
     *(f"engine/{name}.py" for name in ("blocks", "configuration", "kept_parts", "parts", "rotary", "stored")),
     *(f"engine/openvino_{name}.py" for name in ("compiling", "graphs", "parts")),
-    *(f"engine/block_{name}.py" for name in ("graphs", "kernel", "lanes", "layers", "program")),
+    *(f"engine/block_{name}.py" for name in ("graphs", "kernel", "lanes", "program", "tile")),
 )
 _MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 # Weights of two bytes have four in a graph that is exported, and few kinds in a GGUF file grow by more.

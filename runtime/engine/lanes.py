@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llvmlite import ir
-from numba import carray, config, types
+from numba import config, types
 from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.core.registry import CPUDispatcher
@@ -30,7 +30,8 @@ LANES = 16
 # As many sums as registers hold beside what they are made of: AVX-512 has 32 registers for a vector, AVX2 has 8 pairs.
 _SUMS_AT_ONCE = LANES if hardware_level() >= Level.AVX512 else 4
 
-_OPTIONS = {"nopython": True, "nogil": True, "error_model": "numpy"}
+# Kernels take no memory, so they need no allocator of numba's, which each process would compile.
+_OPTIONS = {"nopython": True, "nogil": True, "error_model": "numpy", "_nrt": False}
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -44,7 +45,8 @@ class _Cache(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            # numba's own would first load all that it compiles with: half a second, and 50 MB.
+            return self._load_overload(sig, target_context)
         # What a damaged file raises depends on its bytes: pickle raises all kinds.
         except Exception:
             try:
@@ -104,7 +106,6 @@ def _code() -> str:
         "block_tile.py",
         "block_lanes.py",
         "block_kernel.py",
-        "block_layers.py",
         "crew.py",
     )
     return hashlib.sha256(b"".join(here.with_name(name).read_bytes() for name in names)).hexdigest()[:24]
@@ -168,17 +169,20 @@ def _lanewise(name: str, given: int) -> Any:
 
 
 @intrinsic
-def _pointer(typing: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.int64), generate
-
-
-@kernel
-def array_at(address: int, count: int, dtype: Any) -> Any:
+def array_at(typing: Any, address: Any, count: Any, dtype: Any) -> Any:
     """The array of `count` numbers that lies at an address, which has to outlive it."""
-    return carray(_pointer(address), (count,), dtype)
+    kind = types.Array(dtype.dtype, 1, "C")
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        array = context.make_array(kind)(context, builder)
+        size = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+        array.data = builder.inttoptr(values[0], context.get_data_type(kind.dtype).as_pointer())
+        array.nitems, array.itemsize = values[1], size
+        array.shape, array.strides = (cgutils.pack_array(builder, [one]) for one in (values[1], size))
+        array.meminfo, array.parent = (cgutils.get_null_value(part.type) for part in (array.meminfo, array.parent))
+        return array._getvalue()  # noqa: SLF001 # numba has no other name for it.
+
+    return kind(types.int64, types.int64, dtype), generate
 
 
 @intrinsic

@@ -41,7 +41,7 @@ from runtime.engine.openvino_parts import InGraphs
 from runtime.engine.parts import Making, lengthened
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact, is_exact_function
 from runtime.engine.row_attention import CLAIM, RowAttention, row_attention_is_exact
-from runtime.engine.torch_slab import torch_pool
+from runtime.engine.torch_slab import SlabArena, torch_pool
 from runtime.errors import InvalidSetting, ModelUnavailable
 from runtime.events import Token
 from runtime.foreign.pages import trim
@@ -56,16 +56,18 @@ _log = logging.getLogger("perennial.engine")
 _HELD = ("float32", "bfloat16", "int8")
 
 _TRIED = (
-    f"each kind of graph at every count of rows on {PROBED_ROWS} rows or more, attention at every count, two layers in "
-    "batches of two sessions"
+    f"each kind of graph at every count of rows on {PROBED_ROWS} rows or more, attention at every count, the first "
+    "layers, two at most, in batches of two sessions"
 )
 
 
 class OpenVinoEngine:
     """A causal language model of one of `ARCHITECTURES` on a CPU."""
 
-    def __init__(self, model: _Model, spec: SlabSpec, form: Form, *, is_bit_exact: bool) -> None:
+    def __init__(self, model: _Model, spec: SlabSpec, form: Form, slabs: int, *, is_bit_exact: bool) -> None:
+        """The first `slabs` slabs lie in one store: rows in slabs of several take longer in blocks."""
         self._model, self._spec, self._form = model, spec, form
+        self._arena = SlabArena(spec, slabs)
         self._is_bit_exact = is_bit_exact
 
     @classmethod
@@ -102,7 +104,8 @@ class OpenVinoEngine:
             model = _Model(config, directory, form, spec)
             if not is_strict or model.is_exact():
                 model.release()
-                return cls(model, spec, form.after(failed), is_bit_exact=is_strict)
+                slabs = settings.capacity + settings.max_concurrent
+                return cls(model, spec, form.after(failed), slabs, is_bit_exact=is_strict)
             failed.append(form)
             # Memory was checked for one form at a time.
             del model
@@ -126,7 +129,7 @@ class OpenVinoEngine:
         )
 
     def new_pool(self, count: int) -> SlabPool:
-        return torch_pool(self._spec, count)
+        return self._arena.pool(count) if count <= self._arena.left else torch_pool(self._spec, count)
 
     def forward(self, batch: RowBatch) -> tuple[Token, ...]:
         return draw_tokens(self.logits(batch), batch)
@@ -159,7 +162,7 @@ class _Model:
         self._no_logits = torch.empty(0, config.vocab_size)
 
     def is_exact(self) -> bool:
-        """Whether each kind of graph, attention, and two layers as a whole, give rows the same bits in every batch here."""
+        """Whether each kind of graph, attention, and the first layers as a whole, give rows the same bits in every batch here."""
         described = f"{self.making.way} {self.config} {self._form} {' '.join(self.tensors)}".strip()
         graphs = self._graphs
         kinds = {"first": graphs.first, "last": graphs.last, "head": graphs.head}

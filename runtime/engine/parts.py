@@ -1,4 +1,4 @@
-"""What a model is beside attention over slabs: what runs between that of two layers, its embedding and its rotation."""
+"""What a model is made of: what runs between the attention of two layers, an embedding and a rotation; not attention itself."""
 
 from __future__ import annotations
 
@@ -81,7 +81,10 @@ class Graphs:
     def project(
         self, embedded: Tensor, angles: Sequence[Tensor], attend: RowAttention, plan: RowPlan, layers: int
     ) -> list[Tensor]:
-        """Hidden rows before the attention of the last of `layers` layers, and its query, keys and values."""
+        """Hidden rows [N, hidden] before the last attention of `layers` layers; its query [N, G*Q, D], keys and values [N, G, D].
+
+        `attend` reads and writes slabs for the layers before. The next call of a graph may overwrite what is returned.
+        """
         given, taken = self.first.given, self.first.taken
         hidden, turn = given(embedded), [given(one) for one in angles]
         projected = self.first.run(hidden, *turn)

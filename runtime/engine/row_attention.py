@@ -21,7 +21,7 @@ from runtime.engine.exact import Claim, Ground
 from runtime.engine.findings import find_or_probe
 from runtime.engine.probe import is_exact_at_every_count, tried_attention
 from runtime.engine.rotary import ExactRotary
-from runtime.engine.row_kernel import MOST_QUERIES, attend_rows, write_rows
+from runtime.engine.row_kernel import MOST_QUERIES, attend_rows, room_for, write_rows
 from runtime.engine.torch_slab import SlabStore, as_torch, torch_pool
 from runtime.rows import Row, RowBatch
 from runtime.slab import Slab, SlabPool
@@ -69,7 +69,7 @@ class RowPlan:
 def prepare_kernels(spec: SlabSpec) -> None:
     """Has the kernels for slabs of this type compiled, or found in the user's cache, before the first forward needs them."""
     rows, nowhere = np.empty((1, 1, spec.head_dim), np.float32), np.empty(0, np.int64)
-    given = (*given_for_no_rows(spec), np.zeros(2, np.int64), 0)
+    given = (*given_for_no_rows(spec), np.zeros(2, np.int64), 0, *room_for(1, spec.head_dim))
     write_rows(0, given[2], rows, nowhere, nowhere, nowhere)
     attend_rows(0, rows, rows, *given)
 
@@ -137,8 +137,16 @@ class RowAttention:
         rows = attended.view(query.shape).numpy(), query.numpy()
         for part in plan.stores:
             given = (*rows, *self.given(plan, part), np.zeros(2, np.int64), 0)
-            self._crew.run(partial(attend_rows, layer, *given), part.threads)
+            self._crew.run(partial(self._share, layer, given), part.threads)
         return attended
+
+    def _share(self, layer: int, given: tuple[Any, ...]) -> None:
+        given = (*given, *self.room())
+        attend_rows(layer, *given)
+
+    def room(self) -> tuple[Any, Any]:
+        """Memory for one thread."""
+        return room_for(self._heads // self._spec.kv_heads, self._spec.head_dim)
 
     def given(self, plan: RowPlan, part: StoreRows) -> tuple[Any, ...]:
         """What `attend_rows` takes, from `cosines` on to `scaling`."""

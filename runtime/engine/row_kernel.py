@@ -113,6 +113,13 @@ def write_row(layer: int, held: Any, given: Any, row: int, slab: int, slot: int)
             store(target, to + column, nearest(multiply(numbers, shrunk)) if width > head_dim else numbers)
 
 
+def room_for(queries: int, head_dim: int) -> tuple[Any, Any]:
+    """Memory for one thread of `attend_rows`, of a model with so many query heads a kv head."""
+    at_once = max(MOST_QUERIES, queries)
+    slots = _LINE_FLOATS + 2 * LANES * head_dim
+    return np.empty(slots + at_once * (head_dim + 3 * LANES + 1), np.float32), np.empty(at_once, np.int64)
+
+
 @kernel
 def attend_rows(
     layer: int,
@@ -131,6 +138,8 @@ def attend_rows(
     scaling: Any,
     counters: Any,
     counter: int,
+    room: Any,
+    places: Any,
 ) -> None:
     """Writes what `queries` [N, G*Q, D] float32 attend to into `attended`, of the same shape.
 
@@ -138,6 +147,7 @@ def attend_rows(
     Items of work are a block's heads, block * G + kv head. Every thread of a crew calls this with the same: two of `counters`,
     from `counter` on, count the items that one of them has begun, and those that are done. Past the window a row meets the
     sinks with its query turned by angles whose `cosines` and `sines` are [N * D]. `keys` and `values` are [L, B, G, S, W].
+    `room` [float32] and `places` [int64] are of the thread's own, as `room_for` makes them.
     """
     _, heads, head_dim = queries.shape
     _, pool, groups, most, width = keys.shape
@@ -145,18 +155,16 @@ def attend_rows(
     ring = most - sink
     outputs, asked = attended.reshape(-1), queries.reshape(-1)
     all_keys, all_values = keys.reshape(-1), values.reshape(-1)
-    # Memory for 16 slots in float32, aligned to a line.
-    room = np.empty(2 * LANES * head_dim + _LINE_FLOATS, np.float32)
-    line = (-(room.ctypes.data // 4)) % _LINE_FLOATS
-    some_keys = room[line : line + LANES * head_dim]
-    some_values = room[line + LANES * head_dim : line + 2 * LANES * head_dim]
-    queries_at_once = max(MOST_QUERIES, each)
-    scores = np.empty(queries_at_once * LANES, np.float32)
-    kept = np.empty(queries_at_once * LANES, np.float32)
-    sums = np.empty(queries_at_once * LANES, np.float32)
-    tops = np.empty(queries_at_once, np.float32)
-    places = np.empty(queries_at_once, np.int64)
-    turned = np.empty(queries_at_once * head_dim if sink else 0, np.float32)
+    at_once = max(MOST_QUERIES, each)
+    # The slots in float32 lie aligned to a line.
+    begin = (-(room.ctypes.data // 4)) % _LINE_FLOATS
+    some_keys, begin = room[begin : begin + LANES * head_dim], begin + LANES * head_dim
+    some_values, begin = room[begin : begin + LANES * head_dim], begin + LANES * head_dim
+    turned, begin = room[begin : begin + at_once * head_dim], begin + at_once * head_dim
+    scores, begin = room[begin : begin + at_once * LANES], begin + at_once * LANES
+    kept, begin = room[begin : begin + at_once * LANES], begin + at_once * LANES
+    sums, begin = room[begin : begin + at_once * LANES], begin + at_once * LANES
+    tops = room[begin : begin + at_once]
 
     item = count_up(counters, counter)
     while item < len(firsts) * groups:

@@ -109,6 +109,10 @@ class SlabArena:
         self.store = SlabStore(keys, values, inputs, states)
         self._free = [*range(count)][::-1]
 
+    @property
+    def left(self) -> int:
+        return len(self._free)
+
     def pool(self, count: int) -> SlabPool:
         """A pool of `count` slabs. Raises CapacityExhausted where fewer are left."""
         if count > len(self._free):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import subprocess
+import sys
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,31 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Qwen3Config
 
+from runtime.engine import load_engine
 from runtime.engine.block_graphs import InBlocks, knows_blocks
-from runtime.engine.block_kernel import STEP, gate_row, multiply_blocks, norm_row, round_row, run_program
+from runtime.engine.block_kernel import (
+    STEP,
+    gate_row,
+    multiply_blocks,
+    norm_row,
+    round_row,
+    run_layers,
+    run_program,
+)
 from runtime.engine.block_lanes import KINDS, SMALL_GROUP, side_by_side
-from runtime.engine.block_layers import run_layers
 from runtime.engine.block_program import memory_for_rounded
 from runtime.engine.machine import Level, hardware_level
 from runtime.engine.openvino_fit import fits_cpu
-from runtime.engine.row_kernel import attend_rows
+from runtime.engine.parts import InMemory
+from runtime.engine.row_attention import RowAttention
+from runtime.engine.row_kernel import attend_rows, write_rows
+from runtime.engine.torch_slab import as_torch, torch_pool
 from runtime.rows import Row, RowBatch
+from runtime.settings import Settings
+from runtime.slab_spec import SlabSpec
 from tests.conftest import save_random_model
 from tests.gguf_files import HALVES, Kind, blocks_alone, drawn_blocks, every_kind, write_gguf
-from tests.runtime.engine.feeding import GREEDY, feed, load, random_tokens, without_products_of_bytes
+from tests.runtime.engine.feeding import GREEDY, feed, load, random_tokens, threads, without_products_of_bytes
 from tests.runtime.engine.test_gguf_engine import FITS, WIDE, transformers_logits
 
 pytestmark = pytest.mark.skipif(hardware_level() < Level.AVX2, reason="the kernels are of instructions of AVX2")
@@ -217,30 +232,69 @@ def test_an_engine_of_blocks_is_exact_near_the_weights_and_says_what_it_holds(
         assert sizes[1] == sizes[2]
 
 
+@pytest.fixture(scope="module")
+def of_four_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = Qwen3Config(**WIDE.to_diff_dict() | {"num_hidden_layers": 4, "layer_types": None})
+    directory = save_random_model(config, tmp_path_factory.mktemp("layers"))
+    write_gguf(directory, directory / "model.gguf", blocks_alone)
+    return directory / "model.gguf"
+
+
 @pytest.mark.skipif(not fits_cpu(), reason="the engine was not tried on such a CPU")
-@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
-def test_a_forward_of_all_layers_gives_the_bits_of_one_graph_after_the_other(
-    of_blocks: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch, kv_dtype: str
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
+def test_a_call_for_all_layers_gives_the_bits_of_one_graph_after_the_other(
+    of_four_layers: Path, monkeypatch: pytest.MonkeyPatch, kv_dtype: str
 ) -> None:
-    """Rows of two pools go through graph by graph. Both sessions go past the window, and meet the sinks turned."""
-    directory, _ = of_blocks
+    """Past the window and its sinks, on one thread and on three; rows of two stores go through graph by graph."""
     without_products_of_bytes(monkeypatch)
-    how = {"backend": "openvino", "weights": "auto", "window": 60, "kv_dtype": kv_dtype}
-    engine = load(directory / "model.gguf", **how)
-    kernels: list[Any] = [run_layers, run_program, attend_rows]
+    settings = Settings(model=str(of_four_layers), window=60, device="cpu", kv_dtype=kv_dtype, determinism="fast")
+    with threads(1):
+        alone: Any = load_engine(settings, of_four_layers)
+    with threads(3):
+        engine: Any = load_engine(settings, of_four_layers)
+    tokens = [random_tokens(200, engine.facts.vocabulary, seed) for seed in range(2)]
+    expected = [feed(alone, alone.new_pool(1).acquire(), one, repeat(20)) for one in tokens]
+    in_one_store = [*(engine.new_pool(1).acquire() for _ in range(2))]
+    in_two = [engine.new_pool(1).acquire(), torch_pool(engine.facts.slab, 1).acquire()]
+
+    for slabs in (in_one_store, in_two):
+        assert (as_torch(slabs[0]).store is as_torch(slabs[1]).store) == (slabs is in_one_store)
+        found = []
+        for start in range(0, 200, 20):
+            rows = [
+                Row(slab, at, one[at], GREEDY)
+                for slab, one in zip(slabs, tokens, strict=True)
+                for at in range(start, start + 20)
+            ]
+            found.append(engine.logits(RowBatch(tuple(rows))))
+        for number, one in enumerate(expected):
+            assert torch.equal(torch.cat([logits.chunk(2)[number] for logits in found]), one)
+
+
+def compiled_by_a_forward(file: str) -> bool:
+    """Whether a forward has more to compile than was prepared."""
+    kernels: list[Any] = [run_layers, run_program, attend_rows, write_rows]
+    spec = SlabSpec(layers=4, kv_heads=2, head_dim=64, sink=4, window=60, row_tile=128, dtype="bfloat16")
+    making = InBlocks(1)
+    making.prepare(spec)
     prepared = [len(kernel.signatures) for kernel in kernels]
-    tokens = random_tokens(200, engine.facts.vocabulary)
+    parts = making.parts(Path(file), InMemory())
+    attention = RowAttention(spec, 4, parts.rotary)
+    slab = torch_pool(spec, 1).acquire()
+    plan = attention.plan(RowBatch((Row(slab, 0, 5, GREEDY),)))
+    embedded = parts.embedding.rows([5])
+    projected = parts.graphs.project(embedded, parts.rotary(embedded, torch.tensor([0])), attention, plan, 4)
+    query, key, value = projected[1:]
+    attention(3, query, key, value, plan)
+    assert slab.frontiers == (1, 1, 1, 1)
+    return prepared != [len(kernel.signatures) for kernel in kernels]
 
-    whole = feed(engine, engine.new_pool(1).acquire(), tokens, repeat(20))
 
-    here, there = (engine.new_pool(1).acquire() for _ in range(2))
-    found = []
-    for start in range(0, len(tokens), 20):
-        rows = [[Row(slab, at, tokens[at], GREEDY) for at in range(start, start + 20)] for slab in (here, there)]
-        found.append(engine.logits(RowBatch((*rows[0], *rows[1]))))
-    for part in range(2):
-        assert torch.equal(whole, torch.cat([logits.chunk(2)[part] for logits in found]))
-    assert [len(kernel.signatures) for kernel in kernels] == prepared
+def test_a_forward_finds_its_kernels_prepared(of_four_layers: Path) -> None:
+    """In a process of its own, for here other tests have prepared them."""
+    code = f"from {__name__} import compiled_by_a_forward; assert not compiled_by_a_forward({str(of_four_layers)!r})"
+
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_file_with_other_kinds_is_left_to_openvino(of_blocks: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
@@ -251,6 +305,18 @@ def test_a_file_with_other_kinds_is_left_to_openvino(of_blocks: tuple[Path, dict
     assert not knows_blocks(tmp_path / "model.gguf")
 
 
+def with_an_embedding_in_halves(name: str) -> Kind:
+    return Kind.F16 if name.startswith("token_embd") else blocks_alone(name)
+
+
+def test_an_embedding_of_another_kind_that_is_the_head_too_is_left_to_openvino(
+    of_blocks: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    write_gguf(of_blocks[0], tmp_path / "model.gguf", with_an_embedding_in_halves)
+
+    assert not knows_blocks(tmp_path / "model.gguf")
+
+
 @pytest.mark.skipif(not fits_cpu(), reason="the engine was not tried on such a CPU")
 def test_a_vocabulary_that_fills_no_eight_lanes_and_an_embedding_in_halves_beside_a_head_are_run_as_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -258,11 +324,7 @@ def test_a_vocabulary_that_fills_no_eight_lanes_and_an_embedding_in_halves_besid
     changes = {"vocab_size": 2043, "tie_word_embeddings": False}
     directory = save_random_model(Qwen3Config(**WIDE.to_diff_dict() | changes), tmp_path)
     file = directory / "model.gguf"
-
-    def with_halves(name: str) -> Kind:
-        return Kind.F16 if name.startswith("token_embd") else blocks_alone(name)
-
-    weights = write_gguf(directory, file, with_halves, tokenizer__ggml__tokens=None)
+    weights = write_gguf(directory, file, with_an_embedding_in_halves, tokenizer__ggml__tokens=None)
     without_products_of_bytes(monkeypatch)
     tokens = random_tokens(FITS, 2043)
     expected = transformers_logits(directory, weights, tokens)

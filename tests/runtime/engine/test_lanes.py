@@ -88,6 +88,24 @@ def test_a_kernel_is_kept_in_the_users_cache_and_not_beside_its_source(cache: Pa
     assert before == config.CACHE_DIR
 
 
+PREPARING = """
+import sys
+from runtime.engine.row_attention import prepare_kernels
+from runtime.slab_spec import SlabSpec
+
+prepare_kernels(SlabSpec(layers=1, kv_heads=1, head_dim=32, sink=0, window=48, row_tile=16, dtype="float32"))
+print("numba.np.arrayobj" in sys.modules)
+"""
+
+
+def test_a_process_that_finds_its_kernels_loads_nothing_to_compile_with(cache: Path) -> None:
+    run = [
+        subprocess.run([sys.executable, "-c", PREPARING], capture_output=True, text=True, check=True) for _ in range(2)
+    ]
+
+    assert [one.stdout for one in run] == ["True\n", "False\n"]
+
+
 @pytest.mark.parametrize("kept", ["nothing", "half"])
 @pytest.mark.parametrize("of", ["fill*.nbi", "fill*.nbc", "put*.nb?"])
 def test_a_kernel_whose_file_is_damaged_is_compiled_and_kept_anew(
