@@ -45,7 +45,7 @@ class _Cache(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            # numba's own would first load all that it compiles with: half a second, and 50 MB.
+            # numba's own would first load all that it compiles with: a third of a second, and 30 MB.
             return self._load_overload(sig, target_context)
         # What a damaged file raises depends on its bytes: pickle raises all kinds.
         except Exception:

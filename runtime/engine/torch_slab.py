@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -107,7 +108,8 @@ class SlabArena:
         keys, values = (_lazy_zeros(shape, dtype, device) for _ in range(2))
         self.spec, self.device = spec, device
         self.store = SlabStore(keys, values, inputs, states)
-        self._free = [*range(count)][::-1]
+        # Those into which nobody has written are handed out first.
+        self._free = deque(range(count))
 
     @property
     def left(self) -> int:
@@ -117,7 +119,7 @@ class SlabArena:
         """A pool of `count` slabs. Raises CapacityExhausted where fewer are left."""
         if count > len(self._free):
             raise CapacityExhausted(f"{len(self._free)} slabs are left to make a pool of {count}: raise capacity")
-        return SlabPool(self.spec, [self._slab(self._free.pop()) for _ in range(count)])
+        return SlabPool(self.spec, [self._slab(self._free.popleft()) for _ in range(count)])
 
     def _slab(self, index: int) -> TorchSlab:
         slab = TorchSlab(self.spec, self.store, index)

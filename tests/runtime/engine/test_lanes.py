@@ -94,7 +94,7 @@ from runtime.engine.row_attention import prepare_kernels
 from runtime.slab_spec import SlabSpec
 
 prepare_kernels(SlabSpec(layers=1, kv_heads=1, head_dim=32, sink=0, window=48, row_tile=16, dtype="float32"))
-print("numba.np.arrayobj" in sys.modules)
+print("numba.np.linalg" in sys.modules)
 """
 
 
