@@ -232,7 +232,7 @@ class SlabPool:
         self._free[slab] = read or array("I")
 
     def close(self) -> None:
-        """Lets go of the slabs that are free, and of their memory."""
+        """Lets go of the slabs that are free, and of their memory, where no engine keeps it for the next pool."""
         self.total = self.in_use
         self._free.clear()
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.engine.block_kernel import STEP, run_layers
+from runtime.engine.block_kernel import STEP, run_layers, run_program
 from runtime.engine.block_program import BlockGraph, memory_for_rounded
 from runtime.engine.parts import Graphs
 from runtime.engine.row_attention import RowAttention, RowPlan, given_for_no_rows
@@ -23,10 +23,11 @@ from runtime.slab_spec import SlabSpec
 
 
 def prepare_layers(spec: SlabSpec) -> None:
-    """Has the kernel compiled for slabs of this type, or found in the user's cache, before the first forward needs it."""
-    nowhere = np.empty(0, np.int64)
-    pieces = np.empty(0, STEP), np.zeros(1, np.int64), np.empty((0, 4), np.int64)
+    """Has the kernels compiled for slabs of this type, or found in the user's cache, before the first forward needs them."""
+    nowhere, program = np.empty(0, np.int64), np.empty(0, STEP)
     memory = np.empty(0, np.float32), memory_for_rounded(0)
+    run_program(program, 0, 0, np.zeros(4, np.int64), *memory, 0, nowhere)
+    pieces = program, np.zeros(1, np.int64), np.empty((0, 4), np.int64)
     rest = (nowhere, (0, 0, 0, 0), 1, spec.head_dim, nowhere, *given_for_no_rows(spec), *room_for(1, spec.head_dim))
     given = (*pieces, *memory, *rest)
     run_layers(*given)

@@ -30,7 +30,7 @@ LANES = 16
 # As many sums as registers hold beside what they are made of: AVX-512 has 32 registers for a vector, AVX2 has 8 pairs.
 _SUMS_AT_ONCE = LANES if hardware_level() >= Level.AVX512 else 4
 
-# Kernels take no memory, so they need no allocator of numba's, which each process would compile.
+# Without numba's allocator a kernel has no symbols but those that a process knows which has compiled nothing.
 _OPTIONS = {"nopython": True, "nogil": True, "error_model": "numpy", "_nrt": False}
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -45,7 +45,7 @@ class _Cache(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            # numba's own would first load all that it compiles with: a third of a second, and 30 MB.
+            # numba's own would first load all that it compiles with: a quarter of a second, and 30 MB.
             return self._load_overload(sig, target_context)
         # What a damaged file raises depends on its bytes: pickle raises all kinds.
         except Exception:

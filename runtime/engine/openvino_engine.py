@@ -65,7 +65,7 @@ class OpenVinoEngine:
     """A causal language model of one of `ARCHITECTURES` on a CPU."""
 
     def __init__(self, model: _Model, spec: SlabSpec, form: Form, slabs: int, *, is_bit_exact: bool) -> None:
-        """The first `slabs` slabs lie in one store: rows in slabs of several take longer in blocks."""
+        """As many as `slabs` slabs lie in one store at a time; a pool for which it has too few left has a store of its own."""
         self._model, self._spec, self._form = model, spec, form
         self._arena = SlabArena(spec, slabs)
         self._is_bit_exact = is_bit_exact

@@ -147,7 +147,7 @@ def attend_rows(
     Items of work are a block's heads, block * G + kv head. Every thread of a crew calls this with the same: two of `counters`,
     from `counter` on, count the items that one of them has begun, and those that are done. Past the window a row meets the
     sinks with its query turned by angles whose `cosines` and `sines` are [N * D]. `keys` and `values` are [L, B, G, S, W].
-    `room` [float32] and `places` [int64] are of the thread's own, as `room_for` makes them.
+    `room` [float32] and `places` [int64] are the thread's own, as `room_for` makes them.
     """
     _, heads, head_dim = queries.shape
     _, pool, groups, most, width = keys.shape
@@ -192,6 +192,10 @@ def attend_rows(
                     to = other * head_dim + column
                     store(some_keys, to, multiply(load(all_keys, at + column), key_scale))
                     store(some_values, to, multiply(load(all_values, at + column), value_scale))
+            # What an earlier session left beyond the last row may be no number, and 0 times that is none.
+            for other in range(max(0, positions[first + count - 1] + 1 - slot), LANES):
+                for column in range(0, head_dim, LANES):
+                    store(some_values, other * head_dim + column, full(_ZERO))
             for query in range(count * each):
                 found = dot_products(some_keys, 0, asked, places[query], head_dim)
                 if slot < sink and positions[first + query // each] >= sink + window:

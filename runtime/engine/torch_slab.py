@@ -108,7 +108,7 @@ class SlabArena:
         keys, values = (_lazy_zeros(shape, dtype, device) for _ in range(2))
         self.spec, self.device = spec, device
         self.store = SlabStore(keys, values, inputs, states)
-        # Those into which nobody has written are handed out first.
+        # Those that were used longest ago, or never, are handed out first.
         self._free = deque(range(count))
 
     @property

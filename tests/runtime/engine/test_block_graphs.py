@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, dequantize
@@ -248,10 +249,15 @@ def test_a_call_for_all_layers_gives_the_bits_of_one_graph_after_the_other(
     """Past the window and its sinks, on one thread and on three; rows of two stores go through graph by graph."""
     without_products_of_bytes(monkeypatch)
     settings = Settings(model=str(of_four_layers), window=60, device="cpu", kv_dtype=kv_dtype, determinism="fast")
-    with threads(1):
-        alone: Any = load_engine(settings, of_four_layers)
-    with threads(3):
-        engine: Any = load_engine(settings, of_four_layers)
+
+    def on_threads(count: int) -> Any:
+        with threads(count), monkeypatch.context() as patch:
+            patch.setattr(psutil, "cpu_count", lambda logical: count)
+            engine = load_engine(settings, of_four_layers)
+            assert torch.get_num_threads() == count
+        return engine
+
+    alone, engine = on_threads(1), on_threads(3)
     tokens = [random_tokens(200, engine.facts.vocabulary, seed) for seed in range(2)]
     expected = [feed(alone, alone.new_pool(1).acquire(), one, repeat(20)) for one in tokens]
     in_one_store = [*(engine.new_pool(1).acquire() for _ in range(2))]
@@ -285,7 +291,7 @@ def compiled_by_a_forward(file: str) -> bool:
     embedded = parts.embedding.rows([5])
     projected = parts.graphs.project(embedded, parts.rotary(embedded, torch.tensor([0])), attention, plan, 4)
     query, key, value = projected[1:]
-    attention(3, query, key, value, plan)
+    parts.graphs.last(attention(3, query, key, value, plan), projected[0])
     assert slab.frontiers == (1, 1, 1, 1)
     return prepared != [len(kernel.signatures) for kernel in kernels]
 

@@ -98,7 +98,7 @@ print("numba.np.linalg" in sys.modules)
 """
 
 
-def test_a_process_that_finds_its_kernels_loads_nothing_to_compile_with(cache: Path) -> None:
+def test_a_process_that_finds_its_kernels_does_not_load_all_that_numba_compiles_with(cache: Path) -> None:
     run = [
         subprocess.run([sys.executable, "-c", PREPARING], capture_output=True, text=True, check=True) for _ in range(2)
     ]

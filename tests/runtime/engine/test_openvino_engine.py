@@ -21,8 +21,10 @@ from runtime.engine.kept_parts import find_parts
 from runtime.engine.machine import Level
 from runtime.engine.openvino_fit import fits_cpu
 from runtime.engine.parts import Making, Parts, RowGraph
+from runtime.engine.torch_slab import SlabStore, as_torch
 from runtime.errors import InvalidSetting, ModelUnavailable, NotExact
 from runtime.settings import Settings
+from runtime.slab import SlabPool
 from tests.conftest import SMALL, save_random_model
 
 pytestmark = pytest.mark.skipif(not fits_cpu(), reason="OpenVINO's kernels were not tried on such a CPU")
@@ -126,6 +128,23 @@ def test_a_weight_is_off_by_no_more_than_half_a_step_of_its_group(seed: int, wei
     # With 4 bits one side reaches a step less far than the other, and the largest value of that side may lie there.
     most = 0.501 if weights == "int8" else 1.01
     assert torch.all(off <= most * scales.float().abs() + 1e-7)
+
+
+def test_slabs_of_pools_lie_in_one_store_as_long_as_it_has_enough(seedling: Path) -> None:
+    engine = load_engine(Settings(backend="openvino", device="cpu", window=60, capacity=2, max_concurrent=1), seedling)
+
+    def store_of(pool: SlabPool) -> SlabStore:
+        slab = pool.acquire()
+        pool.release(slab)
+        return as_torch(slab).store
+
+    sessions, completions, more = (engine.new_pool(count) for count in (2, 1, 1))
+    store = store_of(sessions)
+    assert store_of(completions) is store
+    assert store_of(more) is not store
+
+    del sessions, completions
+    assert store_of(engine.new_pool(3)) is store
 
 
 def test_nothing_of_openvino_reports_home() -> None:

@@ -186,6 +186,22 @@ def test_a_row_gets_the_same_bits_whatever_is_computed_beside_it(
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("dtype", HELD)
+def test_what_an_earlier_session_left_in_a_slab_reaches_nobody_though_it_be_no_number(dtype: str) -> None:
+    spec = replace(SPEC, dtype=dtype)
+    history = History(seed=0)
+    fresh, used = (torch_pool(spec, 1).acquire() for _ in range(2))
+    for held in (as_torch(used).keys, as_torch(used).values):
+        # Of whole numbers of 8 bits the scales are too large for float32.
+        held.fill_(127 if held.dtype == torch.int8 else torch.nan)
+
+    for start in range(0, LENGTH, 7):
+        mine, theirs = (
+            attend(RowBatch(rows_of(slab, start, min(start + 7, LENGTH))), {slab: history}) for slab in (fresh, used)
+        )
+        assert torch.equal(mine, theirs)
+
+
 def signatures() -> list[int]:
     """How many kinds of arrays each kernel has been compiled for."""
     kernels: list[Any] = [attend_rows, write_rows]
