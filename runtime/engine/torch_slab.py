@@ -117,8 +117,8 @@ class SlabArena:
 
     def pool(self, count: int) -> SlabPool:
         """A pool of `count` slabs. Raises CapacityExhausted where fewer are left."""
-        if count > len(self._free):
-            raise CapacityExhausted(f"{len(self._free)} slabs are left to make a pool of {count}: raise capacity")
+        if count > self.left:
+            raise CapacityExhausted(f"{self.left} slabs are left to make a pool of {count}: raise capacity")
         return SlabPool(self.spec, [self._slab(self._free.popleft()) for _ in range(count)])
 
     def _slab(self, index: int) -> TorchSlab:

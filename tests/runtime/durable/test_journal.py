@@ -54,7 +54,7 @@ def created(path: Path, history: list[int], files: Files | None = None) -> Journ
     return Journal.create(files or Files(), path, MODEL, TERMS, array("I", history), 1, 2.5)
 
 
-@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(operations=OPERATIONS, fault=st.none() | FAULT)
 def test_what_was_acknowledged_is_there_whatever_fails_and_whenever_it_is_killed(
     tmp_path: Path, operations: list[tuple[str, int | list[int]]], fault: tuple[int | None, int, int, float] | None

@@ -289,9 +289,9 @@ def compiled_by_a_forward(file: str) -> bool:
     slab = torch_pool(spec, 1).acquire()
     plan = attention.plan(RowBatch((Row(slab, 0, 5, GREEDY),)))
     embedded = parts.embedding.rows([5])
-    projected = parts.graphs.project(embedded, parts.rotary(embedded, torch.tensor([0])), attention, plan, 4)
-    query, key, value = projected[1:]
-    parts.graphs.last(attention(3, query, key, value, plan), projected[0])
+    angles = parts.rotary(embedded, torch.tensor([0]))
+    hidden, query, key, value = parts.graphs.project(embedded, angles, attention, plan, 4)
+    parts.graphs.last(attention(3, query, key, value, plan), hidden)
     assert slab.frontiers == (1, 1, 1, 1)
     return prepared != [len(kernel.signatures) for kernel in kernels]
 
