@@ -34,7 +34,9 @@ def load_weights(kind: Any, directory: Path, dtype: torch.dtype | Literal["auto"
     """
     if directory.is_file():
         assert isinstance(dtype, torch.dtype)
-        return dense_model(directory, dtype, **options)
+        model = dense_model(directory, dtype, **options)
+        _check_numbers(model, directory)
+        return model
     check_weights(directory, read_checked_config(directory))
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

@@ -70,6 +70,19 @@ _ROPE_FACTORS = "rope_freqs.weight"
 # Names of splits that llama.cpp makes in two steps, each digit by itself first; transformers knows their second alone.
 _DIGITS_ALONE = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _ENDS = ("eos", "eot", "eom")
+# Where in a block of a kind the half-precision numbers lie that its weights are multiplied or shifted by, in bytes. The
+# scales of MXFP4 are powers of 2, and numbers all.
+_HALVES = {
+    GGMLQuantizationType.Q8_0: (0,),
+    GGMLQuantizationType.Q4_0: (0,),
+    GGMLQuantizationType.Q4_1: (0, 2),
+    GGMLQuantizationType.Q5_0: (0,),
+    GGMLQuantizationType.Q5_1: (0, 2),
+    GGMLQuantizationType.Q4_K: (0, 2),
+    GGMLQuantizationType.Q5_K: (0, 2),
+    GGMLQuantizationType.Q6_K: (208,),
+    GGMLQuantizationType.MXFP4: (),
+}
 _PLAIN = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
@@ -95,7 +108,17 @@ class StoredTensor:
 
     def dense(self) -> Tensor:
         """The whole tensor in float32."""
-        return torch.tensor(dequantize(self.read(), self.kind)).view(self.shape)
+        # Of a damaged one, what is infinite times 0 is no number, which whoever loads it looks for.
+        with np.errstate(invalid="ignore"):
+            return torch.tensor(dequantize(self.read(), self.kind)).view(self.shape)
+
+    def is_finite(self) -> bool:
+        """Whether all of its values are numbers; of a quantised tensor the scales tell."""
+        places = _HALVES.get(self.kind)
+        if places is None:
+            return bool(self.dense().isfinite().all())
+        blocks = self.read().reshape(-1, GGML_QUANT_SIZES[self.kind][1])
+        return all(np.isfinite(blocks[:, at : at + 2].copy().view(np.float16)).all() for at in places)
 
     def plain(self) -> Tensor | None:
         """The whole tensor in the file's type; None if it is quantised."""

@@ -68,6 +68,9 @@ def _stored_model(path: Path) -> Any:
     model, whole = _empty_model(path, torch.float32, {})
     # Engines that keep weights as stored have no code for experts.
     tensors = {name: stored for name, stored in whole.items() if isinstance(stored, StoredTensor)}
+    for name, tensor in tensors.items():
+        if not tensor.is_finite():
+            raise ModelUnavailable(f"the weights in {path} are damaged: {name} has values that are not finite")
     embedding = tensors["model.embed_tokens.weight"]
     for name, part in list(model.named_modules()):
         own = {key: tensors.get(f"{name}.{key}") for key, _ in part.named_parameters(recurse=False)}

@@ -59,8 +59,14 @@ class Slab(ABC):
     An engine's own kind of slab holds them, in arrays of its backend.
     """
 
-    def __init__(self, spec: SlabSpec) -> None:
+    def __init__(self, spec: SlabSpec, *, is_wiped: bool = True) -> None:
+        """If it `is_wiped`, what was written is set to zero before the next session writes.
+
+        Attention that multiplies a slot that a query does not see by 0 needs that: what an earlier session left there would
+        reach the next one's logits if it were no number.
+        """
         self.spec = spec
+        self._is_wiped = is_wiped
         self._layers = spec.layers + (spec.recurrent.layers if spec.recurrent else 0)
         self._frontiers = [0] * self._layers
         self._written = 0
@@ -141,15 +147,36 @@ class Slab(ABC):
 
     def skip(self, frontier: int) -> None:
         """Moves the frontier to `frontier`: of the positions before it only the sinks are held, and the others read as zeros."""
-        self.blank()
+        self.zero(self.spec.sink, self.spec.slots)
         for one in self.recurrent_tensors():
             one.zero_()
         self.advance_all(frontier)
 
+    def keep(self, length: int) -> None:
+        """Keeps of an earlier session the first `length` positions, which must be whole, for one that begins alike."""
+        self._wipe(length)
+        self.retract(length)
+
     def clear(self) -> None:
-        """Forgets every token. The bytes stay; no later query sees them."""
+        """Forgets every token."""
+        self._wipe(0)
         self._frontiers = [0] * self._layers
         self._written = 0
+
+    def _wipe(self, position: int) -> None:
+        """Zeros what was written from `position` on, unless attention reads none of it."""
+        spec = self.spec
+        if not self._is_wiped or position >= self._written:
+            return
+        if self._written - position >= spec.ring:
+            self.zero(min(position, spec.sink), spec.slots)
+            return
+        first, last = spec.slot(position), spec.slot(self._written - 1) + 1
+        if first < last:
+            self.zero(first, last)
+        else:
+            self.zero(first, spec.slots)
+            self.zero(spec.sink, last)
 
     def advance(self, layer: int, end: int) -> None:
         """Marks the positions up to `end` (exclusive) as held by a layer."""
@@ -179,8 +206,8 @@ class Slab(ABC):
         """Writes keys and values [G, slots, W] into a layer's first slots."""
 
     @abstractmethod
-    def blank(self) -> None:
-        """Sets all slots but the sinks' to zero."""
+    def zero(self, first: int, last: int) -> None:
+        """Sets the slots from `first` to `last` (exclusive) to zero."""
 
 
 class SlabPool:
@@ -218,7 +245,7 @@ class SlabPool:
         del self._free[best]
         best.change_hands()
         if length := lengths.get(best, 0):
-            best.retract(length)
+            best.keep(length)
         else:
             best.clear()
         return best

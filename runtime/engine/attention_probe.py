@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from runtime.dtypes import dtype_named
+from runtime.engine import findings
 from runtime.engine.architectures import ONE_ROTARY, LayerKind
 from runtime.engine.attention import attend
 from runtime.engine.attention_plan import plan_forward
-from runtime.engine.findings import find_or_probe
 from runtime.engine.probe import is_exact_at_every_count, tried_attention
 from runtime.engine.rotary import ExactRotary
 from runtime.engine.softmax import Scoring
@@ -70,7 +70,7 @@ def attention_is_exact(
     for manner in manners:
         alone = AttentionAlone(tried, heads, rotaries, table.to(device), manner)
         described = f"attention of {heads} heads over {tried} on {device}{'' if manner == PLAIN else f' {manner}'}"
-        if not find_or_probe(described, partial(is_exact_at_every_count, alone, tried, len(table))):
+        if not findings.find_or_probe(described, partial(is_exact_at_every_count, alone, tried, len(table))):
             _log.warning("a row gets other bits in other batches of %s", described)
             return False
     return True

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runtime.engine import EngineFacts
+from runtime.engine import EngineFacts, findings
 from runtime.engine.configuration import (
     Form,
     check_covered,
@@ -28,7 +28,6 @@ from runtime.engine.configuration import (
 )
 from runtime.engine.drawing import draw_tokens
 from runtime.engine.exact import Claim, Ground
-from runtime.engine.findings import find_or_probe
 from runtime.engine.linears import ROWS_ON_GPU, RowLinear, weights_bytes
 from runtime.engine.machine import kernel_class
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact
@@ -166,6 +165,6 @@ def _is_proven(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
         engine = GraphEngine(Loaded(short, loaded.rotaries), tried, form, _PROBED_SLABS, is_bit_exact=False)
         return is_bit_exact(engine, tried, config.vocab_size)
 
-    return linears_are_exact(loaded.model, form, loaded.model.device) and find_or_probe(
+    return linears_are_exact(loaded.model, form, loaded.model.device) and findings.find_or_probe(
         f"a step of {config} {form} {tried}", probe
     )

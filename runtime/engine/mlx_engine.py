@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import FILE_ERRORS
 from runtime.dtypes import dtype_named, name_of
-from runtime.engine import EngineFacts
+from runtime.engine import EngineFacts, findings
 from runtime.engine.configuration import (
     ROW_TILE,
     Form,
@@ -33,7 +33,6 @@ from runtime.engine.configuration import (
 )
 from runtime.engine.drawing import draw_tokens
 from runtime.engine.exact import Claim, Ground
-from runtime.engine.findings import find_or_probe
 from runtime.engine.machine import kernel_class
 from runtime.engine.mlx_attention import PlannedRotary, SlabCache, let_attend_over_slabs, plan_forward
 from runtime.engine.mlx_slab import as_mlx, mlx_pool, to_torch
@@ -114,7 +113,7 @@ class MlxEngine:
         plugged = Plugged(self._model, self._config, self._rotary)
         engine = MlxEngine(plugged, tried, self._form, self._fixed_rows)
         described = f"mlx {version('mlx')} {mx.default_device()} {self._config} {self._form} {tried} {self._fixed_rows}"
-        return find_or_probe(described, partial(is_bit_exact, engine, tried, self._config.vocab_size))
+        return findings.find_or_probe(described, partial(is_bit_exact, engine, tried, self._config.vocab_size))
 
     @cached_property
     def facts(self) -> EngineFacts:

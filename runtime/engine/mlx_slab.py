@@ -88,12 +88,12 @@ class MlxSlab(Slab):
         for index, given in ((layer, keys), (self.spec.layers + layer, values)):
             self._arrays[index] = to_mlx(torch.nn.functional.pad(given, (0, 0, 0, slots - count)))
 
-    def blank(self) -> None:
-        spec = self.spec
-        sinks = [[part[:, : spec.sink] for part in self.held(layer)] for layer in range(spec.layers)]
-        for layer, parts in enumerate(sinks):
-            keys, values = (torch.nn.functional.pad(part, (0, 0, 0, spec.slots - part.shape[1])) for part in parts)
-            self.put(layer, keys, values)
+    def zero(self, first: int, last: int) -> None:
+        self.reserve(last)
+        self._arrays = [alias(array) for array in self._arrays]
+        for array in self._arrays:
+            array[:, first:last] = 0
+        mx.eval(self._arrays)
 
 
 def mlx_pool(spec: SlabSpec, count: int) -> SlabPool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from runtime.dtypes import dtype_named
-from runtime.engine import EngineFacts
+from runtime.engine import EngineFacts, findings
 from runtime.engine.block_graphs import InBlocks, knows_blocks
 from runtime.engine.configuration import (
     HEAD_MOST_ROWS,
@@ -32,7 +32,6 @@ from runtime.engine.configuration import (
     slab_spec,
 )
 from runtime.engine.drawing import draw_tokens
-from runtime.engine.findings import find_or_probe
 from runtime.engine.kept_parts import find_parts, held_bytes
 from runtime.engine.machine import Level, hardware_level, kernel_class, level, sums_bytes
 from runtime.engine.openvino_compiling import Compiling
@@ -67,7 +66,7 @@ class OpenVinoEngine:
     def __init__(self, model: _Model, spec: SlabSpec, form: Form, slabs: int, *, is_bit_exact: bool) -> None:
         """As many as `slabs` slabs lie in one store at a time; a pool for which it has too few left has a store of its own."""
         self._model, self._spec, self._form = model, spec, form
-        self._arena = SlabArena(spec, slabs)
+        self._arena = SlabArena(spec, slabs, are_wiped=False)
         self._is_bit_exact = is_bit_exact
 
     @classmethod
@@ -129,7 +128,8 @@ class OpenVinoEngine:
         )
 
     def new_pool(self, count: int) -> SlabPool:
-        return self._arena.pool(count) if count <= self._arena.left else torch_pool(self._spec, count)
+        arena = self._arena if count <= self._arena.left else SlabArena(self._spec, count, are_wiped=False)
+        return arena.pool(count)
 
     def forward(self, batch: RowBatch) -> tuple[Token, ...]:
         return draw_tokens(self.logits(batch), batch)
@@ -172,11 +172,13 @@ class _Model:
             called = f"{kind}, imported" if graph.is_imported else kind
             most = HEAD_MOST_ROWS if graph is graphs.head else self._spec.row_tile
             probe = partial(is_exact_function, graph.of_rows, sum(graph.widths), torch.float32, most)
-            if not find_or_probe(f"{described} graph {called}, at most {most} rows", probe):
+            if not findings.find_or_probe(f"{described} graph {called}, at most {most} rows", probe):
                 _log.warning("a row gets other bits in other batches of the graph %s of %s", kind, self._form)
                 return False
         layers = _FirstLayers(self, replace(self._spec, layers=min(2, self._spec.layers)))
-        return row_attention_is_exact(self._spec, self.config.num_attention_heads, self._rotary) and find_or_probe(
+        return row_attention_is_exact(
+            self._spec, self.config.num_attention_heads, self._rotary
+        ) and findings.find_or_probe(
             f"{described} {layers.spec}", partial(is_bit_exact, layers, layers.spec, self.config.vocab_size)
         )
 

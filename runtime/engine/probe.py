@@ -205,10 +205,10 @@ def _cut_rows(
 
 
 def _fill(slab: Slab) -> None:
-    """Fills every slot of an empty slab with random numbers."""
+    """Puts random numbers into every slot of an empty slab, as if another session had left them there."""
     generator = torch.Generator().manual_seed(0)
     spec = slab.spec
     block = torch.randn(spec.layers, spec.kv_heads, BUCKET_SLOTS, spec.head_dim, generator=generator)
     whole = as_held(block, spec.dtype).repeat(1, 1, -(-spec.slots // BUCKET_SLOTS), 1)[:, :, : spec.slots]
-    slab.fill(whole, whole, spec.slots)
-    slab.clear()
+    for layer in range(spec.layers):
+        slab.put(layer, whole[layer], whole[layer])

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from runtime.dtypes import dtype_named
+from runtime.engine import findings
 from runtime.engine.crew import Crew
 from runtime.engine.exact import Claim, Ground
-from runtime.engine.findings import find_or_probe
 from runtime.engine.probe import is_exact_at_every_count, tried_attention
 from runtime.engine.rotary import ExactRotary
 from runtime.engine.row_kernel import MOST_QUERIES, attend_rows, room_for, write_rows
@@ -198,7 +198,7 @@ def row_attention_is_exact(spec: SlabSpec, heads: int, rotary: ExactRotary) -> b
     tried, table = tried_attention(spec, heads, torch.float32)
     alone = RowAttentionAlone(tried, heads, rotary, table)
     kind = f"row by row attention of {heads} heads over {tried}"
-    holds = find_or_probe(kind, partial(is_exact_at_every_count, alone, tried, len(table)))
+    holds = findings.find_or_probe(kind, partial(is_exact_at_every_count, alone, tried, len(table)))
     if not holds:
         _log.warning("a row gets other bits in other batches of %s", kind)
     return holds

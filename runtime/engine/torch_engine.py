@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
-from runtime.engine import EngineFacts
+from runtime.engine import EngineFacts, findings
 from runtime.engine.architectures import ARCHITECTURES, Part, attending_kinds, layer_kinds
 from runtime.engine.attention import ATTENTION_NAME, CLAIMS, slab_attention
 from runtime.engine.attention_plan import plan_forward
@@ -28,7 +28,6 @@ from runtime.engine.configuration import (
 )
 from runtime.engine.drawing import draw_tokens
 from runtime.engine.exact import Claim
-from runtime.engine.findings import find_or_probe
 from runtime.engine.linears import FixedRowsLinear, RowLinear, weights_bytes
 from runtime.engine.machine import kernel_class
 from runtime.engine.probe import PROBED_ROWS, is_bit_exact
@@ -194,4 +193,4 @@ def _layers_are_exact(loaded: Loaded, spec: SlabSpec, form: Form) -> bool:
         engine = TorchEngine(Loaded(short, loaded.rotaries), tried, form, is_bit_exact=False)
         return is_bit_exact(engine, tried, config.vocab_size)
 
-    return find_or_probe(f"{config} {form} {tried}", probe)
+    return findings.find_or_probe(f"{config} {form} {tried}", probe)

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from runtime.checkpoints import load_weights
 from runtime.dtypes import dtype_named
+from runtime.engine import findings
 from runtime.engine.configuration import IN_CACHE, Form, is_small
 from runtime.engine.exact import Claim
-from runtime.engine.findings import find_or_probe
 from runtime.engine.linears import RowLinear, replace_linears
 from runtime.engine.machine import Level, level
 from runtime.engine.probe import is_exact_function
@@ -129,7 +129,9 @@ def linears_are_exact(model: Any, form: Form, device: torch.device) -> bool:
             kind = f"{type(part).__name__} {shape}"
             distinct.setdefault(kind, (name, part))
     for kind, (name, part) in distinct.items():
-        if not find_or_probe(kind, partial(is_exact_function, part, part.inputs, form.dtype, part.most_rows, device)):
+        if not findings.find_or_probe(
+            kind, partial(is_exact_function, part, part.inputs, form.dtype, part.most_rows, device)
+        ):
             _log.warning("a row gets other bits in other batches of %s (%s)", name, kind)
             return False
     return True

@@ -38,8 +38,8 @@ class SlabStore:
 class TorchSlab(Slab):
     """The slab of number `index` in a store: `keys` and `values` [L, G, S, W]."""
 
-    def __init__(self, spec: SlabSpec, store: SlabStore, index: int) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: SlabSpec, store: SlabStore, index: int, *, is_wiped: bool = True) -> None:
+        super().__init__(spec, is_wiped=is_wiped)
         self.store = store
         self.index = index
         self.keys = store.keys[:, index]
@@ -82,9 +82,9 @@ class TorchSlab(Slab):
         for store, given in ((self.keys, keys), (self.values, values)):
             store[layer, :, : given.shape[1]].copy_(given)
 
-    def blank(self) -> None:
+    def zero(self, first: int, last: int) -> None:
         for store in (self.keys, self.values):
-            store[:, :, self.spec.sink :].zero_()
+            store[:, :, first:last].zero_()
 
 
 def as_torch(slab: Slab) -> TorchSlab:
@@ -96,7 +96,7 @@ def as_torch(slab: Slab) -> TorchSlab:
 class SlabArena:
     """Makes pools of slabs from one store, which never moves. A slab that is collected becomes available again."""
 
-    def __init__(self, spec: SlabSpec, count: int, device: torch.device = _CPU) -> None:
+    def __init__(self, spec: SlabSpec, count: int, device: torch.device = _CPU, *, are_wiped: bool = True) -> None:
         dtype = dtype_named(spec.dtype)
         shape = (spec.layers, count, spec.kv_heads, spec.slots, spec.width)
         inputs = states = None
@@ -107,6 +107,7 @@ class SlabArena:
                 states = _lazy_zeros(shape_of_all, torch.float32, device)
         keys, values = (_lazy_zeros(shape, dtype, device) for _ in range(2))
         self.spec, self.device = spec, device
+        self._are_wiped = are_wiped
         self.store = SlabStore(keys, values, inputs, states)
         # Those that were used longest ago, or never, are handed out first.
         self._free = deque(range(count))
@@ -122,7 +123,7 @@ class SlabArena:
         return SlabPool(self.spec, [self._slab(self._free.popleft()) for _ in range(count)])
 
     def _slab(self, index: int) -> TorchSlab:
-        slab = TorchSlab(self.spec, self.store, index)
+        slab = TorchSlab(self.spec, self.store, index, is_wiped=self._are_wiped)
         weakref.finalize(slab, self._free.append, index)
         return slab
 

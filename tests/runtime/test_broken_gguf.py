@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGML_QUANT_SIZES, GGUFReader
+from transformers import Qwen3Config
 
 from runtime.engine import load_engine
 from runtime.errors import ModelUnavailable, StartError
@@ -20,7 +22,8 @@ from runtime.gguf_model import dense_model, stored_model
 from runtime.models import find_model
 from runtime.settings import Settings
 from runtime.text import Text
-from tests.gguf_files import write_gguf
+from tests.conftest import SMALL, save_random_model
+from tests.gguf_files import HALVES, Kind, write_gguf
 
 Damage = Callable[[bytes], bytes]
 
@@ -139,6 +142,23 @@ METADATA: Mapping[str, dict[str, Any]] = {
 }
 
 
+_NAN, _INFINITE = (np.array(value, np.float16).tobytes() for value in (np.nan, -np.inf))
+# Kinds of blocks, where in one what is no number lies, and its bytes.
+NO_NUMBERS = (
+    *((kind, at, value) for kind, places in HALVES.items() for at in places for value in (_NAN, _INFINITE)),
+    (Kind.F32, 0, np.array(np.nan, np.float32).tobytes()),
+    (Kind.F16, 0, _INFINITE),
+    (Kind.BF16, 0, b"\xc0\x7f"),
+)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose embedding is as wide as a block of any kind, and is not its head too."""
+    config = Qwen3Config(**SMALL | {"hidden_size": 256}, head_dim=32, tie_word_embeddings=False)
+    return save_random_model(config, tmp_path_factory.mktemp("wide"))
+
+
 @pytest.fixture(scope="module")
 def whole(small_models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> bytes:
     file = tmp_path_factory.mktemp("whole") / "model.gguf"
@@ -217,6 +237,23 @@ def test_a_tensor_that_cannot_be_read_is_told_of_in_a_line_that_names_the_file(
     with pytest.raises(ModelUnavailable, match=str(error)) as caught:
         load(file)
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", NO_NUMBERS, ids=[f"{kind.name} at {at}" for kind, at, _ in NO_NUMBERS])
+def test_weights_that_are_no_numbers_are_told_of(damage: tuple[Kind, int, bytes], wide: Path, tmp_path: Path) -> None:
+    """Those of one token's embedding, which the tokens that a start tries do not meet."""
+    kind, at, value = damage
+    file = tmp_path / "model.gguf"
+    write_gguf(wide, file, lambda name: kind if name == "token_embd.weight" else Kind.F32)
+    embedding = next(tensor for tensor in GGUFReader(file, "r+").tensors if tensor.name == "token_embd.weight")
+    last_block = embedding.data.reshape(-1).view(np.uint8)[-GGML_QUANT_SIZES[kind][1] :]
+    last_block[at : at + len(value)] = np.frombuffer(value, np.uint8)
+
+    with pytest.raises(ModelUnavailable, match=r"embed_tokens\.weight has values that are not finite") as stored:
+        stored_model(file)
+    with pytest.raises(ModelUnavailable, match=r"embed_tokens\.weight has values that are not finite") as dense:
+        load_engine(Settings(device="cpu", backend="torch", window=64), file)
+    assert all(str(file) in str(caught.value) for caught in (stored, dense))
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:

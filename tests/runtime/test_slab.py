@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.engine.torch_slab import TorchSlab, as_torch, torch_pool
+from runtime.engine.torch_slab import SlabArena, TorchSlab, as_torch, torch_pool
 from runtime.errors import CapacityExhausted
 from runtime.slab import Slab, SlabPool, as_held, visible_slots
 from runtime.slab_spec import BUCKET_SLOTS, CHUNK, RecurrentSpec, SlabSpec
@@ -311,6 +311,39 @@ def test_a_cleared_slab_holds_no_token() -> None:
     slab.clear()
 
     assert (slab.frontiers, slab.live_length, slab.live_bytes) == ((0,), 0, 0)
+
+
+@settings(max_examples=200)
+@given(SPECS, st.integers(0, 200), st.floats(0, 1))
+def test_what_the_next_session_does_not_keep_reads_as_zeros(spec: SlabSpec, length: int, share: float) -> None:
+    slab = as_torch(torch_pool(spec, 1).acquire())
+    held: dict[int, int] = {}
+    for position in range(length):
+        written(slab, layer=0, start=position, count=1, value=float(position + 1))
+        held[spec.slot(position)] = position
+    possible = [0, *(kept for kept in range(1, length + 1) if slab.is_whole(kept))]
+    kept = possible[int(share * (len(possible) - 1))]
+
+    if kept:
+        slab.keep(kept)
+    else:
+        slab.clear()
+
+    assert slab.frontier == kept
+    expected = torch.zeros(spec.slots)
+    for slot, position in held.items():
+        expected[slot] = position + 1 if position < kept else 0
+    assert torch.equal(slab.keys[0, 0, :, 0], expected)
+    assert torch.equal(slab.values[0, 0, :, 0], -expected)
+
+
+def test_a_slab_whose_attention_reads_no_hidden_slot_costs_nothing_to_empty() -> None:
+    slab = as_torch(SlabArena(spec_of(2, 10, 8), 1, are_wiped=False).pool(1).acquire())
+    written(slab, layer=0, start=0, count=8)
+
+    slab.clear()
+
+    assert slab.keys.any()
 
 
 @settings(max_examples=100)

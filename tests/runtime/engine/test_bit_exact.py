@@ -154,7 +154,15 @@ def case(request: pytest.FixtureRequest, directories: dict[str, Path]) -> Case:
     with pytest.MonkeyPatch.context() as patch:
         if model == BLOCKS:
             without_products_of_bytes(patch)
-        engine = load(directories[model], dtype, window=window, weights=weights, backend=backend, kv_dtype=kv_dtype)
+        engine = load(
+            directories[model],
+            dtype,
+            window=window,
+            weights=weights,
+            backend=backend,
+            kv_dtype=kv_dtype,
+            is_probed=True,
+        )
     tokens = random_tokens(3 * engine.facts.slab.window, engine.facts.vocabulary)
     torch.set_num_threads(THREADS)
     return Case(engine, tokens, feed(engine, engine.new_pool(1).acquire(), tokens))

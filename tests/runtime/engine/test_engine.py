@@ -1,6 +1,7 @@
 """Engines: what each computes, against transformers and against the reference, and what it refuses to load."""
 
 import json
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -227,6 +228,31 @@ def test_a_reused_slab_leaves_no_trace_of_the_session_before(small_models: Mappi
     logits = feed(engine, pool.acquire(), tokens)
 
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("kept", [0, 20])
+def test_what_an_earlier_session_left_reaches_nobody_though_it_be_no_number(
+    small_models: Mapping[str, Path], load: Load, kept: int
+) -> None:
+    """Neither a session on an empty slab nor one that begins as the earlier one did, of which the first tokens are `kept`."""
+    engine = load(small_models["qwen3"], window=40)
+    pool = engine.new_pool(1)
+    spec = pool.spec
+    tokens = random_tokens(150, 2048)
+    slab = pool.acquire()
+    beginning = feed(engine, slab, tokens[:20])
+    both = [torch.stack([slab.held(layer)[part] for layer in range(spec.layers)]) for part in range(2)]
+    rest = feed(engine, slab, tokens[20:], start=20)
+    no_numbers = both[0].new_full((spec.layers, spec.kv_heads, spec.slots - 20, spec.width), torch.nan)
+    keys, values = (torch.cat((held, no_numbers), dim=2) for held in both)
+    slab.fill(keys, values, spec.slots)
+    history = array("I", tokens)
+    pool.release(slab, history[:kept] + array("I", [0]) * (spec.slots - kept))
+
+    again = pool.acquire(history[: max(kept, 1)])
+
+    assert again.frontier == kept
+    assert torch.equal(feed(engine, again, tokens[kept:], start=kept), torch.cat((beginning, rest))[kept:])
 
 
 def test_facts_tell_what_was_loaded(small_models: Mapping[str, Path], load: Load, engine_name: str) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from runtime.engine import load_engine, openvino_engine
+from runtime.engine import findings, load_engine, openvino_engine
 from runtime.engine.kept_parts import find_parts
 from runtime.engine.machine import Level
 from runtime.engine.openvino_fit import fits_cpu
@@ -71,7 +71,7 @@ def test_a_form_that_is_not_exact_has_left_memory_when_the_next_is_read(
 
     # Such a CPU has two forms to choose from.
     monkeypatch.setattr(openvino_engine, "level", lambda: Level.AVX512_BF16)
-    monkeypatch.setattr(openvino_engine, "find_or_probe", lambda subject, probe: False)
+    monkeypatch.setattr(findings, "find_or_probe", lambda subject, probe: False)
     monkeypatch.setattr(openvino_engine, "find_parts", find)
 
     with pytest.raises(NotExact):
