@@ -12,8 +12,9 @@ import trio
 from tqdm import tqdm
 
 from api.client import Client, ClientSession, connect
-from runtime.errors import ModelUnavailable, NotSupported, RequestError
+from runtime.errors import ModelUnavailable, NotSupported, RequestError, lone_errors
 from runtime.events import Done, HistoryTruncated, StopReason, Token
+from runtime.garbage import without_collecting
 from runtime.models import find_model
 from runtime.settings import Settings
 from runtime.smollm2 import MEBIBYTES, PACKAGE, SMOLLM2, is_here
@@ -85,18 +86,18 @@ async def _server(settings: Settings, connect_to: str | None) -> AsyncIterator[t
     if connect_to:
         yield connect_to, key
         return
-    # These import an engine's libraries, which takes seconds that a chat with a server elsewhere does not need.
-    from actors.nursery import open_nursery
-    from api.doors import serve
-
     own = replace(settings, grpc_bind="127.0.0.1:0", tls_cert="", tls_key="")
-    async with open_nursery() as nursery:
-        async with open_nursery() as loading:
-            loading.start_soon(_show_loading, settings.model)
-            addresses = await nursery.start(partial(serve, own, http_bind=None))
-            loading.cancel_scope.cancel()
-        yield addresses.grpc, key
-        nursery.cancel_scope.cancel()
+    with lone_errors():
+        async with trio.open_nursery() as nursery:
+            async with trio.open_nursery() as loading:
+                await loading.start(_show_loading, settings.model)
+                # An engine's libraries take seconds, which a chat with a server elsewhere does not need.
+                with without_collecting():
+                    from api.doors import serve
+                addresses = await nursery.start(partial(serve, own, http_bind=None))
+                loading.cancel_scope.cancel()
+            yield addresses.grpc, key
+            nursery.cancel_scope.cancel()
 
 
 def _may_fetch() -> bool:
@@ -108,9 +109,10 @@ def _may_fetch() -> bool:
     return input(f"{words} Fetch it, once? [Y/n] ").strip().lower() in ("", "y", "yes")
 
 
-async def _show_loading(model: str) -> None:
+async def _show_loading(model: str, task_status: trio.TaskStatus[None]) -> None:
     """Shows on a terminal for how long the model has been loading, until cancelled."""
     with tqdm(desc=f"loading {model}", bar_format="{desc} {elapsed}", leave=False, disable=None) as bar:
+        task_status.started()
         while True:
             await trio.sleep(0.2)
             bar.refresh()

@@ -18,6 +18,7 @@ from api.doctor import doctor
 from api.leaving import leave_at_once
 from api.logs import configure_logging
 from runtime.errors import PerennialError, lone_errors
+from runtime.garbage import without_collecting
 from runtime.settings import DEFAULT_HTTP_BIND, ENVIRONMENT_PREFIX, Accepts, Settings
 
 # Benchmarks are not installed: they lie beside our packages in a clone of the repository.
@@ -70,8 +71,9 @@ def _serve(settings: Settings, asked: argparse.Namespace) -> int:
     for number in _STOPS:
         signal.signal(number, signal.SIG_DFL)
 
-    from api.doors import serve
-    from api.traces import configure_tracing
+    with without_collecting():
+        from api.doors import serve
+        from api.traces import configure_tracing
 
     next_stop = partial(trio.to_thread.run_sync, signal.sigwait, _STOPS, abandon_on_cancel=True)
     configure_tracing()

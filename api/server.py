@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +15,7 @@ from api.reader import Reader, open_reader, process_ahead
 from api.reading import Terms
 from runtime.checks import MAX_APPEND_TOKENS
 from runtime.errors import EngineFailed, NotServing
+from runtime.garbage import frozen
 from runtime.metrics import Metrics
 from runtime.settings import Settings
 
@@ -23,8 +23,6 @@ from runtime.settings import Settings
 DRAIN_S = 10.0
 # How long the clients of calls that were ended may take to read the error, in seconds.
 LAST_WORDS_S = 1.0
-# Collections of younger objects before one of all objects.
-_YOUNGER_COLLECTIONS = 50
 
 Opening = Callable[[Settings, Metrics], AbstractAsyncContextManager[Runtime]]
 
@@ -111,7 +109,7 @@ class Server:
                     async with open_nursery() as nursery:
                         nursery.start_soon(reader.warm)
                         nursery.start_soon(trio.to_thread.run_sync, runtime.text.warm)
-                with _freeze_loaded_objects():
+                with frozen():
                     self._runtime, self._reader = runtime, reader
                     self._enter(Phase.SERVING)
                     task_status.started(runtime)
@@ -209,20 +207,3 @@ class _Endable:
         self._is_ended = True
         for scope in self._scopes:
             scope.cancel()
-
-
-@contextmanager
-def _freeze_loaded_objects() -> Iterator[None]:
-    """Keeps the garbage collector from walking again and again over objects that stay for good.
-
-    Modules and model are some 400,000 objects. To walk them takes 0.2 s, in which nothing else in the process runs.
-    The connections of hundreds of clients take half as long, so it walks everything less often than is usual.
-    """
-    gc.freeze()
-    usual = gc.get_threshold()
-    gc.set_threshold(*usual[:2], _YOUNGER_COLLECTIONS)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)
-        gc.unfreeze()

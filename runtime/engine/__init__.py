@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Protocol
 from runtime.engine.probe import NO_NUMBERS
 from runtime.errors import InvalidSetting, ModelUnavailable, NotExact
 from runtime.events import Sampling, Token
+from runtime.garbage import without_collecting
 from runtime.model_files import one_line
 from runtime.rows import Row, RowBatch
 from runtime.sampling import Draw
@@ -87,23 +85,10 @@ def load_engine(settings: Settings, directory: Path, beside: EngineFacts | None 
 
     Raises InvalidSetting, ModelUnavailable or NotEnoughMemory, each with one line that says what to do.
     """
-    with _without_collecting():
+    with without_collecting():
         engine = _chosen_engine(settings, directory, beside)
         _check_forward(engine, directory)
     return engine
-
-
-@contextmanager
-def _without_collecting() -> Iterator[None]:
-    """A load leaves next to no garbage that is a circle; to look through all that libraries have made takes a tenth of a second,
-    and it would be done several times."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _check_forward(engine: Engine, directory: Path) -> None:

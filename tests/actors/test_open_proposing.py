@@ -64,7 +64,7 @@ async def answers(runtime: Runtime) -> Answers:
     return found
 
 
-@pytest.fixture(params=["torch", "mlx", "openvino", "openvino int8"])
+@pytest.fixture(scope="module", params=["torch", "mlx", "openvino", "openvino int8"])
 def on_each(request: pytest.FixtureRequest) -> Settings:
     """The settings with each backend, and with slabs of 8 bits where it has them."""
     backend, _, kv_dtype = str(request.param).partition(" ")
@@ -75,13 +75,24 @@ def on_each(request: pytest.FixtureRequest) -> Settings:
     return replace(SETTINGS, backend=backend, kv_dtype=kv_dtype or "auto")
 
 
-@pytest.fixture(scope="module")
-def plain() -> Answers:
+def answers_of(settings: Settings) -> Answers:
     async def run() -> Answers:
-        async with open_runtime(SETTINGS) as runtime:
+        async with open_runtime(settings) as runtime:
             return await answers(runtime)
 
     return trio.run(run)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Answers:
+    return answers_of(SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def of_random_weights(on_each: Settings, small_models: Mapping[str, Path]) -> tuple[Settings, Answers]:
+    """Settings of a model of random weights, and what it says without a proposer."""
+    settings = replace(on_each, model=str(small_models["qwen3"]))
+    return settings, answers_of(settings)
 
 
 @pytest.mark.parametrize("proposer", PROPOSERS)
@@ -112,14 +123,12 @@ async def test_a_fork_and_a_restored_session_go_on_with_the_same_tokens(
 
 @pytest.mark.parametrize("proposer", PROPOSERS)
 async def test_a_model_of_random_weights_says_the_same_with_each(
-    small_models: Mapping[str, Path], tmp_path: Path, proposer: str, on_each: Settings
+    of_random_weights: tuple[Settings, Answers], tmp_path: Path, proposer: str
 ) -> None:
-    settings = replace(on_each, model=str(small_models["qwen3"]))
+    settings, expected = of_random_weights
     BertForMaskedLM(MASKED).save_pretrained(tmp_path)
     # What drafts thinks as the model does, and so is often right; what fills masks says nothing of use.
     proposer_model = str(tmp_path) if proposer == "diffusion" else settings.model
-    async with open_runtime(settings) as runtime:
-        expected = await answers(runtime)
     async with open_runtime(replace(settings, proposer=proposer, proposer_model=proposer_model)) as runtime:
         assert await answers(runtime) == expected
         assert sample(runtime.metrics, "proposed_tokens_total") > 0

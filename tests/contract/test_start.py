@@ -10,6 +10,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import termios
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +265,34 @@ def test_chat_answers_each_line_over_its_own_server_as_over_another(plain: Serve
         assert len(run.stdout.splitlines()) == 3
         assert all(run.stdout.splitlines())
     assert alone.stdout.splitlines()[1:] == connected.stdout.splitlines()[1:]
+
+
+def test_chat_shows_on_a_terminal_that_it_loads_before_it_imports_what_takes_seconds() -> None:
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(ours, (30, 120))
+    command = [program("perennial"), "chat"]
+    with subprocess.Popen(
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment({}) | {"PYTHONPROFILEIMPORTTIME": "1"},
+    ) as chat:
+        os.close(theirs)
+        said = b""
+        # The system's way to say that nobody has the terminal open any more.
+        with suppress(OSError):
+            while part := os.read(ours, 2**16):
+                said += part
+                if b"remembers" in said and said.endswith(b"> "):
+                    os.write(ours, b"\n")
+        os.close(ours)
+
+    assert chat.returncode == 0, said[-2000:]
+    imports = re.search(rb"\| +torch\r", said)
+    assert imports is not None
+    assert 0 <= said.find(b"loading seedling") < imports.start()
+    assert said.rfind(b"loading seedling") < said.index(b"remembers")
 
 
 def test_chat_without_the_key_of_a_server_says_so_in_one_line(keyed: ServerProcess) -> None:
