@@ -15,7 +15,7 @@ from api.client import Client, ClientSession, connect
 from runtime.errors import ModelUnavailable, NotSupported, RequestError, lone_errors
 from runtime.events import Done, HistoryTruncated, StopReason, Token
 from runtime.garbage import without_collecting
-from runtime.models import find_model
+from runtime.models import check_name, find_model
 from runtime.settings import Settings
 from runtime.smollm2 import MEBIBYTES, PACKAGE, SMOLLM2, is_here
 from runtime.text import Text
@@ -86,6 +86,7 @@ async def _server(settings: Settings, connect_to: str | None) -> AsyncIterator[t
     if connect_to:
         yield connect_to, key
         return
+    check_name(settings.model)
     own = replace(settings, grpc_bind="127.0.0.1:0", tls_cert="", tls_key="")
     with lone_errors():
         async with trio.open_nursery() as nursery:

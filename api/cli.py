@@ -71,6 +71,9 @@ def _serve(settings: Settings, asked: argparse.Namespace) -> int:
     for number in _STOPS:
         signal.signal(number, signal.SIG_DFL)
 
+    from runtime.models import check_name
+
+    check_name(settings.model)
     with without_collecting():
         from api.doors import serve
         from api.traces import configure_tracing

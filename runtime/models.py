@@ -29,20 +29,11 @@ def find_model(name: str, *, with_weights: bool = True) -> Path:
     A GGUF file on the hub is named `org/name:FILE.gguf`. Without `with_weights` no weights are downloaded, unless they are
     in one file with everything else. Raises ModelUnavailable.
     """
-    if name == SEEDLING:
-        return Path(__file__).parent / SEEDLING
     if name == SMOLLM2:
         return find_smollm2()
-    if _is_directory(name):
-        return _inside(Path(name), name)
-    if name.endswith(_GGUF) and is_file_there(Path(name)):
-        return Path(name)
-    repository, colon, file = name.partition(":")
-    if repository.count("/") != 1 or repository.startswith((".", "/", "~")) or (colon and not file.endswith(_GGUF)):
-        raise ModelUnavailable(
-            f"no model at {name!r}: give {SEEDLING!r}, a directory, or a Hugging Face id like org/name; or a GGUF file, "
-            f"here or there as org/name:FILE{_GGUF}"
-        )
+    if found := _find_here(name):
+        return found
+    repository, _, file = name.partition(":")
     with _downloading(name):
         if file:
             return Path(hf_hub_download(repository, file))
@@ -53,6 +44,29 @@ def find_model(name: str, *, with_weights: bool = True) -> Path:
             f"{name!r} holds no config.json: name a model, or of a repository of GGUF files one as {name}:FILE{_GGUF}"
         )
     return directory
+
+
+def check_name(name: str) -> None:
+    """Raises ModelUnavailable if there is no model of this name here, and cannot be one on the hub. It downloads nothing."""
+    if name != SMOLLM2:
+        _find_here(name)
+
+
+def _find_here(name: str) -> Path | None:
+    """The bundled model, or the directory or file of this name; None for an id of the hub. Raises ModelUnavailable."""
+    if name == SEEDLING:
+        return Path(__file__).parent / SEEDLING
+    if _is_directory(name):
+        return _inside(Path(name), name)
+    if name.endswith(_GGUF) and is_file_there(Path(name)):
+        return Path(name)
+    repository, colon, file = name.partition(":")
+    if repository.count("/") != 1 or repository.startswith((".", "/", "~")) or (colon and not file.endswith(_GGUF)):
+        raise ModelUnavailable(
+            f"no model at {name!r}: give {SEEDLING!r}, a directory, or a Hugging Face id like org/name; or a GGUF file, "
+            f"here or there as org/name:FILE{_GGUF}"
+        )
+    return None
 
 
 def _is_directory(name: str) -> bool:

@@ -267,6 +267,24 @@ def test_chat_answers_each_line_over_its_own_server_as_over_another(plain: Serve
     assert alone.stdout.splitlines()[1:] == connected.stdout.splitlines()[1:]
 
 
+@pytest.mark.parametrize("command", ["serve", "chat"])
+def test_a_name_of_no_model_is_refused_before_what_takes_seconds_is_imported(command: str) -> None:
+    run = subprocess.run(
+        [program("perennial"), command, "--model", "no such model"],
+        env=environment({}) | {"PYTHONPROFILEIMPORTTIME": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=MOST_S,
+        check=False,
+    )
+
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("perennial: no model at 'no such model': ")
+    assert re.search(r"\| +trio$", run.stderr, re.MULTILINE)
+    assert not re.search(r"\| +torch$", run.stderr, re.MULTILINE)
+
+
 def test_chat_shows_on_a_terminal_that_it_loads_before_it_imports_what_takes_seconds() -> None:
     ours, theirs = os.openpty()
     termios.tcsetwinsize(ours, (30, 120))
