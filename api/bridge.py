@@ -95,7 +95,9 @@ def _leave_signals_to_the_host() -> None:
             signal.raise_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop_if_alone)
+        # `nohup` has hangups ignored.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop_if_alone)
 
 
 class EitherLoop:

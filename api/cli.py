@@ -64,11 +64,14 @@ def _bench(arguments: Sequence[str]) -> int:
 # Each command imports what it needs when it runs, so that `doctor` can report a foreign package in the place of ours, which
 # other commands fail to import.
 def _serve(settings: Settings, asked: argparse.Namespace) -> int:
+    # Who ignores it from the start, as `nohup` does, wants a server that outlives its terminal.
+    hangups = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    stops = (signal.SIGINT, signal.SIGTERM, *hangups)
     # A thread waits for these: Python's handlers nest when signals come faster than they run. They stay blocked, so that one
     # that comes after the drain does not change the exit status. Threads that libraries start at their import are to inherit
-    # this, and the shell may have them ignored.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
-    for number in _STOPS:
+    # this, and a shell ignores SIGINT for what it runs in the background.
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    for number in stops:
         signal.signal(number, signal.SIG_DFL)
 
     from runtime.models import check_name
@@ -78,7 +81,8 @@ def _serve(settings: Settings, asked: argparse.Namespace) -> int:
         from api.doors import serve
         from api.traces import configure_tracing
 
-    next_stop = partial(trio.to_thread.run_sync, signal.sigwait, _STOPS, abandon_on_cancel=True)
+    # The second of these cuts the drain short.
+    next_stop = partial(trio.to_thread.run_sync, signal.sigwait, stops, abandon_on_cancel=True)
     configure_tracing()
     trio.run(
         partial(serve, settings, http_bind=asked.bind or None, shutdown_trigger=next_stop, hurry_trigger=next_stop)
@@ -109,8 +113,6 @@ def _print_by(command: Callable[[], int]) -> int:
     return status
 
 
-# The second of these cuts the drain short.
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _COMMANDS = {"serve": _serve, "chat": _chat, "doctor": _doctor}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from runtime.models import SEEDLING, find_model
 from runtime.text import Text
 from tests.contract.openai_clients import CLIENTS, Client
-from tests.contract.servers import KINDS, LONGEST_LINE, ServerProcess, complaints, started
+from tests.contract.servers import KINDS, LONGEST_LINE, ServerProcess, complaints, hangups, started
 from tests.contract.stubs import Stubs, make_stubs
 
 KEYS = ("first-key", "second-key")
@@ -19,6 +20,13 @@ LABEL = "a label"
 IDLE_S, UNREAD_S = 3, 8
 # Tokens that a session on the keyed server can see, 4 of them sinks.
 VISIBLE = 256
+
+
+@pytest.fixture(scope="session", autouse=True)
+def usual_hangups() -> Iterator[None]:
+    """Servers are told to stop by SIGHUP too, although the tests may run under `nohup`."""
+    with hangups(signal.SIG_DFL):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -95,6 +95,16 @@ def environment(settings: dict[str, object]) -> dict[str, str]:
 
 
 @contextmanager
+def hangups(handled: signal.Handlers) -> Iterator[None]:
+    """What is started in the block handles SIGHUP so: as usual, or not at all, as `nohup` has it."""
+    before = signal.signal(signal.SIGHUP, handled)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@contextmanager
 def started(
     kind: str,
     *flags: str,

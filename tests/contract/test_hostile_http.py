@@ -30,6 +30,7 @@ from tests.contract.servers import (
     ServerProcess,
     complaints,
     environment,
+    hangups,
     line_of,
     processes_of,
     program,
@@ -152,6 +153,15 @@ def test_a_signal_lets_calls_come_to_their_end(number: signal.Signals) -> None:
 
         assert last == "data: [DONE]"
         assert server.wait() == 0
+
+
+def test_a_server_that_was_started_to_outlive_its_terminal_does() -> None:
+    with hangups(signal.SIG_IGN), started("perennial") as server:
+        server.process.send_signal(signal.SIGHUP)
+
+        asked = TALK | {"max_tokens": 20, "ignore_eos": True}
+        assert all(httpx.post(server.http + COMPLETIONS, json=asked, timeout=MOST_S).is_success for _ in range(5))
+        assert server.stop() == 0
 
 
 def test_signals_that_come_again_and_again_do_not_change_the_exit_status() -> None:
