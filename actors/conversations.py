@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,11 +12,12 @@ from typing import Protocol
 import trio
 
 from actors.handles import SessionHandle
+from runtime.durable import Terms
 from runtime.errors import CapacityExhausted, RequestError, SessionFailed, SessionMoved, SessionNotFound
 from runtime.points import Point, PointTree, common_history
 from runtime.slab_spec import SlabSpec
 
-LABEL = "conversation"
+_LABEL = "conversation"
 # Bound on the tokens, items and answers of all conversations together. Beyond it the least recently used are forgotten.
 MOST_BYTES = 256 * 2**20
 # The most points, and the most turns, that an operator is shown.
@@ -33,9 +34,7 @@ _WORTH_A_COPY = 32
 class Sessions(Protocol):
     """What makes and finds sessions: the runtime."""
 
-    async def create_session(
-        self, eos_token_ids: Iterable[int] = (), *, label: str = "", is_kept: bool = True
-    ) -> SessionHandle: ...
+    async def create_lent_session(self, terms: Terms, *, is_kept: bool) -> SessionHandle: ...
 
     async def fork_session(self, session_id: str) -> SessionHandle: ...
 
@@ -166,6 +165,9 @@ class Conversations:
                         if length < _WORTH_A_COPY:
                             return await self._new_stand()
                         return await self._stand_of(await self._sessions.fork_session(session_id), history)
+                    if self._best(point, cue) != found:
+                        # Another turn took the session meanwhile, or left one that is better.
+                        continue
                 del self._standing[session_id]
                 try:
                     return await self._stand_of(self._sessions.find_session(session_id), history, stood)
@@ -205,7 +207,8 @@ class Conversations:
         return session_id in self._standing
 
     async def _new_stand(self) -> Stand:
-        session = await self._sessions.create_session(self._eos_token_ids, label=LABEL, is_kept=self._are_kept)
+        terms = Terms(self._eos_token_ids, label=_LABEL, is_lent=True)
+        session = await self._sessions.create_lent_session(terms, is_kept=self._are_kept)
         return Stand(session, 0, 0)
 
     async def _stand_of(self, session: SessionHandle, history: array[int], stood: Point | None = None) -> Stand:

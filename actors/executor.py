@@ -24,7 +24,7 @@ from runtime.events import Token
 from runtime.metrics import Metrics
 from runtime.rows import Row, RowBatch
 
-# However many streams run, this many rows of a forward are left for prompts.
+# However many streams run, a quarter of a forward is left for prompts, one row at least and at most this many.
 _ROWS_KEPT_FREE = 8
 
 
@@ -143,7 +143,7 @@ class ModelExecutor:
         prefills = [asker for asker in self._waiting if asker.forward.is_prefill]
         facts = self._engine.facts
         tile = facts.row_tile
-        kept_free = min(tile // 4, _ROWS_KEPT_FREE) if prefills else 0
+        kept_free = min(max(1, tile // 4), _ROWS_KEPT_FREE) if prefills else 0
         chosen: list[tuple[Asker, tuple[Row, ...]]] = []
         left: list[Asker] = []
         used = 0
@@ -159,6 +159,11 @@ class ModelExecutor:
                     chosen.append((asker, rows))
                     used += len(rows)
 
+        if tile == 1:
+            # Streams and prompts take turns, in the order in which they asked.
+            take(self._waiting, 1)
+            self._waiting = left
+            return chosen
         take(decodes, tile - kept_free)
         # A whole tile of prompt rows would hold up every stream beside it.
         take(prefills, self._pace.rows_beside(used, facts.row_step, tile) if used else tile)

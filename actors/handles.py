@@ -144,8 +144,9 @@ class SessionHandle:
                     replies = await stack.enter_async_context(mailbox.stream(message))
                     break
                 except ActorStopped:
-                    # The session fell asleep before it took the message, or has ended; the registry knows which.
-                    continue
+                    # The session fell asleep before it took the message, or has ended; the registry knows which, once the
+                    # session's task has run on.
+                    await trio.lowlevel.checkpoint()
             yield replies
 
 

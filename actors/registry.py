@@ -266,7 +266,8 @@ class SessionRegistry:
         """
         for session_id, entry in self._by_last_use(beside):
             if entry.mailbox.offer(Evict()):
-                self._remove(session_id, entry.session.read)
+                self._withdraw(session_id)
+                self._give_up(entry, entry.session.read)
                 return True
         return False
 
@@ -279,23 +280,31 @@ class SessionRegistry:
         ]
         return sorted(held, key=lambda pair: pair[1].session.last_used)
 
-    def _remove(self, session_id: str, read: array[int] | None = None) -> None:
-        # An evicted session leaves the map and gives up its slab before its task has run to its end.
+    def _withdraw(self, session_id: str) -> Entry | None:
+        """Takes a session out of the map; from then on callers who ask for a durable one wait until its record is closed."""
         entry = self._entries.pop(session_id, None)
-        if entry is not None:
-            if entry.durable is not None:
-                # Its record is still open, and the session cannot be woken before the record is closed.
-                self._passing[session_id] = trio.Event()
-            entry.pool.release(entry.slab, read)
-            if entry.proposals is not None:
-                entry.proposals.close()
+        if entry is not None and entry.durable is not None:
+            self._passing[session_id] = trio.Event()
+        return entry
+
+    def _give_up(self, entry: Entry, read: array[int] | None) -> None:
+        """Gives back what a session held that was withdrawn; its slab has read these tokens, or is emptied."""
+        entry.pool.release(entry.slab, read)
+        if entry.proposals is not None:
+            entry.proposals.close()
 
     async def _supervise(self, session_id: str, session: Session, durable: Durable | None) -> None:
         # A fault deletes no record: a session that failed is read from its record when it is next asked for.
         has_ended = False
         read: array[int] | None = None
+        # None once it was evicted, which took it out of the map and gave up its slab before its task has run to its end.
+        entry: Entry | None = None
         try:
-            ending = await session.run()
+            try:
+                ending = await session.run()
+            finally:
+                # Before anything is waited for: callers must not find a mailbox that nobody reads.
+                entry = self._withdraw(session_id)
             read = session.read
             has_ended = durable is None or ending in (EndReason.CLOSED, EndReason.IDLE)
             if ending is EndReason.MOVED:
@@ -320,7 +329,8 @@ class SessionRegistry:
                     await session.leave_slab_on_disk()
             raise
         finally:
-            self._remove(session_id, read)
+            if entry is not None:
+                self._give_up(entry, read)
             if durable is not None:
                 with trio.CancelScope(shield=True):
                     await call_store(durable, durable.delete if has_ended else durable.close)

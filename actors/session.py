@@ -270,7 +270,9 @@ class Session:
         if self._durable is not None:
             self._durable.take_back(length)
             if self._durable.slab_length > length:
-                await call_store(self._durable, self._durable.forget_slab)
+                # What is noted in the record has to be done here too, even if the asker leaves.
+                with trio.CancelScope(shield=True):
+                    await call_store(self._durable, self._durable.forget_slab)
         del self._history[length:]
         self._digest = hashlib.blake2b(_little_endian(self._history))
         self._feed.retract(length)

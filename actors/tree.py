@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing
 import trio
 
 from actors.admission import Admission
-from actors.conversations import LABEL, MOST_BYTES, Conversations
+from actors.conversations import MOST_BYTES, Conversations
 from actors.engine_thread import EngineThread
 from actors.executor import ModelExecutor
 from actors.handles import CompletionSessions, SessionHandle, digest_of
@@ -72,6 +72,14 @@ class Runtime:
         InvalidRequest for more than 64 different eos ids, a label of more than 256 bytes, or arguments of the wrong type.
         """
         terms = _terms(eos_token_ids, overflow, label)
+        async with self._registry.free_slab() as slab:
+            return await self._open_session(slab, terms, is_kept=is_kept)
+
+    async def create_lent_session(self, terms: Terms, *, is_kept: bool) -> SessionHandle:
+        """A session for conversations to lend. The next start deletes it if no conversation stands on it then.
+
+        Raises CapacityExhausted, StorageFailed.
+        """
         async with self._registry.free_slab() as slab:
             return await self._open_session(slab, terms, is_kept=is_kept)
 
@@ -244,7 +252,7 @@ async def open_sessions(
 def _delete_lost(store: SessionStore, conversations: Conversations) -> None:
     """Deletes the conversation sessions that were lent when an earlier server ended: nobody knows where they stand."""
     for record in store.sleeping():
-        if record.terms.label == LABEL and not conversations.stands(record.id):
+        if record.terms.is_lent and not conversations.stands(record.id):
             store.delete(record)
 
 

@@ -48,20 +48,22 @@ class SlabIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a session was created with."""
+    """What a session was created with. One that `is_lent` is of conversations, which lend it to their turns."""
 
     eos_token_ids: frozenset[int] = frozenset()
     overflow: Overflow = Overflow.EVICT
     label: str = ""
+    is_lent: bool = False
 
     def to_json(self) -> str:
-        return json.dumps([sorted(self.eos_token_ids), self.overflow.value, self.label])
+        lent = [True] if self.is_lent else []
+        return json.dumps([sorted(self.eos_token_ids), self.overflow.value, self.label, *lent])
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Raises ValueError if `text` is not the JSON of terms."""
-        eos_token_ids, overflow, label = json.loads(text)
-        return cls(frozenset(eos_token_ids), Overflow(overflow), label)
+        eos_token_ids, overflow, label, *lent = json.loads(text)
+        return cls(frozenset(eos_token_ids), Overflow(overflow), label, lent == [True])
 
 
 def fingerprint(directory: Path) -> str:

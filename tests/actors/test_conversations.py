@@ -199,6 +199,8 @@ async def test_a_turn_is_answered_though_its_session_fell_asleep_and_no_slab_is_
             other = await runtime.create_session()
             await other.append([1])
             await anext(await working.enter_async_context(other.generate(1000)))
+        # It is at work until the forward that ran when its asker left has ended.
+        await other.info()
 
         async with runtime.conversations.stand(point, CUE) as stand:
             assert stand.length == len(LONG)
@@ -229,3 +231,25 @@ async def test_a_session_that_could_not_be_woken_still_stands_where_it_stood(
 
         async with runtime.conversations.stand(point, CUE) as stand:
             assert stand.length == len(LONG)
+
+
+async def test_two_branches_at_once_of_a_session_with_the_only_slab_are_one_turn_and_one_refusal(
+    engine: LedgerEngine, nursery: trio.Nursery
+) -> None:
+    refused = trio.Event()
+
+    async def branch(token: int) -> None:
+        try:
+            async with runtime.conversations.stand(point_after(runtime, LONG, [token]), CUE):
+                await refused.wait()
+        except CapacityExhausted:
+            refused.set()
+
+    async with open_lab(engine, capacity=1) as runtime:
+        await turn(runtime, point_after(runtime, LONG, [1] * 300))
+
+        async with trio.open_nursery() as branches:
+            branches.start_soon(branch, 2)
+            branches.start_soon(branch, 3)
+
+        assert refused.is_set()

@@ -589,3 +589,12 @@ async def test_seedling_goes_on_bit_for_bit_after_fork_restore_and_restart(
         recovered = await generated(runtime.find_session(session.id), 30, **sampling)
 
     assert expected == forked == from_disk == recovered
+
+
+async def test_a_clients_session_is_there_after_a_restart_whatever_its_label(tmp_path: Path) -> None:
+    async with open_durable(tmp_path) as runtime:
+        session = await runtime.create_session(label="conversation")
+        await session.append(PROMPT)
+
+    async with open_durable(tmp_path) as runtime:
+        assert (await runtime.find_session(session.id).info()).history_length == len(PROMPT)

@@ -683,3 +683,30 @@ async def test_a_turn_without_a_first_token_is_not_kept(engine: LedgerEngine) ->
         with pytest.raises(InvalidRequest):
             await generated(session, 0)
     assert runtime.metrics.turns == ()
+
+
+@pytest.mark.parametrize("row_tile", [1, 2])
+async def test_streams_leave_a_prompt_its_turn_however_few_rows_a_forward_has(row_tile: int) -> None:
+    engine = LedgerEngine(row_tile=row_tile)
+    is_read = trio.Event()
+    async with open_lab(engine) as runtime:
+        streams = [await runtime.create_session() for _ in range(2)]
+        prompt = await runtime.create_session()
+
+        async def read() -> None:
+            await prompt.append([5] * 50)
+            is_read.set()
+
+        async def generate(session: SessionHandle) -> None:
+            await session.append([1, 2, 3])
+            async with session.generate(3_000) as events:
+                async for _ in events:
+                    if is_read.is_set():
+                        break
+
+        async with trio.open_nursery() as askers:
+            for session in streams:
+                askers.start_soon(generate, session)
+            askers.start_soon(read)
+        lengths = [(await session.info()).history_length for session in streams]
+        assert max(lengths) < 3_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,11 +16,18 @@ from obstore.store import MemoryStore, ObjectStore
 from actors import Events, Runtime, SessionHandle
 from runtime.durable import SharedStore, SlabIdentity
 from runtime.durable.objects import Objects
-from runtime.errors import HistoryMismatch, SessionMoved, SessionNotFound, SnapshotNotFound, StorageFailed
+from runtime.errors import (
+    HistoryMismatch,
+    InvariantViolation,
+    SessionMoved,
+    SessionNotFound,
+    SnapshotNotFound,
+    StorageFailed,
+)
 from runtime.events import Done, Overflow, StopReason, Token
 from runtime.metrics import Metrics
 from runtime.sessions import SessionInfo
-from tests.actors.engines import LedgerEngine, generated, open_lab, sample
+from tests.actors.engines import SKIPS_A_LAYER, LedgerEngine, generated, open_lab, sample
 from tests.actors.test_durable import ENGINE, MODEL, OTHER_ENGINE, PROMPT
 from tests.runtime.durable.buckets import Fault, FaultyObjects
 from tests.runtime.durable.test_session_log import of_a_newer_format
@@ -447,3 +455,76 @@ async def test_a_session_that_a_newer_server_has_taken_fails_alone() -> None:
             await session.append([1])
 
         assert await generated(other, 3) == LedgerEngine().continued(PROMPT, 3)
+
+
+async def test_who_asks_while_a_failed_session_gives_up_its_slab_is_answered(
+    bucket: ObjectStore, nursery: trio.Nursery
+) -> None:
+    lab = LedgerEngine()
+
+    async def fail(session: SessionHandle) -> None:
+        with pytest.raises(InvariantViolation):
+            await session.append([SKIPS_A_LAYER])
+
+    async with open_server(bucket, lab=lab) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+        lab.hold()
+        nursery.start_soon(fail, session)
+        await lab.begun()
+        async with trio.open_nursery() as askers:
+            askers.start_soon(session.info)
+            await trio.testing.wait_all_tasks_blocked()
+            lab.open()
+
+        assert (await session.info()).history_length == len(PROMPT) + 1
+
+
+class HeldObjects(Objects):
+    """Answers whether there is an object once the test lets it."""
+
+    def __init__(self, bucket: ObjectStore) -> None:
+        super().__init__(bucket)
+        self.is_asked = trio.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def has(self, key: str) -> bool:
+        if not self.gate.is_set():
+            trio.from_thread.run_sync(self.is_asked.set)
+            self.gate.wait()
+        return super().has(key)
+
+
+async def test_a_rewind_whose_asker_leaves_is_made_as_a_whole(bucket: ObjectStore, nursery: trio.Nursery) -> None:
+    objects, lab = HeldObjects(bucket), LedgerEngine()
+    leaving = trio.CancelScope()
+
+    async def rewind(session: SessionHandle) -> None:
+        with leaving:
+            await session.rewind(array("I", PROMPT[:10]))
+
+    async with open_server(bucket) as runtime:
+        session = await runtime.create_session()
+        await session.append(PROMPT)
+    # Its slab lies in the store from then on.
+    async with open_server(objects, lease_s=0, lab=lab) as runtime:
+        session = runtime.find_session(session.id)
+        await session.info()
+        objects.gate.clear()
+        nursery.start_soon(rewind, session)
+        await objects.is_asked.wait()
+        leaving.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        objects.gate.set()
+
+        left = (await session.info()).history_length
+        lab.hold()
+        async with trio.open_nursery() as askers:
+            askers.start_soon(generated, session, 4)
+            await lab.begun()
+            askers.cancel_scope.cancel()
+            lab.open()
+        await session.append([3])
+    async with open_server(bucket) as runtime:
+        assert (await runtime.find_session(session.id).info()).history_length == left + 1
