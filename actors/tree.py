@@ -251,6 +251,9 @@ async def open_sessions(
 
 def _delete_lost(store: SessionStore, conversations: Conversations) -> None:
     """Deletes the conversation sessions that were lent when an earlier server ended: nobody knows where they stand."""
+    if store.has_lost_points:
+        # Those may be lost that stood at the points: a fault deletes nothing.
+        return
     for record in store.sleeping():
         if record.terms.is_lent and not conversations.stands(record.id):
             store.delete(record)

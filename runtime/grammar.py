@@ -43,8 +43,14 @@ Mask = NDArray[np.int32]
 
 
 def json_source(schema: Mapping[str, Any]) -> str:
-    """The text of a grammar of JSON that validates against `schema`. Raises InvalidRequest for one that is too long."""
-    return _check_length(LLMatcher.grammar_from_json_schema(dict(schema), overrides=_JSON_SPELLING))
+    """The text of a grammar of JSON that validates against `schema`.
+
+    Raises InvalidRequest for one that is too long, or has numbers that grammars cannot hold.
+    """
+    try:
+        return _check_length(LLMatcher.grammar_from_json_schema(dict(schema), overrides=_JSON_SPELLING))
+    except ValueError as error:
+        raise InvalidRequest(f"this schema cannot be followed: {_one_line(str(error))}") from error
 
 
 def lark_source(lark: str) -> str:

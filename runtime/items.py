@@ -11,6 +11,8 @@ from typing import Any, Literal
 Role = Literal["system", "user", "assistant"]
 
 _KEY_BYTES = 16
+# Of brackets in a call's arguments. Python, and templates, walk through them by recursion.
+_MOST_LEVELS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +78,27 @@ def are_same(ours: Item, theirs: Item) -> bool:
 
 
 def parsed_arguments(arguments: str) -> dict[str, Any] | None:
-    """The object in a call's arguments; None if they are not a JSON object."""
+    """The object in a call's arguments; None if they are not a JSON object, or one of more levels than any reader bears."""
     try:
         value = json.loads(arguments or "{}", parse_constant=_no_number)
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and _is_flat(value) else None
+
+
+def _is_flat(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MOST_LEVELS):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return True
+    return False
 
 
 def _key_of(item: Item) -> bytes:

@@ -40,6 +40,7 @@ _KINDS = {
     "rope_parameters": dict,
     "rope_scaling": dict,
     "quantization_config": dict,
+    "text_config": dict,
 }
 _NAMES_OF_ROTATION = ("rope_type", "type")
 _MOST_ROTATION = 1e30

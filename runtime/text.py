@@ -42,6 +42,8 @@ _MOST_HELD = 64
 # Put between the letters of a control token that a client has written. It is random, so clients cannot write it.
 _MASK = secrets.token_hex(8)
 _MOST_REASON = 300
+# The name of what Rust's libraries raise where they fail unexpectedly; no module has the class.
+_PANIC = "PanicException"
 
 
 class Text:
@@ -73,8 +75,11 @@ class Text:
             is_fast = tokenizer.is_fast
             # For some architectures transformers invents an empty tokenizer if the directory has none.
             has_words = bool(tokenizer.encode("a", add_special_tokens=False))
-        # transformers raises errors of every kind for damaged files; those of tokenizers are of class Exception itself.
-        except Exception as error:
+        # transformers raises errors of every kind for damaged files; those of tokenizers are of class Exception itself, or a
+        # panic of Rust, which is of none of its subclasses.
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+                raise
             raise ModelUnavailable(f"{directory} has no tokenizer that can be loaded: {one_line(error)}") from error
         if not is_fast:
             raise ModelUnavailable(f"the tokenizer in {directory} has no tokenizer.json: convert it to a fast one")

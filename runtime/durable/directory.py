@@ -39,6 +39,8 @@ from runtime.sessions import Snapshot
 from runtime.slab import Slab
 
 _log = logging.getLogger("perennial.state")
+# Of a file's name in the log, in characters.
+_MOST_NAME = 80
 
 
 class DirectoryStore:
@@ -74,6 +76,7 @@ class DirectoryStore:
         self._saved: dict[str, Record] = {}
         self._left: dict[str, str] = {}
         self._points: PointLog | None = None
+        self._has_lost_points = False
         self._uses = 0
 
     @classmethod
@@ -131,6 +134,7 @@ class DirectoryStore:
             tree, self._points = open_points(
                 self._files, path, self._aside, self._history_identity, most_bytes, self._is_token, self._workers
             )
+            self._has_lost_points = any(name.startswith(path.name) for name in self._files.names(self._aside))
         except OSError as error:
             raise InvalidSetting(f"state_dir={self._directory} cannot be written: {error.strerror}") from error
         except StorageFailed as error:
@@ -138,6 +142,11 @@ class DirectoryStore:
                 f"the conversations in state_dir={self._directory} cannot be bounded: {error}"
             ) from error
         return tree
+
+    @property
+    def has_lost_points(self) -> bool:
+        """Whether a tree of conversations was set aside here, with points at which sessions may stand."""
+        return self._has_lost_points
 
     # Sessions
 
@@ -334,9 +343,10 @@ class DirectoryStore:
                     self._remove(path)
                 elif path.suffix == HISTORY and (record := self._peek(path)):
                     found[record.id] = record
-            for name in self._files.names(folder):
+            names = set(self._files.names(folder))
+            for name in names:
                 path = folder / name
-                if path.suffix == SLAB and not self._files.size(path.with_suffix(HISTORY)):
+                if path.suffix == SLAB and path.with_suffix(HISTORY).name not in names:
                     self._remove(path)
         self._uses = max((one.use for one in (*self._records.values(), *self._saved.values())), default=0)
         _log.info("sessions on disk count=%d snapshots=%d", len(self._records), len(self._saved))
@@ -353,9 +363,17 @@ class DirectoryStore:
             _log.warning("left on disk: %s: %s", path.name, error.strerror)
         else:
             tip = head.tip
-            slab_bytes = self._files.size(path.with_suffix(SLAB))
+            slab_bytes = self._size(path.with_suffix(SLAB))
             return Record(path.stem, head.terms, tip.length, tip.use, tip.used_at, tip.end, slab_bytes)
         return None
+
+    def _size(self, path: Path) -> int:
+        """The size of a file; 0 of one that cannot be looked at, which costs what it holds and no other."""
+        try:
+            return self._files.size(path)
+        except OSError as error:
+            _log.warning("not read: %s: %s", path.name[:_MOST_NAME], error.strerror)
+            return 0
 
     def _find_snapshot(self, snapshot_id: str) -> Record:
         if not isinstance(snapshot_id, str):

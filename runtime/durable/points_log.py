@@ -1,8 +1,8 @@
 """The tree of conversations on disk: one file with a record for each change.
 
-Each record has a checksum. Everything after a torn or damaged record is ignored; the file is then set aside, and a new one
-begins with what could be read. A file that is mostly outdated is replaced by a shorter one: by a thread while the server
-runs, for that takes seconds, and changes go on in the old file until the new one has them too.
+Each record has a checksum. A damaged one is left out, with what continues from it, and everything after a torn one; the file is
+then set aside, and a new one begins with what could be read. A file that is mostly outdated is replaced by a shorter one: by a
+thread while the server runs, for that takes seconds, and changes go on in the old file until the new one has them too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, wait
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 from runtime.durable import points_records as records
@@ -246,7 +247,7 @@ def open_points(
         finally:
             files.close(file)
         if not is_whole:
-            files.replace(path, aside / path.name)
+            files.replace(path, _place_aside(files, aside, path.name))
     is_outdated = size > max(_SMALL_BYTES, 2 * tree.size_bytes)
     if size and is_whole and not is_outdated:
         file = files.open(path)
@@ -267,6 +268,12 @@ def open_points(
         log.close()
         raise
     return tree, log
+
+
+def _place_aside(files: Files, aside: Path, name: str) -> Path:
+    """A path for a file of this name, under which no earlier one was set aside."""
+    taken = files.names(aside)
+    return aside / next(place for number in count() if (place := f"{name}.{number}" if number else name) not in taken)
 
 
 def _blocks(parts: Iterable[bytes]) -> Iterable[bytes]:

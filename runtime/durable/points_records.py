@@ -82,23 +82,36 @@ def all_of(contents: Contents) -> Iterator[bytes]:
 def read(
     files: Files, file: int, identity: HistoryIdentity, tree: PointTree, is_token: Callable[[array[int]], bool]
 ) -> tuple[bool, int]:
-    """Fills the tree from a file; returns whether all of it could be read, and the offset where the readable part ends."""
+    """Fills the tree from a file; returns whether all of it could be read, and where it ends.
+
+    A record that was changed is left out, and so is what continues from it.
+    """
+    faults: list[object] = []
+    nodes: dict[int, Node] = {}
+    at = 0
     try:
         header, at, _ = read_header(files, file, MAGIC, VERSION)
         if header.get("identity") != identity.to_json():
             raise Unknown("it was made with another model")
-        nodes: dict[int, Node] = {}
-        for told, content, end in _records(files, file, at):
-            _apply(tree, nodes, told, content, is_token)
+        for record, end in _records(files, file, at):
             at = end
-    except (Damaged, Unknown, KeyError, TypeError, ValueError, IndexError) as error:
-        reason = error if isinstance(error, Damaged | Unknown) else "a record of it says too little"
-        _log.error("conversations were set aside from some point on: %s; the file is in damaged/ now", reason)
-        return False, 0
-    return True, at
+            try:
+                _apply(tree, nodes, *_parts(record), is_token)
+            except Damaged as error:
+                faults.append(error)
+            except (KeyError, TypeError, ValueError, IndexError):
+                faults.append("a record of it says too little")
+    except (Damaged, Unknown) as error:
+        faults.append(error)
+    if faults:
+        _log.error(
+            "conversations were set aside in part or from some point on: %s; the file is in damaged/ now", faults[0]
+        )
+    return not faults, at
 
 
-def _records(files: Files, file: int, at: int) -> Iterator[tuple[dict[str, Any], bytes, int]]:
+def _records(files: Files, file: int, at: int) -> Iterator[tuple[bytes, int]]:
+    """Records as they lie in the file, and where each ends. Raises Damaged where no more can be told apart."""
     while head := files.read(file, at, _RECORD.size):
         if len(head) < _RECORD.size:
             raise Damaged("a record of it was torn")
@@ -107,10 +120,19 @@ def _records(files: Files, file: int, at: int) -> Iterator[tuple[dict[str, Any],
         if size > _MOST_RECORD_BYTES:
             raise Damaged("a record of it was changed")
         body = files.read(file, at + _RECORD.size, size + CHECKSUM_BYTES)
-        if len(body) < size + CHECKSUM_BYTES or body[size:] != checksum(head, body[:size]):
+        if len(body) < size + CHECKSUM_BYTES:
             raise Damaged("a record of it was changed or torn")
         at += _RECORD.size + size + CHECKSUM_BYTES
-        yield json.loads(body[:text_bytes]), body[text_bytes:size], at
+        yield head + body, at
+
+
+def _parts(record: bytes) -> tuple[dict[str, Any], bytes]:
+    """What a record tells, and its content. Raises Damaged if it was changed."""
+    head, body = record[: _RECORD.size], record[_RECORD.size : -CHECKSUM_BYTES]
+    if record[-CHECKSUM_BYTES:] != checksum(head, body):
+        raise Damaged("a record of it was changed")
+    text_bytes, _ = _RECORD.unpack(head)
+    return json.loads(body[:text_bytes]), body[text_bytes:]
 
 
 def _apply(

@@ -114,6 +114,10 @@ class SharedStore:
         """Always None: conversations end with their server."""
         return None
 
+    @property
+    def has_lost_points(self) -> bool:
+        return False
+
     # Sessions
 
     def create(self, terms: Terms, history: array[int] | None = None) -> SharedDurable:

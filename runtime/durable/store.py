@@ -147,6 +147,11 @@ class SessionStore(Protocol):
         """The tree of conversations in this store, or None if it keeps none. It waits for no network. Raises InvalidSetting."""
         ...
 
+    @property
+    def has_lost_points(self) -> bool:
+        """Whether damage has cost the tree of conversations points, at which sessions may stand."""
+        ...
+
     def create(self, terms: Terms, history: array[int] | None = None) -> Durable:
         """Makes the record of a new session. If it raises StorageFailed, nothing is left behind."""
         ...

@@ -68,12 +68,13 @@ def read_config(directory: Path) -> PreTrainedConfig:
     try:
         with quiet_transformers():
             config = gguf_config(directory) if is_file else AutoConfig.from_pretrained(directory, **AS_DATA)
+        text = config.get_text_config()
+        kind = text.model_type
     except FILE_ERRORS as error:
         raise ModelUnavailable(
             f"{directory} has no configuration that transformers can read: {one_line(error)}"
         ) from error
-    text = config.get_text_config()
-    if text.model_type in ARCHITECTURES and ARCHITECTURES[text.model_type].inside == config.model_type:
+    if kind in ARCHITECTURES and ARCHITECTURES[kind].inside == config.model_type:
         config = text
     if config.model_type not in ARCHITECTURES:
         raise ModelUnavailable(

@@ -206,6 +206,22 @@ async def test_a_turn_is_answered_though_its_session_fell_asleep_and_no_slab_is_
             assert stand.length == len(LONG)
 
 
+async def test_damage_to_the_tree_of_conversations_deletes_no_session(engine: LedgerEngine, tmp_path: Path) -> None:
+    async with open_durable(tmp_path, lab=engine) as runtime:
+        for number in range(3):
+            await turn(runtime, point_after(runtime, [number] * 40))
+    records = {file.name for file in (tmp_path / "sessions").glob("*.history")}
+    assert len(records) == 3
+    tree = tmp_path / "conversations.tree"
+    tree.write_bytes(tree.read_bytes()[:-40])
+
+    for _ in range(2):
+        async with open_durable(tmp_path, lab=LedgerEngine(window=2000)):
+            pass
+
+        assert {file.name for file in (tmp_path / "sessions").glob("*.history")} == records
+
+
 async def test_where_every_slab_is_at_work_there_is_none_for_a_conversation(engine: LedgerEngine) -> None:
     async with open_lab(engine, capacity=1) as runtime:
         session = await runtime.create_session()

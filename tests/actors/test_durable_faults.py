@@ -479,3 +479,19 @@ def touch(directory: Path, choice: random.Random) -> set[str]:
 
 def names(directory: Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*")}
+
+
+@pytest.mark.parametrize("name", ["{id}.slab", "{id}.history", "x.slab", "x.history"])
+async def test_a_file_that_cannot_be_looked_at_costs_its_own_session_at_most(tmp_path: Path, name: str) -> None:
+    async with open_durable(tmp_path) as runtime:
+        sessions = [await runtime.create_session() for _ in range(2)]
+        for session in sessions:
+            await session.append(PROMPT)
+    file = tmp_path / "sessions" / name.format(id=sessions[0].id)
+    file.unlink(missing_ok=True)
+    file.symlink_to(file)
+
+    async with open_durable(tmp_path) as runtime:
+        assert await generated(runtime.find_session(sessions[1].id), 5) == LedgerEngine().continued(PROMPT, 5)
+        if not name.endswith("history"):
+            assert await generated(runtime.find_session(sessions[0].id), 5) == LedgerEngine().continued(PROMPT, 5)

@@ -184,3 +184,11 @@ def test_a_grammar_over_the_budget_is_refused_or_breaks_off(schema: dict[str, An
 def test_a_tokenizer_that_grammars_cannot_know_is_named_as_the_reason() -> None:
     with pytest.raises(InvalidRequest, match="tokenizer"):
         tiny_text().json_grammar({"type": "integer"})
+
+
+@pytest.mark.parametrize("name", ["maximum", "minimum", "const", "default", "multipleOf"])
+def test_a_schema_of_numbers_that_grammars_cannot_hold_is_refused_in_one_line(name: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        tiny_text().json_grammar({"type": "integer", name: 2**64})
+    (line,) = str(caught.value).splitlines()
+    assert len(line) < 600

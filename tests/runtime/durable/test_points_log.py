@@ -423,3 +423,28 @@ def test_conversations_that_cannot_be_bounded_stop_the_start_with_one_line(tmp_p
         disk.is_full = True
         with pytest.raises(InvalidSetting, match="No space left"):
             store.open_points(10_000)
+
+
+def test_what_does_not_continue_from_a_damaged_record_is_kept(path: Path) -> None:
+    tree, log = opened(path)
+    for number in range(20):
+        tree.grow(tree.root(Head()), [Message("user", f"number {number}!")], array("I", [number]))
+    log.close()
+    content = bytearray(path.read_bytes())
+    content[content.index(b"number 7!")] ^= 1
+    path.write_bytes(content)
+
+    tree, log = opened(path)
+
+    told_of = {item.text for node in tree.nodes() for item in node.items if isinstance(item, Message)}
+    assert told_of == {f"number {number}!" for number in range(20)} - {"number 7!"}
+    log.close()
+
+
+def test_a_file_that_is_set_aside_leaves_those_before_it(path: Path) -> None:
+    for number in range(3):
+        path.write_bytes(b"%d" % number)
+        opened(path)[1].close()
+
+    aside = path.parent / "damaged"
+    assert {file.read_bytes() for file in aside.iterdir()} == {b"0", b"1", b"2"}
