@@ -52,8 +52,8 @@ class Events:
 class SessionHandle:
     """A user's handle on one session. Calls on one session are served in the order in which they come.
 
-    A session that sleeps on disk is woken by the next call. Every call raises SessionNotFound once the session was closed or
-    evicted, CapacityExhausted if it sleeps and no slab is free, and StorageFailed if it cannot be woken.
+    A session that sleeps on disk is woken by the next call. Every call raises SessionNotFound once the session was closed, or
+    evicted without a place to sleep, CapacityExhausted if it sleeps and no slab is free, and StorageFailed if it cannot be woken.
     """
 
     def __init__(self, session_id: str, registry: SessionRegistry, text: Text) -> None:

@@ -321,7 +321,7 @@ class SessionRegistry:
             _log.error("session failed", exc_info=error)
             if durable is not None:
                 with trio.CancelScope(shield=True):
-                    await call_store(durable, durable.forget_slab)
+                    await call_in_thread(durable.forget_slab)
         except BaseException:
             # The whole tree is ending.
             if self._store is not None:
@@ -333,7 +333,10 @@ class SessionRegistry:
                 self._give_up(entry, read)
             if durable is not None:
                 with trio.CancelScope(shield=True):
-                    await call_store(durable, durable.delete if has_ended else durable.close)
+                    if has_ended:
+                        await call_in_thread(durable.delete)
+                    else:
+                        await call_store(durable, durable.close)
                 self._release_waiters(session_id)
 
 

@@ -133,7 +133,10 @@ class Session:
         return self._history[: self._feed.length]
 
     async def run(self) -> EndReason:
-        """Serves until closed or evicted. Raises InvariantViolation or EngineFailed when the session has failed."""
+        """Serves until closed, evicted, idle too long or moved; returns which.
+
+        Raises InvariantViolation or EngineFailed when the session has failed.
+        """
         with self._inbox:
             while self._ending is None:
                 envelope = await (self._take_and_write() if self._is_slab_on_disk_old else self._take())
@@ -272,7 +275,7 @@ class Session:
             if self._durable.slab_length > length:
                 # What is noted in the record has to be done here too, even if the asker leaves.
                 with trio.CancelScope(shield=True):
-                    await call_store(self._durable, self._durable.forget_slab)
+                    await call_in_thread(self._durable.forget_slab)
         del self._history[length:]
         self._digest = hashlib.blake2b(_little_endian(self._history))
         self._feed.retract(length)

@@ -21,7 +21,7 @@ _limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("cal
 async def call_store(place: SessionStore | Durable, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Calls `call`, a method of `place`, in a thread if the place is remote; returns its result.
 
-    A directory answers in some ten microseconds, so it is called directly, without a checkpoint.
+    A directory answers in some ten microseconds, so it is called directly, without a checkpoint. To delete takes longer.
     """
     if place.is_remote:
         return await call_in_thread(call, *args, **kwargs)

@@ -44,7 +44,7 @@ class UntestedLibrary(StartError):
 
 
 class RequestError(PerennialError):
-    """This request cannot be served; nothing has changed."""
+    """This request failed. What was delivered before stays, and unless it is SessionMoved the session goes on."""
 
 
 class InvalidRequest(RequestError):

@@ -42,7 +42,7 @@ class Metrics:
 
         self.session_active = gauge("session_active", "Sessions held, long-lived and HTTP")
         self.session_total = counter("session_total", "Sessions ended, by how", "outcome")
-        self.session_evicted_total = counter("session_evicted_total", "Slabs taken back, by why", "reason")
+        self.session_evicted_total = counter("session_evicted_total", "Sessions ended, by why", "reason")
         self.session_moved_here_total = counter(
             "session_moved_here_total", "Sessions taken over from another server, by what was kept of the slab", "slab"
         )
@@ -61,7 +61,7 @@ class Metrics:
             "generate_prefill_duration_seconds", "From a generation's start to its first token", _SECONDS
         )
         self.time_to_first_token_seconds = histogram(
-            "time_to_first_token_seconds", "From the last append's start to the first token", _SECONDS
+            "time_to_first_token_seconds", "From a turn's first append to its first token", _SECONDS
         )
         self.inter_token_seconds = histogram("inter_token_seconds", "From one token to the next", _SECONDS)
         self.forward_duration_seconds = histogram("forward_duration_seconds", "One run of the model", _SECONDS)

@@ -158,7 +158,11 @@ class Settings:
         "with a URL: a session to which its server has written nothing for so long may be taken by another",
         at_least(0),
     )
-    state_max_bytes: int = _setting(0, "most bytes in state_dir; 0 = no bound", between(0, 2**62))
+    state_max_bytes: int = _setting(
+        0,
+        "most bytes in state_dir for which older slabs, sleeping sessions and snapshots make room; 0 = no bound",
+        between(0, 2**62),
+    )
     log_level: str = _setting("info", "least severe log line on stderr", one_of("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:

@@ -210,7 +210,10 @@ class DirectoryStore:
         with self._lock:
             old = [one for one in self.sleeping() if one.used_at < oldest]
             for record in old:
-                self.delete(record)
+                del self._records[record.id]
+        # Without the lock, for which sessions at work would wait: to delete slabs takes seconds.
+        for record in old:
+            self.delete(record)
         return len(old)
 
     # Snapshots

@@ -62,7 +62,7 @@ class Head:
 class Journal:
     """One session's record, open for writing. Tokens are recorded before anybody is told of them.
 
-    Methods that write raise OSError; then nothing has changed that a reader would see.
+    Methods that write raise OSError; then nothing has changed that a reader would see, unless undoing the write fails too.
     """
 
     def __init__(self, files: Files, path: Path, file: int, terms: Terms, tips_at: int, tip: Tip) -> None:
