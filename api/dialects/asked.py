@@ -38,8 +38,6 @@ AS_WHOLE = BeforeValidator(_whole)
 
 # -1 means as many as there is room for.
 MostTokens = Annotated[int, Field(ge=1, le=MOST_TOKENS), AS_WHOLE] | Literal[-1]
-# Of this many likeliest tokens one is drawn; 0, and -1 as others write it, stand for all.
-TopK = Annotated[int, Field(ge=-1, le=MOST_TOKENS), AS_WHOLE]
 
 
 def _without_infinity(found: dict[str, Any]) -> dict[str, Any]:

@@ -128,7 +128,6 @@ class TestATool:
     [
         ({"top_p": 0}, {"temperature": 0}),
         ({"max_tokens": -1}, {"max_tokens": 2**31 - 1}),
-        ({"top_k": -1}, {"top_k": 0}),
         ({"max_completion_tokens": -1}, {"max_tokens": 2**31 - 1}),
         ({"stop": None, "n": None, "tools": None, "seed": None}, {}),
         ({"user": "me", "store": True, "verbosity": "low", "metadata": {"a": "b"}}, {}),

@@ -106,7 +106,7 @@ async def test_once_it_serves_the_process_is_there_that_reads_the_first_request(
     [
         (b"{", MalformedRequest),
         (body("hello", model="other"), ModelNotFound),
-        (body("hello", top_k=-2), InvalidRequest),
+        (body("hello", top_k=-1), InvalidRequest),
         (body("a" * 10_000), SlabOverflow),
     ],
 )

@@ -9,12 +9,12 @@ from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, fiel
 from api.bounds import NO_CALLS, Bounds, Choice
 from api.dialects.asked import (
     AS_WHOLE,
+    MOST_TOKENS,
     MOST_TOOLS,
     Asked,
     AskedBody,
     JsonObject,
     MostTokens,
-    TopK,
     describe_neutral,
     limit_of,
 )
@@ -73,7 +73,7 @@ class CompletionRequest(AskedBody):
     max_completion_tokens: MostTokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: TopK | None = None
+    top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS), AS_WHOLE] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64), AS_WHOLE] | None = None
     stop: Annotated[StopStrings, BeforeValidator(_as_list, json_schema_input_type=StopString | StopStrings)] | None = (
         None
@@ -182,7 +182,7 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[CompletionRequest, Ques
         bounds,
         temperature=temperature_of(asked.temperature, asked.top_p),
         top_p=asked.top_p or 1.0,
-        top_k=max(0, asked.top_k or 0),
+        top_k=asked.top_k or 0,
         seed=asked.seed,
         max_tokens=limit_of(asked.max_completion_tokens or asked.max_tokens),
         stop=tuple(asked.stop or ()),

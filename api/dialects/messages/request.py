@@ -12,13 +12,13 @@ from api.bounds import NO_CALLS, Bounds, Choice
 from api.bounds import Tool as PlainTool
 from api.dialects.asked import (
     AS_WHOLE,
+    MOST_TOKENS,
     MOST_TOOLS,
     Asked,
     AskedBody,
     JsonObject,
     MostTokens,
     ToolName,
-    TopK,
     describe_neutral,
     limit_of,
 )
@@ -136,7 +136,7 @@ class MessageRequest(AskedBody):
     ) = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: TopK | None = None
+    top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS), AS_WHOLE] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64), AS_WHOLE] | None = None
     stream: bool | None = None
     metadata: JsonObject | None = None
@@ -190,7 +190,7 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[MessageRequest, Questio
         bounds,
         temperature=temperature_of(asked.temperature, asked.top_p),
         top_p=asked.top_p or 1.0,
-        top_k=max(0, asked.top_k or 0),
+        top_k=asked.top_k or 0,
         seed=asked.seed,
         max_tokens=limit_of(asked.max_tokens),
         stop=tuple(asked.stop_sequences or ()),

@@ -15,13 +15,13 @@ from api.bounds import NO_CALLS, Bounds, Choice
 from api.bounds import Tool as PlainTool
 from api.dialects.asked import (
     AS_WHOLE,
+    MOST_TOKENS,
     MOST_TOOLS,
     Asked,
     AskedBody,
     JsonObject,
     MostTokens,
     ToolName,
-    TopK,
     describe_neutral,
     limit_of,
 )
@@ -189,7 +189,7 @@ class ResponseRequest(AskedBody):
     max_output_tokens: MostTokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: TopK | None = None
+    top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS), AS_WHOLE] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64), AS_WHOLE] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), AS_WHOLE] | None = None
     stream: bool | None = None
@@ -291,7 +291,7 @@ def read(body: bytes, text: Text, terms: Terms) -> tuple[ResponseRequest, Questi
         bounds,
         temperature=temperature_of(asked.temperature, asked.top_p),
         top_p=asked.top_p or 1.0,
-        top_k=max(0, asked.top_k or 0),
+        top_k=asked.top_k or 0,
         seed=asked.seed,
         max_tokens=limit_of(asked.max_output_tokens),
         top_logprobs=(asked.top_logprobs or 0) if asked.has_logprobs else None,
