@@ -34,7 +34,7 @@ _WORTH_A_COPY = 32
 class Sessions(Protocol):
     """What makes and finds sessions: the runtime."""
 
-    async def create_lent_session(self, terms: Terms, *, is_kept: bool) -> SessionHandle: ...
+    async def create_session_of(self, terms: Terms, *, is_kept: bool) -> SessionHandle: ...
 
     async def fork_session(self, session_id: str) -> SessionHandle: ...
 
@@ -208,7 +208,7 @@ class Conversations:
 
     async def _new_stand(self) -> Stand:
         terms = Terms(self._eos_token_ids, label=_LABEL, is_lent=True)
-        session = await self._sessions.create_lent_session(terms, is_kept=self._are_kept)
+        session = await self._sessions.create_session_of(terms, is_kept=self._are_kept)
         return Stand(session, 0, 0)
 
     async def _stand_of(self, session: SessionHandle, history: array[int], stood: Point | None = None) -> Stand:

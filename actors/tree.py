@@ -71,12 +71,10 @@ class Runtime:
         Raises CapacityExhausted when every slab is held by a session at work, StorageFailed where it cannot be recorded, and
         InvalidRequest for more than 64 different eos ids, a label of more than 256 bytes, or arguments of the wrong type.
         """
-        terms = _terms(eos_token_ids, overflow, label)
-        async with self._registry.free_slab() as slab:
-            return await self._open_session(slab, terms, is_kept=is_kept)
+        return await self.create_session_of(_terms(eos_token_ids, overflow, label), is_kept=is_kept)
 
-    async def create_lent_session(self, terms: Terms, *, is_kept: bool) -> SessionHandle:
-        """A session for conversations to lend. The next start deletes it if no conversation stands on it then.
+    async def create_session_of(self, terms: Terms, *, is_kept: bool) -> SessionHandle:
+        """As `create_session`, of terms that were checked. One that `is_lent` is deleted at a start if no conversation has it.
 
         Raises CapacityExhausted, StorageFailed.
         """

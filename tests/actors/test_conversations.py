@@ -250,7 +250,7 @@ async def test_a_session_that_could_not_be_woken_still_stands_where_it_stood(
 
 
 async def test_two_branches_at_once_of_a_session_with_the_only_slab_are_one_turn_and_one_refusal(
-    engine: LedgerEngine, nursery: trio.Nursery
+    engine: LedgerEngine,
 ) -> None:
     refused = trio.Event()
 
